@@ -1,0 +1,76 @@
+"""``python -m vqdeploy``: bundles from trained models, and what one does with them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vqref.commandline import ExitCode, Parser, run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the process's exit status."""
+    return run("vqdeploy", command, argv)
+
+
+def command(argv: Sequence[str] | None) -> int:
+    arguments = build_parser().parse_args(argv)
+    return int(arguments.run(arguments))
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="vqdeploy", description="Export trained VQ-VAEs to ONNX bundles, and verify and run them.")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    export = commands.add_parser("export", help="model.pt to a bundle: the five graphs, verified before they are written")
+    export.add_argument("model", type=Path, help="the file that vqtrain wrote")
+    export.add_argument("--output", type=Path, metavar="FOLDER", help="the bundle; MODEL-onnx if not given", default=argparse.SUPPRESS)
+    export.add_argument("--replace", action="store_true", help="replace the bundle if there is one")
+    export.set_defaults(run=_export)
+
+    verify = commands.add_parser("verify", help="hold a bundle to the oracle that it carries, on this machine")
+    verify.add_argument("bundle", type=Path)
+    verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run the graphs")
+    verify.add_argument("--data", type=Path, metavar="PATH", help="further images to compare on: a file or a folder")
+    verify.add_argument("--limit", type=int, metavar="N", default=1000, help="take at most N images of --data")
+    verify.add_argument("--json", action="store_true", help="print the report as JSON")
+    verify.set_defaults(run=_verify)
+    return parser
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from vqdeploy.export import export
+
+    model: Path = arguments.model
+    output: Path = getattr(arguments, "output", model.with_name(f"{model.stem}-onnx"))
+    report = export(model, output, replace=arguments.replace)
+    print(f"{report}\nwrote {output}; next: python -m vqdeploy verify {output}")
+    return ExitCode.DONE
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from vqdeploy.bundle import Bundle
+    from vqdeploy.sessions import resolve_device
+    from vqdeploy.verify import verify
+    from vqref.images import as_batch, load
+
+    bundle = Bundle.open(arguments.bundle)
+    device = resolve_device(arguments.device)
+    images = None
+    if arguments.data is not None:
+        images = as_batch(load(arguments.data).train[: arguments.limit], bundle.spec.image_shape)
+    report = verify(bundle, device, images)
+    if arguments.json:
+        print(json.dumps({"bundle": str(arguments.bundle), "device": device, **report.to_dict()}, indent=2))
+    else:
+        print(f"{arguments.bundle} on {device}, {'golden batch' if images is None else f'golden batch and {len(images)} images'}")
+        print(report)
+        print("verified: what runs is what was trained" if report.passed else "NOT verified: see the lines above")
+    return ExitCode.DONE if report.passed else ExitCode.PARITY
+
+
+if __name__ == "__main__":
+    sys.exit(main())

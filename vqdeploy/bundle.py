@@ -1,0 +1,130 @@
+"""The bundle: the folder that export makes, and everything that reads one. Needs numpy alone."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqref.commandline import InputError
+from vqref.spec import ModelSpec
+
+FORMAT = "vqdeploy-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+ORACLE = "oracle.npz"
+CARD = "README.md"
+GRAPHS = ("encoder", "quantizer", "decoder", "tokenizer", "detokenizer")
+FILES = (*(f"{name}.onnx" for name in GRAPHS), ORACLE, CARD)
+"""Every file of a bundle beside the manifest, which holds their sizes and digests."""
+
+FILE_BYTES = 2 * 2**30
+"""The largest file that is read, protobuf's own limit."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle's place and its manifest, checked as far as the manifest goes; files are checked as they are read.
+
+    manifest: the parsed ``manifest.json``. spec: the model's sizes, from it.
+    """
+
+    path: Path
+    manifest: Mapping[str, Any]
+    spec: ModelSpec
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Raises InputError for a folder that is not a bundle, or one of a newer format."""
+        path = Path(path)
+        where = path / MANIFEST
+        try:
+            manifest = json.loads(where.read_bytes())
+        except OSError as error:
+            raise InputError(f"{path}: not a bundle: {where.name}: {error.strerror}") from None
+        except ValueError as error:
+            raise InputError(f"{where}: not JSON: {error}") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise InputError(f"{where}: not the manifest of a bundle")
+        version = manifest.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise InputError(f"{where}: format version is {version!r}, expected {FORMAT_VERSION}")
+        if version > FORMAT_VERSION:
+            raise InputError(
+                f"{where}: format version {version} is newer than {FORMAT_VERSION}, the newest known here; upgrade portable-vqvae"
+            )
+        try:
+            spec = ModelSpec.from_dict(manifest["spec"])
+            for name in FILES:
+                entry = manifest["files"][name]
+                if not isinstance(entry["bytes"], int) or len(bytes.fromhex(entry["sha256"])) != 32:
+                    raise ValueError(f"size or sha256 of {name} is malformed")
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise InputError(f"{where}: damaged: {reason}") from None
+        return cls(path, manifest, spec)
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one of FILES, after a check of size and sha256 against the manifest. Raises InputError."""
+        entry, path = self.manifest["files"][name], self.path / name
+        try:
+            with path.open("rb") as file:
+                content = file.read(min(entry["bytes"], FILE_BYTES) + 1)
+        except OSError as error:
+            raise InputError(f"{path}: {error.strerror}") from None
+        if len(content) != entry["bytes"]:
+            raise InputError(f"{path}: damaged: its size is not the {entry['bytes']} bytes of the manifest")
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+            raise InputError(f"{path}: damaged: its sha256 is not the manifest's")
+        return content
+
+    def graph(self, name: str) -> bytes:
+        """The ONNX file of one of GRAPHS. Raises InputError."""
+        return self.read(f"{name}.onnx")
+
+    def oracle(self) -> Oracle:
+        """The parameters and the golden batch. Raises InputError."""
+        return Oracle.from_bytes(self.read(ORACLE), str(self.path / ORACLE))
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """What a bundle proves itself with: the parameters, and a golden batch with the float64 oracle's answers.
+
+    golden: images (float32), latents, indices, gap, quantized, logits, probabilities.
+    """
+
+    params: dict[str, npt.NDArray[Any]]
+    golden: dict[str, npt.NDArray[Any]]
+
+    def to_bytes(self) -> bytes:
+        """An ``.npz`` whose bytes depend on the arrays alone: NumPy stamps its entries with a fixed date."""
+        buffer = io.BytesIO()
+        named = {f"param/{name}": array for name, array in self.params.items()}
+        np.savez(buffer, **named, **{f"golden/{name}": array for name, array in self.golden.items()})
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, name: str) -> Oracle:
+        groups: dict[str, dict[str, npt.NDArray[Any]]] = {"param": {}, "golden": {}}
+        try:
+            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                for key in archive.files:
+                    group, _, array = key.partition("/")
+                    groups[group][array] = archive[key]
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{name}: not an oracle file: {error}") from None
+        return cls(groups["param"], groups["golden"])
+
+
+def describe_files(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """The manifest's entry for each file: size in bytes and sha256."""
+    return {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()}

@@ -1,0 +1,100 @@
+"""A bundle held to the oracle that it carries, on any provider, with numpy and onnxruntime alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import vqref
+from vqdeploy.bundle import GRAPHS, Bundle, Oracle
+from vqdeploy.sessions import Session
+from vqref.agreement import Backend, compare
+from vqref.commandline import InputError
+from vqref.parity import Check, Report, check, check_indices
+from vqref.spec import CODEBOOK, ModelSpec
+from vqref.validation import Params
+
+Array = npt.NDArray[Any]
+
+GOLDEN_SAMPLES = 24
+"""Images of the golden batch that the model itself draws; noise and extremes come on top."""
+
+
+def verify(bundle: Bundle, device: str, images: Array | None = None) -> Report:
+    """Every file's digest, the golden batch's recorded answers, and the five graphs on ``device`` against the oracle.
+
+    device: "cpu" or "cuda". images: further images (N, C, H, W), float32 in [0, 1], to compare the graphs on beside the
+    golden batch. Raises InputError for a damaged bundle, MachineError where the device cannot be used.
+    """
+    for name in bundle.manifest["files"]:
+        bundle.read(name)
+    oracle = bundle.oracle()
+    try:
+        recorded = check_recorded(bundle.spec, oracle)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"{bundle.path}: the oracle file does not fit the manifest: {error}") from None
+    sessions = {name: Session(f"{name}.onnx", bundle.graph(name), device) for name in GRAPHS}
+    batch = oracle.golden["images"]
+    if images is not None:
+        batch = np.concatenate([batch, images])
+    return Report((*recorded.checks, *check_graphs(bundle.spec, oracle.params, batch, sessions).checks))
+
+
+def check_graphs(spec: ModelSpec, params: Params, images: Array, sessions: Mapping[str, Session]) -> Report:
+    """The five graphs, each fed the oracle's input, on images (N, C, H, W) in [0, 1]."""
+
+    def quantizer(latents: Array) -> tuple[Array, Array]:
+        indices, quantized = sessions["quantizer"](latents)
+        return indices, quantized
+
+    def decoder(quantized: Array) -> tuple[Array, Array]:
+        logits, probabilities = sessions["decoder"](quantized)
+        return logits, probabilities
+
+    backend = Backend(
+        precision="float32",
+        encoder=lambda images: sessions["encoder"](images)[0],
+        quantizer=quantizer,
+        decoder=decoder,
+        tokenizer=lambda images: sessions["tokenizer"](images)[0],
+        detokenizer=lambda indices: sessions["detokenizer"](indices)[0],
+    )
+    return compare(spec, params, images, backend)
+
+
+def golden_batch(spec: ModelSpec, params: Params) -> dict[str, Array]:
+    """Images that need no data set, and the oracle's float64 answers: the same for the same model.
+
+    Half of the model's own distribution (decoded indices, uniformly drawn), plain and under noise; then noise, black,
+    white and one bright pixel.
+    """
+    rng = np.random.default_rng(0)
+    indices = rng.integers(spec.num_codes, size=(GOLDEN_SAMPLES, spec.latent_size))
+    drawn = vqref.sigmoid(vqref.decode(spec, params, params[CODEBOOK][indices]))
+    drawn[1::2] = 0.8 * drawn[1::2] + 0.2 * rng.random(drawn[1::2].shape)
+    noise = rng.random((5, *spec.image_shape))
+    extremes = np.zeros((3, *spec.image_shape))
+    extremes[1] = 1.0
+    extremes[2, :, spec.image_shape[1] // 2, spec.image_shape[2] // 2] = 1.0
+    images = np.concatenate([drawn, noise, extremes]).astype(np.float32)
+    return {"images": images, **_answers(spec, params, images)}
+
+
+def check_recorded(spec: ModelSpec, oracle: Oracle) -> Report:
+    """The answers that the bundle recorded beside those that the oracle gives here and now, in float64."""
+    golden = oracle.golden
+    now = _answers(spec, oracle.params, golden["images"])
+    checks: list[Check] = [check("encoder", golden["latents"], now["latents"], precision="float64", name="golden latents")]
+    codebook = np.asarray(oracle.params[CODEBOOK], np.float64)
+    checks.append(check_indices(golden["indices"], golden["latents"], codebook, precision="float64", name="golden indices"))
+    checks.append(check("decoder", golden["logits"], now["logits"], precision="float64", name="golden logits"))
+    return Report(tuple(checks))
+
+
+def _answers(spec: ModelSpec, params: Params, images: Array) -> dict[str, Array]:
+    out = vqref.forward(spec, params, images)
+    names = ("latents", "indices", "gap", "quantized", "logits", "probabilities")
+    return {name: getattr(out, name) for name in names}

@@ -1,0 +1,25 @@
+"""The oracle: the VQ-VAE of the post in plain NumPy and float64, written to be read beside the equations."""
+
+from vqref.losses import Losses, compute_losses
+from vqref.model import Forward, forward, init_params
+from vqref.network import decode, encode, sigmoid
+from vqref.quantizer import EMAState, Quantized, quantize, update_ema
+from vqref.spec import Layer, ModelSpec, Parameter
+
+__all__ = [
+    "EMAState",
+    "Forward",
+    "Layer",
+    "Losses",
+    "ModelSpec",
+    "Parameter",
+    "Quantized",
+    "compute_losses",
+    "decode",
+    "encode",
+    "forward",
+    "init_params",
+    "quantize",
+    "sigmoid",
+    "update_ema",
+]

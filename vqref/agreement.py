@@ -1,0 +1,144 @@
+"""One comparison for every implementation: each stage is fed the oracle's input, so that one flip cannot cascade.
+
+``vqtrain`` wraps its module in a ``Backend``, ``vqdeploy`` its onnxruntime sessions; what is compared, and how it is
+judged, is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqref.losses import compute_losses
+from vqref.network import decode, encode, sigmoid
+from vqref.parity import Check, Report, check, check_indices, tolerance
+from vqref.quantizer import EMAState, quantize, update_ema
+from vqref.spec import CODEBOOK, ModelSpec
+from vqref.validation import Float64, Params, check_params
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation under test: NumPy arrays in the dtype of ``precision`` in and out. A stage left None is not compared.
+
+    encoder      images -> latents
+    quantizer    latents -> (indices, quantized)
+    decoder      quantized -> (logits, probabilities)
+    tokenizer    images -> indices
+    detokenizer  indices -> probabilities
+    losses       (images, logits, latents, quantized) -> reconstruction, commitment, prior, total
+    ema          (latents, indices) -> codebook, ema_count, ema_means after one update of the parameters' state
+    """
+
+    precision: str
+    encoder: Callable[[Array], Array] | None = None
+    quantizer: Callable[[Array], tuple[Array, Array]] | None = None
+    decoder: Callable[[Array], tuple[Array, Array]] | None = None
+    tokenizer: Callable[[Array], Array] | None = None
+    detokenizer: Callable[[Array], Array] | None = None
+    losses: Callable[[Array, Array, Array, Array], Array] | None = None
+    ema: Callable[[Array, Array], tuple[Array, Array, Array]] | None = None
+
+
+def compare(
+    spec: ModelSpec,
+    params: Params,
+    images: npt.ArrayLike,
+    backend: Backend,
+    *,
+    beta: float = 0.25,
+    decay: float = 0.99,
+    epsilon: float = 1e-5,
+) -> Report:
+    """Every stage of ``backend`` against the oracle on images (N, C, H, W) in [0, 1]. The report says; nothing is raised
+    but ValueError for parameters or images that do not fit the spec."""
+    check_params(spec, params)
+    dtype = np.dtype(backend.precision)
+    images = np.asarray(images).astype(dtype)
+    exact_latents = encode(spec, params, images)
+    latents = exact_latents.astype(dtype)
+    q = quantize(latents, params[CODEBOOK])
+    quantized = q.quantized.astype(dtype)
+    exact_logits = decode(spec, params, quantized)
+    logits = exact_logits.astype(dtype)
+
+    checks: list[Check] = []
+    if backend.encoder:
+        checks.append(check("encoder", backend.encoder(images), exact_latents, precision=backend.precision))
+    if backend.quantizer:
+        checks += _check_quantizer(*backend.quantizer(latents), latents, params[CODEBOOK], backend.precision)
+    if backend.decoder:
+        found_logits, found_probabilities = backend.decoder(quantized)
+        checks.append(check("decoder", found_logits, exact_logits, precision=backend.precision))
+        checks.append(_check_probabilities("probabilities", found_probabilities, exact_logits, backend.precision))
+    if backend.tokenizer:
+        largest = np.abs(exact_latents).max(initial=0.0)
+        delta = tolerance("encoder", backend.precision).relative * float(largest) * spec.code_size**0.5
+        checks.append(
+            check_indices(
+                backend.tokenizer(images),
+                exact_latents,
+                params[CODEBOOK],
+                precision=backend.precision,
+                latents_error=delta,
+                name="tokenizer",
+            )
+        )
+    if backend.detokenizer:
+        found = backend.detokenizer(q.indices)
+        checks.append(_check_probabilities("detokenizer", found, exact_logits, backend.precision))
+    if backend.losses:
+        losses = compute_losses(spec, images, logits, latents, quantized, beta)
+        expected = np.array([losses.reconstruction, losses.commitment, losses.prior, losses.total])
+        found = backend.losses(images, logits, latents, quantized)
+        checks.append(check("losses", found, expected, precision=backend.precision))
+    if backend.ema:
+        state = EMAState.from_params(params)
+        checks += _check_ema(backend.ema(latents, q.indices), state, latents, q.indices, backend.precision, decay, epsilon)
+    return Report(tuple(checks))
+
+
+def _check_probabilities(name: str, found: Array, logits: Float64, precision: str) -> Check:
+    """Probabilities beside the scale that their logits leave them: an error in a logit moves its sigmoid by a quarter."""
+    largest = np.abs(logits).max(axis=(1, 2, 3), keepdims=True, initial=0.0)  # (N, 1, 1, 1)
+    return check("probabilities", found, sigmoid(logits), precision=precision, name=name, magnitude=1 + largest / 4)
+
+
+def _check_quantizer(indices: Array, quantized: Array, latents: Array, codebook: Array, precision: str) -> Iterator[Check]:
+    """The indices by their rule, and quantized, which is a copy: the codebook's rows at those indices, to the last bit."""
+    judged = check_indices(indices, latents, codebook, precision=precision)
+    yield judged
+    if judged.problem is None:
+        copied = np.asarray(codebook)[indices].astype(precision)
+        wrong = np.argwhere(np.asarray(quantized) != copied) if np.shape(quantized) == copied.shape else None
+        if wrong is None or np.asarray(quantized).dtype != copied.dtype:
+            problem = f"{np.asarray(quantized).dtype} {np.shape(quantized)}, expected {copied.dtype} {copied.shape}"
+            yield Check("quantized", precision, copied.size, max(1, copied.size), problem=problem)
+        else:
+            problem = f"not a row of the codebook at {tuple(int(i) for i in wrong[0])}" if len(wrong) else None
+            yield Check("quantized", precision, copied.size, len(wrong), problem=problem)
+
+
+def _check_ema(
+    found: tuple[Array, Array, Array],
+    state: EMAState,
+    latents: Float64,
+    indices: Array,
+    precision: str,
+    decay: float,
+    epsilon: float,
+) -> Iterator[Check]:
+    """The three arrays, each element beside the sum of the magnitudes that it adds up: sums of latents may cancel."""
+    after = update_ema(state, latents, indices, decay, epsilon)
+    magnitudes = update_ema(
+        EMAState(np.abs(state.codebook), state.ema_count, np.abs(state.ema_means)), np.abs(latents), indices, decay, epsilon
+    )
+    for name, array in zip(("codebook", "ema_count", "ema_means"), found, strict=True):
+        expected, magnitude = getattr(after, name), getattr(magnitudes, name)
+        yield check("ema", array, expected, precision=precision, name=name, magnitude=magnitude)

@@ -1,0 +1,100 @@
+"""``model.pt`` as plain data: what stands in it, whoever writes or reads it.
+
+The file itself is written by ``torch.save`` and read by ``torch.load(weights_only=True)``, which executes nothing; this
+module knows only the dictionary inside, with NumPy arrays where the file has tensors, and is handed the loader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vqref.commandline import InputError
+from vqref.spec import ModelSpec
+from vqref.validation import Params, check_params
+
+FORMAT = "vqtrain-model"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained model: its spec and parameters, how it was trained, what was measured, where it came from.
+
+    params      {name: array} for every parameter of the spec
+    training    the options of the run, plain data
+    metrics     plain numbers of the last epoch, and "history", a list with those of each epoch
+    provenance  data set and its sha256, seed, recipe, versions; plain data
+    """
+
+    spec: ModelSpec
+    params: Params
+    training: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_params(self.spec, self.params)
+
+    def to_plain(self) -> dict[str, Any]:
+        """The dictionary that goes into the file."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "spec": self.spec.to_dict(),
+            "parameters": dict(self.params),
+            "training": dict(self.training),
+            "metrics": dict(self.metrics),
+            "provenance": dict(self.provenance),
+        }
+
+    @classmethod
+    def from_plain(cls, data: Any) -> Model:
+        """The inverse of ``to_plain``. Raises InputError for anything else, a newer format or parameters that do not fit."""
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise InputError("not a vqtrain checkpoint")
+        version = data.get("format_version")
+        if not isinstance(version, int) or version < 1:
+            raise InputError(f"format version is {version!r}, expected {FORMAT_VERSION}")
+        if version > FORMAT_VERSION:
+            raise InputError(f"format version {version} is newer than {FORMAT_VERSION}, the newest known here; upgrade portable-vqvae")
+        for key in ("spec", "parameters", "training", "metrics", "provenance"):
+            if not isinstance(data.get(key), dict):
+                raise InputError(f"the entry {key!r} is missing or not a dictionary")
+        try:
+            spec = ModelSpec.from_dict(data["spec"])
+            return cls(spec, data["parameters"], data["training"], data["metrics"], data["provenance"])
+        except ValueError as error:
+            raise InputError(str(error)) from None
+
+
+def read(path: str | Path, load: Callable[[BinaryIO], Any]) -> tuple[Model, str]:
+    """The model in the file at ``path`` and the file's sha256. ``load`` turns the file into plain data and must execute
+    nothing: ``torch.load`` with ``weights_only=True``.
+
+    Raises InputError that names the file and what is wrong with it.
+    """
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    try:
+        data = load(io.BytesIO(content))
+    except pickle.UnpicklingError:
+        raise InputError(f"{path}: refused: not a vqtrain checkpoint but a pickle of other things; nothing was executed") from None
+    except Exception as error:  # damaged bytes surface as whatever the loader stumbled on
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{path}: not a vqtrain checkpoint ({type(error).__name__}: {reason})") from None
+    try:
+        if isinstance(data, dict) and isinstance(data.get("parameters"), dict):
+            data = {**data, "parameters": {name: np.asarray(array) for name, array in data["parameters"].items()}}
+        return Model.from_plain(data), hashlib.sha256(content).hexdigest()
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

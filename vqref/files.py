@@ -1,0 +1,100 @@
+"""Files that exist whole or not at all. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from vqref.commandline import InputError, MachineError
+
+
+def require_writable(path: Path) -> None:
+    """Raises MachineError unless a file could be published at ``path`` now; leaves nothing behind."""
+    if path.is_dir():
+        raise MachineError(f"{path}: is a folder; name a file to write to")
+    _require_folder_writable(path)
+
+
+def require_new_folder(path: Path, *, replace: bool) -> None:
+    """Raises InputError where ``path`` exists and may not be replaced, MachineError where it could not be published."""
+    if not replace and (path.exists() or path.is_symlink()):
+        raise InputError(f"{path}: exists already; use --replace, or another --output")
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path}: is not a folder")
+    _require_folder_writable(path)
+
+
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Writes beside the place, forces the bytes to the disk and renames: a reader sees the old file or the new one.
+
+    Raises OSError; ``path`` is then as it was.
+    """
+    temporary = _beside(path)
+    try:
+        _write(temporary, content)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish_folder(path: Path, files: Mapping[str, bytes], *, replace: bool) -> None:
+    """Writes {name: content} into a folder beside the place and renames it there.
+
+    With ``replace``, an existing folder makes way by a rename and is removed after the new one stands; it comes back if
+    that fails. Raises InputError where ``path`` exists and may not be replaced, and OSError; ``path`` is then as it was.
+    """
+    require_new_folder(path, replace=replace)
+    temporary, former = _beside(path), _beside(path)
+    try:
+        temporary.mkdir()
+        for name, content in files.items():
+            _write(temporary / name, content)
+        _sync_folder(temporary)
+        if path.exists():
+            path.rename(former)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if former.exists():
+                former.rename(path)
+            raise
+        _sync_folder(path.parent)
+    finally:
+        for leftover in (temporary, former):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+
+
+def _require_folder_writable(path: Path) -> None:
+    probe = _beside(path)
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise MachineError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _beside(path: Path) -> Path:
+    """A hidden name in the same folder, so that a rename to ``path`` stays within one file system."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _write(path: Path, content: bytes | memoryview) -> None:
+    with path.open("xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes a rename last through a power cut, where the system lets a folder be opened (Windows does not)."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

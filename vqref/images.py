@@ -1,0 +1,160 @@
+"""Images from arrays and files, in the forms that people have them: what the trainer and the runtime both read."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import math
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqref.commandline import InputError
+
+Array = npt.NDArray[Any]
+
+OFFICIAL_NAMES = (
+    ("kmnist-train-imgs.npz", "kmnist-test-imgs.npz"),
+    ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"),
+)
+"""(training, held-out) file names of the Kuzushiji-MNIST distribution, in the order of preference."""
+
+CHANNELS = (1, 3, 4)
+"""Channel counts by which a layout is recognised where no spec says it."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """train (N, C, H, W) and, where the source has them, held_out images; uint8, or float32 in [0, 1].
+
+    source: the name of the file that train came from; sha256: its digest.
+    """
+
+    train: Array
+    held_out: Array | None
+    source: str
+    sha256: str
+
+
+def load(path: str | Path) -> ImageSet:
+    """Images of an ``.npz`` or ``.npy`` file, an IDX file (``.gz`` too), or a folder that holds the official file names.
+
+    Raises InputError that names the file, what was found and what was expected.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        images, digest = _read(path)
+        return ImageSet(images, None, path.name, digest)
+    for train, held_out in OFFICIAL_NAMES:
+        if (path / train).is_file():
+            images, digest = _read(path / train)
+            others = _read(path / held_out)[0] if (path / held_out).is_file() else None
+            if others is not None and others.shape[1:] != images.shape[1:]:
+                raise InputError(f"{path / held_out}: images of {others.shape[1:]}, those of {train} are {images.shape[1:]}")
+            return ImageSet(images, others, train, digest)
+    expected = " or ".join(train for train, _ in OFFICIAL_NAMES)
+    raise InputError(f"{path}: the folder holds no {expected}")
+
+
+def as_batch(images: npt.ArrayLike, image_shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+    """Images of a known shape as (N, C, H, W) float32 in [0, 1].
+
+    images: uint8 (divided by 255) or floating in [0, 1]; (N, H, W) where C is 1, (N, C, H, W) or (N, H, W, C).
+    Raises InputError.
+    """
+    array = np.asarray(images)
+    channels, height, width = image_shape
+    if array.ndim == 3 and channels == 1:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[1:] != image_shape and array.shape[1:] == (height, width, channels):
+        array = array.transpose(0, 3, 1, 2)
+    if array.shape[1:] != image_shape or array.ndim != 4:
+        raise InputError(f"images: shape is {np.shape(images)}, expected {_layouts(image_shape)}")
+    return to_unit_interval(_check_values(array))
+
+
+def to_unit_interval(images: Array) -> npt.NDArray[np.float32]:
+    """Grey levels as float32 in [0, 1]: uint8 divided by 255, floating values as they are."""
+    if images.dtype == np.uint8:
+        return np.asarray(images, np.float32) / np.float32(255)
+    return np.ascontiguousarray(images, np.float32)
+
+
+def _layouts(image_shape: tuple[int, int, int]) -> str:
+    c, h, w = image_shape
+    return (f"(N, {h}, {w}), " if c == 1 else "") + f"(N, {c}, {h}, {w}) or (N, {h}, {w}, {c})"
+
+
+def _read(path: Path) -> tuple[Array, str]:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    try:
+        array = _parse(content)
+        images = _channels_first(_check_values(array))
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return images, hashlib.sha256(content).hexdigest()
+
+
+def _parse(content: bytes) -> Array:
+    """The one array of images in the bytes of a file, told by its first bytes."""
+    try:
+        if content.startswith(b"PK"):
+            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+                names = archive.files
+                name = next((n for n in ("arr_0", "images", "x_train") if n in names), names[0] if len(names) == 1 else None)
+                if name is None:
+                    raise InputError(f"holds arrays {', '.join(names) or '(none)'}; expected one, or one named arr_0 or images")
+                return np.asarray(archive[name])
+        if content.startswith(b"\x93NUMPY"):
+            return np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
+        return _parse_idx(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"not a readable image file: {error}") from None
+
+
+def _parse_idx(content: bytes) -> Array:
+    """IDX as LeCun's MNIST page defines it: 0, 0, 8 (uint8), the number of axes, their sizes big-endian, the values."""
+    axes = content[3] if len(content) > 4 and content[:3] == b"\0\0\x08" else 0
+    if axes not in (3, 4):
+        raise InputError("neither .npz, .npy nor IDX images of uint8")
+    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", axes, 4))
+    start = 4 + 4 * axes
+    if len(content) - start != math.prod(shape):
+        raise InputError(f"IDX header says {shape}, but {len(content) - start} bytes follow")
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _check_values(array: Array) -> Array:
+    """uint8 passes; floating values must be finite and in [0, 1]."""
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating):
+        raise InputError(f"images: dtype is {array.dtype}, expected uint8, or a floating dtype with values in [0, 1]")
+    if not np.isfinite(array).all():
+        at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
+        raise InputError(f"images: {array[at]} at {at}, expected finite values")
+    if array.size and not (array.min() >= 0 and array.max() <= 1):
+        raise InputError(f"images: values from {array.min():g} to {array.max():g}, expected [0, 1] (or uint8)")
+    return array
+
+
+def _channels_first(array: Array) -> Array:
+    """(N, H, W) or (N, H, W, C) or (N, C, H, W), C one of CHANNELS, as (N, C, H, W); float32 where it is floating."""
+    if array.ndim == 3:
+        array = array[:, None]
+    elif array.ndim == 4 and array.shape[3] in CHANNELS:
+        array = array.transpose(0, 3, 1, 2)
+    elif array.ndim != 4 or array.shape[1] not in CHANNELS:
+        raise InputError(f"images: shape is {array.shape}, expected (N, H, W), (N, H, W, C) or (N, C, H, W), C 1, 3 or 4")
+    return np.ascontiguousarray(array, np.uint8 if array.dtype == np.uint8 else np.float32)

@@ -1,0 +1,318 @@
+"""Where agreement is decided: the tolerances, the rule for indices, and the report.
+
+The float64 oracle is the truth. A continuous stage passes when every element is within its row of ``TOLERANCES``; an
+index passes when it is the oracle's or, where rounding alone can explain another choice, one of the codes so explained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from vqref.commandline import CommandError, ExitCode
+from vqref.quantizer import squared_distances
+from vqref.validation import Float64, as_float64
+
+UNIT_ROUNDOFF: Mapping[str, float] = MappingProxyType({"float64": 2.0**-53, "float32": 2.0**-24})
+"""Largest relative error of one rounding, by precision: the precisions that parity can judge."""
+
+
+class ParityError(CommandError):
+    """Two implementations disagree by more than rounding explains. ``report`` holds the checks made until then."""
+
+    exit_code = ExitCode.PARITY
+
+    def __init__(self, message: str, report: Report | None = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """``relative`` error allowed, and of what: "array", the largest magnitude in the oracle's array; "image", the largest
+    within the same image, so that one wild image hides nothing in another; "element", each element's own magnitude, or
+    the scale that the caller gives for it."""
+
+    relative: float
+    of: Literal["array", "image", "element"]
+    reason: str
+
+
+TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
+    {
+        ("encoder", "float64"): Tolerance(
+            1e-12, "array", "six layers of sums of at most 3136 terms: 3e-13 if every rounding conspires, 2e-15 measured"
+        ),
+        ("decoder", "float64"): Tolerance(1e-12, "image", "as the encoder; 2e-15 measured"),
+        ("probabilities", "float64"): Tolerance(
+            1e-12, "element", "of 1 + max|logits|/4 in the image: the sigmoid's slope is at most 1/4"
+        ),
+        ("losses", "float64"): Tolerance(1e-12, "element", "a sum of C*H*W terms of one sign; 2e-16 measured"),
+        ("ema", "float64"): Tolerance(1e-12, "element", "one sum over the batch, a product and a quotient; 1e-16 measured"),
+        ("gradients", "float64"): Tolerance(1e-11, "array", "forward and back, summed over the batch; 2e-14 measured"),
+        ("encoder", "float32"): Tolerance(
+            1e-5, "array", "5e-7 measured; a reduced-precision product (TF32: 5e-4 a factor) stands well above"
+        ),
+        ("decoder", "float32"): Tolerance(1e-5, "image", "1e-6 measured; TF32 stands well above"),
+        ("probabilities", "float32"): Tolerance(
+            1e-5, "element", "of 1 + max|logits|/4 in the image: the sigmoid's slope is at most 1/4"
+        ),
+        ("losses", "float32"): Tolerance(1e-5, "element", "a sum of N*C*H*W terms of one sign; 3e-7 measured"),
+        ("ema", "float32"): Tolerance(1e-5, "element", "a sum over the batch, a product and a quotient; 3e-7 measured"),
+    }
+)
+
+
+def tolerance(stage: str, precision: str) -> Tolerance:
+    """The row of (stage, precision). Raises ValueError that lists the rows there are."""
+    row = TOLERANCES.get((stage, precision))
+    if row is None:
+        known = ", ".join(f"{s}/{p}" for s, p in TOLERANCES)
+        raise ValueError(f"no tolerance for stage {stage!r} in precision {precision!r}; there are: {known}")
+    return row
+
+
+@dataclass(frozen=True)
+class Check:
+    """What one comparison found.
+
+    stage       the stage, with the array's name where the stage has several
+    compared    elements (continuous) or indices compared
+    violations  how many are wrong; 0 is the only passing number
+    max_error, rms_error, allowed   continuous stages: errors over their scale, and the tolerance
+    certified, near_ties, flips     indices: where the choice is proved; where rounding may choose; where it chose otherwise
+    worst       position, found and expected of the worst offender
+    problem     why nothing could be compared (shape, dtype), or why the worst offender is wrong
+    """
+
+    stage: str
+    precision: str
+    compared: int
+    violations: int
+    max_error: float | None = None
+    rms_error: float | None = None
+    allowed: float | None = None
+    certified: int | None = None
+    near_ties: int | None = None
+    flips: int | None = None
+    worst: Mapping[str, Any] | None = None
+    problem: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.violations == 0
+
+    def require(self) -> Check:
+        """Returns itself, or raises ParityError."""
+        if not self.passed:
+            raise ParityError(str(self), Report((self,)))
+        return self
+
+    def __str__(self) -> str:
+        verdict = "agrees" if self.passed else f"{self.violations} violations"
+        return f"{self.stage} ({self.precision}): {verdict} in {self.compared}" + (f"; {self.problem}" if self.problem else "")
+
+
+@dataclass(frozen=True)
+class Report:
+    """Checks in the order of the stages. Prints as one line a stage; ``to_dict`` is plain data for JSON."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        return tuple(check for check in self.checks if not check.passed)
+
+    @property
+    def worst_error_over_allowed(self) -> float:
+        """The largest continuous error as a share of its tolerance; infinite where an error is not finite."""
+        shares = [np.inf if c.max_error is None else c.max_error / c.allowed for c in self.checks if c.allowed]
+        return float(max(shares, default=0.0))
+
+    def require(self) -> Report:
+        """Returns itself, or raises ParityError that says which stage."""
+        if not self.passed:
+            raise ParityError(str(self.failures[0]), self)
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"passed": self.passed, "checks": [dataclasses.asdict(check) for check in self.checks]}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        head = "stage            compared  max error  allowed  certified  near ties  flips  wrong"
+        lines = [head]
+        for c in self.checks:
+            error = f"{c.max_error:.1e}" if c.max_error is not None else "-"
+            allowed = f"{c.allowed:.0e}" if c.allowed is not None else "-"
+            counts = ["-" if n is None else str(n) for n in (c.certified, c.near_ties, c.flips)]
+            lines.append(
+                f"{c.stage:<15} {c.compared:>9} {error:>10} {allowed:>8} "
+                f"{counts[0]:>10} {counts[1]:>10} {counts[2]:>6} {c.violations:>6}"
+            )
+        lines += [f"{c.stage}: {c.problem}" for c in self.failures]
+        return "\n".join(lines)
+
+
+def check(
+    stage: str,
+    actual: npt.ArrayLike,
+    expected: npt.ArrayLike,
+    *,
+    precision: str,
+    name: str | None = None,
+    magnitude: npt.ArrayLike | None = None,
+) -> Check:
+    """Holds a continuous stage's output to the oracle's: shape, dtype, finiteness, then values.
+
+    actual: the output, whose dtype must be the precision's. expected: the oracle's float64 array.
+    name: what the report calls it, ``stage`` if None. magnitude: for rows "of element", the scale of each element.
+    Raises ValueError for a (stage, precision) without a tolerance.
+    """
+    row, name = tolerance(stage, precision), name or stage
+    actual, expected = np.asarray(actual), np.asarray(expected, np.float64)
+    if problem := _misfit(actual, expected.shape, np.dtype(precision)):
+        return Check(name, precision, expected.size, max(1, expected.size), allowed=row.relative, problem=problem)
+    if not expected.size:
+        return Check(name, precision, 0, 0, 0.0, 0.0, row.relative)
+    if row.of == "array":
+        scale = np.full(expected.shape, np.abs(expected).max())
+    elif row.of == "image":
+        scale = np.broadcast_to(np.abs(expected).max(axis=tuple(range(1, expected.ndim)), keepdims=True), expected.shape)
+    else:
+        scale = np.broadcast_to(np.abs(np.asarray(expected if magnitude is None else magnitude)), expected.shape)
+    off = np.abs(actual.astype(np.float64) - expected)
+    error = np.divide(off, scale, out=np.where(off > 0, np.inf, 0.0), where=scale > 0)
+    wrong = ~(error <= row.relative)  # NaN compares false, so it counts as wrong
+    at = np.unravel_index(np.where(np.isnan(error), np.inf, error).argmax(), error.shape)
+    worst = {"position": [int(i) for i in at], "found": _plain(actual[at]), "expected": _plain(expected[at])}
+    problem = None
+    if wrong.any():
+        problem = (
+            f"the worst at {tuple(worst['position'])} is {actual[at]:.9g}, the oracle's {expected[at]:.9g}: "
+            f"off by {error[at]:.2g} of its scale, allowed {row.relative:g}"
+        )
+    finite = bool(np.isfinite(error).all())
+    return Check(
+        name,
+        precision,
+        expected.size,
+        int(wrong.sum()),
+        float(error.max()) if finite else None,
+        float(np.sqrt(np.square(error).mean())) if finite else None,
+        row.relative,
+        worst=worst,
+        problem=problem,
+    )
+
+
+def check_indices(
+    indices: npt.ArrayLike,
+    latents: npt.ArrayLike,
+    codebook: npt.ArrayLike,
+    *,
+    precision: str,
+    latents_error: float = 0.0,
+    name: str = "quantizer",
+) -> Check:
+    """Holds indices (N, S) to the nearest rows of codebook (K, D) for latents (N, S, D), as far as rounding allows.
+
+    latents and codebook are what the implementation computed on, exactly; ``latents_error`` is the largest Euclidean
+    distance by which its latents may differ from these (0 when it was fed them).
+
+    With b the nearest code in float64, code k may be chosen instead only if d_k - d_b <= slack_k. Derivation:
+
+    1. In the direct form, each of the D terms is a subtraction, a square and at most D - 1 additions, in any order.
+       All terms are non-negative, so the computed d is off by at most g*d, with g = n*u / (1 - n*u), n = D + 2,
+       u the unit roundoff (Higham 2002, Accuracy and Stability of Numerical Algorithms, lemma 3.1 and section 3.1).
+       Terms that underflow, even flushed to zero, add at most D times the smallest normal number.
+    2. Latents moved by e, ||e|| <= delta: d_k - d_b changes by -2 e.(c_k - c_b), at most 2*delta*||c_k - c_b||;
+       and each d is at most (sqrt(d) + delta)^2.
+
+    So slack_k = g*((sqrt(d_k) + delta)^2 + (sqrt(d_b) + delta)^2) + 2*delta*||c_k - c_b|| + 2*D*tiny, and g also carries
+    the oracle's own rounding in float64. Where d_k - d_b > slack_k for every other k, the index is certified.
+
+    Raises ValueError for an unknown precision or arrays that do not fit each other.
+    """
+    if precision not in UNIT_ROUNDOFF:
+        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(UNIT_ROUNDOFF)}")
+    codebook = as_float64("codebook", codebook, ("K", "D"))
+    latents = as_float64("latents", latents, ("N", "S", codebook.shape[1]))
+    indices = np.asarray(indices)
+    shape, (k, d) = latents.shape[:2], codebook.shape
+    count = int(np.prod(shape))
+    if problem := _misfit(indices, shape, np.dtype(np.int64)):
+        return Check(name, precision, count, max(1, count), certified=0, near_ties=0, flips=0, problem=problem)
+
+    near_ties = flips = 0
+    wrong: list[tuple[float, int, int]] = []  # (how far beyond its slack, latent, the oracle's index)
+    chosen = indices.ravel()
+    for rows, distances in squared_distances(latents.reshape(-1, d), codebook):
+        best = distances.argmin(axis=1)
+        each = np.arange(len(best))
+        excess = distances - distances[each, best][:, None] - _slack(distances, best, codebook, precision, latents_error)
+        excess[each, best] = -np.inf  # the oracle's own choice is always right
+        near_ties += int((np.count_nonzero(excess <= 0, axis=1) > 1).sum())
+        found = chosen[rows]
+        inside = (found >= 0) & (found < k)
+        beyond = np.where(inside, excess[each, np.where(inside, found, 0)], np.inf)
+        flips += int(((found != best) & (beyond <= 0)).sum())
+        wrong += [(float(beyond[i]), rows.start + int(i), int(best[i])) for i in np.flatnonzero(beyond > 0)]
+
+    worst, problem = None, None
+    if wrong:
+        beyond_slack, at, right = max(wrong)
+        position = [int(i) for i in np.unravel_index(at, shape)]
+        worst = {"position": position, "found": int(chosen[at]), "expected": right}
+        reason = f"outside 0 to {k - 1}" if beyond_slack == np.inf else f"farther by {beyond_slack:.2g} than rounding explains"
+        problem = f"the worst at {tuple(position)} is {chosen[at]}, the oracle's {right}: {reason}"
+    return Check(
+        name,
+        precision,
+        count,
+        len(wrong),
+        certified=count - near_ties,
+        near_ties=near_ties,
+        flips=flips,
+        worst=worst,
+        problem=problem,
+    )
+
+
+def _slack(distances: Float64, best: npt.NDArray[np.intp], codebook: Float64, precision: str, delta: float) -> Float64:
+    """slack_k of ``check_indices`` for distances (rows, K) whose nearest codes are best (rows,)."""
+    terms = codebook.shape[1] + 2
+    g = sum(terms * u / (1 - terms * u) for u in (UNIT_ROUNDOFF[precision], UNIT_ROUNDOFF["float64"]))
+    moved = np.square(np.sqrt(distances) + delta)  # (rows, K)
+    slack = g * (moved + moved[np.arange(len(best)), best][:, None]) + 2 * terms * float(np.finfo(precision).tiny)
+    if delta:
+        for code in np.unique(best):
+            apart = np.sqrt(np.square(codebook - codebook[code]).sum(axis=1))  # (K,)
+            slack[best == code] += 2 * delta * apart
+    return np.asarray(slack, np.float64)
+
+
+def _misfit(actual: npt.NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> str | None:
+    if actual.shape != shape:
+        return f"shape is {actual.shape}, expected {shape}"
+    if actual.dtype != dtype:
+        return f"dtype is {actual.dtype}, expected {dtype}"
+    return None
+
+
+def _plain(value: Any) -> float | None:
+    """A number that JSON can hold."""
+    return float(value) if np.isfinite(value) else None

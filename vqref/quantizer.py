@@ -1,0 +1,116 @@
+"""The quantizer and its moving averages, in float64.
+
+quantize: index = argmin over k of ||latent - codebook[k]||^2, the lowest index on a tie
+(van den Oord et al. 2017, equation 1).
+update_ema: the codebook as an exponential moving average of the latents that it is nearest to
+(the same, appendix A.1, without zero-debias; the post's form).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
+from vqref.validation import Float64, Int64, Params, as_float64, as_indices
+
+DISTANCE_BYTES = 8 * 2**20
+"""Bytes of squared distances held at once. Small enough for a processor's cache; memory stays flat in N."""
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """indices (N, S) int64; quantized (N, S, D), rows of the codebook; gap (N, S), the second-best squared distance
+    minus the best, infinite where there is one code."""
+
+    indices: Int64
+    quantized: Float64
+    gap: Float64
+
+
+def quantize(latents: npt.ArrayLike, codebook: npt.ArrayLike) -> Quantized:
+    """Nearest codebook row (K, D) of every latent (N, S, D). Raises ValueError for shapes, dtypes or values that do not fit."""
+    codebook = as_float64("codebook", codebook, ("K", "D"))
+    if not codebook.size:
+        raise ValueError(f"codebook: shape is {codebook.shape}, expected at least one row and one element")
+    latents = as_float64("latents", latents, ("N", "S", codebook.shape[1]))
+    n, s, d = latents.shape
+    indices = np.empty(n * s, np.int64)
+    gap = np.full(n * s, np.inf)
+    for rows, distances in squared_distances(latents.reshape(-1, d), codebook):
+        indices[rows] = distances.argmin(axis=1)  # argmin takes the first of equals
+        if len(codebook) > 1:
+            best_two = np.partition(distances, 1, axis=1)[:, :2]
+            gap[rows] = best_two[:, 1] - best_two[:, 0]
+    return Quantized(indices.reshape(n, s), codebook[indices].reshape(n, s, d), gap.reshape(n, s))
+
+
+def squared_distances(latents: Float64, codebook: Float64) -> Iterator[tuple[slice, Float64]]:
+    """||latent - codebook[k]||^2 in the direct form, as (rows, distances (rows, K)) for a few rows of latents (M, D) at a time.
+
+    The array of distances is reused: it holds until the next step.
+    """
+    step = max(1, DISTANCE_BYTES // (8 * len(codebook)))
+    columns = np.ascontiguousarray(codebook.T)  # (D, K)
+    total = np.empty((min(step, len(latents)), len(codebook)))
+    term = np.empty_like(total)
+    for start in range(0, len(latents), step):
+        x = latents[start : start + step]
+        distances, square = total[: len(x)], term[: len(x)]
+        distances[:] = 0.0
+        for element, column in zip(x.T, columns, strict=True):
+            np.subtract(element[:, None], column, out=square)
+            np.square(square, out=square)
+            distances += square
+        yield slice(start, start + len(x)), distances
+
+
+@dataclass(frozen=True)
+class EMAState:
+    """codebook (K, D), ema_count (K,) and ema_means (K, D), validated and held as float64. Raises ValueError."""
+
+    codebook: Float64
+    ema_count: Float64
+    ema_means: Float64
+
+    def __post_init__(self) -> None:
+        codebook = as_float64("codebook", self.codebook, ("K", "D"))
+        object.__setattr__(self, "codebook", codebook)
+        object.__setattr__(self, "ema_count", as_float64("ema_count", self.ema_count, codebook.shape[:1]))
+        object.__setattr__(self, "ema_means", as_float64("ema_means", self.ema_means, codebook.shape))
+        if self.ema_count.size and self.ema_count.min() < 0:
+            raise ValueError(f"ema_count: the smallest is {self.ema_count.min():g}, expected counts of at least 0")
+
+    @classmethod
+    def from_params(cls, params: Params) -> EMAState:
+        """The state held by a model's parameters."""
+        return cls(params[CODEBOOK], params[EMA_COUNT], params[EMA_MEANS])
+
+
+def update_ema(
+    state: EMAState, latents: npt.ArrayLike, indices: npt.ArrayLike, decay: float = 0.99, epsilon: float = 1e-5
+) -> EMAState:
+    """The state after one step that assigned latents (N, S, D) to indices (N, S). A new state; nothing mutates.
+
+    count    <- decay * count + (1 - decay) * hits
+    means    <- decay * means + (1 - decay) * sum of the latents that hit
+    codebook <- means / (count + epsilon)
+
+    Raises ValueError for arrays that do not fit, a decay outside [0, 1] or an epsilon that is not positive.
+    """
+    k, d = state.codebook.shape
+    latents = as_float64("latents", latents, ("N", "S", d))
+    indices = as_indices(indices, latents.shape[:2], k)
+    if not 0.0 <= decay <= 1.0:
+        raise ValueError(f"decay is {decay!r}, expected a number from 0 to 1")
+    if not 0.0 < epsilon < np.inf:
+        raise ValueError(f"epsilon is {epsilon!r}, expected a positive number")
+    hits = np.bincount(indices.ravel(), minlength=k)  # (K,)
+    sums = np.zeros((k, d))
+    np.add.at(sums, indices.ravel(), latents.reshape(-1, d))
+    count = decay * state.ema_count + (1 - decay) * hits
+    means = decay * state.ema_means + (1 - decay) * sums
+    return EMAState(means / (count + epsilon)[:, None], count, means)

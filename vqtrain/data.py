@@ -1,0 +1,38 @@
+"""Images in memory and batches of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class Batches:
+    """Batches of images (N, C, H, W), held as they came (uint8 or float32) and given out as float32 in [0, 1]."""
+
+    def __init__(self, images: npt.NDArray[np.generic], batch_size: int, device: torch.device) -> None:
+        self.images = torch.from_numpy(images).to(device)
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        """Whole batches in one pass."""
+        return len(self.images) // self.batch_size
+
+    def shuffled(self, generator: torch.Generator) -> Iterator[Tensor]:
+        """One pass in an order drawn from ``generator`` (a CPU generator: the order is the same on every device), the
+        remainder dropped."""
+        order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
+        for index in order[: len(self) * self.batch_size].split(self.batch_size):
+            yield self._unit(self.images[index])
+
+    def in_order(self) -> Iterator[Tensor]:
+        """Every image once, as stored; the last batch may be smaller."""
+        for images in self.images.split(self.batch_size):
+            yield self._unit(images)
+
+    @staticmethod
+    def _unit(images: Tensor) -> Tensor:
+        return images.float() / 255 if images.dtype == torch.uint8 else images

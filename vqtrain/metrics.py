@@ -1,0 +1,63 @@
+"""What is measured over an epoch or a set of images, added up on the device and read once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqref.spec import ModelSpec
+from vqtrain.losses import Losses
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Means over images, in nats an image (commitment: a mean of squares), and the use of the codebook.
+
+    bound: reconstruction + prior. perplexity: exp of the entropy of the indices' frequencies, 1 to num_codes.
+    codes_used: how many codes were chosen at all.
+    """
+
+    reconstruction: float
+    commitment: float
+    prior: float
+    total: float
+    bound: float
+    perplexity: float
+    codes_used: int
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.total)
+
+
+class Meter:
+    """Adds up batches; reading a value waits for the device, adding does not."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        self.count = 0
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.hits = torch.zeros(spec.num_codes, dtype=torch.int64, device=device)
+
+    def add(self, losses: Losses, indices: Tensor) -> None:
+        """Losses of one batch and its indices (N, S)."""
+        self.count += len(indices)
+        self.sums += torch.stack(losses).detach().double() * len(indices)
+        self.hits += torch.bincount(indices.reshape(-1), minlength=len(self.hits))
+
+    def read(self) -> Metrics:
+        """Means over the images added so far (at least one)."""
+        reconstruction, commitment, prior, total = (self.sums / self.count).tolist()
+        share = self.hits.double() / self.hits.sum()
+        entropy = -torch.special.xlogy(share, share).sum().item()
+        return Metrics(
+            reconstruction,
+            commitment,
+            prior,
+            total,
+            bound=reconstruction + prior,
+            perplexity=math.exp(entropy),
+            codes_used=int((self.hits > 0).sum()),
+        )

@@ -1,0 +1,54 @@
+"""The trainable model: encoder, quantizer and decoder from one ModelSpec."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from vqref.spec import CODEBOOK, ModelSpec
+from vqref.validation import Params, check_params
+from vqtrain.network import Network
+from vqtrain.quantizer import Quantizer
+
+
+class Forward(NamedTuple):
+    """latents and quantized (N, S, D), indices (N, S) int64, logits (N, C, H, W)."""
+
+    latents: Tensor
+    indices: Tensor
+    quantized: Tensor
+    logits: Tensor
+
+
+class VQVAE(nn.Module):
+    """``state_dict`` has the spec's parameter names. Values come from ``params`` (``vqref.init_params``, or a file).
+
+    Raises ValueError for parameters that do not fit the spec.
+    """
+
+    def __init__(self, spec: ModelSpec, params: Params) -> None:
+        super().__init__()
+        check_params(spec, params)
+        self.spec = spec
+        self.encoder = Network(spec.encoder)
+        self.quantizer = Quantizer(spec)
+        self.decoder = Network(spec.decoder)
+        values = {name: torch.from_numpy(np.asarray(array)) for name, array in params.items()}
+        self.to(values[CODEBOOK].dtype).load_state_dict(values)
+
+    def forward(self, images: Tensor) -> Forward:
+        """One pass. The decoder's input is quantized itself, with the gradient of latents: the straight-through estimator
+        latents + stop_gradient(quantized - latents) without its rounding."""
+        latents = self.encoder(images)
+        indices, quantized = self.quantizer(latents)
+        straight_through = quantized + (latents - latents.detach())
+        return Forward(latents, indices, quantized, self.decoder(straight_through))
+
+    def params(self) -> dict[str, npt.NDArray[np.floating]]:
+        """A copy of every parameter as NumPy arrays, by name, in the spec's order."""
+        state = self.state_dict()
+        return {parameter.name: state[parameter.name].cpu().numpy().copy() for parameter in self.spec.parameters}
