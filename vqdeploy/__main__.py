@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vqref.commandline import ExitCode, Parser, run
+from vqref.commandline import ExitCode, Parser, positive, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: Sequence[str] | None) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse(argv)
     return int(arguments.run(arguments))
 
 
@@ -27,15 +27,23 @@ def build_parser() -> Parser:
 
     export = commands.add_parser("export", help="model.pt to a bundle: the five graphs, verified before they are written")
     export.add_argument("model", type=Path, help="the file that vqtrain wrote")
-    export.add_argument("--output", type=Path, metavar="FOLDER", help="the bundle; MODEL-onnx if not given", default=argparse.SUPPRESS)
+    export.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="the bundle; MODEL-onnx if not given", default=argparse.SUPPRESS
+    )
     export.add_argument("--replace", action="store_true", help="replace the bundle if there is one")
     export.set_defaults(run=_export)
 
     verify = commands.add_parser("verify", help="hold a bundle to the oracle that it carries, on this machine")
     verify.add_argument("bundle", type=Path)
     verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run the graphs")
-    verify.add_argument("--data", type=Path, metavar="PATH", help="further images to compare on: a file or a folder")
-    verify.add_argument("--limit", type=int, metavar="N", default=1000, help="take at most N images of --data")
+    verify.add_argument(
+        "--data",
+        type=Path,
+        metavar="PATH",
+        help="further images to compare on: a file or a folder (default: none)",
+        default=argparse.SUPPRESS,
+    )
+    verify.add_argument("--limit", type=positive, metavar="N", default=1000, help="take at most N images of --data")
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
     verify.set_defaults(run=_verify)
     return parser
@@ -60,13 +68,15 @@ def _verify(arguments: argparse.Namespace) -> int:
     bundle = Bundle.open(arguments.bundle)
     device = resolve_device(arguments.device)
     images = None
-    if arguments.data is not None:
+    if hasattr(arguments, "data"):
         images = as_batch(load(arguments.data).train[: arguments.limit], bundle.spec.image_shape)
     report = verify(bundle, device, images)
     if arguments.json:
         print(json.dumps({"bundle": str(arguments.bundle), "device": device, **report.to_dict()}, indent=2))
     else:
-        print(f"{arguments.bundle} on {device}, {'golden batch' if images is None else f'golden batch and {len(images)} images'}")
+        print(
+            f"{arguments.bundle} on {device}, {'golden batch' if images is None else f'golden batch and {len(images)} images'}"
+        )
         print(report)
         print("verified: what runs is what was trained" if report.passed else "NOT verified: see the lines above")
     return ExitCode.DONE if report.passed else ExitCode.PARITY

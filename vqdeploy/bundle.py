@@ -59,7 +59,7 @@ class Bundle:
             raise InputError(f"{where}: format version is {version!r}, expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise InputError(
-                f"{where}: format version {version} is newer than {FORMAT_VERSION}, the newest known here; upgrade portable-vqvae"
+                f"{where}: format version {version} is newer than {FORMAT_VERSION}, the newest known; upgrade portable-vqvae"
             )
         try:
             spec = ModelSpec.from_dict(manifest["spec"])
@@ -109,7 +109,8 @@ class Oracle:
         """An ``.npz`` whose bytes depend on the arrays alone: NumPy stamps its entries with a fixed date."""
         buffer = io.BytesIO()
         named = {f"param/{name}": array for name, array in self.params.items()}
-        np.savez(buffer, **named, **{f"golden/{name}": array for name, array in self.golden.items()})
+        named |= {f"golden/{name}": array for name, array in self.golden.items()}
+        np.savez(buffer, allow_pickle=False, **named)
         return buffer.getvalue()
 
     @classmethod

@@ -46,9 +46,7 @@ class Codec:
         """
         found = Bundle.open(bundle)
         chosen = resolve_device(device)
-        tokenizer, detokenizer = (
-            Session(name, found.graph(name), chosen) for name in ("tokenizer", "detokenizer")
-        )
+        tokenizer, detokenizer = (Session(name, found.graph(name), chosen) for name in ("tokenizer", "detokenizer"))
         return cls(found.spec, tokenizer, detokenizer, chosen)
 
     def encode(self, images: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -58,7 +56,10 @@ class Codec:
         Raises InputError (a ValueError) for another shape, dtype or range, and for values that are not finite.
         """
         batch = as_batch(images, self.spec.image_shape)
-        return self._run(self._tokenizer, batch, (self.spec.latent_size,), np.dtype(np.int64))
+        out = np.empty((len(batch), self.spec.latent_size), np.int64)
+        for start in range(0, len(batch), BATCH):
+            out[start : start + BATCH] = self._tokenizer(batch[start : start + BATCH])[0]
+        return out
 
     def decode(self, indices: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Probabilities (N, C, H, W), float32 in [0, 1], of indices (N, latent_size): the mean grey levels.
@@ -66,7 +67,10 @@ class Codec:
         Raises ValueError for another shape or dtype, and for an index outside 0 to num_codes - 1.
         """
         batch = as_indices(indices, ("N", self.spec.latent_size), self.spec.num_codes)
-        return self._run(self._detokenizer, batch, self.spec.image_shape, np.dtype(np.float32))
+        out = np.empty((len(batch), *self.spec.image_shape), np.float32)
+        for start in range(0, len(batch), BATCH):
+            out[start : start + BATCH] = self._detokenizer(batch[start : start + BATCH])[0]
+        return out
 
     def reconstruct(self, images: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """``decode(encode(images))``."""
@@ -76,12 +80,3 @@ class Codec:
         """Probabilities (n, C, H, W) of indices drawn from the uniform prior by ``rng``, a fresh generator if None."""
         rng = rng or np.random.default_rng()
         return self.decode(rng.integers(self.spec.num_codes, size=(n, self.spec.latent_size)))
-
-    @staticmethod
-    def _run(
-        session: Session, batch: npt.NDArray[np.generic], shape: tuple[int, ...], dtype: np.dtype[np.generic]
-    ) -> npt.NDArray[np.generic]:
-        out = np.empty((len(batch), *shape), dtype)
-        for start in range(0, len(batch), BATCH):
-            out[start : start + BATCH] = session(batch[start : start + BATCH])[0]
-        return out

@@ -71,9 +71,7 @@ def export(checkpoint: Path, output: Path, *, replace: bool = False) -> Report:
 
 
 def _describe_graphs(model: Model) -> dict[str, Any]:
-    arrays = {
-        name: {"name": name, "dtype": port.dtype, "shape": list(port.shape)} for name, port in ports(model.spec).items()
-    }
+    arrays = {name: {"name": name, "dtype": port.dtype, "shape": list(port.shape)} for name, port in ports(model.spec).items()}
     return {
         name: {
             "file": f"{name}.onnx",

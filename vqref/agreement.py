@@ -23,6 +23,13 @@ from vqref.validation import Float64, Params, check_params
 Array = npt.NDArray[Any]
 
 
+PROBED_ROWS = 1024
+"""Codebook rows fed to the quantizer as latents, evenly spread: a damaged row shows though no image is near it."""
+
+PROBED_TOKENS = 64
+"""Codes decoded in every position, evenly spread, beside those that the images chose."""
+
+
 @dataclass(frozen=True)
 class Backend:
     """An implementation under test: NumPy arrays in the dtype of ``precision`` in and out. A stage left None is not compared.
@@ -59,49 +66,67 @@ def compare(
     """Every stage of ``backend`` against the oracle on images (N, C, H, W) in [0, 1]. The report says; nothing is raised
     but ValueError for parameters or images that do not fit the spec."""
     check_params(spec, params)
-    dtype = np.dtype(backend.precision)
+    precision, dtype = backend.precision, np.dtype(backend.precision)
     images = np.asarray(images).astype(dtype)
+    codebook = np.asarray(params[CODEBOOK])
     exact_latents = encode(spec, params, images)
     latents = exact_latents.astype(dtype)
-    q = quantize(latents, params[CODEBOOK])
-    quantized = q.quantized.astype(dtype)
-    exact_logits = decode(spec, params, quantized)
-    logits = exact_logits.astype(dtype)
+    indices = quantize(latents, codebook).indices
 
     checks: list[Check] = []
     if backend.encoder:
-        checks.append(check("encoder", backend.encoder(images), exact_latents, precision=backend.precision))
+        checks.append(check("encoder", backend.encoder(images), exact_latents, precision=precision))
     if backend.quantizer:
-        checks += _check_quantizer(*backend.quantizer(latents), latents, params[CODEBOOK], backend.precision)
-    if backend.decoder:
-        found_logits, found_probabilities = backend.decoder(quantized)
-        checks.append(check("decoder", found_logits, exact_logits, precision=backend.precision))
-        checks.append(_check_probabilities("probabilities", found_probabilities, exact_logits, backend.precision))
+        fed = np.concatenate([latents, _probe_latents(spec, codebook).astype(dtype)])
+        checks += _check_quantizer(*backend.quantizer(fed), fed, codebook, precision)
     if backend.tokenizer:
-        largest = np.abs(exact_latents).max(initial=0.0)
-        delta = tolerance("encoder", backend.precision).relative * float(largest) * spec.code_size**0.5
-        checks.append(
-            check_indices(
-                backend.tokenizer(images),
-                exact_latents,
-                params[CODEBOOK],
-                precision=backend.precision,
-                latents_error=delta,
-                name="tokenizer",
-            )
-        )
-    if backend.detokenizer:
-        found = backend.detokenizer(q.indices)
-        checks.append(_check_probabilities("detokenizer", found, exact_logits, backend.precision))
+        checks.append(_check_tokenizer(backend.tokenizer(images), exact_latents, codebook, precision))
+    if backend.decoder or backend.detokenizer:
+        tokens = np.concatenate([indices, _probe_tokens(spec)])
+        quantized = codebook[tokens].astype(dtype)
+        exact_logits = decode(spec, params, quantized)
+        if backend.decoder:
+            found_logits, found_probabilities = backend.decoder(quantized)
+            checks.append(check("decoder", found_logits, exact_logits, precision=precision))
+            checks.append(_check_probabilities("probabilities", found_probabilities, exact_logits, precision))
+        if backend.detokenizer:
+            checks.append(_check_probabilities("detokenizer", backend.detokenizer(tokens), exact_logits, precision))
     if backend.losses:
-        losses = compute_losses(spec, images, logits, latents, quantized, beta)
+        chosen = codebook[indices].astype(dtype)
+        logits = decode(spec, params, chosen).astype(dtype)
+        losses = compute_losses(spec, images, logits, latents, chosen, beta)
         expected = np.array([losses.reconstruction, losses.commitment, losses.prior, losses.total])
-        found = backend.losses(images, logits, latents, quantized)
-        checks.append(check("losses", found, expected, precision=backend.precision))
+        found = backend.losses(images, logits, latents, chosen)
+        checks.append(check("losses", found, expected, precision=precision))
     if backend.ema:
         state = EMAState.from_params(params)
-        checks += _check_ema(backend.ema(latents, q.indices), state, latents, q.indices, backend.precision, decay, epsilon)
+        checks += _check_ema(backend.ema(latents, indices), state, latents, indices, precision, decay, epsilon)
     return Report(tuple(checks))
+
+
+def _probe_latents(spec: ModelSpec, codebook: Array) -> Array:
+    """Rows of the codebook as latents (n, S, D)."""
+    rows = codebook[_spread(spec.num_codes, PROBED_ROWS)]
+    n = -(-len(rows) // spec.latent_size)
+    return np.resize(rows, (n, spec.latent_size, spec.code_size))
+
+
+def _probe_tokens(spec: ModelSpec) -> Array:
+    """Indices (n, S): each probed code in each position, neighbours in one row of tokens being different codes."""
+    codes = _spread(spec.num_codes, PROBED_TOKENS)
+    return np.stack([np.roll(codes, position) for position in range(spec.latent_size)], axis=1)
+
+
+def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
+    """At most ``most`` of 0 to count - 1, evenly spread, the ends among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
+
+
+def _check_tokenizer(found: Array, latents: Float64, codebook: Array, precision: str) -> Check:
+    """Images to indices: the encoder may be off by its tolerance in every element of a latent, by sqrt(D) of it in all."""
+    largest = np.abs(latents).max(axis=(1, 2), initial=0.0)  # (N,)
+    delta = tolerance("encoder", precision).relative * largest * latents.shape[2] ** 0.5
+    return check_indices(found, latents, codebook, precision=precision, latents_error=delta[:, None], name="tokenizer")
 
 
 def _check_probabilities(name: str, found: Array, logits: Float64, precision: str) -> Check:
@@ -121,8 +146,8 @@ def _check_quantizer(indices: Array, quantized: Array, latents: Array, codebook:
             problem = f"{np.asarray(quantized).dtype} {np.shape(quantized)}, expected {copied.dtype} {copied.shape}"
             yield Check("quantized", precision, copied.size, max(1, copied.size), problem=problem)
         else:
-            problem = f"not a row of the codebook at {tuple(int(i) for i in wrong[0])}" if len(wrong) else None
-            yield Check("quantized", precision, copied.size, len(wrong), problem=problem)
+            where = f"not a row of the codebook at {tuple(int(i) for i in wrong[0])}" if len(wrong) else None
+            yield Check("quantized", precision, copied.size, len(wrong), problem=where)
 
 
 def _check_ema(

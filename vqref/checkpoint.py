@@ -64,7 +64,9 @@ class Model:
         if not isinstance(version, int) or version < 1:
             raise InputError(f"format version is {version!r}, expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
-            raise InputError(f"format version {version} is newer than {FORMAT_VERSION}, the newest known here; upgrade portable-vqvae")
+            raise InputError(
+                f"format version {version} is newer than {FORMAT_VERSION}, the newest known; upgrade portable-vqvae"
+            )
         for key in ("spec", "parameters", "training", "metrics", "provenance"):
             if not isinstance(data.get(key), dict):
                 raise InputError(f"the entry {key!r} is missing or not a dictionary")
@@ -88,7 +90,9 @@ def read(path: str | Path, load: Callable[[BinaryIO], Any]) -> tuple[Model, str]
     try:
         data = load(io.BytesIO(content))
     except pickle.UnpicklingError:
-        raise InputError(f"{path}: refused: not a vqtrain checkpoint but a pickle of other things; nothing was executed") from None
+        raise InputError(
+            f"{path}: refused: not a vqtrain checkpoint but a pickle of other things; nothing was executed"
+        ) from None
     except Exception as error:  # damaged bytes surface as whatever the loader stumbled on
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{path}: not a vqtrain checkpoint ({type(error).__name__}: {reason})") from None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -60,9 +59,9 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(**options)  # type: ignore[arg-type]
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
-        arguments = list(sys.argv[1:] if args is None else args)
-        parsed, unknown = self.parse_known_args(arguments, namespace)
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+        """``parse_args`` with an answer to unknown options that names the nearest known one."""
+        parsed, unknown = self.parse_known_args(argv)
         if unknown:
             word = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
             self.error(f"unknown {'option' if word.startswith('-') else 'argument'} {word}{self._nearest(word)}")
@@ -84,7 +83,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(ExitCode.USAGE, f"{self.prog}: {one_line} (see {self.prog} --help)\n")
 
 
-_ENVIRONMENT_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENOMEM}
+def positive(text: str) -> int:
+    """The type of options that count: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
 
 
 def run(prog: str, command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
@@ -99,9 +103,7 @@ def run(prog: str, command: Callable[[Sequence[str] | None], int], argv: Sequenc
     except BrokenPipeError:  # the reader of our output closed it (`| head`): nothing left to say, to anyone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ExitCode.FAILED
-    except OSError as error:
-        if error.errno not in _ENVIRONMENT_ERRNO:
-            raise
+    except OSError as error:  # commands check their inputs; what is left is the disk, the memory, the rights
         return _say(prog, f"{error.filename or 'the system'}: {error.strerror}", ExitCode.ENVIRONMENT)
     except KeyboardInterrupt:
         return _say(prog, "interrupted", ExitCode.INTERRUPTED)

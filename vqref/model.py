@@ -31,6 +31,7 @@ class Forward:
 def init_params(spec: ModelSpec, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
     """Fresh parameters {name: float32 array} as the spec's table says: Glorot uniform weights and codebook, zero biases."""
     params: dict[str, npt.NDArray[np.float32]] = {}
+    values: npt.NDArray[np.floating]
     for parameter in spec.parameters:
         if parameter.initial == "glorot_uniform":
             values = rng.uniform(-parameter.limit, parameter.limit, parameter.shape)

@@ -33,7 +33,8 @@ def sigmoid(logits: npt.ArrayLike) -> Float64:
     """Probabilities 1 / (1 + exp(-logits)), in the form that never overflows."""
     logits = np.asarray(logits, np.float64)
     small = np.exp(-np.abs(logits))
-    return np.where(logits >= 0, 1.0, small) / (1.0 + small)
+    probabilities: Float64 = np.where(logits >= 0, 1.0, small) / (1.0 + small)
+    return probabilities
 
 
 def run(layers: Sequence[Layer], params: Params, x: Float64) -> Float64:

@@ -48,7 +48,7 @@ class Tolerance:
 TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
     {
         ("encoder", "float64"): Tolerance(
-            1e-12, "array", "six layers of sums of at most 3136 terms: 3e-13 if every rounding conspires, 2e-15 measured"
+            1e-12, "image", "six layers of sums of at most 3136 terms: 3e-13 if every rounding conspires, 2e-15 measured"
         ),
         ("decoder", "float64"): Tolerance(1e-12, "image", "as the encoder; 2e-15 measured"),
         ("probabilities", "float64"): Tolerance(
@@ -58,7 +58,7 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
         ("ema", "float64"): Tolerance(1e-12, "element", "one sum over the batch, a product and a quotient; 1e-16 measured"),
         ("gradients", "float64"): Tolerance(1e-11, "array", "forward and back, summed over the batch; 2e-14 measured"),
         ("encoder", "float32"): Tolerance(
-            1e-5, "array", "5e-7 measured; a reduced-precision product (TF32: 5e-4 a factor) stands well above"
+            1e-5, "image", "5e-7 measured; a reduced-precision product (TF32: 5e-4 a factor) stands well above"
         ),
         ("decoder", "float32"): Tolerance(1e-5, "image", "1e-6 measured; TF32 stands well above"),
         ("probabilities", "float32"): Tolerance(
@@ -153,15 +153,13 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        head = "stage            compared  max error  allowed  certified  near ties  flips  wrong"
-        lines = [head]
+        lines = ["stage          compared  max err  rms err  allowed  certified  ties  flips  wrong"]
         for c in self.checks:
-            error = f"{c.max_error:.1e}" if c.max_error is not None else "-"
-            allowed = f"{c.allowed:.0e}" if c.allowed is not None else "-"
+            errors = ["-" if e is None else f"{e:.1e}" for e in (c.max_error, c.rms_error, c.allowed)]
             counts = ["-" if n is None else str(n) for n in (c.certified, c.near_ties, c.flips)]
             lines.append(
-                f"{c.stage:<15} {c.compared:>9} {error:>10} {allowed:>8} "
-                f"{counts[0]:>10} {counts[1]:>10} {counts[2]:>6} {c.violations:>6}"
+                f"{c.stage:<14}{c.compared:>9}{errors[0]:>9}{errors[1]:>9}{errors[2]:>9}"
+                f"{counts[0]:>11}{counts[1]:>6}{counts[2]:>7}{c.violations:>7}"
             )
         lines += [f"{c.stage}: {c.problem}" for c in self.failures]
         return "\n".join(lines)
@@ -197,12 +195,12 @@ def check(
     off = np.abs(actual.astype(np.float64) - expected)
     error = np.divide(off, scale, out=np.where(off > 0, np.inf, 0.0), where=scale > 0)
     wrong = ~(error <= row.relative)  # NaN compares false, so it counts as wrong
-    at = np.unravel_index(np.where(np.isnan(error), np.inf, error).argmax(), error.shape)
-    worst = {"position": [int(i) for i in at], "found": _plain(actual[at]), "expected": _plain(expected[at])}
+    at = tuple(int(i) for i in np.unravel_index(np.where(np.isnan(error), np.inf, error).argmax(), error.shape))
+    worst = {"position": list(at), "found": _plain(actual[at]), "expected": _plain(expected[at])}
     problem = None
     if wrong.any():
         problem = (
-            f"the worst at {tuple(worst['position'])} is {actual[at]:.9g}, the oracle's {expected[at]:.9g}: "
+            f"the worst at {at} is {actual[at]:.9g}, the oracle's {expected[at]:.9g}: "
             f"off by {error[at]:.2g} of its scale, allowed {row.relative:g}"
         )
     finite = bool(np.isfinite(error).all())
@@ -225,13 +223,13 @@ def check_indices(
     codebook: npt.ArrayLike,
     *,
     precision: str,
-    latents_error: float = 0.0,
+    latents_error: npt.ArrayLike = 0.0,
     name: str = "quantizer",
 ) -> Check:
     """Holds indices (N, S) to the nearest rows of codebook (K, D) for latents (N, S, D), as far as rounding allows.
 
-    latents and codebook are what the implementation computed on, exactly; ``latents_error`` is the largest Euclidean
-    distance by which its latents may differ from these (0 when it was fed them).
+    latents and codebook are what the implementation computed on, exactly; ``latents_error``, a number or (N, S), is the
+    largest Euclidean distance by which its latents may differ from these (0 when it was fed them).
 
     With b the nearest code in float64, code k may be chosen instead only if d_k - d_b <= slack_k. Derivation:
 
@@ -257,13 +255,14 @@ def check_indices(
     if problem := _misfit(indices, shape, np.dtype(np.int64)):
         return Check(name, precision, count, max(1, count), certified=0, near_ties=0, flips=0, problem=problem)
 
+    moved = np.broadcast_to(np.asarray(latents_error, np.float64), shape).reshape(-1, 1)
     near_ties = flips = 0
     wrong: list[tuple[float, int, int]] = []  # (how far beyond its slack, latent, the oracle's index)
     chosen = indices.ravel()
     for rows, distances in squared_distances(latents.reshape(-1, d), codebook):
         best = distances.argmin(axis=1)
         each = np.arange(len(best))
-        excess = distances - distances[each, best][:, None] - _slack(distances, best, codebook, precision, latents_error)
+        excess = distances - distances[each, best][:, None] - _slack(distances, best, codebook, precision, moved[rows])
         excess[each, best] = -np.inf  # the oracle's own choice is always right
         near_ties += int((np.count_nonzero(excess <= 0, axis=1) > 1).sum())
         found = chosen[rows]
@@ -292,16 +291,16 @@ def check_indices(
     )
 
 
-def _slack(distances: Float64, best: npt.NDArray[np.intp], codebook: Float64, precision: str, delta: float) -> Float64:
-    """slack_k of ``check_indices`` for distances (rows, K) whose nearest codes are best (rows,)."""
+def _slack(distances: Float64, best: npt.NDArray[np.intp], codebook: Float64, precision: str, delta: Float64) -> Float64:
+    """slack_k of ``check_indices`` for distances (rows, K) whose nearest codes are best (rows,), and delta (rows, 1)."""
     terms = codebook.shape[1] + 2
     g = sum(terms * u / (1 - terms * u) for u in (UNIT_ROUNDOFF[precision], UNIT_ROUNDOFF["float64"]))
     moved = np.square(np.sqrt(distances) + delta)  # (rows, K)
     slack = g * (moved + moved[np.arange(len(best)), best][:, None]) + 2 * terms * float(np.finfo(precision).tiny)
-    if delta:
+    if delta.any():
         for code in np.unique(best):
             apart = np.sqrt(np.square(codebook - codebook[code]).sum(axis=1))  # (K,)
-            slack[best == code] += 2 * delta * apart
+            slack[best == code] += 2 * delta[best == code] * apart
     return np.asarray(slack, np.float64)
 
 

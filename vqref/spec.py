@@ -71,8 +71,7 @@ class Layer:
             return (0, 0), (0, 0)
         image = self.in_shape if self.kind == "conv" else self.out_shape
         totals = [
-            max((math.ceil(n / self.stride) - 1) * self.stride + k - n, 0)
-            for n, k in zip(image[1:], self.kernel, strict=True)
+            max((math.ceil(n / self.stride) - 1) * self.stride + k - n, 0) for n, k in zip(image[1:], self.kernel, strict=True)
         ]
         (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
         return (top, bottom), (left, right)
@@ -83,9 +82,8 @@ class Layer:
         if self.kind == "reshape":
             return ()
         fan_in, fan_out = self.in_shape[0], self.out_shape[0]
-        weight = (fan_in, fan_out) if self.kind == "conv_transpose" else (fan_out, fan_in)
-        if self.kind != "dense":
-            weight += self.kernel
+        channels = (fan_in, fan_out) if self.kind == "conv_transpose" else (fan_out, fan_in)
+        weight = channels if self.kind == "dense" else channels + self.kernel
         limit = math.sqrt(6.0 / ((fan_in + fan_out) * math.prod(self.kernel)))
         return (
             Parameter(f"{self.name}.weight", weight, "glorot_uniform", limit),
@@ -189,7 +187,9 @@ class ModelSpec:
         The codebook starts Glorot uniform, ``ema_count`` at 0 and ``ema_means`` as a copy of the codebook.
         """
         k, d = self.num_codes, self.code_size
-        return tuple(parameter for layer in self.layers for parameter in layer.parameters) + (
+        of_layers = (parameter for layer in self.layers for parameter in layer.parameters)
+        return (
+            *of_layers,
             Parameter(CODEBOOK, (k, d), "glorot_uniform", math.sqrt(6.0 / (k + d))),
             Parameter(EMA_COUNT, (k,), "zeros"),
             Parameter(EMA_MEANS, (k, d), "codebook"),

@@ -1,7 +1,29 @@
-"""The trainer: the VQ-VAE of the post in PyTorch, checked against the oracle as it runs."""
+"""The trainer: the VQ-VAE of the post in PyTorch, checked against the oracle as it runs.
 
-from vqtrain.model import VQVAE, Forward
-from vqtrain.options import RECIPES, TrainingOptions
-from vqtrain.train import Trainer, evaluate, training_step
+Names are imported when they are first used, so that ``python -m vqtrain --help`` does not wait for PyTorch.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vqtrain.model import VQVAE, Forward
+    from vqtrain.options import RECIPES, TrainingOptions
+    from vqtrain.train import Trainer, evaluate, training_step
+
+_HOMES = {
+    "RECIPES": "options",
+    "VQVAE": "model",
+    "Forward": "model",
+    "Trainer": "train",
+    "TrainingOptions": "options",
+    "evaluate": "train",
+    "training_step": "train",
+}
 __all__ = ["RECIPES", "VQVAE", "Forward", "Trainer", "TrainingOptions", "evaluate", "training_step"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

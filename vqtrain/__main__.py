@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: Sequence[str] | None) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser().parse(argv)
     options = _build(RECIPES[arguments.recipe], arguments, OPTION_HELP)
     sizes = _build(ModelSpec(), arguments, SPEC_HELP)
 
-    from vqref.images import load  # the heavy imports come after the options are known to be right
     from vqref.files import require_writable
+    from vqref.images import load  # the heavy imports come after the options are known to be right
     from vqtrain.train import Trainer
 
     device = _device(arguments.device)
@@ -74,6 +74,7 @@ def build_parser() -> Parser:
         "--data",
         type=Path,
         required=True,
+        default=argparse.SUPPRESS,
         metavar="PATH",
         help="images: an .npz, .npy or IDX file, or a folder that holds the official KMNIST files",
     )

@@ -47,7 +47,7 @@ class TrainingOptions:
         return dataclasses.asdict(self)
 
 
-ADAM = {"betas": (0.9, 0.999), "eps": 1e-7}
+ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-7
 """What no option changes: the moments' decays and epsilon of the post's optimizer."""
 
 RECIPES = {"seed": TrainingOptions()}

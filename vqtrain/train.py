@@ -25,10 +25,12 @@ from vqtrain.data import Batches
 from vqtrain.losses import Losses, compute_losses
 from vqtrain.metrics import Meter, Metrics
 from vqtrain.model import VQVAE
-from vqtrain.options import ADAM, TrainingOptions
+from vqtrain.options import ADAM_BETAS, ADAM_EPSILON, TrainingOptions
 
 
-def training_step(model: VQVAE, optimizer: torch.optim.Optimizer, images: Tensor, options: TrainingOptions) -> tuple[Losses, Tensor]:
+def training_step(
+    model: VQVAE, optimizer: torch.optim.Optimizer, images: Tensor, options: TrainingOptions
+) -> tuple[Losses, Tensor]:
     """One step on images (N, C, H, W): gradients to encoder and decoder, then the codebook's moving averages on this
     step's latents. Returns the losses before the step and the indices (N, S)."""
     out = model(images)
@@ -74,7 +76,7 @@ class Trainer:
         params = vqref.init_params(spec, np.random.default_rng(options.seed))
         self.model = VQVAE(spec, params).to(device)
         learned = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
-        self.optimizer = torch.optim.Adam(learned, lr=options.learning_rate, betas=ADAM["betas"], eps=ADAM["eps"])
+        self.optimizer = torch.optim.Adam(learned, lr=options.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPSILON)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.batches = Batches(images.train, options.batch_size, device)
         held_out = images.held_out if images.held_out is not None and len(images.held_out) else None

@@ -1,0 +1,133 @@
+"""The quantizer and its moving averages: the nearest code by exact arithmetic, and the recurrence by hand."""
+
+import tracemalloc
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vqref
+from vqref import quantizer
+
+SMALL = st.integers(-4, 4).map(float)
+
+
+@st.composite
+def latents_and_codebook(draw):
+    k, d, n = draw(st.integers(1, 6)), draw(st.integers(1, 4)), draw(st.integers(0, 4))
+    codebook = draw(st.lists(st.lists(SMALL, min_size=d, max_size=d), min_size=k, max_size=k))
+    latents = draw(st.lists(st.lists(SMALL, min_size=d, max_size=d), min_size=n, max_size=n))
+    return np.array(latents).reshape(n, 1, d), np.array(codebook)
+
+
+@given(latents_and_codebook())
+def test_quantize_is_the_first_nearest_code_in_exact_arithmetic(case):
+    latents, codebook = case
+    q = vqref.quantize(latents, codebook)
+    for n, latent in enumerate(latents[:, 0]):
+        exact = [sum((Fraction(x) - Fraction(c)) ** 2 for x, c in zip(latent, row, strict=True)) for row in codebook]
+        assert q.indices[n, 0] == exact.index(min(exact))
+        best, *others = sorted(exact)
+        assert q.gap[n, 0] == (float(others[0] - best) if others else np.inf)
+        np.testing.assert_array_equal(q.quantized[n, 0], codebook[q.indices[n, 0]])
+
+
+def test_shapes_and_dtypes_are_those_of_the_vocabulary():
+    q = vqref.quantize(np.zeros((5, 3, 2), np.float32), np.ones((4, 2), np.float32))
+    assert (q.indices.shape, q.indices.dtype) == ((5, 3), np.int64)
+    assert (q.quantized.shape, q.quantized.dtype) == ((5, 3, 2), np.float64)
+    assert (q.gap.shape, q.gap.dtype) == ((5, 3), np.float64)
+
+
+def test_latents_cut_into_pieces_give_the_same_answer(monkeypatch):
+    rng = np.random.default_rng(0)
+    latents, codebook = rng.normal(size=(50, 2, 7)), rng.normal(size=(11, 7))
+    whole = vqref.quantize(latents, codebook)
+    monkeypatch.setattr(quantizer, "DISTANCE_BYTES", 1)
+    pieces = vqref.quantize(latents, codebook)
+    np.testing.assert_array_equal(pieces.indices, whole.indices)
+    np.testing.assert_array_equal(pieces.gap, whole.gap)
+
+
+def test_memory_does_not_grow_with_the_product_of_latents_and_codes():
+    """20,000 latents and 2,048 codes: a matrix of distances would take 328 MB; the working memory is tens."""
+    rng = np.random.default_rng(0)
+    latents, codebook = rng.normal(size=(20_000, 1, 4)), rng.normal(size=(2048, 4))
+    tracemalloc.start()
+    vqref.quantize(latents, codebook)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40e6
+
+
+@pytest.mark.parametrize(
+    ("latents", "codebook", "message"),
+    [
+        (np.zeros((2, 1, 3)), np.zeros((4, 2)), r"latents: shape is \(2, 1, 3\), expected \(N, S, 2\)"),
+        (np.zeros((2, 2)), np.zeros((4, 2)), r"latents: shape is \(2, 2\)"),
+        (np.full((2, 1, 2), np.nan), np.zeros((4, 2)), r"latents: nan at \(0, 0, 0\)"),
+        (np.zeros((2, 1, 2), int), np.zeros((4, 2)), "latents: dtype is int64"),
+        (np.zeros((2, 1, 2)), np.zeros((0, 2)), r"codebook: shape is \(0, 2\), expected at least one row"),
+        (np.zeros((2, 1, 2)), np.full((4, 2), np.inf), r"codebook: inf at \(0, 0\)"),
+    ],
+)
+def test_what_cannot_be_quantized_is_named(latents, codebook, message):
+    with pytest.raises(ValueError, match=message):
+        vqref.quantize(latents, codebook)
+
+
+def test_one_ema_step_by_hand():
+    state = vqref.EMAState(np.array([[1.0], [2.0]]), np.array([0.0, 4.0]), np.array([[1.0], [8.0]]))
+    after = vqref.update_ema(state, np.array([[[3.0]], [[5.0]]]), np.array([[1], [1]]), decay=0.5, epsilon=0.25)
+    np.testing.assert_array_equal(after.ema_count, [0.0, 3.0])
+    np.testing.assert_array_equal(after.ema_means, [[0.5], [8.0]])
+    np.testing.assert_array_equal(after.codebook, [[0.5 / 0.25], [8.0 / 3.25]])
+
+
+def test_a_code_never_hit_flies_out_from_count_zero():
+    """The post's start: count 0 divides by epsilon alone."""
+    state = vqref.EMAState(np.array([[1.0], [2.0]]), np.zeros(2), np.array([[1.0], [2.0]]))
+    after = vqref.update_ema(state, np.array([[[1.0]]]), np.array([[0]]))
+    assert after.codebook[1, 0] == pytest.approx(0.99 * 2 / 1e-5)
+
+
+@given(decay=st.floats(0, 1), seed=st.integers(0, 1000))
+def test_an_ema_step_conserves_counts_and_changes_nothing_it_was_given(decay, seed):
+    rng = np.random.default_rng(seed)
+    arrays = rng.normal(size=(5, 3)), rng.uniform(0, 3, 5), rng.normal(size=(5, 3))
+    copies = [array.copy() for array in arrays]
+    latents, indices = rng.normal(size=(4, 2, 3)), rng.integers(0, 5, (4, 2))
+    state = vqref.EMAState(*arrays)
+    after = vqref.update_ema(state, latents, indices, decay=decay)
+    assert after.ema_count.sum() == pytest.approx(decay * copies[1].sum() + (1 - decay) * 8)
+    np.testing.assert_allclose(after.ema_means.sum(0), decay * copies[2].sum(0) + (1 - decay) * latents.sum((0, 1)), atol=1e-12)
+    for array, copy in zip(arrays, copies, strict=True):
+        np.testing.assert_array_equal(array, copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": np.array([[5]])}, "indices: values from 5 to 5, expected 0 to 1"),
+        ({"indices": np.array([[-1]])}, "indices: values from -1 to -1"),
+        ({"indices": np.array([[0.0]])}, "indices: dtype is float64, expected an integer dtype"),
+        ({"indices": np.array([0])}, r"indices: shape is \(1,\), expected \(1, 1\)"),
+        ({"decay": 1.5}, "decay is 1.5"),
+        ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"latents": np.zeros((1, 1, 2))}, r"latents: shape is \(1, 1, 2\), expected \(N, S, 1\)"),
+    ],
+)
+def test_an_ema_step_that_cannot_be_is_named(change, message):
+    state = vqref.EMAState(np.array([[1.0], [2.0]]), np.zeros(2), np.array([[1.0], [2.0]]))
+    arguments = {"latents": np.zeros((1, 1, 1)), "indices": np.array([[0]])} | change
+    with pytest.raises(ValueError, match=message):
+        vqref.update_ema(state, **arguments)
+
+
+def test_an_ema_state_that_cannot_be_is_named():
+    with pytest.raises(ValueError, match=r"ema_count: shape is \(3,\), expected \(2,\)"):
+        vqref.EMAState(np.zeros((2, 1)), np.zeros(3), np.zeros((2, 1)))
+    with pytest.raises(ValueError, match="ema_count: the smallest is -1"):
+        vqref.EMAState(np.zeros((2, 1)), np.array([0.0, -1.0]), np.zeros((2, 1)))
