@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,7 +89,9 @@ def read(path: str | Path, load: Callable[[BinaryIO], Any]) -> tuple[Model, str]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     try:
-        data = load(io.BytesIO(content))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a loader's remarks on a file that is about to be refused, or is sound
+            data = load(io.BytesIO(content))
     except pickle.UnpicklingError:
         raise InputError(
             f"{path}: refused: not a vqtrain checkpoint but a pickle of other things; nothing was executed"

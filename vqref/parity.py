@@ -153,13 +153,13 @@ class Report:
         return json.dumps(self.to_dict(), indent=2)
 
     def __str__(self) -> str:
-        lines = ["stage          compared  max err  rms err  allowed  certified  ties  flips  wrong"]
+        lines = ["stage          compared  max err  rms err  allowed certified  ties  flips wrong"]
         for c in self.checks:
             errors = ["-" if e is None else f"{e:.1e}" for e in (c.max_error, c.rms_error, c.allowed)]
             counts = ["-" if n is None else str(n) for n in (c.certified, c.near_ties, c.flips)]
             lines.append(
                 f"{c.stage:<14}{c.compared:>9}{errors[0]:>9}{errors[1]:>9}{errors[2]:>9}"
-                f"{counts[0]:>11}{counts[1]:>6}{counts[2]:>7}{c.violations:>7}"
+                f"{counts[0]:>10}{counts[1]:>6}{counts[2]:>7}{c.violations:>6}"
             )
         lines += [f"{c.stage}: {c.problem}" for c in self.failures]
         return "\n".join(lines)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from vqref.commandline import MachineError, Parser, UsageError, run
+from vqref.commandline import InputError, MachineError, Parser, UsageError, run
 from vqref.spec import ModelSpec
 from vqtrain.options import RECIPES, TrainingOptions
 
@@ -55,7 +55,7 @@ def command(argv: Sequence[str] | None) -> int:
     try:
         spec = dataclasses.replace(sizes, image_shape=images.train.shape[1:])
     except ValueError as error:
-        raise UsageError(f"{images.source}: {error}") from None
+        raise InputError(f"{images.source}: {error}") from None
     provenance = {
         "data": {"source": images.source, "sha256": images.sha256, "images": len(images.train)},
         "recipe": arguments.recipe,

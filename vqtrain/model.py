@@ -35,8 +35,8 @@ class VQVAE(nn.Module):
         check_params(spec, params)
         self.spec = spec
         self.encoder = Network(spec.encoder)
-        self.quantizer = Quantizer(spec)
         self.decoder = Network(spec.decoder)
+        self.quantizer = Quantizer(spec)
         values = {name: torch.from_numpy(np.asarray(array)) for name, array in params.items()}
         self.to(values[CODEBOOK].dtype).load_state_dict(values)
 

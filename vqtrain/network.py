@@ -59,7 +59,7 @@ def dense(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def reshape(layer: Layer, x: Tensor) -> Tensor:
-    return x.reshape(len(x), *layer.out_shape)
+    return x.reshape(x.shape[0], *layer.out_shape)
 
 
 def linear(x: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ class Trainer:
         self.say(f"{len(self.batches.images)} images, {steps} steps of {self.options.batch_size} on {self.device}")
         report = self._require_agreement(self.sample, "before the first step")
         self.say(f"oracle: {_agreement(report)}, before the first step")
-        self.say("epoch     bound  reconstruction  commitment  perplexity  codes  images/s  oracle")
+        self.say("epoch    bound  reconstruction  commitment  perplexity  codes  images/s  oracle")
         for epoch in range(1, self.options.epochs + 1):
             self._epoch(epoch)
         return self._finish()
@@ -110,8 +110,8 @@ class Trainer:
         self.history.append(line)
         write_model(self.output, self._snapshot())
         self.say(
-            f"{epoch:>5} {metrics.bound:>9.2f} {metrics.reconstruction:>15.2f} {metrics.commitment:>11.4f} "
-            f"{metrics.perplexity:>11.1f} {metrics.codes_used:>6} {rate:>9.0f}  {_agreement(report)}"
+            f"{epoch:>5}{metrics.bound:>9.2f}{metrics.reconstruction:>16.2f}{metrics.commitment:>12.4f}"
+            f"{metrics.perplexity:>12.1f}{metrics.codes_used:>7}{rate:>10.0f}  agrees"
         )
 
     def _with_progress(self, epoch: int, meter: Meter) -> Iterator[Tensor]:
@@ -142,8 +142,8 @@ class Trainer:
         if self.held_out is not None:
             found = evaluate(self.model, self.held_out, self.options)
             self.say(
-                f"held out: {found.bound:.2f} nats an image ({found.reconstruction:.2f} reconstruction + {found.prior:.2f} "
-                f"prior), perplexity {found.perplexity:.1f}, {found.codes_used} codes"
+                f"held out: bound {found.bound:.2f} nats an image, perplexity {found.perplexity:.1f}, "
+                f"{found.codes_used} of {self.spec.num_codes} codes used"
             )
             model = dataclasses.replace(model, metrics={**model.metrics, "held_out": dataclasses.asdict(found)})
             write_model(self.output, model)
@@ -164,4 +164,4 @@ class Trainer:
 
 
 def _agreement(report: Report) -> str:
-    return f"agrees ({report.worst_error_over_allowed:.0%} of tolerance)"
+    return f"agrees (largest error {report.worst_error_over_allowed:.0%} of what is allowed)"

@@ -1,0 +1,152 @@
+"""The Codec: what other programs call, and all that it lets through."""
+
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import vqdeploy.codec
+import vqref
+from vqdeploy import Codec
+from vqref.commandline import InputError, MachineError
+
+
+@pytest.fixture(scope="module")
+def codec(bundle) -> Codec:
+    return Codec.load(bundle, device="cpu")
+
+
+def test_encode_gives_the_oracles_indices_and_decode_its_probabilities(codec, model, many_images):
+    images = (many_images[:100, None] / np.float32(255)).astype(np.float32)
+    out = vqref.forward(model.spec, model.params, images)
+    indices = codec.encode(images)
+    assert (indices.shape, indices.dtype) == ((100, 4), np.int64)
+    np.testing.assert_array_equal(indices[out.gap.min(axis=1) > 1e-3], out.indices[out.gap.min(axis=1) > 1e-3])
+    assert (indices == out.indices).mean() > 0.99
+    probabilities = codec.decode(out.indices)
+    assert (probabilities.shape, probabilities.dtype) == ((100, 1, 28, 28), np.float32)
+    np.testing.assert_allclose(probabilities, out.probabilities, atol=1e-5)
+    np.testing.assert_array_equal(codec.reconstruct(images), codec.decode(indices))
+
+
+def test_every_form_of_the_same_images_gives_the_same_tokens(codec, many_images):
+    grey = many_images[:20]
+    expected = codec.encode(grey)
+    for images in (grey[:, None], grey[..., None], grey / np.float32(255), [*grey]):
+        np.testing.assert_array_equal(codec.encode(images), expected)
+
+
+def test_large_batches_are_cut_and_empty_ones_answered(codec, many_images, monkeypatch):
+    whole = codec.encode(many_images[:50])
+    monkeypatch.setattr(vqdeploy.codec, "BATCH", 7)
+    np.testing.assert_array_equal(codec.encode(many_images[:50]), whole)
+    np.testing.assert_array_equal(codec.decode(whole), codec.decode(whole[::-1])[::-1])
+    assert codec.encode(many_images[:0]).shape == (0, 4)
+    assert codec.decode(np.zeros((0, 4), int)).shape == (0, 1, 28, 28)
+
+
+def test_samples_are_drawn_by_the_generator_that_was_passed(codec):
+    first, again = (codec.sample(3, rng=np.random.default_rng(5)) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == (3, 1, 28, 28)
+    assert codec.sample(2).shape == (2, 1, 28, 28)
+
+
+def test_it_says_what_it_is_and_what_runs(codec, model):
+    assert codec.spec == model.spec
+    assert codec.device == "cpu"
+    assert codec.providers == ("CPUExecutionProvider",)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 28, 27)), r"images: shape is \(2, 28, 27\), expected \(N, 28, 28\), \(N, 1, 28, 28\)"),
+        (np.full((1, 28, 28), np.nan), "images: nan at"),
+        (np.full((1, 28, 28), 255.0), r"values from 255 to 255, expected \[0, 1\] \(or uint8\)"),
+        (np.zeros((1, 28, 28), int), "images: dtype is int64"),
+    ],
+)
+def test_images_that_it_cannot_encode_are_named_and_never_become_index_0(codec, images, message):
+    with pytest.raises(InputError, match=message):
+        codec.encode(images)
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (np.array([[0, 0, 0, 16]]), "indices: values from 0 to 16, expected 0 to 15"),
+        (np.array([[0, 0, 0, -1]]), "indices: values from -1 to 0"),
+        (np.array([[0, 0, 0]]), r"indices: shape is \(1, 3\), expected \(N, 4\)"),
+        (np.zeros((1, 4)), "indices: dtype is float64"),
+    ],
+)
+def test_indices_that_it_cannot_decode_are_named_and_never_wrap(codec, indices, message):
+    with pytest.raises(ValueError, match=message):
+        codec.decode(indices)
+
+
+def test_threads_share_one_codec(codec, many_images):
+    parts = [many_images[i : i + 10] for i in range(0, 200, 10)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(codec.encode, parts))
+    for part, indices in zip(parts, found, strict=True):
+        np.testing.assert_array_equal(indices, codec.encode(part))
+
+
+def test_a_named_device_that_is_absent_is_an_error(bundle, monkeypatch):
+    monkeypatch.setattr("vqdeploy.sessions.cuda_devices", lambda: 0)
+    with pytest.raises(MachineError, match="device cuda"):
+        Codec.load(bundle, device="cuda")
+
+
+def test_a_damaged_bundle_is_refused_when_it_is_loaded(tmp_path):
+    with pytest.raises(InputError, match="not a bundle"):
+        Codec.load(tmp_path)
+
+
+PROGRAM = """
+import sys
+import numpy as np
+from vqdeploy import Codec
+codec = Codec.load(sys.argv[1])
+images = np.load(sys.argv[2])
+indices = codec.encode(images)
+assert codec.decode(indices).shape == (len(images), 1, 28, 28)
+for absent in ("torch", "onnx", "scipy", "tqdm"):
+    try:
+        __import__(absent)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{absent} can be imported: this environment proves nothing")
+np.save(sys.argv[3], indices)
+"""
+
+
+def test_a_program_with_numpy_and_onnxruntime_alone_runs_it(bundle, codec, many_images, tmp_path, run):
+    """An interpreter whose path has this project, numpy, onnxruntime and nothing else: no torch, no onnx, no scipy."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for package in ("numpy", "onnxruntime"):
+        (name,) = set(packages_distributions()[package])
+        found = distribution(name)
+        for top in {Path(file).parts[0] for file in found.files if ".." not in Path(file).parts}:
+            if not (site / top).exists():
+                (site / top).symlink_to(found.locate_file(top))
+    for package in ("vqref", "vqdeploy"):
+        (site / package).symlink_to(ROOT / package)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    np.save(tmp_path / "images.npy", many_images[:10])
+    start = f"import sys; sys.path.append({str(site)!r}); sys.argv.pop(0); exec(open(sys.argv[0]).read())"
+    done = run("-I", "-S", "-c", start, "program.py", bundle, "images.npy", "out.npy")
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), codec.encode(many_images[:10]))
+
+
+def test_loading_on_the_cpu_says_nothing(bundle, run):
+    code = f"from vqdeploy import Codec; Codec.load({str(bundle)!r}, device='cpu')"
+    done = run("-c", code, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

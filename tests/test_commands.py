@@ -1,0 +1,166 @@
+"""The command lines as a user has them: one line for each mistake, the right exit code, and nothing lost."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from vqref.commandline import CommandError, ExitCode, InputError, MachineError, Parser, UsageError
+from vqref.commandline import run as run_command
+from vqref.parity import ParityError
+
+SMALL = ("--base-depth", "4", "--batch-size", "32")
+
+
+@pytest.fixture
+def data(tmp_path, many_images):
+    folder = tmp_path / "kmnist"
+    folder.mkdir()
+    np.savez_compressed(folder / "kmnist-train-imgs.npz", many_images[:96])
+    np.savez_compressed(folder / "kmnist-test-imgs.npz", many_images[96:136])
+    return folder
+
+
+def test_train_export_verify_from_an_empty_folder(run, data, tmp_path):
+    trained = run("-m", "vqtrain", "--data", data, "--epochs", 2, "--recipe", "seed", *SMALL)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.splitlines()[-1] == "wrote model.pt; next: python -m vqdeploy export model.pt"
+    assert trained.stderr == ""
+    exported = run("-m", "vqdeploy", "export", "model.pt")
+    assert exported.returncode == 0, exported.stderr
+    assert exported.stdout.splitlines()[-1] == "wrote model-onnx; next: python -m vqdeploy verify model-onnx"
+    verified = run("-m", "vqdeploy", "verify", "model-onnx", "--data", data, "--limit", 50)
+    assert verified.returncode == 0, verified.stderr
+    assert verified.stdout.splitlines()[0] == "model-onnx on cpu, golden batch and 50 images"
+    assert verified.stdout.splitlines()[-1] == "verified: what runs is what was trained"
+    assert all(len(line) <= 80 for done in (trained, exported, verified) for line in done.stdout.splitlines())
+    card = (tmp_path / "model-onnx" / "README.md").read_text()
+    assert "kmnist-train-imgs.npz, 96 images" in card
+    assert "held-out images" in card
+
+
+def test_verify_answers_programs_in_json(run, bundle):
+    done = run("-m", "vqdeploy", "verify", bundle, "--device", "cpu", "--json")
+    assert done.returncode == 0
+    report = json.loads(done.stdout)
+    assert report["passed"] is True
+    assert {c["stage"] for c in report["checks"]} >= {"encoder", "quantizer", "decoder", "tokenizer", "detokenizer"}
+
+
+def test_verify_of_a_bundle_that_disagrees_exits_4_and_says_which_stage(run, bundle, tmp_path):
+    import shutil
+
+    from test_export import add, sign, weight_changed
+
+    copy = shutil.copytree(bundle, tmp_path / "copy")
+    weight_changed(copy, "decoder", "decoder.conv1.bias", add(0, 0.01))
+    sign(copy)
+    done = run("-m", "vqdeploy", "verify", copy)
+    assert done.returncode == 4
+    assert "decoder: the worst at" in done.stdout
+    assert done.stdout.splitlines()[-1] == "NOT verified: see the lines above"
+
+
+BAD_DATA = {
+    "NaN": (np.full((64, 28, 28), np.nan), r"nan at"),
+    "range": (np.full((64, 28, 28), 2.0), "values from 2 to 2"),
+    "dtype": (np.zeros((64, 28, 28), np.int32), "dtype is int32"),
+    "shape": (np.zeros((64, 784), np.uint8), "shape is (64, 784)"),
+    "too few": (np.zeros((31, 28, 28), np.uint8), "31 images, fewer than one batch of 32"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_DATA)
+def test_images_that_cannot_train_exit_3_with_one_line_and_no_file(refused, tmp_path, kind):
+    array, message = BAD_DATA[kind]
+    np.savez(tmp_path / "x.npz", array)
+    assert message in refused(3, "-m", "vqtrain", "--data", "x.npz", *SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_missing_file_and_an_odd_size_are_refused(refused, tmp_path):
+    assert "nowhere.npz: No such file" in refused(3, "-m", "vqtrain", "--data", "nowhere.npz")
+    np.save(tmp_path / "x.npy", np.zeros((64, 30, 28), np.uint8))
+    assert "height and width must be divisible by 4" in refused(3, "-m", "vqtrain", "--data", "x.npy")
+
+
+def test_an_output_that_cannot_be_written_is_found_before_training(refused, data):
+    line = refused(5, "-m", "vqtrain", "--data", data, "--output", "nowhere/model.pt", *SMALL)
+    assert line == "vqtrain: nowhere/model.pt: cannot be written: No such file or directory\n"
+    assert "is a folder" in refused(5, "-m", "vqtrain", "--data", data, "--output", ".", *SMALL)
+
+
+def test_unknown_options_name_the_nearest_and_bad_values_are_usage(refused, data):
+    assert "unknown option --epoch; did you mean --epochs?" in refused(2, "-m", "vqtrain", "--data", data, "--epoch", 2)
+    assert "unknown option --dvice; did you mean --device?" in refused(2, "-m", "vqdeploy", "verify", "x", "--dvice=cpu")
+    assert "unknown option --qqq (see" in refused(2, "-m", "vqtrain", "--data", data, "--qqq")
+    assert "epochs is 0; it must be" in refused(2, "-m", "vqtrain", "--data", data, "--epochs", 0)
+    assert "num-codes is 0; it must be" in refused(2, "-m", "vqtrain", "--data", data, "--num-codes", 0)
+    assert "invalid int value: 'many'" in refused(2, "-m", "vqtrain", "--data", data, "--epochs", "many")
+    assert "--data" in refused(2, "-m", "vqtrain")
+    assert "COMMAND" in refused(2, "-m", "vqdeploy")
+    assert "0 is not at least 1" in refused(2, "-m", "vqdeploy", "verify", "x", "--limit", 0)
+
+
+def test_a_checkpoint_that_is_none_exits_3_and_leaves_nothing(refused, tmp_path):
+    (tmp_path / "text.pt").write_text("hello")
+    assert "not a vqtrain checkpoint" in refused(3, "-m", "vqdeploy", "export", "text.pt")
+    assert "nowhere.pt: No such file" in refused(3, "-m", "vqdeploy", "export", "nowhere.pt")
+    torch.save({"format": "vqtrain-model", "format_version": 9}, tmp_path / "newer.pt")
+    assert "format version 9 is newer" in refused(3, "-m", "vqdeploy", "export", "newer.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["newer.pt", "text.pt"]
+
+
+def test_a_bundle_that_is_none_or_exists_exits_3(refused, bundle, model_file, tmp_path):
+    assert "not a bundle" in refused(3, "-m", "vqdeploy", "verify", tmp_path)
+    assert "exists already; use --replace" in refused(3, "-m", "vqdeploy", "export", model_file, "--output", bundle)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_named_device_that_is_absent_exits_5(refused, bundle, data):
+    assert "--device cuda: PyTorch finds no CUDA device" in refused(5, "-m", "vqtrain", "--data", data, "--device", "cuda")
+    assert "device cuda:" in refused(5, "-m", "vqdeploy", "verify", bundle, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (CommandError("x"), 1),
+        (UsageError("x"), 2),
+        (InputError("x"), 3),
+        (ParityError("x"), 4),
+        (MachineError("x"), 5),
+        (OSError(28, "No space left on device", "model.pt"), 5),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_each_kind_of_failure_has_its_exit_code_and_one_line(error, code, capsys):
+    def command(_):
+        raise error
+
+    assert run_command("tool", command, []) == code
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_bug_keeps_its_traceback():
+    def command(_):
+        raise KeyError("bug")
+
+    with pytest.raises(KeyError):
+        run_command("tool", command, [])
+
+
+def test_a_reader_that_closes_the_pipe_is_no_traceback(run, bundle):
+    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-m', 'vqdeploy', 'verify', {str(bundle)!r}], "
+    code += "stdout=subprocess.PIPE, stderr=subprocess.PIPE); p.stdout.close(); print(p.stderr.read().decode()); p.wait()"
+    assert "Traceback" not in run("-c", code).stdout
+
+
+def test_abbreviations_are_not_guessed(capsys):
+    parser = Parser(prog="tool")
+    parser.add_argument("--epochs")
+    with pytest.raises(SystemExit) as caught:
+        parser.parse(["--epo", "3"])
+    assert caught.value.code == ExitCode.USAGE
+    assert "did you mean --epochs?" in capsys.readouterr().err

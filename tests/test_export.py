@@ -1,0 +1,292 @@
+"""Bundles: deterministic, checked before they exist, whole or not at all, and refused where they are damaged."""
+
+import json
+import shutil
+import warnings
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+import vqdeploy.export
+import vqref
+from vqdeploy.bundle import FILES, GRAPHS, Bundle, describe_files
+from vqdeploy.export import export
+from vqdeploy.graphs import build_graphs
+from vqdeploy.sessions import Session, resolve_device
+from vqdeploy.verify import check_graphs, verify
+from vqref.commandline import InputError, MachineError
+from vqref.parity import ParityError, check
+from vqtrain import VQVAE
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_bundle_holds_the_files_that_its_manifest_describes(bundle, model):
+    content = files(bundle)
+    manifest = json.loads(content.pop("manifest.json"))
+    assert set(content) == set(FILES)
+    assert manifest["files"] == describe_files(content)
+    assert vqref.ModelSpec.from_dict(manifest["spec"]) == model.spec
+    assert manifest["agreement"]["passed"] is True
+    assert manifest["graphs"]["tokenizer"] == {
+        "file": "tokenizer.onnx",
+        "inputs": [{"name": "images", "dtype": "float32", "shape": ["N", 1, 28, 28]}],
+        "outputs": [{"name": "indices", "dtype": "int64", "shape": ["N", 4]}],
+    }
+
+
+def test_two_exports_in_two_processes_give_the_same_bytes(run, model_file, tmp_path):
+    for name in ("a", "b"):
+        done = run("-m", "vqdeploy", "export", model_file, "--output", name)
+        assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_graphs_agree_with_the_oracle_on_1000_images(model, many_images):
+    sessions = {name: Session(name, content, "cpu") for name, content in build_graphs(model.spec, model.params).items()}
+    images = many_images[:, None] / np.float32(255)
+    report = check_graphs(model.spec, model.params, images, sessions).require()
+    counted = {c.stage: c for c in report.checks}
+    assert counted["tokenizer"].compared == 4000
+    assert counted["tokenizer"].certified > 3900
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 16, 24)])
+def test_onnx_reference_evaluator_and_onnxruntime_and_the_oracle_agree(shape):
+    """A third reading of the files: onnx's own, so that a mistake shared with onnxruntime's optimizer would show."""
+    spec = vqref.ModelSpec(shape, base_depth=2, latent_size=2, num_codes=5, code_size=3)
+    rng = np.random.default_rng(0)
+    params, images = vqref.init_params(spec, rng), rng.random((3, *shape)).astype(np.float32)
+    graphs = build_graphs(spec, params)
+    evaluators = {name: ReferenceEvaluator(onnx.load_from_string(content)) for name, content in graphs.items()}
+    inputs = {name: evaluator.input_names[0] for name, evaluator in evaluators.items()}
+    witness = {name: lambda x, n=name: evaluators[n].run(None, {inputs[n]: x}) for name in graphs}
+    sessions = {name: Session(name, content, "cpu") for name, content in graphs.items()}
+    check_graphs(spec, params, images, witness).require()
+    check_graphs(spec, params, images, sessions).require()
+
+
+@pytest.mark.parametrize("stage", ["encoder", "decoder"])
+def test_pytorchs_own_exporter_makes_a_graph_of_the_module_that_computes_the_same(model, real_images, tmp_path, stage):
+    module = getattr(VQVAE(model.spec, model.params), stage)
+    latents = vqref.encode(model.spec, model.params, real_images).astype(np.float32)
+    x, expected = {
+        "encoder": (real_images, vqref.encode(model.spec, model.params, real_images)),
+        "decoder": (latents, vqref.decode(model.spec, model.params, latents)),
+    }[stage]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the exporter that needs no further package is the older one
+        torch.onnx.export(module, (torch.from_numpy(x),), tmp_path / "traced.onnx", dynamo=False, opset_version=18)
+    traced = ort.InferenceSession(tmp_path / "traced.onnx")
+    (theirs,) = traced.run(None, {traced.get_inputs()[0].name: x})
+    ours = Session(stage, build_graphs(model.spec, model.params)[stage], "cpu")(x)[0]
+    for found in (theirs, ours):
+        check(stage, found, expected, precision="float32").require()
+
+
+@pytest.mark.parametrize("n", [0, 1, 7])
+def test_every_graph_takes_batches_of_any_size(bundle, model, many_images, n):
+    found = Bundle.open(bundle)
+    sessions = {name: Session(name, found.graph(name), "cpu") for name in GRAPHS}
+    images = many_images[:n, None] / np.float32(255)
+    check_graphs(model.spec, model.params, images, sessions).require()
+
+
+def test_graphs_keep_to_what_every_provider_runs(model):
+    """Opset and IR as documented, weights inside, transposed convolutions with symmetric pads, and no layout that only the
+    CPU takes."""
+    for name, content in build_graphs(model.spec, model.params).items():
+        graph = onnx.load_from_string(content)
+        assert graph.ir_version == 10
+        assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 18)]
+        assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in graph.graph.initializer)
+        known = {p.name for p in model.spec.parameters}
+        weights = {t.name for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+        assert weights <= known, name
+        for node in graph.graph.node:
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            assert "auto_pad" not in attributes
+            if node.op_type == "ConvTranspose":
+                top, left, bottom, right = attributes["pads"]
+                assert (top, left) == (bottom, right), node.name
+    assert not known - {p.name for p in model.spec.parameters}
+
+
+def test_a_bundle_verifies_itself(bundle):
+    report = verify(Bundle.open(bundle), "cpu").require()
+    assert [c.stage for c in report.checks][:3] == ["golden latents", "golden indices", "golden logits"]
+    assert len(report.checks) == 10
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+def sign(folder) -> None:
+    """Makes the manifest fit the files again, as a forger would."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = describe_files({name: (folder / name).read_bytes() for name in FILES})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_in_any_file_is_refused(copy, name):
+    content = bytearray((copy / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}: damaged: its sha256 is not the manifest's"):
+        verify(Bundle.open(copy), "cpu")
+
+
+def test_a_cut_a_grown_and_a_missing_file_are_refused(copy):
+    path = copy / "decoder.onnx"
+    content = path.read_bytes()
+    for damaged in (content[:-1], content + b"\0"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"decoder\.onnx: damaged: its size is not the \d+ bytes"):
+            verify(Bundle.open(copy), "cpu")
+    path.unlink()
+    with pytest.raises(InputError, match=r"decoder\.onnx: No such file"):
+        verify(Bundle.open(copy), "cpu")
+
+
+def weight_changed(folder, graph: str, initializer: str, change) -> None:
+    path = folder / f"{graph}.onnx"
+    found = onnx.load(path)
+    tensor = next(t for t in found.graph.initializer if t.name == initializer)
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    change(array)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, initializer))
+    path.write_bytes(found.SerializeToString())
+
+
+def add(index, value):
+    def change(array):
+        array[index] += value
+
+    return change
+
+
+FORGERIES = {
+    "a weight of the encoder": ("encoder", "encoder.conv3.weight", add((0, 0, 2, 2), 0.01), "encoder"),
+    "a bias of the decoder": ("decoder", "decoder.conv1.bias", add(0, 0.01), "decoder"),
+    "a code of the quantizer": ("quantizer", "quantizer.codebook", add((11, 3), 1e-4), "quantized"),
+    "a weight of the tokenizer": ("tokenizer", "encoder.dense.weight", add((0, 0), 3.0), "tokenizer"),
+    "a code of the detokenizer": ("detokenizer", "quantizer.codebook", add((11, 3), 0.5), "detokenizer"),
+}
+
+
+@pytest.mark.parametrize("kind", FORGERIES)
+def test_a_graph_that_was_changed_and_signed_again_is_caught_by_its_stage(copy, kind):
+    graph, initializer, change, stage = FORGERIES[kind]
+    weight_changed(copy, graph, initializer, change)
+    sign(copy)
+    report = verify(Bundle.open(copy), "cpu")
+    assert stage in [c.stage for c in report.failures]
+
+
+def test_an_oracle_that_was_changed_and_signed_again_is_caught(copy):
+    with np.load(copy / "oracle.npz") as archive:
+        arrays = {key: archive[key] for key in archive.files}
+    arrays["golden/logits"][3, 0, 5, 5] += 1e-6
+    np.savez(copy / "oracle.npz", **arrays)
+    sign(copy)
+    assert [c.stage for c in verify(Bundle.open(copy), "cpu").failures] == ["golden logits"]
+    del arrays["golden/images"]
+    np.savez(copy / "oracle.npz", **arrays)
+    sign(copy)
+    with pytest.raises(InputError, match="the oracle file does not fit"):
+        verify(Bundle.open(copy), "cpu")
+
+
+def manifest_changed(change):
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+BAD_MANIFESTS = {
+    "newer": (manifest_changed(lambda m: m.update(format_version=2)), "format version 2 is newer than 1"),
+    "no version": (manifest_changed(lambda m: m.pop("format_version")), "format version is None"),
+    "another format": (manifest_changed(lambda m: m.update(format="x")), "not the manifest of a bundle"),
+    "no spec": (manifest_changed(lambda m: m.pop("spec")), "damaged: lacks 'spec'"),
+    "odd spec": (manifest_changed(lambda m: m["spec"].update(num_codes=0)), "damaged: num_codes is 0"),
+    "no file": (manifest_changed(lambda m: m["files"].pop("encoder.onnx")), r"damaged: lacks 'encoder\.onnx'"),
+    "odd digest": (manifest_changed(lambda m: m["files"]["README.md"].update(sha256="zz")), "damaged: non-hexadecimal"),
+    "not JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "not JSON"),
+    "gone": (lambda folder: (folder / "manifest.json").unlink(), "not a bundle: manifest.json: No such file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MANIFESTS)
+def test_a_manifest_that_cannot_be_trusted_is_refused(copy, kind):
+    damage, message = BAD_MANIFESTS[kind]
+    damage(copy)
+    with pytest.raises(InputError, match=message):
+        Bundle.open(copy)
+
+
+def test_a_graph_that_disagrees_is_not_written(model_file, tmp_path, monkeypatch):
+    def wrong(spec, params):
+        return build_graphs(spec, {**params, "decoder.conv1.bias": params["decoder.conv1.bias"] + 0.01})
+
+    monkeypatch.setattr(vqdeploy.export, "build_graphs", wrong)
+    with pytest.raises(ParityError, match=r"model\.pt: not exported: the graphs disagree with the oracle: decoder") as caught:
+        export(model_file, tmp_path / "out")
+    assert [c.stage for c in caught.value.report.failures] == ["decoder", "probabilities", "detokenizer"]
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_existing_bundle_is_replaced_only_when_asked(copy, model_file):
+    (copy / "README.md").write_text("mine")
+    with pytest.raises(InputError, match="copy: exists already; use --replace"):
+        export(model_file, copy)
+    assert (copy / "README.md").read_text() == "mine"
+    export(model_file, copy, replace=True)
+    verify(Bundle.open(copy), "cpu").require()
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_a_publication_that_fails_halfway_leaves_the_old_bundle(copy, model_file, monkeypatch):
+    before = files(copy)
+    monkeypatch.setattr(vqref.files, "_write", lambda path, content: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space left"):
+        export(model_file, copy, replace=True)
+    assert files(copy) == before
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_a_session_refuses_bytes_that_are_no_graph():
+    with pytest.raises(InputError, match=r"x\.onnx: onnxruntime cannot run it on cpu"):
+        Session("x.onnx", b"not a graph", "cpu")
+
+
+def test_cuda_where_there_is_none_is_an_error_and_auto_takes_the_cpu(monkeypatch):
+    monkeypatch.setattr("vqdeploy.sessions.cuda_devices", lambda: 0)
+    with pytest.raises(MachineError, match=r"device cuda: .*; use device cpu or auto"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == resolve_device("cpu") == "cpu"
+    with pytest.raises(ValueError, match="device is 'tpu', expected one of auto, cpu, cuda"):
+        resolve_device("tpu")
+
+
+def test_an_onnxruntime_without_the_cuda_provider_is_named(monkeypatch):
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(MachineError, match="this onnxruntime has no CUDA provider; install onnxruntime-gpu"):
+        resolve_device("cuda")
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_bundle_verifies_itself_on_cuda_with_no_node_on_the_cpu(bundle):
+    verify(Bundle.open(bundle), resolve_device("cuda")).require()

@@ -1,0 +1,243 @@
+"""The trainer: the same table, the same quantizer, the post's step, and a run that stops where the oracle disagrees."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vqref
+import vqtrain.network
+import vqtrain.quantizer
+from vqref.commandline import CommandError, InputError
+from vqref.images import ImageSet
+from vqref.parity import ParityError
+from vqref.spec import CODEBOOK
+from vqtrain import VQVAE, Trainer, TrainingOptions, evaluate, training_step
+from vqtrain.agreement import check_against_oracle
+from vqtrain.checkpoint import read_model
+from vqtrain.data import Batches
+from vqtrain.metrics import Meter
+
+CPU = torch.device("cpu")
+SPEC = vqref.ModelSpec((1, 28, 28), base_depth=4, latent_size=2, num_codes=8, code_size=4)
+
+
+@pytest.fixture
+def module(model):
+    return VQVAE(model.spec, model.params)
+
+
+def test_the_module_has_the_parameters_of_the_spec_and_learns_all_but_the_quantizers(module, model):
+    assert [*module.state_dict()] == [p.name for p in model.spec.parameters]
+    learned = {name for name, _ in module.named_parameters()}
+    assert learned == {p.name for p in model.spec.parameters if not p.name.startswith("quantizer.")}
+    for name, array in module.params().items():
+        np.testing.assert_array_equal(array, model.params[name])
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 16, 24), (4, 4, 8)])
+def test_the_module_agrees_with_the_oracle_in_every_stage_at_any_image_size(shape):
+    spec = vqref.ModelSpec(shape, base_depth=4, latent_size=3, num_codes=8, code_size=5)
+    rng = np.random.default_rng(0)
+    module = VQVAE(spec, vqref.init_params(spec, rng))
+    report = check_against_oracle(module, rng.random((8, *shape)).astype(np.float32), TrainingOptions())
+    assert len(report.require().checks) == 10
+
+
+def test_the_check_leaves_the_model_as_it_was(module, real_images):
+    before = module.params()
+    check_against_oracle(module, real_images, TrainingOptions())
+    for name, array in module.params().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_nearest_in_pieces_takes_the_first_of_equal_codes(monkeypatch):
+    rng = np.random.default_rng(0)
+    codebook = rng.normal(size=(6, 3)).astype(np.float32)
+    codebook = torch.from_numpy(np.concatenate([codebook, codebook]))
+    latents = torch.from_numpy(rng.normal(size=(20, 2, 3)).astype(np.float32))
+    whole = vqtrain.quantizer.nearest(latents, codebook)
+    assert whole.max() < 6
+    np.testing.assert_array_equal(whole, vqref.quantize(latents.numpy(), codebook.numpy()).indices)
+    monkeypatch.setattr(vqtrain.quantizer, "DIFFERENCE_BYTES", 1)
+    assert torch.equal(vqtrain.quantizer.nearest(latents, codebook), whole)
+
+
+def test_the_decoder_is_fed_codebook_rows_and_the_encoder_its_gradient(module, real_images):
+    seen = {}
+
+    def keep(_, inputs):
+        seen["decoder input"] = inputs[0]
+        inputs[0].retain_grad()
+
+    module.decoder.register_forward_pre_hook(keep)
+    out = module(torch.from_numpy(real_images))
+    out.latents.retain_grad()
+    out.logits.sum().backward()
+    assert torch.equal(seen["decoder input"], out.quantized)
+    assert torch.equal(out.latents.grad, seen["decoder input"].grad)
+    assert out.latents.grad.abs().sum() > 0
+
+
+def test_a_step_moves_weights_by_adam_and_the_codebook_by_its_averages(module, model, real_images):
+    options = TrainingOptions(batch_size=16)
+    optimizer = torch.optim.Adam(module.parameters(), lr=options.learning_rate)
+    before = module.params()
+    losses, indices = training_step(module, optimizer, torch.from_numpy(real_images), options)
+    after = module.params()
+    out = vqref.forward(model.spec, before, real_images)
+    assert losses.total.item() == pytest.approx(out.losses.total, rel=1e-5)
+    np.testing.assert_array_equal(indices, out.indices)
+    expected = vqref.update_ema(vqref.EMAState.from_params(before), out.latents, out.indices)
+    np.testing.assert_allclose(after[CODEBOOK], expected.codebook, rtol=1e-4, atol=1e-6)
+    for name in before:
+        if not name.startswith("quantizer."):
+            moved = np.abs(after[name] - before[name]).max()
+            assert 0 < moved <= options.learning_rate * 1.001, name
+
+
+def test_an_epoch_is_every_image_once_in_a_seeded_order():
+    images = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)
+    batches = Batches(images, 3, CPU)
+    first = torch.cat([*batches.shuffled(torch.Generator().manual_seed(1))])
+    again = torch.cat([*batches.shuffled(torch.Generator().manual_seed(1))])
+    other = torch.cat([*batches.shuffled(torch.Generator().manual_seed(2))])
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert len(batches) == 3
+    assert len(first.unique()) == 9
+    assert first.dtype == torch.float32
+    assert torch.equal(torch.cat([*batches.in_order()]).flatten() * 255, torch.arange(10.0))
+
+
+def test_metrics_are_means_over_images_and_perplexity_counts_codes_in_use():
+    meter = Meter(SPEC, CPU)
+    one, three = (vqtrain.losses.Losses(*torch.tensor([value, value, 2.0, value])) for value in (1.0, 3.0))
+    meter.add(one, torch.tensor([[0, 1]]))
+    meter.add(three, torch.tensor([[2, 3], [0, 1], [2, 3]]))
+    found = meter.read()
+    assert (found.reconstruction, found.prior, found.bound) == (2.5, 2.0, 4.5)
+    assert found.perplexity == pytest.approx(4)
+    assert found.codes_used == 4
+
+
+def test_evaluation_counts_every_image_and_takes_no_step(module, model, many_images):
+    before = module.params()
+    found = evaluate(module, Batches(many_images[:70, None], 64, CPU), TrainingOptions())
+    images = (many_images[:70, None] / np.float32(255)).astype(np.float32)
+    out = vqref.forward(model.spec, model.params, images)
+    assert found.reconstruction == pytest.approx(out.losses.reconstruction, rel=1e-5)
+    assert found.codes_used == len(np.unique(out.indices))
+    for name, array in module.params().items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def trainer(tmp_path, many_images, said=None, **options) -> Trainer:
+    images = ImageSet(many_images[:160, None], many_images[160:200, None], "test.npz", "0" * 64)
+    chosen = dataclasses.replace(TrainingOptions(epochs=2, batch_size=32), **options)
+    say = (lambda line: None) if said is None else said.append
+    return Trainer(SPEC, chosen, images, CPU, tmp_path / "model.pt", {"data": {}}, say)
+
+
+def test_a_run_publishes_what_it_trained_and_says_how_it_went(tmp_path, many_images):
+    said = []
+    run = trainer(tmp_path, many_images, said)
+    result = run.run()
+    stored = read_model(tmp_path / "model.pt")
+    assert stored.spec == SPEC
+    assert stored.training == run.options.to_dict()
+    for name, array in stored.params.items():
+        np.testing.assert_array_equal(array, run.model.params()[name])
+    assert [line["epoch"] for line in stored.metrics["history"]] == [1, 2]
+    assert stored.metrics["history"][0]["bound"] > stored.metrics["bound"]
+    assert all(line["oracle"]["passed"] for line in stored.metrics["history"])
+    assert stored.metrics["held_out"] == result.metrics["held_out"]
+    assert sum("oracle: agrees" in line for line in said) == 2
+    assert said[-1].startswith("held out: ")
+    assert all(len(line.replace(str(tmp_path), ".")) <= 80 for line in said)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_the_same_seed_trains_the_same_model_and_another_seed_another(tmp_path, many_images):
+    first, again, other = (
+        trainer(tmp_path, many_images, epochs=1, seed=seed).run().params["encoder.conv1.weight"] for seed in (3, 3, 4)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_fewer_images_than_one_batch_are_refused(tmp_path, many_images):
+    with pytest.raises(InputError, match=r"test\.npz: 160 images, fewer than one batch of 161"):
+        trainer(tmp_path, many_images, batch_size=161)
+
+
+def test_a_module_that_is_not_the_specs_network_never_starts(tmp_path, many_images, monkeypatch):
+    monkeypatch.setitem(vqtrain.network.ACTIVATIONS, "elu", F.relu)
+    with pytest.raises(ParityError, match=r"disagrees with the oracle before the first step: encoder .*; nothing was written"):
+        trainer(tmp_path, many_images).run()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_disagreement_after_an_epoch_stops_the_run_and_keeps_the_last_good_model(tmp_path, many_images, monkeypatch):
+    run = trainer(tmp_path, many_images, epochs=3)
+    publish = Trainer._epoch
+
+    def sabotage(self, epoch):
+        if epoch == 2:
+            monkeypatch.setattr(vqtrain.quantizer, "nearest", lambda x, c: (x[:, :, None] - c).abs().sum(-1).argmin(-1))
+        publish(self, epoch)
+
+    monkeypatch.setattr(Trainer, "_epoch", sabotage)
+    with pytest.raises(ParityError, match=r"after epoch 2: quantizer .*model\.pt holds epoch 1"):
+        run.run()
+    assert read_model(tmp_path / "model.pt").metrics["epoch"] == 1
+
+
+def test_an_ema_that_forgets_epsilon_is_caught_before_the_first_step(tmp_path, many_images, monkeypatch):
+    true = vqtrain.quantizer.update_ema
+    monkeypatch.setattr(
+        vqtrain.agreement, "update_ema", lambda count, means, x, i, decay, epsilon: true(count, means, x, i, decay, 1e-9)
+    )
+    with pytest.raises(ParityError, match=r"before the first step: codebook"):
+        trainer(tmp_path, many_images).run()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_model(tmp_path, many_images, monkeypatch):
+    run = trainer(tmp_path, many_images)
+    step = vqtrain.train.training_step
+
+    def explode(model, optimizer, images, options):
+        losses, indices = step(model, optimizer, images, options)
+        return (losses._replace(total=losses.total * float("nan")) if run.history else losses), indices
+
+    monkeypatch.setattr(vqtrain.train, "training_step", explode)
+    with pytest.raises(CommandError, match=r"the loss is nan in epoch 2; .*model\.pt holds epoch 1"):
+        run.run()
+    assert read_model(tmp_path / "model.pt").metrics["epoch"] == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0; it must be an integer of at least 1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be a positive number"),
+        ({"epsilon": float("inf")}, "epsilon is inf"),
+        ({"beta": -1.0}, "beta is -1.0"),
+        ({"decay": 1.01}, "decay is 1.01"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_by_name(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingOptions(**fields)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_on_cuda_agrees_with_the_oracle(tmp_path, many_images):
+    images = ImageSet(many_images[:160, None], None, "test.npz", "0" * 64)
+    run = Trainer(SPEC, TrainingOptions(epochs=1, batch_size=32), images, torch.device("cuda"), tmp_path / "m.pt", {}, print)
+    assert all(line["oracle"]["passed"] for line in run.run().metrics["history"])
