@@ -74,15 +74,15 @@ def test_onnx_reference_evaluator_and_onnxruntime_and_the_oracle_agree(shape):
 
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
 def test_pytorchs_own_exporter_makes_a_graph_of_the_module_that_computes_the_same(model, real_images, tmp_path, stage):
-    module = getattr(VQVAE(model.spec, model.params), stage)
+    module = getattr(VQVAE(model.spec, model.params), stage).eval()
     latents = vqref.encode(model.spec, model.params, real_images).astype(np.float32)
     x, expected = {
         "encoder": (real_images, vqref.encode(model.spec, model.params, real_images)),
         "decoder": (latents, vqref.decode(model.spec, model.params, latents)),
     }[stage]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the exporter that needs no further package is the older one
-        torch.onnx.export(module, (torch.from_numpy(x),), tmp_path / "traced.onnx", dynamo=False, opset_version=18)
+        warnings.simplefilter("ignore")  # the exporter's remarks on itself and on the packages beneath it
+        torch.onnx.export(module, (torch.from_numpy(x),), tmp_path / "traced.onnx", opset_version=18, verbose=False)
     traced = ort.InferenceSession(tmp_path / "traced.onnx")
     (theirs,) = traced.run(None, {traced.get_inputs()[0].name: x})
     ours = Session(stage, build_graphs(model.spec, model.params)[stage], "cpu")(x)[0]

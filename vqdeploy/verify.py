@@ -14,7 +14,7 @@ from vqdeploy.sessions import Session
 from vqref.agreement import Backend, compare
 from vqref.commandline import InputError
 from vqref.parity import Check, Report, check, check_indices
-from vqref.spec import CODEBOOK, ModelSpec
+from vqref.spec import CODEBOOK, EMA_COUNT, ModelSpec
 from vqref.validation import Params
 
 Array = npt.NDArray[Any]
@@ -68,11 +68,13 @@ def check_graphs(spec: ModelSpec, params: Params, images: Array, sessions: Mappi
 def golden_batch(spec: ModelSpec, params: Params) -> dict[str, Array]:
     """Images that need no data set, and the oracle's float64 answers: the same for the same model.
 
-    Half of the model's own distribution (decoded indices, uniformly drawn), plain and under noise; then noise, black,
-    white and one bright pixel.
+    Most of the model's own distribution (decoded indices, drawn as often as training hit them), plain and under noise;
+    then noise, black, white and one bright pixel.
     """
     rng = np.random.default_rng(0)
-    indices = rng.integers(spec.num_codes, size=(GOLDEN_SAMPLES, spec.latent_size))
+    hits = np.asarray(params[EMA_COUNT], np.float64)
+    share = hits / hits.sum() if hits.sum() > 0 else None  # None: uniform, for a model that was never trained
+    indices = rng.choice(spec.num_codes, (GOLDEN_SAMPLES, spec.latent_size), p=share)
     drawn = vqref.sigmoid(vqref.decode(spec, params, params[CODEBOOK][indices]))
     drawn[1::2] = 0.8 * drawn[1::2] + 0.2 * rng.random(drawn[1::2].shape)
     noise = rng.random((5, *spec.image_shape))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from vqref.losses import compute_losses
 from vqref.network import decode, encode, sigmoid
-from vqref.parity import Check, Report, check, check_indices, tolerance
+from vqref.parity import Check, Report, allowed_error, check, check_indices
 from vqref.quantizer import EMAState, quantize, update_ema
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Float64, Params, check_params
@@ -124,9 +124,8 @@ def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
 
 def _check_tokenizer(found: Array, latents: Float64, codebook: Array, precision: str) -> Check:
     """Images to indices: the encoder may be off by its tolerance in every element of a latent, by sqrt(D) of it in all."""
-    largest = np.abs(latents).max(axis=(1, 2), initial=0.0)  # (N,)
-    delta = tolerance("encoder", precision).relative * largest * latents.shape[2] ** 0.5
-    return check_indices(found, latents, codebook, precision=precision, latents_error=delta[:, None], name="tokenizer")
+    delta = allowed_error("encoder", latents, precision=precision).max(axis=2) * latents.shape[2] ** 0.5  # (N, S)
+    return check_indices(found, latents, codebook, precision=precision, latents_error=delta, name="tokenizer")
 
 
 def _check_probabilities(name: str, found: Array, logits: Float64, precision: str) -> Check:

@@ -27,6 +27,9 @@ from vqtrain.metrics import Meter, Metrics
 from vqtrain.model import VQVAE
 from vqtrain.options import ADAM_BETAS, ADAM_EPSILON, TrainingOptions
 
+CHECKED_IMAGES = 64
+"""How many real images each check against the oracle sees, whatever the batch size."""
+
 
 def training_step(
     model: VQVAE, optimizer: torch.optim.Optimizer, images: Tensor, options: TrainingOptions
@@ -81,8 +84,8 @@ class Trainer:
         self.batches = Batches(images.train, options.batch_size, device)
         held_out = images.held_out if images.held_out is not None and len(images.held_out) else None
         self.held_out = None if held_out is None else Batches(held_out, options.batch_size, device)
-        self.sample = to_unit_interval(images.train[: options.batch_size])
-        self.held_out_sample = self.sample if held_out is None else to_unit_interval(held_out[: options.batch_size])
+        self.sample = to_unit_interval(images.train[:CHECKED_IMAGES])
+        self.held_out_sample = self.sample if held_out is None else to_unit_interval(held_out[:CHECKED_IMAGES])
         self.history: list[dict[str, Any]] = []
 
     def run(self) -> Model:

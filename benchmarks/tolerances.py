@@ -1,0 +1,67 @@
+"""``python -m benchmarks.tolerances``: the errors behind the rows of ``vqref.parity.TOLERANCES``.
+
+Untrained networks of several shapes and seeds, on random images and on blank ones; PyTorch in float64 and float32,
+onnxruntime in float32. The largest error of each stage over all cases, beside what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+import vqref
+from benchmarks.machine import describe
+from vqdeploy.graphs import build_graphs
+from vqdeploy.sessions import Session
+from vqdeploy.verify import check_graphs
+from vqref.parity import Report
+from vqtrain import VQVAE, TrainingOptions
+from vqtrain.agreement import check_against_oracle
+
+SPECS = (
+    vqref.ModelSpec(),
+    vqref.ModelSpec(latent_size=4),
+    vqref.ModelSpec(code_size=2),
+    vqref.ModelSpec((3, 32, 32), base_depth=16, latent_size=16, num_codes=512, code_size=32),
+)
+
+
+def main() -> None:
+    print(describe())
+    largest: dict[tuple[str, str, float], float] = defaultdict(float)
+    indices: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+
+    def note(backend: str, report: Report) -> None:
+        for check in report.checks:
+            if check.allowed is not None:
+                key = (backend, check.stage, check.allowed)
+                largest[key] = max(largest[key], np.inf if check.max_error is None else check.max_error)
+            elif check.certified is not None and check.near_ties is not None and check.flips is not None:
+                counts = (check.compared, check.near_ties, check.flips, check.violations)
+                for i, count in enumerate(counts):
+                    indices[backend, check.stage][i] += count
+
+    for spec in SPECS:
+        for seed in range(3):
+            rng = np.random.default_rng(seed)
+            params = vqref.init_params(spec, rng)
+            images = rng.random((64, *spec.image_shape)) * rng.integers(0, 2, (64, *spec.image_shape))
+            images[0], images[1] = 0, 1
+            images = images.astype(np.float32)
+            double = {name: array.astype(np.float64) for name, array in params.items()}
+            note("torch float64", check_against_oracle(VQVAE(spec, double), images, TrainingOptions()))
+            note("torch float32", check_against_oracle(VQVAE(spec, params), images, TrainingOptions()))
+            sessions = {name: Session(name, content, "cpu") for name, content in build_graphs(spec, params).items()}
+            note("onnxruntime float32", check_graphs(spec, params, images, sessions))
+
+    print(f"{'backend':<21}{'stage':<15}{'largest error':>14}{'allowed':>9}{'share':>7}")
+    for (backend, stage, allowed), error in largest.items():
+        print(f"{backend:<21}{stage:<15}{error:>14.1e}{allowed:>9.0e}{error / allowed:>7.0%}")
+    print(f"{'backend':<21}{'stage':<15}{'compared':>9}{'near ties':>10}{'flips':>7}{'wrong':>7}")
+    for (backend, stage), (compared, near_ties, flips, wrong) in indices.items():
+        print(f"{backend:<21}{stage:<15}{compared:>9}{near_ties:>10}{flips:>7}{wrong:>7}")
+
+
+if __name__ == "__main__":
+    main()
