@@ -13,7 +13,7 @@ import numpy as np
 import vqref
 from benchmarks.machine import describe
 from vqdeploy.graphs import build_graphs
-from vqdeploy.sessions import Session
+from vqdeploy.sessions import open_sessions
 from vqdeploy.verify import check_graphs
 from vqref.parity import Report
 from vqtrain import VQVAE, TrainingOptions
@@ -52,7 +52,7 @@ def main() -> None:
             double = {name: array.astype(np.float64) for name, array in params.items()}
             note("torch float64", check_against_oracle(VQVAE(spec, double), images, TrainingOptions()))
             note("torch float32", check_against_oracle(VQVAE(spec, params), images, TrainingOptions()))
-            sessions = {name: Session(name, content, "cpu") for name, content in build_graphs(spec, params).items()}
+            sessions, _ = open_sessions(build_graphs(spec, params), spec, "cpu")
             note("onnxruntime float32", check_graphs(spec, params, images, sessions))
 
     print(f"{'backend':<21}{'stage':<15}{'largest error':>14}{'allowed':>9}{'share':>7}")

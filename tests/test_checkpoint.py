@@ -79,10 +79,18 @@ DAMAGE = {
     "other sizes": (lambda d: d["spec"].update(num_codes=17), r"quantizer\.codebook: shape is \(16, 8\), expected \(17, 8\)"),
     "integers": (
         lambda d: d["parameters"].update({"decoder.conv1.bias": torch.zeros(1, dtype=torch.int64)}),
-        r"decoder\.conv1\.bias: dtype is int64",
+        r"the parameter 'decoder\.conv1\.bias' is int64, expected float32",
     ),
     "nan": (lambda d: d["parameters"]["encoder.dense.bias"].fill_(torch.nan), r"encoder\.dense\.bias: nan at \(0,\)"),
-    "text": (lambda d: d["parameters"].update({"decoder.conv1.bias": "zero"}), r"decoder\.conv1\.bias: dtype is <U4"),
+    "text": (lambda d: d["parameters"].update({"decoder.conv1.bias": "zero"}), r"'decoder\.conv1\.bias' is <U4"),
+    "float64": (lambda d: d["parameters"].update({"decoder.conv1.bias": torch.zeros(1).double()}), "is float64, expected"),
+    "bfloat16": (lambda d: d["parameters"].update({"decoder.conv1.bias": torch.zeros(1).bfloat16()}), r"is torch\.bfloat16"),
+    "sparse": (lambda d: d["parameters"].update({"decoder.conv1.bias": torch.zeros(1).to_sparse()}), "expected float32"),
+    "odd key": (lambda d: d["parameters"].update({3: torch.zeros(1)}), "the parameter 3 is float32"),
+    "tensor in metrics": (lambda d: d["metrics"].update(x=torch.zeros(1)), "'metrics' holds more than plain data"),
+    "nan in metrics": (lambda d: d["metrics"].update(x=float("nan")), "'metrics' holds more than plain data"),
+    "odd data": (lambda d: d["provenance"].update(data="kmnist"), r"provenance\.data is not a dictionary"),
+    "true version": (lambda d: d.update(format_version=True), "format version is True"),
 }
 
 
@@ -132,6 +140,17 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
         write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+
+
+def test_a_link_is_followed_and_a_device_refused(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_file(tmp_path / "link", b"new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_bytes() == b"new"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(MachineError, match="pipe: is not a regular file"):
+        require_writable(tmp_path / "pipe")
 
 
 def test_a_place_that_cannot_be_written_is_known_before_anything_is(tmp_path):

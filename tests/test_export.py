@@ -1,8 +1,10 @@
 """Bundles: deterministic, checked before they exist, whole or not at all, and refused where they are damaged."""
 
+import dataclasses
 import json
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,10 +15,11 @@ from onnx.reference import ReferenceEvaluator
 
 import vqdeploy.export
 import vqref
-from vqdeploy.bundle import FILES, GRAPHS, Bundle, describe_files
+from vqdeploy.bundle import FILES, Bundle, describe_files
 from vqdeploy.export import export
 from vqdeploy.graphs import build_graphs
-from vqdeploy.sessions import Session, resolve_device
+from vqdeploy.sessions import Session, batch_size, open_sessions, resolve_device
+from vqdeploy.stages import STAGES
 from vqdeploy.verify import check_graphs, verify
 from vqref.commandline import InputError, MachineError
 from vqref.parity import ParityError, check
@@ -49,7 +52,7 @@ def test_two_exports_in_two_processes_give_the_same_bytes(run, model_file, tmp_p
 
 
 def test_graphs_agree_with_the_oracle_on_1000_images(model, many_images):
-    sessions = {name: Session(name, content, "cpu") for name, content in build_graphs(model.spec, model.params).items()}
+    sessions, _ = open_sessions(build_graphs(model.spec, model.params), model.spec, "cpu")
     images = many_images[:, None] / np.float32(255)
     report = check_graphs(model.spec, model.params, images, sessions).require()
     counted = {c.stage: c for c in report.checks}
@@ -67,7 +70,7 @@ def test_onnx_reference_evaluator_and_onnxruntime_and_the_oracle_agree(shape):
     evaluators = {name: ReferenceEvaluator(onnx.load_from_string(content)) for name, content in graphs.items()}
     inputs = {name: evaluator.input_names[0] for name, evaluator in evaluators.items()}
     witness = {name: lambda x, n=name: evaluators[n].run(None, {inputs[n]: x}) for name in graphs}
-    sessions = {name: Session(name, content, "cpu") for name, content in graphs.items()}
+    sessions, _ = open_sessions(graphs, spec, "cpu")
     check_graphs(spec, params, images, witness).require()
     check_graphs(spec, params, images, sessions).require()
 
@@ -85,7 +88,7 @@ def test_pytorchs_own_exporter_makes_a_graph_of_the_module_that_computes_the_sam
         torch.onnx.export(module, (torch.from_numpy(x),), tmp_path / "traced.onnx", opset_version=18, verbose=False)
     traced = ort.InferenceSession(tmp_path / "traced.onnx")
     (theirs,) = traced.run(None, {traced.get_inputs()[0].name: x})
-    ours = Session(stage, build_graphs(model.spec, model.params)[stage], "cpu")(x)[0]
+    ours = Session(stage, build_graphs(model.spec, model.params)[stage], model.spec, "cpu")(x)[0]
     for found in (theirs, ours):
         check(stage, found, expected, precision="float32").require()
 
@@ -93,35 +96,39 @@ def test_pytorchs_own_exporter_makes_a_graph_of_the_module_that_computes_the_sam
 @pytest.mark.parametrize("n", [0, 1, 7])
 def test_every_graph_takes_batches_of_any_size(bundle, model, many_images, n):
     found = Bundle.open(bundle)
-    sessions = {name: Session(name, found.graph(name), "cpu") for name in GRAPHS}
+    sessions, _ = open_sessions({stage: found.graph(stage) for stage in STAGES}, model.spec, "cpu")
     images = many_images[:n, None] / np.float32(255)
     check_graphs(model.spec, model.params, images, sessions).require()
 
 
 def test_graphs_keep_to_what_every_provider_runs(model):
-    """Opset and IR as documented, weights inside, transposed convolutions with symmetric pads, and no layout that only the
-    CPU takes."""
+    """Opset and IR as documented, weights inside under the spec's names, transposed convolutions with symmetric pads."""
+    used = set()
     for name, content in build_graphs(model.spec, model.params).items():
         graph = onnx.load_from_string(content)
         assert graph.ir_version == 10
         assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 18)]
         assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in graph.graph.initializer)
-        known = {p.name for p in model.spec.parameters}
         weights = {t.name for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-        assert weights <= known, name
+        used |= weights
+        assert weights <= {p.name for p in model.spec.parameters}, name
         for node in graph.graph.node:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert "auto_pad" not in attributes
             if node.op_type == "ConvTranspose":
                 top, left, bottom, right = attributes["pads"]
                 assert (top, left) == (bottom, right), node.name
-    assert not known - {p.name for p in model.spec.parameters}
+    assert {p.name for p in model.spec.parameters} - used == {"quantizer.ema_count", "quantizer.ema_means"}
 
 
 def test_a_bundle_verifies_itself(bundle):
-    report = verify(Bundle.open(bundle), "cpu").require()
-    assert [c.stage for c in report.checks][:3] == ["golden latents", "golden indices", "golden logits"]
-    assert len(report.checks) == 10
+    report, device = verify(Bundle.open(bundle), "cpu")
+    assert device == "cpu"
+    assert report.passed
+    assert [c.stage for c in report.checks] == [
+        *(f"golden {name}" for name in ("latents", "indices", "gap", "quantized", "logits", "probs")),
+        *("encoder", "quantizer", "quantized", "tokenizer", "decoder", "probabilities", "detokenizer"),
+    ]
 
 
 @pytest.fixture
@@ -188,21 +195,42 @@ def test_a_graph_that_was_changed_and_signed_again_is_caught_by_its_stage(copy, 
     graph, initializer, change, stage = FORGERIES[kind]
     weight_changed(copy, graph, initializer, change)
     sign(copy)
-    report = verify(Bundle.open(copy), "cpu")
+    report, _ = verify(Bundle.open(copy), "cpu")
     assert stage in [c.stage for c in report.failures]
 
 
-def test_an_oracle_that_was_changed_and_signed_again_is_caught(copy):
+GOLDEN_DAMAGE = {
+    "latents": lambda array: array + 1e-6,
+    "indices": lambda array: (array + 1) % 16,
+    "gap": lambda array: array * 1.001,
+    "quantized": lambda array: array + 1e-9,
+    "logits": lambda array: array + 1e-6,
+    "probabilities": lambda array: array + 1e-9,
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN_DAMAGE)
+def test_a_recorded_answer_that_was_changed_and_signed_again_is_caught(copy, name):
     with np.load(copy / "oracle.npz") as archive:
         arrays = {key: archive[key] for key in archive.files}
-    arrays["golden/logits"][3, 0, 5, 5] += 1e-6
+    arrays[f"golden/{name}"] = GOLDEN_DAMAGE[name](arrays[f"golden/{name}"])
     np.savez(copy / "oracle.npz", **arrays)
     sign(copy)
-    assert [c.stage for c in verify(Bundle.open(copy), "cpu").failures] == ["golden logits"]
-    del arrays["golden/images"]
+    failed = [c.stage for c in verify(Bundle.open(copy), "cpu")[0].failures]
+    assert f"golden {name}".replace("probabilities", "probs") in failed
+
+
+def test_an_oracle_file_that_is_none_is_refused(copy):
+    with np.load(copy / "oracle.npz") as archive:
+        arrays = {key: archive[key] for key in archive.files if key != "golden/images"}
     np.savez(copy / "oracle.npz", **arrays)
     sign(copy)
     with pytest.raises(InputError, match="the oracle file does not fit"):
+        verify(Bundle.open(copy), "cpu")
+    with (copy / "oracle.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    sign(copy)
+    with pytest.raises(InputError, match=r"oracle\.npz: not an oracle file"):
         verify(Bundle.open(copy), "cpu")
 
 
@@ -223,6 +251,9 @@ BAD_MANIFESTS = {
     "odd spec": (manifest_changed(lambda m: m["spec"].update(num_codes=0)), "damaged: num_codes is 0"),
     "no file": (manifest_changed(lambda m: m["files"].pop("encoder.onnx")), r"damaged: lacks 'encoder\.onnx'"),
     "odd digest": (manifest_changed(lambda m: m["files"]["README.md"].update(sha256="zz")), "damaged: non-hexadecimal"),
+    "a path": (manifest_changed(lambda m: m["files"].update({"../x": {}})), r"names files that no bundle has: \.\./x"),
+    "negative size": (manifest_changed(lambda m: m["files"]["README.md"].update(bytes=-1)), "size or sha256 of README.md"),
+    "deep": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "not JSON"),
     "not JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "not JSON"),
     "gone": (lambda folder: (folder / "manifest.json").unlink(), "not a bundle: manifest.json: No such file"),
 }
@@ -253,7 +284,35 @@ def test_an_existing_bundle_is_replaced_only_when_asked(copy, model_file):
         export(model_file, copy)
     assert (copy / "README.md").read_text() == "mine"
     export(model_file, copy, replace=True)
-    verify(Bundle.open(copy), "cpu").require()
+    assert verify(Bundle.open(copy), "cpu")[0].passed
+    assert [path.name for path in copy.parent.iterdir()] == ["copy"]
+
+
+def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path, model_file):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("years of work")
+    with pytest.raises(InputError, match=r"thesis: not replaced, for it is no bundle"):
+        export(model_file, tmp_path / "thesis", replace=True)
+    assert (tmp_path / "thesis" / "chapter").read_text() == "years of work"
+    (tmp_path / "link").symlink_to(tmp_path / "thesis")
+    with pytest.raises(InputError, match=r"link: is not a folder"):
+        export(model_file, tmp_path / "link", replace=True)
+
+
+@pytest.mark.parametrize("renamed", [1, 2])
+def test_a_signal_between_the_renames_brings_the_old_bundle_back(copy, model_file, monkeypatch, renamed):
+    before, rename, calls = files(copy), Path.rename, []
+
+    def interrupted(self, target):
+        calls.append(1)
+        if len(calls) == renamed:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        export(model_file, copy, replace=True)
+    assert files(copy) == before
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
@@ -266,9 +325,90 @@ def test_a_publication_that_fails_halfway_leaves_the_old_bundle(copy, model_file
     assert [path.name for path in copy.parent.iterdir()] == ["copy"]
 
 
-def test_a_session_refuses_bytes_that_are_no_graph():
-    with pytest.raises(InputError, match=r"x\.onnx: onnxruntime cannot run it on cpu"):
-        Session("x.onnx", b"not a graph", "cpu")
+@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x3a\x05ab", b"\xff" * 40])
+def test_a_session_refuses_bytes_that_are_no_graph(model, content):
+    with pytest.raises(InputError, match=r"encoder\.onnx: refused: not an ONNX file"):
+        Session("encoder", content, model.spec, "cpu")
+
+
+def graph_changed(change):
+    """The quantizer's file after ``change`` of its ModelProto."""
+
+    def changed(model) -> bytes:
+        proto = onnx.load_from_string(build_graphs(model.spec, model.params)["quantizer"])
+        change(proto)
+        return proto.SerializeToString()
+
+    return changed
+
+
+def outside(proto):
+    tensor = next(t for t in proto.graph.initializer if t.name == "quantizer.codebook")
+    onnx.external_data_helper.set_external_data(tensor, "weights.bin")
+    tensor.ClearField("raw_data")
+
+
+def renamed_operator(**fields):
+    def change(proto):
+        for name, value in fields.items():
+            setattr(proto.graph.node[0], name, value)
+
+    return change
+
+
+HOSTILE = {
+    "external data": (outside, "keeps weights outside the file"),
+    "an unknown operator": (renamed_operator(op_type="Loop"), "holds the operator Loop, which no bundle has"),
+    "another domain": (renamed_operator(domain="com.evil"), r"holds an operator of the domain com\.evil"),
+    "a function": (lambda p: p.functions.add(name="f"), "it holds functions"),
+    "a sparse tensor": (lambda p: p.graph.sparse_initializer.add(), "it holds sparse tensors"),
+    "a subgraph": (
+        lambda p: p.graph.node[0].attribute.add(name="body", type=5).g.CopyFrom(onnx.GraphProto(name="inner")),
+        "it holds subgraphs",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_what_no_bundle_holds_never_reaches_onnxruntime(model, kind, tmp_path, monkeypatch):
+    change, message = HOSTILE[kind]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights.bin").write_bytes(np.asarray(model.params["quantizer.codebook"]).tobytes())
+    with pytest.raises(InputError, match=message):
+        Session("quantizer", graph_changed(change)(model), model.spec, "cpu")
+
+
+def test_a_graph_of_another_model_or_stage_is_refused_by_its_ports(model):
+    graphs = build_graphs(model.spec, model.params)
+    with pytest.raises(InputError, match=r"tokenizer\.onnx: its outputs are .*latents"):
+        Session("tokenizer", graphs["encoder"], model.spec, "cpu")
+    other = dataclasses.replace(model.spec, latent_size=5)
+    with pytest.raises(InputError, match=r"tokenizer\.onnx: its outputs are .*\['N', 4\].* \['N', 5\]"):
+        Session("tokenizer", graphs["tokenizer"], other, "cpu")
+
+
+def test_batches_shrink_where_the_codebook_grows():
+    assert batch_size(vqref.ModelSpec()) == 256
+    assert batch_size(vqref.ModelSpec(num_codes=16_384, code_size=64)) == 32
+    assert batch_size(vqref.ModelSpec(num_codes=2**20, code_size=512, latent_size=64)) == 1
+
+
+def test_a_card_that_cannot_be_used_is_said_and_auto_takes_the_cpu(model, monkeypatch):
+    monkeypatch.setattr("vqdeploy.sessions.resolve_device", lambda device: "cuda")
+    original = Session.__init__
+
+    def failing(self, stage, content, spec, device):
+        if device == "cuda":
+            raise MachineError("no libcublas")
+        original(self, stage, content, spec, device)
+
+    monkeypatch.setattr(Session, "__init__", failing)
+    graphs = {"encoder": build_graphs(model.spec, model.params)["encoder"]}
+    with pytest.warns(RuntimeWarning, match=r"cannot be used: no libcublas; running on the CPU"):
+        _, device = open_sessions(graphs, model.spec, "auto")
+    assert device == "cpu"
+    with pytest.raises(MachineError, match="no libcublas"):
+        open_sessions(graphs, model.spec, "cuda")
 
 
 def test_cuda_where_there_is_none_is_an_error_and_auto_takes_the_cpu(monkeypatch):
@@ -289,4 +429,4 @@ def test_an_onnxruntime_without_the_cuda_provider_is_named(monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_bundle_verifies_itself_on_cuda_with_no_node_on_the_cpu(bundle):
-    verify(Bundle.open(bundle), resolve_device("cuda")).require()
+    verify(Bundle.open(bundle), "cuda")[0].require()

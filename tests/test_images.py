@@ -1,7 +1,9 @@
 """Images as people have them: every form gives the same pixels, and every misfit is named."""
 
 import gzip
+import io
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -72,6 +74,30 @@ def test_a_folder_is_known_by_its_official_names(tmp_path, train, held_out, form
     np.testing.assert_array_equal(found.held_out[:, 0], GREY[:2])
 
 
+def promising(shape: tuple[int, ...]) -> bytes:
+    """A .npy file whose header promises far more than the 64 bytes that follow."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return buffer.getvalue() + bytes(64)
+
+
+def bomb(path):
+    """An archive whose directory and header agree on 9 GiB."""
+    header = promising((9, 2**30))[:-64]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("arr_0.npy", header)
+    content = bytearray(path.read_bytes())
+    directory = content.index(b"PK\x01\x02")
+    content[directory + 24 : directory + 28] = struct.pack("<I", 0xFFFFFFFF)  # the size is in a zip64 field instead
+    extra = struct.pack("<HHQ", 1, 8, len(header) + 9 * 2**30)
+    content[directory + 30 : directory + 32] = struct.pack("<H", len(extra))
+    name_end = directory + 46 + len("arr_0.npy")
+    content[name_end:name_end] = extra
+    end = content.index(b"PK\x05\x06")
+    content[end + 12 : end + 16] = struct.pack("<I", end - directory)
+    path.write_bytes(content)
+
+
 def code_in_npz(path):
     np.save(path, np.array([print], dtype=object), allow_pickle=True)
 
@@ -84,11 +110,15 @@ BAD_FILES = {
     "cut gzip": (lambda p: p.write_bytes(gzip.compress(idx(GREY))[:60]), "not a readable image file"),
     "cut idx": (lambda p: p.write_bytes(idx(GREY)[:-1]), "but 479 bytes follow"),
     "labels": (lambda p: p.write_bytes(idx(np.zeros(5, np.uint8))), "neither .npz, .npy nor IDX"),
-    "objects": (code_in_npz, "not a readable image file"),
+    "objects": (code_in_npz, "dtype is object"),
+    "npz bomb": (bomb, "holds 9.0 GiB of images, more than the 8 GiB"),
+    "npy that promises": (lambda p: p.write_bytes(promising((9, 2**30))), "header declares 9663676416 bytes, 64 are there"),
+    "empty archive": (lambda p: zipfile.ZipFile(p, "w").close(), r"holds arrays \(none\)"),
     "integers": (lambda p: np.save(p, GREY.astype(np.int32)), "dtype is int32, expected uint8"),
     "range": (lambda p: np.save(p, GREY.astype(float)), r"values from 0 to 255, expected \[0, 1\]"),
     "nan": (lambda p: np.save(p, np.full((1, 8, 8), np.nan)), r"nan at \(0, 0, 0\)"),
     "one axis": (lambda p: np.save(p, np.zeros(4, np.uint8)), r"shape is \(4,\), expected \(N, H, W\)"),
+    "two layouts": (lambda p: np.save(p, np.zeros((1, 4, 8, 4), np.uint8)), r"could be \(N, C, H, W\) or \(N, H, W, C\)"),
     "two channels": (lambda p: np.save(p, np.zeros((1, 8, 8, 2), np.uint8)), r"shape is \(1, 8, 8, 2\)"),
 }
 

@@ -70,7 +70,8 @@ def test_every_row_of_the_tolerances_has_a_reason_and_can_fail():
     for (stage, precision), row in parity.TOLERANCES.items():
         assert row.reason
         expected = np.ones((2, 3))
-        found = (expected * (1 + 3 * row.relative)).astype(precision)
+        off = max(3 * row.relative, float(np.finfo(precision).eps))
+        found = (expected * (1 + off)).astype(precision)
         assert not check(stage, found, expected, precision=precision).passed, (stage, precision)
 
 
@@ -162,6 +163,34 @@ def test_bfloat16_distances_called_float32_are_caught():
     rounded = (square.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)  # the upper half of a float32
     assert check_indices(square.argmin(-1)[:, None], latents, codebook, precision="float32").violations == 0
     assert check_indices(rounded.argmin(-1)[:, None], latents, codebook, precision="float32").violations > 0
+
+
+def test_distances_that_overflow_are_no_proof_of_anything():
+    codebook = np.array([[0.0], [1e19], [3e19]])
+    latents = np.array([[[-3e19]]])
+    with np.errstate(over="ignore"):
+        single = np.square(as32(latents) - as32(codebook)).sum(-1)  # inf, inf, inf in float32
+    assert np.isinf(single).all()
+    report = check_indices(np.array([[1]]), latents, codebook, precision="float32")
+    assert (report.certified, report.flips, report.violations) == (0, 1, 0)
+    with pytest.raises(ValueError, match="overflow float64"):
+        check_indices(np.array([[1]]), latents * 1e190, codebook, precision="float64")
+    with pytest.raises(ValueError, match="overflow float64"):
+        vqref.quantize(latents * 1e190, codebook)
+
+
+@pytest.mark.parametrize("error", [np.nan, np.inf, -1.0])
+def test_an_encoder_error_that_is_no_length_is_refused(error):
+    with pytest.raises(ValueError, match="latents_error: expected finite numbers of at least 0"):
+        check_indices(np.array([[2], [1], [0]]), LATENTS, CODEBOOK, precision="float64", latents_error=error)
+
+
+def test_an_empty_codebook_and_sums_without_a_bound_are_refused():
+    with pytest.raises(ValueError, match=r"codebook: shape is \(0, 2\), expected at least one row"):
+        check_indices(np.zeros((3, 1), np.int64), LATENTS, np.zeros((0, 2)), precision="float32")
+    wide = np.zeros((1, 2**23))
+    with pytest.raises(ValueError, match="no bound in float32"):
+        check_indices(np.zeros((1, 1), np.int64), wide[None], wide, precision="float32")
 
 
 def test_the_bound_is_tight_enough_to_certify_ordinary_latents():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def _export(arguments: argparse.Namespace) -> int:
     from vqdeploy.export import export
 
     model: Path = arguments.model
-    output: Path = getattr(arguments, "output", model.with_name(f"{model.stem}-onnx"))
+    output: Path = getattr(arguments, "output", model.parent / f"{model.stem or 'model'}-onnx")
     report = export(model, output, replace=arguments.replace)
     print(f"{report}\nwrote {output}; next: python -m vqdeploy verify {output}")
     return ExitCode.DONE
@@ -61,16 +62,17 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from vqdeploy.bundle import Bundle
-    from vqdeploy.sessions import resolve_device
     from vqdeploy.verify import verify
     from vqref.images import as_batch, load
 
     bundle = Bundle.open(arguments.bundle)
-    device = resolve_device(arguments.device)
     images = None
     if hasattr(arguments, "data"):
         images = as_batch(load(arguments.data).train[: arguments.limit], bundle.spec.image_shape)
-    report = verify(bundle, device, images)
+    with warnings.catch_warnings(record=True) as remarks:
+        report, device = verify(bundle, arguments.device, images)
+    for remark in remarks:
+        print(f"vqdeploy: {remark.message}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({"bundle": str(arguments.bundle), "device": device, **report.to_dict()}, indent=2))
     else:

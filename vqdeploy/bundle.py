@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vqdeploy.stages import STAGES
 from vqref.commandline import InputError
+from vqref.images import read_npz
 from vqref.spec import ModelSpec
 
 FORMAT = "vqdeploy-bundle"
@@ -22,8 +23,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 ORACLE = "oracle.npz"
 CARD = "README.md"
-GRAPHS = ("encoder", "quantizer", "decoder", "tokenizer", "detokenizer")
-FILES = (*(f"{name}.onnx" for name in GRAPHS), ORACLE, CARD)
+FILES = (*(f"{name}.onnx" for name in STAGES), ORACLE, CARD)
 """Every file of a bundle beside the manifest, which holds their sizes and digests."""
 
 FILE_BYTES = 2 * 2**30
@@ -50,12 +50,12 @@ class Bundle:
             manifest = json.loads(where.read_bytes())
         except OSError as error:
             raise InputError(f"{path}: not a bundle: {where.name}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not JSON: {error}") from None
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise InputError(f"{where}: not the manifest of a bundle")
         version = manifest.get("format_version")
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise InputError(f"{where}: format version is {version!r}, expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise InputError(
@@ -64,9 +64,11 @@ class Bundle:
         try:
             spec = ModelSpec.from_dict(manifest["spec"])
             for name in FILES:
-                entry = manifest["files"][name]
-                if not isinstance(entry["bytes"], int) or len(bytes.fromhex(entry["sha256"])) != 32:
+                size, digest = manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]
+                if type(size) is not int or not 0 <= size <= FILE_BYTES or len(bytes.fromhex(digest)) != 32:
                     raise ValueError(f"size or sha256 of {name} is malformed")
+            if foreign := sorted(set(manifest["files"]) - set(FILES)):
+                raise ValueError(f"names files that no bundle has: {', '.join(foreign)}")
         except (KeyError, TypeError, ValueError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{where}: damaged: {reason}") from None
@@ -77,7 +79,7 @@ class Bundle:
         entry, path = self.manifest["files"][name], self.path / name
         try:
             with path.open("rb") as file:
-                content = file.read(min(entry["bytes"], FILE_BYTES) + 1)
+                content = file.read(entry["bytes"] + 1)
         except OSError as error:
             raise InputError(f"{path}: {error.strerror}") from None
         if len(content) != entry["bytes"]:
@@ -87,7 +89,7 @@ class Bundle:
         return content
 
     def graph(self, name: str) -> bytes:
-        """The ONNX file of one of GRAPHS. Raises InputError."""
+        """The ONNX file of one of STAGES. Raises InputError."""
         return self.read(f"{name}.onnx")
 
     def oracle(self) -> Oracle:
@@ -117,11 +119,10 @@ class Oracle:
     def from_bytes(cls, content: bytes, name: str) -> Oracle:
         groups: dict[str, dict[str, npt.NDArray[Any]]] = {"param": {}, "golden": {}}
         try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-                for key in archive.files:
-                    group, _, array = key.partition("/")
-                    groups[group][array] = archive[key]
-        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            for key, array in read_npz(content).items():
+                group, _, own = key.partition("/")
+                groups[group][own] = array
+        except (ValueError, KeyError) as error:
             raise InputError(f"{name}: not an oracle file: {error}") from None
         return cls(groups["param"], groups["golden"])
 

@@ -60,7 +60,11 @@ A certified index is the only one that rounding allows; at a near tie, rounding 
 def _metrics(metrics: Mapping[str, Any]) -> str:
     rows = [("last epoch of training", metrics), ("held-out images", metrics.get("held_out", {}))]
     names = ("bound", "reconstruction", "perplexity", "codes_used")
-    found = [(label, row) for label, row in rows if all(name in row for name in names)]
+    found = [
+        (label, row)
+        for label, row in rows
+        if isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in names)
+    ]
     if not found:
         return "No metrics were recorded."
     lines = [

@@ -8,13 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vqdeploy.bundle import Bundle
-from vqdeploy.sessions import Session, resolve_device
+from vqdeploy.sessions import Session, open_sessions
 from vqref.images import as_batch
 from vqref.spec import ModelSpec
 from vqref.validation import as_indices
-
-BATCH = 256
-"""Images that go through onnxruntime at once; larger inputs are cut, so that memory stays flat."""
 
 
 class Codec:
@@ -28,7 +25,7 @@ class Codec:
     device     "cpu" or "cuda": what was chosen
     providers  onnxruntime's execution providers, the first one preferred
 
-    Methods may be called from several threads.
+    Methods may be called from several threads. Large inputs go through a few images at a time, so that memory stays flat.
     """
 
     def __init__(self, spec: ModelSpec, tokenizer: Session, detokenizer: Session, device: str) -> None:
@@ -41,13 +38,13 @@ class Codec:
     def load(cls, bundle: str | Path, device: str = "auto") -> Codec:
         """Reads a bundle, checks its files against their digests and opens it on "cpu", "cuda" or "auto".
 
-        Raises InputError (a ValueError) for a bundle that is damaged, MachineError where "cuda" cannot be used, ValueError
-        for another device.
+        "auto" is CUDA where there is a card that can be used, and says so in ``device``. Raises InputError (a ValueError) for a
+        bundle that is damaged, MachineError where "cuda" was asked for and cannot be used, ValueError for another device.
         """
         found = Bundle.open(bundle)
-        chosen = resolve_device(device)
-        tokenizer, detokenizer = (Session(name, found.graph(name), chosen) for name in ("tokenizer", "detokenizer"))
-        return cls(found.spec, tokenizer, detokenizer, chosen)
+        graphs = {stage: found.graph(stage) for stage in ("tokenizer", "detokenizer")}
+        sessions, chosen = open_sessions(graphs, found.spec, device)
+        return cls(found.spec, sessions["tokenizer"], sessions["detokenizer"], chosen)
 
     def encode(self, images: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Indices (N, latent_size), int64 from 0 to num_codes - 1, of N images.
@@ -55,22 +52,14 @@ class Codec:
         images: uint8, or floating in [0, 1]; (N, H, W) where C is 1, (N, C, H, W) or (N, H, W, C).
         Raises InputError (a ValueError) for another shape, dtype or range, and for values that are not finite.
         """
-        batch = as_batch(images, self.spec.image_shape)
-        out = np.empty((len(batch), self.spec.latent_size), np.int64)
-        for start in range(0, len(batch), BATCH):
-            out[start : start + BATCH] = self._tokenizer(batch[start : start + BATCH])[0]
-        return out
+        return self._tokenizer(as_batch(images, self.spec.image_shape))[0]
 
     def decode(self, indices: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Probabilities (N, C, H, W), float32 in [0, 1], of indices (N, latent_size): the mean grey levels.
 
         Raises ValueError for another shape or dtype, and for an index outside 0 to num_codes - 1.
         """
-        batch = as_indices(indices, ("N", self.spec.latent_size), self.spec.num_codes)
-        out = np.empty((len(batch), *self.spec.image_shape), np.float32)
-        for start in range(0, len(batch), BATCH):
-            out[start : start + BATCH] = self._detokenizer(batch[start : start + BATCH])[0]
-        return out
+        return self._detokenizer(as_indices(indices, ("N", self.spec.latent_size), self.spec.num_codes))[0]
 
     def reconstruct(self, images: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """``decode(encode(images))``."""

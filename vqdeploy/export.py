@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import vqref.checkpoint
-from vqdeploy.bundle import CARD, FORMAT, FORMAT_VERSION, MANIFEST, ORACLE, Oracle, describe_files
+from vqdeploy.bundle import CARD, FORMAT, FORMAT_VERSION, MANIFEST, ORACLE, Bundle, Oracle, describe_files
 from vqdeploy.card import write_card
-from vqdeploy.graphs import IR_VERSION, OPSET, STAGES, build_graphs, ports
-from vqdeploy.sessions import Session
+from vqdeploy.graphs import IR_VERSION, OPSET, build_graphs
+from vqdeploy.sessions import open_sessions
+from vqdeploy.stages import STAGES, ports
 from vqdeploy.verify import check_graphs, golden_batch
 from vqref.checkpoint import Model
+from vqref.commandline import InputError
 from vqref.files import publish_folder, require_new_folder
 from vqref.parity import ParityError, Report
 
@@ -33,11 +35,15 @@ def export(checkpoint: Path, output: Path, *, replace: bool = False) -> Report:
     exists (unless ``replace``), ParityError where a graph disagrees, MachineError and OSError where nothing can be
     written; ``output`` is then as it was.
     """
-    require_new_folder(output, replace=replace)
+    require_replaceable(output, replace=replace)
     model, digest = read_model(checkpoint)
     graphs = build_graphs(model.spec, model.params)
-    oracle = Oracle({p.name: model.params[p.name] for p in model.spec.parameters}, golden_batch(model.spec, model.params))
-    sessions = {name: Session(f"{name}.onnx", content, "cpu") for name, content in graphs.items()}
+    try:
+        golden = golden_batch(model.spec, model.params)
+    except ValueError as error:  # weights so large that a stage overflows
+        raise InputError(f"{checkpoint}: the oracle cannot run it: {error}") from None
+    oracle = Oracle({p.name: model.params[p.name] for p in model.spec.parameters}, golden)
+    sessions, _ = open_sessions(graphs, model.spec, "cpu")
     report = check_graphs(model.spec, oracle.params, oracle.golden["images"], sessions)
     if not report.passed:
         raise ParityError(f"{checkpoint}: not exported: the graphs disagree with the oracle: {report.failures[0]}", report)
@@ -68,6 +74,19 @@ def export(checkpoint: Path, output: Path, *, replace: bool = False) -> Report:
     files[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
     publish_folder(output, files, replace=replace)
     return report
+
+
+def require_replaceable(output: Path, *, replace: bool) -> None:
+    """Raises InputError where ``output`` exists and may not be replaced: with ``replace``, a bundle may, and an empty folder.
+
+    MachineError where nothing can be written there.
+    """
+    require_new_folder(output, replace=replace)
+    if output.exists() and any(output.iterdir()):
+        try:
+            Bundle.open(output)
+        except InputError as error:
+            raise InputError(f"{output}: not replaced, for it is no bundle ({error})") from None
 
 
 def _describe_graphs(model: Model) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -11,6 +10,7 @@ from onnx import helper
 
 from vqdeploy import quantizer
 from vqdeploy.network import GraphBuilder
+from vqdeploy.stages import STAGES, ports
 from vqref.spec import ModelSpec
 from vqref.validation import Params, check_params
 
@@ -19,39 +19,6 @@ OPSET = 18
 
 IR_VERSION = 10
 """onnx writes a newer one by default, which onnxruntime refuses."""
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output: its name in the vocabulary, dtype, and shape with "N" for the batch."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-
-def ports(spec: ModelSpec) -> dict[str, Port]:
-    """Every array that enters or leaves a graph, by name."""
-    latents = ("N", spec.latent_size, spec.code_size)
-    images = ("N", *spec.image_shape)
-    found = (
-        Port("images", "float32", images),
-        Port("latents", "float32", latents),
-        Port("indices", "int64", latents[:2]),
-        Port("quantized", "float32", latents),
-        Port("logits", "float32", images),
-        Port("probabilities", "float32", images),
-    )
-    return {port.name: port for port in found}
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One graph: the arrays it takes and gives, by name, and the nodes between."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    build: Callable[[GraphBuilder, ModelSpec], None]
 
 
 def _encoder(builder: GraphBuilder, spec: ModelSpec) -> None:
@@ -78,14 +45,13 @@ def _detokenizer(builder: GraphBuilder, spec: ModelSpec) -> None:
     _decoder(builder, spec)
 
 
-STAGES = {
-    "encoder": Stage(("images",), ("latents",), _encoder),
-    "quantizer": Stage(("latents",), ("indices", "quantized"), _quantizer),
-    "decoder": Stage(("quantized",), ("logits", "probabilities"), _decoder),
-    "tokenizer": Stage(("images",), ("indices",), _tokenizer),
-    "detokenizer": Stage(("indices",), ("probabilities",), _detokenizer),
+BUILDERS: dict[str, Callable[[GraphBuilder, ModelSpec], None]] = {
+    "encoder": _encoder,
+    "quantizer": _quantizer,
+    "decoder": _decoder,
+    "tokenizer": _tokenizer,
+    "detokenizer": _detokenizer,
 }
-"""encoder, quantizer and decoder are one stage each; tokenizer and detokenizer are what applications run."""
 
 
 def build_graphs(spec: ModelSpec, params: Params) -> dict[str, bytes]:
@@ -94,12 +60,12 @@ def build_graphs(spec: ModelSpec, params: Params) -> dict[str, bytes]:
     Raises ValueError for parameters that do not fit the spec.
     """
     check_params(spec, params)
-    return {name: _model(name, stage, spec, params) for name, stage in STAGES.items()}
+    return {stage: _model(stage, spec, params) for stage in STAGES}
 
 
-def _model(name: str, stage: Stage, spec: ModelSpec, params: Params) -> bytes:
+def _model(stage: str, spec: ModelSpec, params: Params) -> bytes:
     builder = GraphBuilder(params)
-    stage.build(builder, spec)
+    BUILDERS[stage](builder, spec)
     arrays = ports(spec)
     infos = {
         port.name: helper.make_tensor_value_info(port.name, helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype)), port.shape)
@@ -107,9 +73,9 @@ def _model(name: str, stage: Stage, spec: ModelSpec, params: Params) -> bytes:
     }
     graph = helper.make_graph(
         builder.nodes,
-        name,
-        [infos[port] for port in stage.inputs],
-        [infos[port] for port in stage.outputs],
+        stage,
+        [infos[port] for port in STAGES[stage].inputs],
+        [infos[port] for port in STAGES[stage].outputs],
         list(builder.initializers.values()),
     )
     model = helper.make_model(

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 import vqref
-from vqdeploy.bundle import GRAPHS, Bundle, Oracle
-from vqdeploy.sessions import Session
-from vqref.agreement import Backend, compare
+from vqdeploy.bundle import FILES, Bundle, Oracle
+from vqdeploy.sessions import open_sessions
+from vqdeploy.stages import STAGES
+from vqref.agreement import Backend, check_probabilities, compare
 from vqref.commandline import InputError
-from vqref.parity import Check, Report, check, check_indices
+from vqref.parity import Report, check, check_indices
 from vqref.spec import CODEBOOK, EMA_COUNT, ModelSpec
 from vqref.validation import Params
 
@@ -23,27 +24,30 @@ GOLDEN_SAMPLES = 24
 """Images of the golden batch that the model itself draws; noise and extremes come on top."""
 
 
-def verify(bundle: Bundle, device: str, images: Array | None = None) -> Report:
+def verify(bundle: Bundle, device: str, images: Array | None = None) -> tuple[Report, str]:
     """Every file's digest, the golden batch's recorded answers, and the five graphs on ``device`` against the oracle.
 
-    device: "cpu" or "cuda". images: further images (N, C, H, W), float32 in [0, 1], to compare the graphs on beside the
-    golden batch. Raises InputError for a damaged bundle, MachineError where the device cannot be used.
+    device: "cpu", "cuda" or "auto". images: further images (N, C, H, W), float32 in [0, 1], to compare the graphs on beside
+    the golden batch. Returns the report and the device that ran. Raises InputError for a damaged bundle, MachineError where
+    the device cannot be used.
     """
-    for name in bundle.manifest["files"]:
+    for name in FILES:
         bundle.read(name)
     oracle = bundle.oracle()
     try:
         recorded = check_recorded(bundle.spec, oracle)
     except (KeyError, ValueError) as error:
         raise InputError(f"{bundle.path}: the oracle file does not fit the manifest: {error}") from None
-    sessions = {name: Session(f"{name}.onnx", bundle.graph(name), device) for name in GRAPHS}
+    sessions, chosen = open_sessions({stage: bundle.graph(stage) for stage in STAGES}, bundle.spec, device)
     batch = oracle.golden["images"]
     if images is not None:
         batch = np.concatenate([batch, images])
-    return Report((*recorded.checks, *check_graphs(bundle.spec, oracle.params, batch, sessions).checks))
+    return Report((*recorded.checks, *check_graphs(bundle.spec, oracle.params, batch, sessions).checks)), chosen
 
 
-def check_graphs(spec: ModelSpec, params: Params, images: Array, sessions: Mapping[str, Session]) -> Report:
+def check_graphs(
+    spec: ModelSpec, params: Params, images: Array, sessions: Mapping[str, Callable[[Array], list[Array]]]
+) -> Report:
     """The five graphs, each fed the oracle's input, on images (N, C, H, W) in [0, 1]."""
 
     def quantizer(latents: Array) -> tuple[Array, Array]:
@@ -86,14 +90,22 @@ def golden_batch(spec: ModelSpec, params: Params) -> dict[str, Array]:
 
 
 def check_recorded(spec: ModelSpec, oracle: Oracle) -> Report:
-    """The answers that the bundle recorded beside those that the oracle gives here and now, in float64."""
-    golden = oracle.golden
+    """The answers that the bundle recorded beside those that the oracle gives here and now, in float64: all six."""
+    golden, codebook = oracle.golden, np.asarray(oracle.params[CODEBOOK], np.float64)
     now = _answers(spec, oracle.params, golden["images"])
-    checks: list[Check] = [check("encoder", golden["latents"], now["latents"], precision="float64", name="golden latents")]
-    codebook = np.asarray(oracle.params[CODEBOOK], np.float64)
-    checks.append(check_indices(golden["indices"], golden["latents"], codebook, precision="float64", name="golden indices"))
-    checks.append(check("decoder", golden["logits"], now["logits"], precision="float64", name="golden logits"))
-    return Report(tuple(checks))
+    best = np.square(golden["latents"] - codebook[now["indices"]]).sum(axis=2)  # (N, S)
+    both = 2 * best + np.where(np.isfinite(now["gap"]), now["gap"], 0.0)  # the two squared distances that the gap is between
+    rows = codebook[np.clip(golden["indices"], 0, spec.num_codes - 1)]
+    return Report(
+        (
+            check("encoder", golden["latents"], now["latents"], precision="float64", name="golden latents"),
+            check_indices(golden["indices"], golden["latents"], codebook, precision="float64", name="golden indices"),
+            check("gap", golden["gap"], now["gap"], precision="float64", name="golden gap", magnitude=both),
+            check("copy", golden["quantized"], rows, precision="float64", name="golden quantized"),
+            check("decoder", golden["logits"], now["logits"], precision="float64", name="golden logits"),
+            check_probabilities("golden probs", golden["probabilities"], now["logits"], "float64"),
+        )
+    )
 
 
 def _answers(spec: ModelSpec, params: Params, images: Array) -> dict[str, Array]:

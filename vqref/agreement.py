@@ -88,9 +88,9 @@ def compare(
         if backend.decoder:
             found_logits, found_probabilities = backend.decoder(quantized)
             checks.append(check("decoder", found_logits, exact_logits, precision=precision))
-            checks.append(_check_probabilities("probabilities", found_probabilities, exact_logits, precision))
+            checks.append(check_probabilities("probabilities", found_probabilities, exact_logits, precision))
         if backend.detokenizer:
-            checks.append(_check_probabilities("detokenizer", backend.detokenizer(tokens), exact_logits, precision))
+            checks.append(check_probabilities("detokenizer", backend.detokenizer(tokens), exact_logits, precision))
     if backend.losses:
         chosen = codebook[indices].astype(dtype)
         logits = decode(spec, params, chosen).astype(dtype)
@@ -128,7 +128,7 @@ def _check_tokenizer(found: Array, latents: Float64, codebook: Array, precision:
     return check_indices(found, latents, codebook, precision=precision, latents_error=delta, name="tokenizer")
 
 
-def _check_probabilities(name: str, found: Array, logits: Float64, precision: str) -> Check:
+def check_probabilities(name: str, found: Array, logits: Float64, precision: str) -> Check:
     """Probabilities beside the scale that their logits leave them: an error in a logit moves its sigmoid by a quarter."""
     largest = np.abs(logits).max(axis=(1, 2, 3), keepdims=True, initial=0.0)  # (N, 1, 1, 1)
     return check("probabilities", found, sigmoid(logits), precision=precision, name=name, magnitude=1 + largest / 4)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import pickle
 import warnings
 from collections.abc import Callable, Mapping
@@ -62,7 +63,7 @@ class Model:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise InputError("not a vqtrain checkpoint")
         version = data.get("format_version")
-        if not isinstance(version, int) or version < 1:
+        if type(version) is not int or version < 1:
             raise InputError(f"format version is {version!r}, expected {FORMAT_VERSION}")
         if version > FORMAT_VERSION:
             raise InputError(
@@ -71,6 +72,13 @@ class Model:
         for key in ("spec", "parameters", "training", "metrics", "provenance"):
             if not isinstance(data.get(key), dict):
                 raise InputError(f"the entry {key!r} is missing or not a dictionary")
+            if key != "parameters":
+                _require_plain(key, data[key])
+        if not isinstance(data["provenance"].get("data", {}), dict):
+            raise InputError("the entry provenance.data is not a dictionary")
+        for name, array in data["parameters"].items():
+            if not isinstance(name, str) or getattr(array, "dtype", None) != np.float32:
+                raise InputError(f"the parameter {name!r} is {getattr(array, 'dtype', type(array).__name__)}, expected float32")
         try:
             spec = ModelSpec.from_dict(data["spec"])
             return cls(spec, data["parameters"], data["training"], data["metrics"], data["provenance"])
@@ -101,7 +109,23 @@ def read(path: str | Path, load: Callable[[BinaryIO], Any]) -> tuple[Model, str]
         raise InputError(f"{path}: not a vqtrain checkpoint ({type(error).__name__}: {reason})") from None
     try:
         if isinstance(data, dict) and isinstance(data.get("parameters"), dict):
-            data = {**data, "parameters": {name: np.asarray(array) for name, array in data["parameters"].items()}}
+            data = {**data, "parameters": {name: _as_array(array) for name, array in data["parameters"].items()}}
         return Model.from_plain(data), hashlib.sha256(content).hexdigest()
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+
+
+def _as_array(value: Any) -> Any:
+    """A tensor as a NumPy array where NumPy has its kind; anything else as it is, to be refused by name."""
+    try:
+        return np.asarray(value.detach() if hasattr(value, "detach") else value)
+    except (TypeError, RuntimeError):  # a sparse tensor, a dtype that NumPy lacks
+        return value
+
+
+def _require_plain(name: str, value: Any) -> None:
+    """Raises InputError unless ``value`` is what JSON can hold: string keys, finite numbers, text, lists."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the entry {name!r} holds more than plain data: {error}") from None

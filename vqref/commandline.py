@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NoReturn
 
@@ -60,23 +61,28 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)  # type: ignore[arg-type]
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """``parse_args`` with an answer to unknown options that names the nearest known one."""
-        parsed, unknown = self.parse_known_args(argv)
-        if unknown:
-            word = next((word for word in unknown if word.startswith("-")), unknown[0]).split("=")[0]
-            self.error(f"unknown {'option' if word.startswith('-') else 'argument'} {word}{self._nearest(word)}")
-        return parsed
+        """``parse_args`` that first looks for unknown options, and names the nearest known one."""
+        words = list(sys.argv[1:] if argv is None else argv)
+        known = self._known_options(words)
+        for word in itertools.takewhile(lambda word: word != "--", words):
+            option = word.split("=")[0]
+            if option.startswith("--") and option not in known:
+                self.error(f"unknown option {option}{self.nearest(option, known)}")
+        return self.parse_args(words)
 
-    def _nearest(self, word: str) -> str:
-        close = difflib.get_close_matches(word, list(self._known_options()), n=1, cutoff=0.5)
+    def nearest(self, word: str, known: Sequence[str] | None = None) -> str:
+        """ "; did you mean …?" with the known option most like ``word``, or nothing."""
+        close = difflib.get_close_matches(word, known or self._known_options([]), n=1, cutoff=0.5)
         return f"; did you mean {close[0]}?" if close else ""
 
-    def _known_options(self) -> Iterator[str]:
+    def _known_options(self, words: Sequence[str]) -> list[str]:
+        """This parser's options and those of the command that is named first among ``words``."""
+        options = [option for action in self._actions for option in action.option_strings]
         for action in self._actions:
-            yield from action.option_strings
             if isinstance(action, argparse._SubParsersAction):
-                for parser in action.choices.values():
-                    yield from parser._known_options()
+                named = next((word for word in words if word in action.choices), None)
+                options += action.choices[named]._known_options(words) if named else []
+        return options
 
     def error(self, message: str) -> NoReturn:
         one_line = " ".join(message.split())
@@ -97,16 +103,28 @@ def run(prog: str, command: Callable[[Sequence[str] | None], int], argv: Sequenc
     Anything else is a bug and keeps its traceback.
     """
     try:
-        return command(argv)
+        try:
+            return command(argv)
+        finally:
+            sys.stdout.flush()  # here, where what goes wrong with it can still be said
     except CommandError as error:
         return _say(prog, str(error), error.exit_code)
     except BrokenPipeError:  # the reader of our output closed it (`| head`): nothing left to say, to anyone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return ExitCode.FAILED
-    except OSError as error:  # commands check their inputs; what is left is the disk, the memory, the rights
-        return _say(prog, f"{error.filename or 'the system'}: {error.strerror}", ExitCode.ENVIRONMENT)
-    except KeyboardInterrupt:
-        return _say(prog, "interrupted", ExitCode.INTERRUPTED)
+    except OSError as error:  # commands check their inputs; what is left is the disk and the rights
+        if error.filename is None:
+            _discard_output()
+        return _say(prog, f"{error.filename or 'standard output'}: {error.strerror or error}", ExitCode.ENVIRONMENT)
+    except MemoryError as error:
+        return _say(prog, f"not enough memory: {error}", ExitCode.ENVIRONMENT)
+    except KeyboardInterrupt as error:  # one of ours says which signal it was and what was saved
+        return _say(prog, str(error) or "interrupted", getattr(error, "exit_code", ExitCode.INTERRUPTED))
+
+
+def _discard_output() -> None:
+    """Sends what stdout still holds nowhere, so that the interpreter's last flush has nothing to complain of."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(prog: str, message: str, code: ExitCode) -> int:

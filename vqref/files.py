@@ -15,6 +15,8 @@ def require_writable(path: Path) -> None:
     """Raises MachineError unless a file could be published at ``path`` now; leaves nothing behind."""
     if path.is_dir():
         raise MachineError(f"{path}: is a folder; name a file to write to")
+    if path.exists() and not path.is_file():
+        raise MachineError(f"{path}: is not a regular file")
     _require_folder_writable(path)
 
 
@@ -22,16 +24,18 @@ def require_new_folder(path: Path, *, replace: bool) -> None:
     """Raises InputError where ``path`` exists and may not be replaced, MachineError where it could not be published."""
     if not replace and (path.exists() or path.is_symlink()):
         raise InputError(f"{path}: exists already; use --replace, or another --output")
-    if path.exists() and not path.is_dir():
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise InputError(f"{path}: is not a folder")
     _require_folder_writable(path)
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Writes beside the place, forces the bytes to the disk and renames: a reader sees the old file or the new one.
+    """Writes beside the place, forces the bytes to the disk and renames: a reader sees the old file or the new one. A link is
+    followed.
 
     Raises OSError; ``path`` is then as it was.
     """
+    path = path.resolve()
     temporary = _beside(path)
     try:
         _write(temporary, content)
@@ -44,8 +48,9 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 def publish_folder(path: Path, files: Mapping[str, bytes], *, replace: bool) -> None:
     """Writes {name: content} into a folder beside the place and renames it there.
 
-    With ``replace``, an existing folder makes way by a rename and is removed after the new one stands; it comes back if
-    that fails. Raises InputError where ``path`` exists and may not be replaced, and OSError; ``path`` is then as it was.
+    With ``replace``, an existing folder makes way by a rename, comes back if anything, a signal too, prevents the new one
+    from taking its place, and is removed only when the new one stands.
+    Raises InputError where ``path`` exists and may not be replaced, and OSError; ``path`` is then as it was.
     """
     require_new_folder(path, replace=replace)
     temporary, former = _beside(path), _beside(path)
@@ -56,22 +61,20 @@ def publish_folder(path: Path, files: Mapping[str, bytes], *, replace: bool) -> 
         _sync_folder(temporary)
         if path.exists():
             path.rename(former)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if former.exists():
-                former.rename(path)
-            raise
+        temporary.rename(path)
         _sync_folder(path.parent)
     finally:
-        for leftover in (temporary, former):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        if former.exists() and not path.exists():
+            former.rename(path)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    if former.exists():
+        shutil.rmtree(former)
 
 
 def _require_folder_writable(path: Path) -> None:
-    probe = _beside(path)
     try:
+        probe = _beside(path)
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -79,15 +82,22 @@ def _require_folder_writable(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name in the same folder, so that a rename to ``path`` stays within one file system."""
+    """A hidden name in the same folder, so that a rename to ``path`` stays within one file system. Raises InputError where
+    there is no beside: the root."""
+    path = path.absolute()
+    if not path.name:
+        raise InputError(f"{path}: is not a name that a file or folder could have")
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 def _write(path: Path, content: bytes | memoryview) -> None:
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path.parent)) from None  # a write does not say where
 
 
 def _sync_folder(path: Path) -> None:

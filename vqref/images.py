@@ -10,7 +10,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,12 @@ OFFICIAL_NAMES = (
     ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"),
 )
 """(training, held-out) file names of the Kuzushiji-MNIST distribution, in the order of preference."""
+
+LARGEST_ARRAY = 8 * 2**30
+"""Bytes of the largest array of images that is read: everything is held in memory."""
+
+ARRAY_NAMES = ("arr_0", "images", "x_train")
+"""Names by which the images are known among the arrays of an archive."""
 
 CHANNELS = (1, 3, 4)
 """Channel counts by which a layout is recognised where no spec says it."""
@@ -108,19 +114,66 @@ def _parse(content: bytes) -> Array:
     """The one array of images in the bytes of a file, told by its first bytes."""
     try:
         if content.startswith(b"PK"):
-            with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-                names = archive.files
-                name = next((n for n in ("arr_0", "images", "x_train") if n in names), names[0] if len(names) == 1 else None)
-                if name is None:
-                    raise InputError(f"holds arrays {', '.join(names) or '(none)'}; expected one, or one named arr_0 or images")
-                return np.asarray(archive[name])
+            return _parse_npz(content)
         if content.startswith(b"\x93NUMPY"):
-            return np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
+            return _parse_npy(io.BytesIO(content), len(content))
         return _parse_idx(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content)
+    except InputError:
+        raise
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"not a readable image file: {error}") from None
+
+
+def read_npz(content: bytes) -> dict[str, Array]:
+    """Every array of an ``.npz``, nothing of which is executed, each held to its size before memory is given to it.
+
+    Raises InputError.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            found = {}
+            for info in archive.infolist():
+                with archive.open(info) as file:
+                    found[info.filename.removesuffix(".npy")] = _parse_npy(file, info.file_size)
+            return found
+    except InputError:
+        raise
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"not a readable archive: {error}") from None
+
+
+def _parse_npz(content: bytes) -> Array:
+    """The only array of an archive, or the one with a name that images go by."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        name = next((n for n in (*ARRAY_NAMES, *members) if n in members), "")
+        if not (name in ARRAY_NAMES or len(members) == 1):
+            found = ", ".join(members) or "(none)"
+            raise InputError(f"holds arrays {found}; expected one, or one named arr_0 or images")
+        with archive.open(members[name]) as file:
+            return _parse_npy(file, members[name].file_size)
+
+
+def _parse_npy(file: IO[bytes], size: int) -> Array:
+    """The array in a ``.npy`` stream of ``size`` bytes. Its header is held to the size before memory is given to it: a small
+    archive can promise, and deliver, more than any machine has."""
+    start = file.tell()
+    major, _ = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read_header(file)
+    declared = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject:
+        raise InputError("images: dtype is object, expected uint8, or a floating dtype with values in [0, 1]")
+    if declared != size - (file.tell() - start):
+        raise InputError(
+            f"not a readable image file: its header declares {declared} bytes, {size - file.tell() + start} are there"
+        )
+    if declared > LARGEST_ARRAY:
+        raise InputError(
+            f"holds {declared / 2**30:.1f} GiB of images, more than the {LARGEST_ARRAY / 2**30:.0f} GiB read at once"
+        )
+    file.seek(start)
+    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
 
 
 def _parse_idx(content: bytes) -> Array:
@@ -132,7 +185,7 @@ def _parse_idx(content: bytes) -> Array:
     start = 4 + 4 * axes
     if len(content) - start != math.prod(shape):
         raise InputError(f"IDX header says {shape}, but {len(content) - start} bytes follow")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()  # writable, as PyTorch wants it
 
 
 def _check_values(array: Array) -> Array:
@@ -145,7 +198,7 @@ def _check_values(array: Array) -> Array:
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(array))[0])
         raise InputError(f"images: {array[at]} at {at}, expected finite values")
     if array.size and not (array.min() >= 0 and array.max() <= 1):
-        raise InputError(f"images: values from {array.min():g} to {array.max():g}, expected [0, 1] (or uint8)")
+        raise InputError(f"images: values from {array.min():.9g} to {array.max():.9g}, expected [0, 1] (or uint8)")
     return array
 
 
@@ -153,6 +206,8 @@ def _channels_first(array: Array) -> Array:
     """(N, H, W) or (N, H, W, C) or (N, C, H, W), C one of CHANNELS, as (N, C, H, W); float32 where it is floating."""
     if array.ndim == 3:
         array = array[:, None]
+    elif array.ndim == 4 and array.shape[1] in CHANNELS and array.shape[3] in CHANNELS:
+        raise InputError(f"images: shape is {array.shape}, which could be (N, C, H, W) or (N, H, W, C)")
     elif array.ndim == 4 and array.shape[3] in CHANNELS:
         array = array.transpose(0, 3, 1, 2)
     elif array.ndim != 4 or array.shape[1] not in CHANNELS:

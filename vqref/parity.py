@@ -58,6 +58,8 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
         ("losses", "float64"): Tolerance(1e-12, "element", "a sum of N*C*H*W terms of one sign; 4e-16 measured"),
         ("ema", "float64"): Tolerance(1e-12, "element", "a sum over the batch, a product, a quotient; below 1e-16 measured"),
         ("gradients", "float64"): Tolerance(1e-11, "array", "forward and back, summed over the batch; 1e-14 measured"),
+        ("gap", "float64"): Tolerance(1e-12, "element", "of the two squared distances: sums of D terms; 1e-16 measured"),
+        ("copy", "float64"): Tolerance(0.0, "element", "rows of the codebook, to the last bit"),
         ("encoder", "float32"): Tolerance(1e-5, "array", "1.5e-6 measured; TF32 rounds each factor by 5e-4", ELU_FLOOR),
         ("decoder", "float32"): Tolerance(1e-5, "image", "1.9e-6 measured; TF32 rounds each factor by 5e-4", ELU_FLOOR),
         ("probabilities", "float32"): Tolerance(1e-5, "element", "as the decoder, times the sigmoid's slope; 7e-8 measured"),
@@ -202,7 +204,8 @@ def check(
     if not expected.size:
         return Check(name, precision, 0, 0, 0.0, 0.0, row.relative)
     scale = _scale(row, expected, magnitude)
-    off = np.abs(actual.astype(np.float64) - expected)
+    with np.errstate(invalid="ignore"):  # infinite where it should be: equal; NaN, or infinite where it should not: wrong
+        off = np.where(actual == expected, 0.0, np.abs(actual.astype(np.float64) - expected))
     error = np.divide(off, scale, out=np.where(off > 0, np.inf, 0.0), where=scale > 0)
     wrong = ~(error <= row.relative)  # NaN compares false, so it counts as wrong
     at = tuple(int(i) for i in np.unravel_index(np.where(np.isnan(error), np.inf, error).argmax(), error.shape))
@@ -259,13 +262,19 @@ def check_indices(
         raise ValueError(f"precision is {precision!r}, expected one of {', '.join(UNIT_ROUNDOFF)}")
     codebook = as_float64("codebook", codebook, ("K", "D"))
     latents = as_float64("latents", latents, ("N", "S", codebook.shape[1]))
-    indices = np.asarray(indices)
+    indices, moved = np.asarray(indices), np.asarray(latents_error, np.float64)
     shape, (k, d) = latents.shape[:2], codebook.shape
+    if not codebook.size:
+        raise ValueError(f"codebook: shape is {codebook.shape}, expected at least one row and one element")
+    if (d + 2) * UNIT_ROUNDOFF[precision] >= 0.5:
+        raise ValueError(f"code_size is {d}: sums of so many terms have no bound in {precision}")
+    if not (np.isfinite(moved).all() and (moved >= 0).all()):
+        raise ValueError("latents_error: expected finite numbers of at least 0")
     count = int(np.prod(shape))
     if problem := _misfit(indices, shape, np.dtype(np.int64)):
         return Check(name, precision, count, max(1, count), certified=0, near_ties=0, flips=0, problem=problem)
 
-    moved = np.broadcast_to(np.asarray(latents_error, np.float64), shape).reshape(-1, 1)
+    moved = np.broadcast_to(moved, shape).reshape(-1, 1)
     near_ties = flips = 0
     wrong: list[tuple[float, int, int]] = []  # (how far beyond its slack, latent, the oracle's index)
     chosen = indices.ravel()
@@ -278,8 +287,9 @@ def check_indices(
         found = chosen[rows]
         inside = (found >= 0) & (found < k)
         beyond = np.where(inside, excess[each, np.where(inside, found, 0)], np.inf)
-        flips += int(((found != best) & (beyond <= 0)).sum())
-        wrong += [(float(beyond[i]), rows.start + int(i), int(best[i])) for i in np.flatnonzero(beyond > 0)]
+        fits = beyond <= 0
+        flips += int(((found != best) & fits).sum())
+        wrong += [(float(beyond[i]), rows.start + int(i), int(best[i])) for i in np.flatnonzero(~fits)]
 
     worst, problem = None, None
     if wrong:
@@ -311,6 +321,8 @@ def _slack(distances: Float64, best: npt.NDArray[np.intp], codebook: Float64, pr
         for code in np.unique(best):
             apart = np.sqrt(np.square(codebook - codebook[code]).sum(axis=1))  # (K,)
             slack[best == code] += 2 * delta[best == code] * apart
+    overflows = moved * (1 + g) >= float(np.finfo(precision).max)  # infinite there, and two infinities are equal
+    slack[overflows & overflows[np.arange(len(best)), best][:, None]] = np.inf
     return np.asarray(slack, np.float64)
 
 

@@ -51,7 +51,7 @@ def quantize(latents: npt.ArrayLike, codebook: npt.ArrayLike) -> Quantized:
 def squared_distances(latents: Float64, codebook: Float64) -> Iterator[tuple[slice, Float64]]:
     """||latent - codebook[k]||^2 in the direct form, as (rows, distances (rows, K)) for a few rows of latents (M, D) at a time.
 
-    The array of distances is reused: it holds until the next step.
+    The array of distances is reused: it holds until the next step. Raises ValueError where a distance overflows.
     """
     step = max(1, DISTANCE_BYTES // (8 * len(codebook)))
     columns = np.ascontiguousarray(codebook.T)  # (D, K)
@@ -63,8 +63,11 @@ def squared_distances(latents: Float64, codebook: Float64) -> Iterator[tuple[sli
         distances[:] = 0.0
         for element, column in zip(x.T, columns, strict=True):
             np.subtract(element[:, None], column, out=square)
-            np.square(square, out=square)
-            distances += square
+            with np.errstate(over="ignore"):  # said below
+                np.square(square, out=square)
+                distances += square
+        if not np.isfinite(distances).all():
+            raise ValueError("latents and codebook lie so far apart that their squared distances overflow float64")
         yield slice(start, start + len(x)), distances
 
 

@@ -35,7 +35,7 @@ def as_images(images: npt.ArrayLike, spec: ModelSpec) -> Float64:
     """Images (N, C, H, W), floating, in [0, 1], as float64. Raises ValueError."""
     values = as_float64("images", images, ("N", *spec.image_shape))
     if values.size and not (values.min() >= 0.0 and values.max() <= 1.0):
-        raise ValueError(f"images: values from {values.min():g} to {values.max():g}, expected grey levels in [0, 1]")
+        raise ValueError(f"images: values from {values.min():.9g} to {values.max():.9g}, expected grey levels in [0, 1]")
     return values
 
 
