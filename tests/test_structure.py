@@ -8,9 +8,10 @@ import pytest
 from conftest import ROOT
 
 STDLIB = set(sys.stdlib_module_names)
+CONVENIENCES = {"tqdm", "pooch", "requests", "filelock", "tomli_w", "PIL", "matplotlib"}
 ALLOWED = {
     "vqref": {"numpy"},
-    "vqtrain": {"vqref", "numpy", "torch", "scipy", "tqdm"},
+    "vqtrain": {"vqref", "numpy", "torch", "scipy", *CONVENIENCES},
     "vqdeploy": {"vqref", "numpy", "onnx", "onnxruntime"},
 }
 

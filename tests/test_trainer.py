@@ -1,11 +1,13 @@
 """The trainer: the same table, the same quantizer, the post's step, and a run that stops where the oracle disagrees."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import vqref
 import vqtrain.network
@@ -18,7 +20,10 @@ from vqtrain import VQVAE, Trainer, TrainingOptions, evaluate, training_step
 from vqtrain.agreement import check_against_oracle
 from vqtrain.checkpoint import read_model
 from vqtrain.data import Batches
+from vqtrain.interrupts import Interrupts
 from vqtrain.metrics import Meter
+from vqtrain.runs import RunFolder
+from vqtrain.train import Work
 
 CPU = torch.device("cpu")
 SPEC = vqref.ModelSpec((1, 28, 28), base_depth=4, latent_size=2, num_codes=8, code_size=4)
@@ -103,6 +108,9 @@ def test_an_epoch_is_every_image_once_in_a_seeded_order():
     batches = Batches(images, 3, CPU)
     first = torch.cat([*batches.shuffled(torch.Generator().manual_seed(1))])
     again = torch.cat([*batches.shuffled(torch.Generator().manual_seed(1))])
+    rest = torch.cat([*batches.shuffled(torch.Generator().manual_seed(1), skip=2)])
+    assert torch.equal(rest, first[6:])
+    assert not [*batches.shuffled(torch.Generator().manual_seed(1), skip=3)]
     other = torch.cat([*batches.shuffled(torch.Generator().manual_seed(2))])
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -134,11 +142,12 @@ def test_evaluation_counts_every_image_and_takes_no_step(module, model, many_ima
         np.testing.assert_array_equal(array, before[name])
 
 
-def trainer(tmp_path, many_images, said=None, **options) -> Trainer:
+def trainer(tmp_path, many_images, said=None, device=CPU, state=None, checkpoint_steps=500, **options) -> Trainer:
     images = ImageSet(many_images[:160, None], many_images[160:200, None], "test.npz", "0" * 64)
     chosen = dataclasses.replace(TrainingOptions(epochs=2, batch_size=32), **options)
     say = (lambda line: None) if said is None else said.append
-    return Trainer(SPEC, chosen, images, CPU, tmp_path / "model.pt", {"data": {}}, say)
+    work = Work(device, RunFolder(tmp_path / "run"), tmp_path / "model.pt", Interrupts(), checkpoint_steps, say)
+    return Trainer(SPEC, chosen, images, work, {"data": {"source": "test.npz"}}, state)
 
 
 def test_a_run_publishes_what_it_trained_and_says_how_it_went(tmp_path, many_images):
@@ -155,14 +164,28 @@ def test_a_run_publishes_what_it_trained_and_says_how_it_went(tmp_path, many_ima
     assert all(line["oracle"]["passed"] for line in stored.metrics["history"])
     assert stored.metrics["held_out"] == result.metrics["held_out"]
     assert sum("oracle: agrees" in line for line in said) == 2
-    assert said[-1].startswith("held out: ")
-    assert all(len(line.replace(str(tmp_path), ".")) <= 80 for line in said)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
+    assert all(len(line) <= 80 for line in said)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "run"]
+    folder = tmp_path / "run"
+    assert (folder / "model.pt").read_bytes() == (tmp_path / "model.pt").read_bytes()
+    assert len([*(folder / "checkpoints").iterdir()]) == 2
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == stored.metrics["history"]
+    assert lines[0]["data"] == "test.npz"
+    assert lines[0]["bits_per_dimension"] == pytest.approx(lines[0]["bound"] / np.log(2) / 784)
+    names = [f"epoch-{epoch:03d}-{what}.png" for epoch in (1, 2) for what in ("codebook", "reconstructions", "samples")]
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == names
+    for path in (*(folder / "pictures").iterdir(), folder / "curves.png"):
+        with Image.open(path) as picture:
+            assert 600 < picture.width < 1400
 
 
 def test_the_same_seed_trains_the_same_model_and_another_seed_another(tmp_path, many_images):
+    for i in range(3):
+        (tmp_path / str(i)).mkdir()
     first, again, other = (
-        trainer(tmp_path, many_images, epochs=1, seed=seed).run().params["encoder.conv1.weight"] for seed in (3, 3, 4)
+        trainer(tmp_path / str(i), many_images, epochs=1, seed=seed).run().params["encoder.conv1.weight"]
+        for i, seed in enumerate((3, 3, 4))
     )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -177,22 +200,22 @@ def test_a_module_that_is_not_the_specs_network_never_starts(tmp_path, many_imag
     monkeypatch.setitem(vqtrain.network.ACTIVATIONS, "elu", F.relu)
     with pytest.raises(ParityError, match=r"disagrees with the oracle before the first step: encoder .*; nothing was written"):
         trainer(tmp_path, many_images).run()
-    assert not [*tmp_path.iterdir()]
+    assert not [*tmp_path.rglob("*.pt")]
 
 
 def test_a_disagreement_after_an_epoch_stops_the_run_and_keeps_the_last_good_model(tmp_path, many_images, monkeypatch):
     run = trainer(tmp_path, many_images, epochs=3)
     publish = Trainer._epoch
 
-    def sabotage(self, epoch):
-        if epoch == 2:
+    def sabotage(self):
+        if self.epoch == 1:
             monkeypatch.setattr(vqtrain.quantizer, "nearest", lambda x, c: (x[:, :, None] - c).abs().sum(-1).argmin(-1))
-        publish(self, epoch)
+        publish(self)
 
     monkeypatch.setattr(Trainer, "_epoch", sabotage)
     with pytest.raises(ParityError, match=r"after epoch 2: quantizer .*model\.pt holds epoch 1"):
         run.run()
-    assert read_model(tmp_path / "model.pt").metrics["epoch"] == 1
+    assert read_model(tmp_path / "run" / "model.pt").metrics["epoch"] == 1
 
 
 def test_an_ema_that_forgets_epsilon_is_caught_before_the_first_step(tmp_path, many_images, monkeypatch):
@@ -215,19 +238,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_model(t
     monkeypatch.setattr(vqtrain.train, "training_step", explode)
     with pytest.raises(CommandError, match=r"the loss is nan in epoch 2; .*model\.pt holds epoch 1"):
         run.run()
-    assert read_model(tmp_path / "model.pt").metrics["epoch"] == 1
+    assert read_model(tmp_path / "run" / "model.pt").metrics["epoch"] == 1
+
+
+def test_weights_that_diverge_stop_the_run_with_one_line(tmp_path, many_images):
+    with pytest.raises(CommandError, match=r"the run diverged after epoch 1: .*; nothing was written|the loss is (nan|inf)"):
+        trainer(tmp_path, many_images, learning_rate=1e6).run()
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"epochs": 0}, "epochs is 0; it must be an integer of at least 1"),
+        ({"epochs": 0}, "epochs is 0; it must be an integer of at least 1 and below"),
         ({"batch_size": 1.5}, "batch_size is 1.5"),
         ({"seed": -1}, "seed is -1"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be a positive number"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0; it must be a number from 1e-12 to 1e"),
         ({"epsilon": float("inf")}, "epsilon is inf"),
         ({"beta": -1.0}, "beta is -1.0"),
         ({"decay": 1.01}, "decay is 1.01"),
+        ({"precision": "int8"}, "precision is 'int8'; it must be one of float32, bfloat16"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_by_name(fields, message):
@@ -238,6 +267,5 @@ def test_an_option_that_cannot_be_is_refused_by_name(fields, message):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_run_on_cuda_agrees_with_the_oracle(tmp_path, many_images):
-    images = ImageSet(many_images[:160, None], None, "test.npz", "0" * 64)
-    run = Trainer(SPEC, TrainingOptions(epochs=1, batch_size=32), images, torch.device("cuda"), tmp_path / "m.pt", {}, print)
+    run = trainer(tmp_path, many_images, device=torch.device("cuda"))
     assert all(line["oracle"]["passed"] for line in run.run().metrics["history"])

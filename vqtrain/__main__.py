@@ -1,22 +1,15 @@
-"""``python -m vqtrain``: trains a model on images and writes it to a file."""
+"""``python -m vqtrain``: trains a model on images, or measures one."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
-from vqref.commandline import InputError, MachineError, Parser, UsageError, run
+from vqref.commandline import ExitCode, InputError, Parser, positive, run
 from vqref.spec import ModelSpec
-from vqtrain.options import RECIPES, TrainingOptions
-
-if TYPE_CHECKING:
-    import torch
-
-Options = TypeVar("Options", TrainingOptions, ModelSpec)
+from vqtrain.options import DEFAULT_RECIPE, PRECISIONS, RECIPES, TrainingOptions
 
 OPTION_HELP = {
     "epochs": "passes over the images",
@@ -26,6 +19,7 @@ OPTION_HELP = {
     "decay": "decay of the codebook's moving averages",
     "epsilon": "added to a code's count before it divides",
     "seed": "of the initial parameters and the order of the images",
+    "precision": f"of the products in training: {' or '.join(PRECISIONS)}",
 }
 SPEC_HELP = {
     "base_depth": "channels of the outer convolutions",
@@ -41,50 +35,86 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: Sequence[str] | None) -> int:
-    arguments = build_parser().parse(argv)
-    options = _build(RECIPES[arguments.recipe], arguments, OPTION_HELP)
-    sizes = _build(ModelSpec(), arguments, SPEC_HELP)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["evaluate"]:
+        arguments = build_evaluate_parser().parse(words[1:])
+        from vqtrain.evaluation import evaluate_command
 
-    from vqref.files import require_writable
-    from vqref.images import load  # the heavy imports come after the options are known to be right
-    from vqtrain.train import Trainer
+        return evaluate_command(arguments)
+    arguments = parse_with_config(build_parser(), words)
+    from vqtrain.command import train_command
 
-    device = _device(arguments.device)
-    require_writable(arguments.output)
-    images = load(arguments.data)
-    try:
-        spec = dataclasses.replace(sizes, image_shape=images.train.shape[1:])
-    except ValueError as error:
-        raise InputError(f"{images.source}: {error}") from None
-    provenance = {
-        "data": {"source": images.source, "sha256": images.sha256, "images": len(images.train)},
-        "recipe": arguments.recipe,
-        "seed": options.seed,
-        "device": str(device),
-        "versions": _versions(),
-    }
-    Trainer(spec, options, images, device, arguments.output, provenance).run()
-    print(f"wrote {arguments.output}; next: python -m vqdeploy export {arguments.output}")
-    return 0
+    train_command(arguments)
+    return ExitCode.DONE
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="vqtrain", description="Train a VQ-VAE on images, held to the NumPy oracle as it goes.")
-    parser.add_argument(
-        "--data",
-        type=Path,
-        required=True,
-        default=argparse.SUPPRESS,
-        metavar="PATH",
-        help="images: an .npz, .npy or IDX file, or a folder that holds the official KMNIST files",
+    parser = Parser(
+        prog="vqtrain",
+        description="Train a VQ-VAE on images, held to the NumPy oracle as it goes.",
+        epilog="python -m vqtrain evaluate model.pt measures a model: see vqtrain evaluate --help.",
     )
-    parser.add_argument("--output", type=Path, default=Path("model.pt"), metavar="FILE", help="where the model goes")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="seed", help="named set of the options below")
+    _add_data(parser)
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default=DEFAULT_RECIPE, help="named set of training options")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help="options from a run's options.toml"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    training = parser.add_argument_group("training", "defaults are the recipe's; those of seed are shown")
-    _add(training, RECIPES["seed"], OPTION_HELP)
+    parser.add_argument("--deterministic", action="store_true", help="refuse operations that vary from run to run")
+    files = parser.add_argument_group("files")
+    files.add_argument("--output", type=Path, default=Path("model.pt"), metavar="FILE", help="where a copy of the model goes")
+    files.add_argument("--runs", type=Path, default=Path("runs"), metavar="FOLDER", help="where the folders of runs are")
+    files.add_argument("--name", metavar="NAME", default=argparse.SUPPRESS, help="the run's folder (default: data and recipe)")
+    files.add_argument("--resume", metavar="auto|never|PATH", default="auto", help="go on from a run's last checkpoint")
+    files.add_argument("--checkpoint-steps", type=positive, default=500, metavar="N", help="steps between checkpoints")
+    files.add_argument("--tensorboard", action="store_true", help="write event files, too")
+    files.add_argument("--json", action="store_true", help="print the final metrics as the last line")
+    training = parser.add_argument_group("training", f"defaults are the recipe's; those of {DEFAULT_RECIPE} are shown")
+    _add(training, RECIPES[DEFAULT_RECIPE], OPTION_HELP)
     _add(parser.add_argument_group("the model"), ModelSpec(), SPEC_HELP)
     return parser
+
+
+def build_evaluate_parser() -> Parser:
+    parser = Parser(prog="vqtrain evaluate", description="Measure a model on images: the held-out ones where there are any.")
+    parser.add_argument("model", type=Path, help="the file that vqtrain wrote")
+    _add_data(parser)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
+    parser.add_argument("--binarize", action="store_true", help="draw each pixel black or white by its grey level")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of --binarize and of the clustering floor")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    return parser
+
+
+def parse_with_config(parser: Parser, words: list[str]) -> argparse.Namespace:
+    """The arguments, those of ``--config`` first, so that the command line has the last word.
+
+    Raises InputError for a file that is not TOML or names an unknown option.
+    """
+    arguments = parser.parse(words)
+    if not hasattr(arguments, "config"):
+        return arguments
+    from vqtrain.runs import read_options
+
+    known = {action.dest: action for action in parser._actions}
+    from_file: list[str] = []
+    for key, value in read_options(arguments.config).items():
+        if key not in known:
+            raise InputError(f"{arguments.config}: unknown option {key}{parser.nearest('--' + key.replace('_', '-'))}")
+        option = known[key].option_strings[-1]
+        from_file += [option] * value if isinstance(value, bool) else [option, str(value)]
+    return parser.parse(from_file + words)
+
+
+def _add_data(parser: Parser) -> None:
+    parser.add_argument(
+        "--data",
+        default="auto",
+        metavar="SOURCE",
+        help="kmnist; glyphs, a generated set; auto, kmnist where it can be had, else glyphs; or a path: .npz, .npy, IDX, "
+        "a folder of images or of the official files",
+    )
+    parser.add_argument("--resize", metavar="HxW", default=argparse.SUPPRESS, help="bring the images of a folder to this size")
 
 
 def _add(group: argparse._ArgumentGroup, defaults: TrainingOptions | ModelSpec, described: dict[str, str]) -> None:
@@ -95,32 +125,9 @@ def _add(group: argparse._ArgumentGroup, defaults: TrainingOptions | ModelSpec, 
             f"--{name.replace('_', '-')}",
             type=type(default),
             default=argparse.SUPPRESS,
-            metavar="N" if isinstance(default, int) else "X",
+            metavar={int: "N", float: "X", str: "NAME"}[type(default)],
             help=f"{what} (default: {default})",
         )
-
-
-def _build(defaults: Options, arguments: argparse.Namespace, described: dict[str, str]) -> Options:
-    given: dict[str, Any] = {name: getattr(arguments, name) for name in described if hasattr(arguments, name)}
-    try:
-        return dataclasses.replace(defaults, **given)
-    except ValueError as error:
-        raise UsageError(str(error).replace("_", "-")) from None
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise MachineError("--device cuda: PyTorch finds no CUDA device here; use --device cpu or auto")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _versions() -> dict[str, str]:
-    import platform
-    from importlib.metadata import version
-
-    return {"python": platform.python_version()} | {name: version(name) for name in ("portable-vqvae", "numpy", "torch")}
 
 
 if __name__ == "__main__":

@@ -21,12 +21,12 @@ class Batches:
         """Whole batches in one pass."""
         return len(self.images) // self.batch_size
 
-    def shuffled(self, generator: torch.Generator) -> Iterator[Tensor]:
+    def shuffled(self, generator: torch.Generator, skip: int = 0) -> Iterator[Tensor]:
         """One pass in an order drawn from ``generator`` (a CPU generator: the order is the same on every device), the
-        remainder dropped."""
+        remainder dropped, the first ``skip`` batches left out."""
         order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
-        for index in order[: len(self) * self.batch_size].split(self.batch_size):
-            yield self._unit(self.images[index])
+        for batch in range(skip, len(self)):
+            yield self._unit(self.images[order[batch * self.batch_size : (batch + 1) * self.batch_size]])
 
     def in_order(self) -> Iterator[Tensor]:
         """Every image once, as stored; the last batch may be smaller."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +34,11 @@ class Metrics:
     def finite(self) -> bool:
         return math.isfinite(self.total)
 
+    def to_dict(self, spec: ModelSpec) -> dict[str, float]:
+        """The fields, with ``bits_per_dimension``: the bound in bits a pixel and channel."""
+        bits = self.bound / (math.log(2) * math.prod(spec.image_shape))
+        return {**dataclasses.asdict(self), "bits_per_dimension": bits}
+
 
 class Meter:
     """Adds up batches; reading a value waits for the device, adding does not."""
@@ -46,6 +53,15 @@ class Meter:
         self.count += len(indices)
         self.sums += torch.stack(losses).detach().double() * len(indices)
         self.hits += torch.bincount(indices.reshape(-1), minlength=len(self.hits))
+
+    def state(self) -> dict[str, Any]:
+        """What ``load`` needs to go on counting."""
+        return {"count": self.count, "sums": self.sums, "hits": self.hits}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        self.sums.copy_(state["sums"])
+        self.hits.copy_(state["hits"])
 
     def read(self) -> Metrics:
         """Means over the images added so far (at least one)."""

@@ -43,10 +43,11 @@ class VQVAE(nn.Module):
     def forward(self, images: Tensor) -> Forward:
         """One pass. The decoder's input is quantized itself, with the gradient of latents: the straight-through estimator
         latents + stop_gradient(quantized - latents) without its rounding."""
-        latents = self.encoder(images)
+        exact = self.quantizer.codebook.dtype  # under autocast the networks answer in less; distances and losses do not
+        latents = self.encoder(images).to(exact)
         indices, quantized = self.quantizer(latents)
         straight_through = quantized + (latents - latents.detach())
-        return Forward(latents, indices, quantized, self.decoder(straight_through))
+        return Forward(latents, indices, quantized, self.decoder(straight_through).to(exact))
 
     def params(self) -> dict[str, npt.NDArray[np.floating]]:
         """A copy of every parameter as NumPy arrays, by name, in the spec's order."""

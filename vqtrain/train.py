@@ -1,14 +1,15 @@
-"""The training run: steps, epochs, and the checks between them."""
+"""The training run: steps, epochs, the checks between them, and what is left when a signal ends it."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -19,16 +20,23 @@ from vqref.commandline import CommandError, InputError
 from vqref.images import ImageSet, to_unit_interval
 from vqref.parity import ParityError, Report
 from vqref.spec import ModelSpec
+from vqtrain import pictures
 from vqtrain.agreement import check_against_oracle
 from vqtrain.checkpoint import read_model, write_model
 from vqtrain.data import Batches
+from vqtrain.interrupts import Interrupted, Interrupts
 from vqtrain.losses import Losses, compute_losses
 from vqtrain.metrics import Meter, Metrics
 from vqtrain.model import VQVAE
 from vqtrain.options import ADAM_BETAS, ADAM_EPSILON, TrainingOptions
+from vqtrain.runs import MODEL, RunFolder
+from vqtrain.state import save_state
 
 CHECKED_IMAGES = 64
 """How many real images each check against the oracle sees, whatever the batch size."""
+
+SHOWN_IMAGES, SHOWN_CODES = 32, 1024
+"""How many images a picture shows beside their reconstructions, and at most how many codes a sheet."""
 
 
 def training_step(
@@ -36,13 +44,20 @@ def training_step(
 ) -> tuple[Losses, Tensor]:
     """One step on images (N, C, H, W): gradients to encoder and decoder, then the codebook's moving averages on this
     step's latents. Returns the losses before the step and the indices (N, S)."""
-    out = model(images)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
+        out = model(images)
     losses = compute_losses(model.spec, images, out.logits, out.latents, out.quantized, options.beta)
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()
     optimizer.step()
     model.quantizer.update(out.latents.detach(), out.indices, options.decay, options.epsilon)
     return losses, out.indices
+
+
+def require_one_batch(images: ImageSet, options: TrainingOptions) -> None:
+    """Raises InputError where the training images do not fill one batch."""
+    if len(images.train) < options.batch_size:
+        raise InputError(f"{images.source}: {len(images.train)} images, fewer than one batch of {options.batch_size}")
 
 
 @torch.no_grad()
@@ -55,11 +70,34 @@ def evaluate(model: VQVAE, batches: Batches, options: TrainingOptions) -> Metric
     return meter.read()
 
 
-class Trainer:
-    """One run: owns the model, the optimizer and the order of the images, and publishes ``output`` after each epoch.
+def say(line: str) -> None:
+    """A line on stdout, at once: a log that is followed, or whose process is killed, has it."""
+    print(line, flush=True)
 
-    Raises InputError where the images do not fill one batch or do not fit the spec; ``run`` raises ParityError where the
-    module and the oracle disagree, and CommandError where the loss is no longer finite.
+
+@dataclass(frozen=True)
+class Work:
+    """Where and how a run works: nothing here changes what it computes on a given device.
+
+    folder: the run's. output: where a copy of the model goes. checkpoint_steps: steps between checkpoints within an epoch.
+    say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
+    """
+
+    device: torch.device
+    folder: RunFolder
+    output: Path
+    interrupts: Interrupts
+    checkpoint_steps: int = 500
+    say: Callable[[str], None] = say
+    writer: Any = None
+
+
+class Trainer:
+    """One run: owns the model, the optimizer and the order of the images.
+
+    state: a checkpoint to go on from. Raises InputError where the images do not fill one batch; ``run`` raises ParityError
+    where the module and the oracle disagree, CommandError where the loss is no longer finite, and Interrupted, with the
+    state saved, where a signal came.
     """
 
     def __init__(
@@ -67,61 +105,92 @@ class Trainer:
         spec: ModelSpec,
         options: TrainingOptions,
         images: ImageSet,
-        device: torch.device,
-        output: Path,
+        work: Work,
         provenance: dict[str, Any],
-        say: Callable[[str], None] = print,
+        state: dict[str, Any] | None = None,
     ) -> None:
-        if len(images.train) < options.batch_size:
-            raise InputError(f"{images.source}: {len(images.train)} images, fewer than one batch of {options.batch_size}")
-        self.spec, self.options, self.device, self.output, self.say = spec, options, device, output, say
-        self.provenance = provenance
+        require_one_batch(images, options)
+        self.spec, self.options, self.work, self.provenance = spec, options, work, provenance
+        self.course = {**options.to_dict(), **spec.to_dict(), "data_sha256": images.sha256}
+        self.batches = Batches(images.train, options.batch_size, work.device)
+        held_out = images.held_out if images.held_out is not None and len(images.held_out) else None
+        self.held_out = None if held_out is None else Batches(held_out, options.batch_size, work.device)
+        self.sample = to_unit_interval(images.train[:CHECKED_IMAGES])
+        self.held_out_sample = self.sample if held_out is None else to_unit_interval(held_out[:CHECKED_IMAGES])
+
         params = vqref.init_params(spec, np.random.default_rng(options.seed))
-        self.model = VQVAE(spec, params).to(device)
+        self.model = VQVAE(spec, params).to(work.device)
         learned = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
         self.optimizer = torch.optim.Adam(learned, lr=options.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPSILON)
         self.generator = torch.Generator().manual_seed(options.seed)
-        self.batches = Batches(images.train, options.batch_size, device)
-        held_out = images.held_out if images.held_out is not None and len(images.held_out) else None
-        self.held_out = None if held_out is None else Batches(held_out, options.batch_size, device)
-        self.sample = to_unit_interval(images.train[:CHECKED_IMAGES])
-        self.held_out_sample = self.sample if held_out is None else to_unit_interval(held_out[:CHECKED_IMAGES])
+        self.order = self.generator.get_state()  # as it was when the epoch began
+        self.epoch, self.step, self.seconds = 0, 0, 0.0  # whole epochs; steps and seconds spent within the next one
+        self.meter = Meter(spec, work.device)
         self.history: list[dict[str, Any]] = []
+        self.finished = False  # the last epoch is done and ``output`` written
+        if state is not None:
+            self._load(state)
 
     def run(self) -> Model:
-        """Trains for ``options.epochs`` epochs; returns what ``output`` holds."""
-        steps = len(self.batches) * self.options.epochs
-        self.say(f"{len(self.batches.images)} images, {steps} steps of {self.options.batch_size} on {self.device}")
-        report = self._require_agreement(self.sample, "before the first step")
-        self.say(f"oracle: {_agreement(report)}, before the first step")
-        self.say("epoch    bound  reconstruction  commitment  perplexity  codes  images/s  oracle")
-        for epoch in range(1, self.options.epochs + 1):
-            self._epoch(epoch)
-        return self._finish()
+        """Trains until ``options.epochs`` epochs are done; returns what ``output`` holds."""
+        total = len(self.batches) * self.options.epochs
+        self.work.say(f"{len(self.batches.images)} images, {total} steps of {self.options.batch_size} on {self.work.device}")
+        try:
+            report = self._require_agreement(self.sample, "before the first step")
+            self.work.say(f"oracle: {_agreement(report)}, before the first step")
+            self.work.say("epoch    bound  held out  commitment  perplexity  codes  images/s  oracle")
+            while self.epoch < self.options.epochs:
+                self._epoch()
+            return self._finish()
+        except Interrupted as stop:
+            self._save()
+            raise Interrupted(
+                stop.signum,
+                f"interrupted in epoch {self.epoch + 1}, step {self.step}; saved: the same command goes on from there",
+            ) from None
 
-    def _epoch(self, epoch: int) -> None:
-        meter = Meter(self.spec, self.device)
-        start = time.perf_counter()
-        for images in self._with_progress(epoch, meter):
-            meter.add(*training_step(self.model, self.optimizer, images, self.options))
-        metrics = meter.read()
-        rate = meter.count / (time.perf_counter() - start)
+    def _epoch(self) -> None:
+        """The rest of the epoch that ``step`` is in, then its line, its pictures and its checkpoint."""
+        for images in self._with_progress():
+            start = time.perf_counter()
+            with self.work.interrupts.hold():
+                losses, indices = training_step(self.model, self.optimizer, images, self.options)
+                self.meter.add(losses, indices)
+                self.step += 1
+                self.seconds += time.perf_counter() - start
+                if self.step % self.work.checkpoint_steps == 0:
+                    self._save()
+        metrics = self.meter.read()
         if not metrics.finite:
-            raise CommandError(f"the loss is {metrics.total} in epoch {epoch}; {self._kept()}")
-        report = self._require_agreement(self.sample, f"after epoch {epoch}")
-        line = {"epoch": epoch, **dataclasses.asdict(metrics), "images_per_second": rate, "oracle": report.to_dict()}
-        self.history.append(line)
-        write_model(self.output, self._snapshot())
-        self.say(
-            f"{epoch:>5}{metrics.bound:>9.2f}{metrics.reconstruction:>16.2f}{metrics.commitment:>12.4f}"
-            f"{metrics.perplexity:>12.1f}{metrics.codes_used:>7}{rate:>10.0f}  agrees"
-        )
+            raise CommandError(f"the loss is {metrics.total} in epoch {self.epoch + 1}; {self._kept()}")
+        report = self._require_agreement(self.sample, f"after epoch {self.epoch + 1}")
+        line = {
+            "epoch": self.epoch + 1,
+            **metrics.to_dict(self.spec),
+            "images_per_second": self.step * self.options.batch_size / self.seconds,
+            "oracle": report.to_dict(),
+            "oracle_error_over_allowed": report.worst_error_over_allowed,
+            "data": self.provenance.get("data", {}).get("source"),
+        }
+        if self.held_out is not None:
+            line["held_out"] = evaluate(self.model, self.held_out, self.options).to_dict(self.spec)
+        use = self.meter.hits
+        with self.work.interrupts.hold():
+            self.history.append(line)
+            self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+            self.order, self.meter = self.generator.get_state(), Meter(self.spec, self.work.device)
+            self._publish()
+        self._say_line(line)
+        self._draw(use)
 
-    def _with_progress(self, epoch: int, meter: Meter) -> Iterator[Tensor]:
-        """One shuffled pass behind a bar that is drawn on a terminal only; the losses are read as often as it is drawn."""
+    def _with_progress(self) -> Iterator[Tensor]:
+        """The rest of one shuffled pass behind a bar that is drawn on a terminal only; the losses are read as often as it
+        is drawn, every half second."""
+        self.generator.set_state(self.order)
         bar = tqdm(
-            self.batches.shuffled(self.generator),
-            desc=f"epoch {epoch}/{self.options.epochs}",
+            self.batches.shuffled(self.generator, skip=self.step),
+            desc=f"epoch {self.epoch + 1}/{self.options.epochs}",
+            initial=self.step,
             total=len(self.batches),
             unit="step",
             leave=False,
@@ -132,38 +201,101 @@ class Trainer:
         for images in bar:
             yield images
             if not bar.disable and time.monotonic() - drawn > 0.5:
-                now = meter.read()
+                now = self.meter.read()
                 bar.set_postfix_str(f"bound {now.bound:.1f}, commitment {now.commitment:.3f}", refresh=False)
                 drawn = time.monotonic()
 
+    def _say_line(self, line: dict[str, Any]) -> None:
+        held_out = f"{line['held_out']['bound']:.2f}" if "held_out" in line else "-"
+        self.work.say(
+            f"{line['epoch']:>5}{line['bound']:>9.2f}{held_out:>10}{line['commitment']:>12.4f}{line['perplexity']:>12.1f}"
+            f"{line['codes_used']:>7}{line['images_per_second']:>10.0f}  agrees"
+        )
+        if self.work.writer is not None:
+            for name in ("bound", "reconstruction", "commitment", "perplexity", "codes_used", "images_per_second"):
+                self.work.writer.add_scalar(f"training/{name}", line[name], line["epoch"])
+            for name, value in line.get("held_out", {}).items():
+                self.work.writer.add_scalar(f"held_out/{name}", value, line["epoch"])
+            self.work.writer.flush()
+
+    @torch.no_grad()
+    def _draw(self, use: Tensor) -> None:
+        """Reconstructions, samples of the uniform prior, the codebook sorted by ``use`` (K,), and the curves so far."""
+        folder, epoch, quantizer = self.work.folder, self.epoch, self.model.quantizer
+
+        def decoded(indices: Tensor) -> npt.NDArray[np.float32]:
+            logits = self.model.decoder(quantizer.codebook[indices.to(self.work.device)])
+            return np.asarray(logits.sigmoid().cpu().numpy())
+
+        images = torch.from_numpy(self.held_out_sample[:SHOWN_IMAGES]).to(self.work.device)
+        shown = decoded(quantizer(self.model.encoder(images))[0])
+        pictures.save_pairs(folder.picture(epoch, "reconstructions"), images.cpu().numpy(), shown)
+        shape = (64, self.spec.latent_size)
+        drawn = torch.randint(self.spec.num_codes, shape, generator=torch.Generator().manual_seed(self.options.seed))
+        pictures.save_square(folder.picture(epoch, "samples"), decoded(drawn))
+        by_use = use.cpu().argsort(descending=True, stable=True)[:SHOWN_CODES]
+        pictures.save_square(folder.picture(epoch, "codebook"), decoded(by_use[:, None].expand(-1, self.spec.latent_size)))
+        pictures.save_curves(folder.path / "curves.png", self.history, self.spec.num_codes)
+
     def _finish(self) -> Model:
         """Reads the file back, and holds what it says to the oracle on images that the run was not checked on before."""
-        model = read_model(self.output)
-        self.model = VQVAE(model.spec, model.params).to(self.device)
-        report = self._require_agreement(self.held_out_sample, f"in {self.output} read back")
-        self.say(f"oracle: {_agreement(report)}, {self.output} read back")
-        if self.held_out is not None:
-            found = evaluate(self.model, self.held_out, self.options)
-            self.say(
-                f"held out: bound {found.bound:.2f} nats an image, perplexity {found.perplexity:.1f}, "
-                f"{found.codes_used} of {self.spec.num_codes} codes used"
-            )
-            model = dataclasses.replace(model, metrics={**model.metrics, "held_out": dataclasses.asdict(found)})
-            write_model(self.output, model)
+        model = read_model(self.work.folder.path / MODEL)
+        self.model = VQVAE(model.spec, model.params).to(self.work.device)
+        report = self._require_agreement(self.held_out_sample, f"in {MODEL} read back")
+        self.work.say(f"oracle: {_agreement(report)}, {MODEL} read back")
+        with self.work.interrupts.hold():
+            write_model(self.work.output, model)
+            self.finished = True
+            self._save()
         return model
 
-    def _snapshot(self) -> Model:
-        metrics = {**self.history[-1], "history": self.history}
-        return Model(self.spec, self.model.params(), self.options.to_dict(), metrics, self.provenance)
+    def _publish(self) -> None:
+        """The model, the metrics and a checkpoint after a full epoch."""
+        model = Model(self.spec, self.model.params(), self.options.to_dict(), self._metrics(), self.provenance)
+        write_model(self.work.folder.path / MODEL, model)
+        self.work.folder.write_metrics(self.history)
+        self._save()
 
-    def _require_agreement(self, images: np.ndarray[Any, Any], when: str) -> Report:
-        report = check_against_oracle(self.model, images, self.options)
+    def _metrics(self) -> dict[str, Any]:
+        return {**self.history[-1], "history": self.history}
+
+    def _save(self) -> None:
+        state = {
+            "course": self.course,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "order": self.order,
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "meter": self.meter.state(),
+            "history": self.history,
+            "finished": self.finished,
+        }
+        with self.work.interrupts.hold():
+            save_state(self.work.folder.checkpoints, self.epoch * len(self.batches) + self.step, state)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.order = state["order"]
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.meter.load(state["meter"])
+        self.history = state["history"]
+
+    def _require_agreement(self, images: npt.NDArray[np.float32], when: str) -> Report:
+        try:
+            report = check_against_oracle(self.model, images, self.options)
+        except ValueError as error:  # a weight or a stage that is no longer finite
+            raise CommandError(f"the run diverged {when}: {error}; {self._kept()}") from None
         if not report.passed:
             raise ParityError(f"the model disagrees with the oracle {when}: {report.failures[0]}; {self._kept()}", report)
         return report
 
     def _kept(self) -> str:
-        return f"{self.output} holds epoch {self.history[-1]['epoch']}" if self.history else "nothing was written"
+        if not self.history:
+            return "nothing was written"
+        return f"{self.work.folder.path / MODEL} holds epoch {self.history[-1]['epoch']}"
 
 
 def _agreement(report: Report) -> str:

@@ -1,0 +1,77 @@
+"""``python -m benchmarks.kills [--kills N]``: kills a short run N times at random moments, resumes it each time, and compares
+what it ends with to a run that nobody disturbed.
+
+A small network on random images, a checkpoint every second step. SIGKILL, so that nothing in the process can help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.machine import describe
+from vqtrain.checkpoint import read_model
+from vqtrain.runs import latest_state
+from vqtrain.state import list_states
+
+OPTIONS = (
+    *("--data", "data.npz", "--base-depth", "2", "--num-codes", "8", "--batch-size", "16", "--checkpoint-steps", "2"),
+    *("--device", "cpu"),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=200, help="how many times (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=60, help="epochs of the run (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    arguments = parser.parse_args()
+    rng = np.random.default_rng(arguments.seed)
+    print(describe())
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        np.savez(place / "data.npz", rng.integers(0, 256, (128, 28, 28), np.uint8))
+        command = [sys.executable, "-m", "vqtrain", *OPTIONS, "--epochs", str(arguments.epochs)]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+
+        def start(name: str) -> subprocess.Popen[bytes]:
+            options = ["--name", name, "--output", f"{name}.pt"]
+            return subprocess.Popen([*command, *options], cwd=place, env=environment, stdout=subprocess.DEVNULL)
+
+        if start("whole").wait() != 0:
+            return 1
+        kills = lost = restarts = 0
+        furthest = -1
+        while kills < arguments.kills:
+            process = start("killed")
+            time.sleep(rng.uniform(0.1, 6.0))
+            if process.poll() is not None:
+                break  # it came to its end
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+            states = list_states(place / "runs" / "killed" / "checkpoints")
+            reached = int(states[0].stem.removeprefix("step-")) if states else -1
+            found = latest_state(place / "runs" / "killed") if states else None
+            lost += bool(found and found[2]) + (reached < furthest)
+            restarts += reached == furthest
+            furthest = max(furthest, reached)
+        if process.poll() is None or not (place / "killed.pt").exists():
+            start("killed").wait()
+        whole, killed = (read_model(place / f"{name}.pt").params for name in ("whole", "killed"))
+        equal = all(np.array_equal(whole[name], killed[name]) for name in whole)
+    print(f"{kills} SIGKILLs, {restarts} of them before a new checkpoint; {lost} lost or damaged checkpoints")
+    print(f"final parameters {'equal' if equal else 'NOT equal'} to the undisturbed run's bit for bit")
+    return 0 if equal and not lost else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

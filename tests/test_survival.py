@@ -1,0 +1,320 @@
+"""What a run survives: signals in every phase, kills at any moment, damaged checkpoints, a full disk, a second run."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from test_trainer import SPEC, trainer
+
+import vqtrain.train
+from vqref.commandline import InputError, UsageError
+from vqtrain.checkpoint import read_model
+from vqtrain.interrupts import Interrupted, Interrupts
+from vqtrain.runs import RunFolder, latest_state
+from vqtrain.state import list_states, load_state, save_state
+
+RUN = (
+    sys.executable, "-m", "vqtrain", "--data", "data", "--base-depth", "2", "--batch-size", "16", "--epochs", "3",
+    "--checkpoint-steps", "2", "--name", "r", "--num-codes", "8",
+)  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path, many_images):
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "kmnist-train-imgs.npz", many_images[:128])
+    np.savez(tmp_path / "data" / "kmnist-test-imgs.npz", many_images[128:160])
+    return tmp_path
+
+
+def go(place, *more: str, run=RUN) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*run, *more], cwd=place, env=environment(), capture_output=True, text=True, check=False)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def parameters(path):
+    return read_model(path).params
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("when", [1, 5, 7])
+def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path, many_images, monkeypatch, when):
+    (tmp_path / "whole").mkdir()
+    undisturbed = trainer(tmp_path / "whole", many_images).run()
+    step, taken = vqtrain.train.training_step, []
+
+    def interrupting(*arguments):
+        taken.append(1)
+        if len(taken) == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(vqtrain.train, "training_step", interrupting)
+    stopped = trainer(tmp_path, many_images)
+    with stopped.work.interrupts, pytest.raises(Interrupted, match=rf"epoch {1 + (when - 1) // 5}, step") as caught:
+        stopped.run()
+    assert caught.value.exit_code == 143
+    stopped.work.folder.release()
+    state, _, _ = latest_state(tmp_path / "run")
+    assert 5 * state["epoch"] + state["step"] == when  # the step that was being taken is finished, and none after it
+    monkeypatch.undo()
+    resumed = trainer(tmp_path, many_images, state=state).run()
+    assert same(resumed.params, undisturbed.params)
+    drop = "images_per_second"
+    lines = [[{k: v for k, v in line.items() if k != drop} for line in m.metrics["history"]] for m in (resumed, undisturbed)]
+    assert lines[0] == lines[1]
+
+
+PHASES = {
+    "loading": ("vqtrain.command.load_source", 143, False),
+    "checking": ("vqtrain.train.check_against_oracle", 143, True),
+    "training": ("vqtrain.train.training_step", 143, True),
+    "evaluation": ("vqtrain.train.evaluate", 143, True),
+    "drawing": ("vqtrain.pictures.save_curves", 143, True),
+    "saving": ("vqtrain.train.save_state", 143, True),
+    "publishing": ("vqtrain.train.write_model", 143, True),
+}
+SABOTAGE = """
+import os, signal, sys
+from importlib import import_module
+from vqtrain.__main__ import main
+where, _, name = sys.argv.pop(1).rpartition(".")
+module = import_module(where)
+original = getattr(module, name)
+def signalling(*arguments, **options):
+    setattr(module, name, original)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return original(*arguments, **options)
+setattr(module, name, signalling)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_sigterm_in_any_phase_saves_and_exits_143(place, phase):
+    target, code, saved = PHASES[phase]
+    done = go(place, run=(sys.executable, "-c", SABOTAGE, target, *RUN[3:]))
+    assert done.returncode == code, done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert ("saved: the same command goes on from there" in done.stderr) is saved
+    assert bool(list_states(place / "runs" / "r" / "checkpoints")) is saved
+    assert go(place).returncode == 0
+
+
+def test_kills_at_random_moments_lose_no_checkpoint_and_end_at_the_same_bits(place):
+    """A few here; ``python -m benchmarks.kills`` makes it as many as one likes."""
+    assert go(place, "--name", "whole", "--output", "whole.pt").returncode == 0
+    rng = np.random.default_rng(0)
+    reached, kills = 0, 0
+    for _ in range(6):
+        process = subprocess.Popen(RUN, cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(rng.uniform(1.5, 6))
+        process.kill()
+        if process.wait() == 0:
+            break
+        kills += 1
+        found = latest_state(place / "runs" / "r") if (place / "runs" / "r").exists() else None
+        if found:
+            state, _, complaints = found
+            assert not complaints
+            now = 8 * state["epoch"] + state["step"]
+            assert now >= reached
+            reached = now
+    if not (place / "model.pt").exists():
+        assert go(place).returncode == 0
+    assert kills
+    assert same(parameters(place / "model.pt"), parameters(place / "whole.pt"))
+
+
+def damage(path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "truncated":
+        content = content[: len(content) // 2]
+    else:
+        content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["truncated", "bit-flipped"])
+def test_a_damaged_checkpoint_falls_back_under_auto_and_stops_an_explicit_path(place, how):
+    assert go(place, "--epochs", "3").returncode == 0
+    newest, previous = list_states(place / "runs" / "r" / "checkpoints")
+    damage(newest, how)
+    explicit = go(place, "--resume", f"runs/r/checkpoints/{newest.name}")
+    assert (explicit.returncode, len(explicit.stderr.splitlines())) == (3, 1)
+    assert f"{newest.name}: damaged: its sha256" in explicit.stderr
+    auto = go(place)
+    assert auto.returncode == 0
+    assert f"passed over: runs/r/checkpoints/{newest.name}: damaged" in auto.stdout
+    assert f"going on from runs/r/checkpoints/{previous.name}" in auto.stdout
+    for path in list_states(place / "runs" / "r" / "checkpoints"):
+        damage(path, how)
+    nothing_left = go(place)
+    assert (nothing_left.returncode, len(nothing_left.stderr.splitlines())) == (3, 1)
+
+
+def test_a_changed_option_is_named_and_refused(place):
+    assert go(place, "--epochs", "1").returncode == 0
+    changed = go(place, "--epochs", "1", "--decay", "0.9")
+    assert changed.returncode == 2
+    assert changed.stderr == ("vqtrain: runs/r was begun with decay 0.99, not 0.9; use the same options, or another --name\n")
+    explicit = go(place, "--epochs", "1", "--decay", "0.9", "--resume", "runs/r")
+    assert (explicit.returncode, explicit.stderr) == (2, changed.stderr)
+
+
+def test_a_finished_run_is_not_trained_again_and_never_overwritten(place):
+    assert go(place, "--epochs", "1").returncode == 0
+    again = go(place, "--epochs", "1")
+    assert (again.returncode, again.stderr) == (3, "vqtrain: runs/r: is finished; use another --name\n")
+    never = go(place, "--epochs", "1", "--resume", "never")
+    assert (never.returncode, never.stderr) == (3, "vqtrain: runs/r: exists already; use another --name\n")
+
+
+def test_without_a_name_a_finished_or_different_run_gets_the_next_folder(place):
+    unnamed = [word for word in RUN if word not in ("--name", "r")]
+    for extra in (["--epochs", "1"], ["--epochs", "1"], ["--epochs", "1", "--seed", "4"]):
+        assert go(place, *extra, run=unnamed).returncode == 0
+    assert sorted(path.name for path in (place / "runs").iterdir()) == [
+        "kmnist-seed",
+        "kmnist-seed-2",
+        "kmnist-seed-3",
+    ]
+
+
+def test_two_runs_cannot_share_a_folder(place):
+    folder = RunFolder(place / "runs" / "r")
+    done = go(place)
+    folder.release()
+    assert (done.returncode, done.stderr) == (5, "vqtrain: runs/r: another run is at work in this folder\n")
+
+
+def test_options_of_a_run_begin_the_same_run_again(place):
+    assert go(place, "--epochs", "1", "--learning-rate", "0.002").returncode == 0
+    again = subprocess.run(
+        [sys.executable, "-m", "vqtrain", "--config", "runs/r/options.toml", "--name", "again", "--output", "b.pt"],
+        cwd=place, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert same(parameters(place / "model.pt"), parameters(place / "b.pt"))
+    first, second = ((place / "runs" / name / "options.toml").read_text().splitlines() for name in ("r", "again"))
+    assert [line for line in first if "output" not in line] == [line for line in second if "output" not in line]
+
+
+def test_a_config_that_names_an_unknown_option_is_refused(place):
+    (place / "c.toml").write_text("[training]\nepoch = 3\n")
+    done = go(place, "--config", "c.toml")
+    assert (done.returncode, done.stderr) == (3, "vqtrain: c.toml: unknown option epoch; did you mean --epochs?\n")
+    (place / "c.toml").write_text("epochs = = 3")
+    assert "c.toml: not TOML" in go(place, "--config", "c.toml").stderr
+
+
+def test_a_full_disk_loses_nothing(tmp_path, many_images, monkeypatch):
+    run = trainer(tmp_path, many_images, checkpoint_steps=2)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    step = vqtrain.train.training_step
+
+    def filling(*arguments):
+        if run.epoch == 1 and run.step == 3:
+            monkeypatch.setattr(os, "fsync", full)
+        return step(*arguments)
+
+    monkeypatch.setattr(vqtrain.train, "training_step", filling)
+    with pytest.raises(OSError, match="No space left"):
+        run.run()
+    monkeypatch.undo()
+    assert read_model(tmp_path / "run" / "model.pt").metrics["epoch"] == 1
+    state, _, complaints = latest_state(tmp_path / "run")
+    assert (5 * state["epoch"] + state["step"], complaints) == (7, [])
+    assert not [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
+
+
+def test_states_keep_the_last_two_and_read_back_what_was_saved(tmp_path):
+    for step in (1, 20, 3):
+        save_state(tmp_path, step, {"step": step, "x": torch.arange(3)})
+    assert [path.name for path in list_states(tmp_path)] == ["step-00000020.state", "step-00000003.state"]
+    found = load_state(tmp_path / "step-00000020.state")
+    assert found["step"] == 20
+    assert torch.equal(found["x"], torch.arange(3))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a checkpoint of vqtrain"),
+        (b"vqtrain-state 9 abc\n", "a checkpoint of another format version"),
+        (b"vqtrain-state 1 abc\nxyz", "damaged: its sha256"),
+    ],
+)
+def test_bytes_that_are_no_state_are_refused(tmp_path, content, message):
+    (tmp_path / "x.state").write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        load_state(tmp_path / "x.state")
+
+
+def test_a_state_that_carries_code_is_refused_and_nothing_runs(tmp_path):
+    from test_checkpoint import Trap
+
+    path = save_state(tmp_path, 1, {"trap": Trap(tmp_path / "sprung")})
+    with pytest.raises(InputError, match="refused: its payload is not plain data; nothing was executed"):
+        load_state(path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_signal_waits_for_the_end_of_a_hold_and_comes_once():
+    reached = []
+    with Interrupts() as interrupts:
+
+        def held():
+            with interrupts.hold(), interrupts.hold():
+                os.kill(os.getpid(), signal.SIGINT)
+                reached.append("the end of the hold")
+
+        with pytest.raises(Interrupted) as caught:
+            held()
+        with interrupts.hold():
+            reached.append("a save in answer")
+    assert reached == ["the end of the hold", "a save in answer"]
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = """
+import os, signal
+from vqtrain.interrupts import Interrupts
+with Interrupts() as interrupts, interrupts.hold():
+    os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (130, "")
+
+
+def test_a_resumed_state_of_another_course_is_named(tmp_path, many_images):
+    run = trainer(tmp_path, many_images, epochs=1)
+    run.run()
+    run.work.folder.release()
+    state, _, _ = latest_state(tmp_path / "run")
+    from vqtrain.runs import require_same_course
+
+    require_same_course(tmp_path / "run", run.course, state)
+    other = {**run.course, **dataclasses.replace(SPEC, num_codes=9).to_dict()}
+    with pytest.raises(UsageError, match="was begun with num_codes 8, not 9"):
+        require_same_course(tmp_path / "run", other, state)

@@ -1,0 +1,203 @@
+"""Where images come from: Kuzushiji-MNIST from the cache or the network, the generated set, or the user's own files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from vqref.commandline import InputError, MachineError
+from vqref.files import write_file
+from vqref.images import ImageSet, load
+
+KMNIST_FILES = {
+    "train-images-idx3-ubyte.gz": "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+    "t10k-images-idx3-ubyte.gz": "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+}
+"""The official image files and their sha256. Whoever serves them, the digests decide."""
+
+KMNIST_PLACES = (
+    "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
+    "https://huggingface.co/datasets/tanganke/kmnist/resolve/756d43e894032ce8838db8b32e7500c9c3b5d050/raw/",
+)
+"""The publisher, and a mirror of the same files."""
+
+PLACE_VARIABLE = "PORTABLE_VQVAE_KMNIST_URL"
+"""Environment variable that names another place, a mirror in one's own network."""
+
+CACHE_VARIABLE = "PORTABLE_VQVAE_CACHE"
+"""Environment variable that names another folder for downloads and generated images."""
+
+PROBE_SECONDS = 5.0
+"""How long it may take to find out that there is no network."""
+
+RETRIES = 2
+"""How often a download that broke off is begun again."""
+
+GLYPHS_TRAIN, GLYPHS_HELD_OUT = 12_000, 2_000
+
+Say = Callable[[str], None]
+
+
+def load_source(source: str, say: Say, resize: tuple[int, int] | None = None) -> ImageSet:
+    """The images that ``--data`` names: "auto", "kmnist", "glyphs", or a path.
+
+    "auto" is KMNIST from the cache, else from the network, else the generated set, which is then said through ``say``.
+    resize: (H, W) to which the images of a folder are brought; for other sources an error.
+    Raises InputError for files that hold no images, MachineError where KMNIST is wanted and cannot be had.
+    """
+    if source in ("auto", "kmnist", "glyphs"):
+        if resize:
+            raise InputError(f"--resize is for a folder of images, not for --data {source}")
+        if source == "glyphs":
+            return load_glyphs(cache_folder())
+        try:
+            return load_kmnist(cache_folder(), say)
+        except MachineError as error:
+            if source == "kmnist":
+                raise
+            say(f"GENERATED IMAGES, not Kuzushiji-MNIST: {error}")
+            return load_glyphs(cache_folder())
+    path = Path(source)
+    if path.is_dir() and not _official(path):
+        return load_folder(path, resize)
+    if resize:
+        raise InputError(f"--resize is for a folder of images; {path} is not one")
+    return load(path)
+
+
+def cache_folder() -> Path:
+    """Where downloads and generated images stay between runs."""
+    import pooch
+
+    return Path(os.environ.get(CACHE_VARIABLE) or pooch.os_cache("portable-vqvae"))
+
+
+def load_kmnist(cache: Path, say: Say, places: Sequence[str] | None = None) -> ImageSet:
+    """KMNIST's training and held-out images. A cached file is hashed again; one that does not fit is fetched anew.
+
+    Raises MachineError that says what each place answered.
+    """
+    folder = cache / "kmnist"
+    missing = [name for name, digest in KMNIST_FILES.items() if not _holds(folder / name, digest)]
+    if missing:
+        override = os.environ.get(PLACE_VARIABLE)
+        _download(folder, missing, places or ([override] if override else KMNIST_PLACES), say)
+    return load(folder)
+
+
+def load_glyphs(cache: Path) -> ImageSet:
+    """The generated set, drawn once and kept; a kept file that was damaged is drawn again."""
+    from vqtrain.glyphs import glyphs
+
+    path = cache / f"glyphs-{GLYPHS_TRAIN}-{GLYPHS_HELD_OUT}.npz"
+    seal = path.with_suffix(".sha256")
+    if not (seal.is_file() and _holds(path, seal.read_text().strip())):
+        images, labels = glyphs(GLYPHS_TRAIN + GLYPHS_HELD_OUT)
+        content = io.BytesIO()
+        np.savez_compressed(content, images=images, labels=labels)
+        cache.mkdir(parents=True, exist_ok=True)
+        write_file(path, content.getvalue())
+        write_file(seal, hashlib.sha256(content.getvalue()).hexdigest().encode())
+    whole = load(path)
+    return ImageSet(whole.train[:GLYPHS_TRAIN], whole.train[GLYPHS_TRAIN:], "glyphs (generated)", whole.sha256)
+
+
+def load_folder(folder: Path, resize: tuple[int, int] | None) -> ImageSet:
+    """Every image file in ``folder``, sorted by name, grey where all are grey, else RGB; (N, C, H, W) uint8.
+
+    Raises InputError for a folder without images, a file that cannot be read, or sizes that differ and no ``resize``.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    known = Image.registered_extensions()
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
+    if not paths:
+        raise InputError(f"{folder}: the folder holds no image files and no official KMNIST files")
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                pictures.append(picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB"))
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise InputError(f"{path}: not a readable image: {error}") from None
+    if resize:
+        pictures = [picture.resize((resize[1], resize[0]), Image.Resampling.LANCZOS) for picture in pictures]
+    sizes = {picture.size: path for path, picture in zip(paths, pictures, strict=True)}
+    if len(sizes) > 1:
+        (a, first), (b, second) = list(sizes.items())[:2]
+        raise InputError(f"{second}: {b[0]}x{b[1]} pixels, {first.name} has {a[0]}x{a[1]}; use --resize HxW")
+    mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
+    images = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
+    images = images[:, None] if mode == "L" else images.transpose(0, 3, 1, 2)
+    images = np.ascontiguousarray(images)
+    return ImageSet(images, None, folder.name, hashlib.sha256(images.tobytes()).hexdigest())
+
+
+def _official(folder: Path) -> bool:
+    from vqref.images import OFFICIAL_NAMES
+
+    return any((folder / train).is_file() for train, _ in OFFICIAL_NAMES)
+
+
+def _holds(path: Path, digest: str) -> bool:
+    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+
+
+def _download(folder: Path, names: Sequence[str], places: Sequence[str], say: Say) -> None:
+    """Fetches ``names`` from the first place that has them, each checked against its sha256 before it takes its name."""
+    import pooch
+
+    pooch.get_logger().setLevel("ERROR")
+    answers = _probe([place + names[0] for place in places])
+    reasons = [f"{_host(place)} {answer}" for place, answer in zip(places, answers, strict=True) if answer]
+    for place, answer in zip(places, answers, strict=True):
+        if answer:
+            continue
+        registry = {name: f"sha256:{KMNIST_FILES[name]}" for name in names}
+        shelf = pooch.create(path=folder, base_url=place, registry=registry, retry_if_failed=RETRIES)
+        try:
+            for name in names:
+                say(f"downloading {place}{name}")
+                shelf.fetch(name, downloader=pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30))
+            return
+        except (OSError, ValueError) as error:  # requests' errors are OSError; a wrong digest is ValueError
+            wrong = isinstance(error, ValueError)
+            reasons.append(f"{_host(place)} {'sent other bytes than the official file' if wrong else _first_line(error)}")
+    raise MachineError(f"Kuzushiji-MNIST is not in {folder} and cannot be downloaded: {'; '.join(reasons)}")
+
+
+def _probe(urls: Sequence[str]) -> list[str | None]:
+    """For each address None where it answers, else why not; all asked at once, and none waited for beyond PROBE_SECONDS."""
+    import requests
+
+    found: list[str | None] = ["did not answer"] * len(urls)
+
+    def ask(i: int, url: str) -> None:
+        try:
+            status = requests.head(url, timeout=PROBE_SECONDS, allow_redirects=True).status_code
+            found[i] = None if status < 400 else f"answered {status}"
+        except requests.RequestException as error:
+            found[i] = f"cannot be reached ({type(error).__name__})"
+
+    threads = [threading.Thread(target=ask, args=pair, daemon=True) for pair in enumerate(urls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PROBE_SECONDS)
+    return list(found)
+
+
+def _host(place: str) -> str:
+    return urlsplit(place).hostname or place
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
