@@ -89,6 +89,24 @@ def test_indices_that_it_cannot_decode_are_named_and_never_wrap(codec, indices, 
         codec.decode(indices)
 
 
+def test_colour_images_of_another_size_in_both_layouts(tmp_path):
+    from conftest import small_model
+
+    from vqdeploy.export import export
+    from vqtrain.checkpoint import write_model
+
+    model = small_model(vqref.ModelSpec((3, 16, 24), base_depth=4, latent_size=2, num_codes=8, code_size=4))
+    write_model(tmp_path / "m.pt", model)
+    export(tmp_path / "m.pt", tmp_path / "b")
+    codec = Codec.load(tmp_path / "b", device="cpu")
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 24, 3), np.uint8)
+    indices = codec.encode(images)
+    np.testing.assert_array_equal(indices, codec.encode(images.transpose(0, 3, 1, 2)))
+    out = vqref.forward(model.spec, model.params, images.transpose(0, 3, 1, 2) / np.float32(255))
+    np.testing.assert_array_equal(indices, out.indices)
+    np.testing.assert_allclose(codec.decode(indices), out.probabilities, atol=1e-5)
+
+
 def test_threads_share_one_codec(codec, many_images):
     parts = [many_images[i : i + 10] for i in range(0, 200, 10)]
     with ThreadPoolExecutor(8) as pool:
@@ -140,9 +158,15 @@ def test_a_program_with_numpy_and_onnxruntime_alone_runs_it(bundle, codec, many_
         (site / package).symlink_to(ROOT / package)
     (tmp_path / "program.py").write_text(PROGRAM)
     np.save(tmp_path / "images.npy", many_images[:10])
-    start = f"import sys; sys.path.append({str(site)!r}); sys.argv.pop(0); exec(open(sys.argv[0]).read())"
-    done = run("-I", "-S", "-c", start, "program.py", bundle, "images.npy", "out.npy")
+    start = f"import sys; sys.path.append({str(site)!r}); "
+    done = run(
+        *("-I", "-S", "-c", start + "sys.argv.pop(0); exec(open(sys.argv[0]).read())"),
+        *("program.py", bundle, "images.npy", "out.npy"),
+    )
     assert done.returncode == 0, done.stderr
+    verified = run("-I", "-S", "-c", start + "from vqdeploy.__main__ import main; sys.exit(main())", "verify", bundle)
+    assert (verified.returncode, verified.stderr) == (0, "")
+    assert verified.stdout.splitlines()[-1] == "verified: what runs is what was trained"
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), codec.encode(many_images[:10]))
 
 

@@ -68,6 +68,7 @@ def save_curves(path: Path, history: Sequence[Mapping[str, Any]], num_codes: int
         if len(held_out) == len(epochs):
             axes.plot(epochs, held_out, marker=".", label="held out")
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
     right.set_ylim(0, num_codes)
