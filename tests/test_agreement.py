@@ -31,6 +31,13 @@ def honest(model, precision: str) -> Backend:
         after = vqref.update_ema(vqref.EMAState.from_params(params), latents, indices)
         return tuple(getattr(after, name).astype(precision) for name in ("codebook", "ema_count", "ema_means"))
 
+    def draw(latents, gumbel, temperature):
+        return vqref.draw_indices(latents, codebook, gumbel, temperature)
+
+    def reset(codes, rows, counts):
+        after = vqref.reset_codes(vqref.EMAState.from_params(params), codes, rows, counts)
+        return tuple(getattr(after, name).astype(precision) for name in ("codebook", "ema_count", "ema_means"))
+
     return Backend(
         precision,
         encoder=lambda images: vqref.encode(spec, params, images).astype(precision),
@@ -40,6 +47,8 @@ def honest(model, precision: str) -> Backend:
         detokenizer=lambda indices: decoder(codebook[indices])[1],
         losses=losses,
         ema=ema,
+        draw=draw,
+        reset=reset,
     )
 
 
@@ -49,7 +58,11 @@ STAGES = ["encoder", "quantizer", "quantized", "tokenizer", "decoder", "probabil
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_an_honest_backend_agrees_in_every_stage(model, real_images, precision):
     report = compare(model.spec, model.params, real_images, honest(model, precision)).require()
-    assert [c.stage for c in report.checks] == [*STAGES, "codebook", "ema_count", "ema_means"]
+    assert [c.stage for c in report.checks] == [
+        *STAGES,
+        *("codebook", "ema_count", "ema_means"),
+        *("draw", "reset codebook", "reset count", "reset means"),
+    ]
 
 
 def swap(stage: str, corrupt):
@@ -102,6 +115,17 @@ MUTANTS = {
     "mean of pixels": ("losses", swap("losses", lambda x: x / np.array([784, 1, 1, 1], np.float32))),
     "epsilon left out": ("codebook", swap("ema", lambda out: (out[2] / out[1][:, None], out[1], out[2]))),
     "count not updated": ("ema_count", swap("ema", lambda out: (out[0], out[1] * np.float32(1.01), out[2]))),
+    "drawn from elsewhere": ("draw", swap("draw", lambda x: (x + 1) % 16)),
+    "drawn without noise": (
+        "draw",
+        lambda backend: dataclasses.replace(backend, draw=lambda x, gumbel, t: backend.draw(x, 0 * gumbel, t)),
+    ),
+    "drawn at twice the temperature": (
+        "draw",
+        lambda backend: dataclasses.replace(backend, draw=lambda x, gumbel, t: backend.draw(x, gumbel, 2 * t)),
+    ),
+    "reset leaves the count": ("reset count", swap("reset", lambda out: (out[0], out[1] + np.float32(1), out[2]))),
+    "reset leaves the means": ("reset means", swap("reset", lambda out: (out[0], out[1], out[2] * np.float32(2)))),
     "means not decayed": ("ema_means", swap("ema", lambda out: (out[0], out[1], nudge(out[2])))),
 }
 

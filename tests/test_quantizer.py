@@ -131,3 +131,58 @@ def test_an_ema_state_that_cannot_be_is_named():
         vqref.EMAState(np.zeros((2, 1)), np.zeros(3), np.zeros((2, 1)))
     with pytest.raises(ValueError, match="ema_count: the smallest is -1"):
         vqref.EMAState(np.zeros((2, 1)), np.array([0.0, -1.0]), np.zeros((2, 1)))
+
+
+def test_drawn_indices_follow_the_softmax_of_distances():
+    """20,000 draws of one latent between three codes, beside the probabilities that the rule states."""
+    codebook = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
+    latents = np.broadcast_to([0.4, 0.1], (20_000, 1, 2))
+    gumbel = np.random.default_rng(0).gumbel(size=(20_000, 1, 3))
+    found = np.bincount(vqref.draw_indices(latents, codebook, gumbel, 0.5).ravel(), minlength=3) / 20_000
+    distances = np.square(latents[0] - codebook).sum(axis=1)
+    weights = np.exp(-distances / (2 * 0.5 * distances.min() / 2))
+    np.testing.assert_allclose(found, weights / weights.sum(), atol=0.01)
+
+
+def test_a_draw_without_temperature_is_the_nearest_code():
+    rng = np.random.default_rng(0)
+    latents, codebook = rng.normal(size=(50, 2, 4)), rng.normal(size=(9, 4))
+    gumbel = rng.gumbel(size=(50, 2, 9))
+    np.testing.assert_array_equal(
+        vqref.draw_indices(latents, codebook, gumbel, 1e-9), vqref.quantize(latents, codebook).indices
+    )
+
+
+def test_codes_that_are_reset_stand_where_they_were_put_after_the_next_update():
+    rng = np.random.default_rng(0)
+    state = vqref.EMAState(rng.normal(size=(5, 3)), rng.uniform(0, 3, 5), rng.normal(size=(5, 3)))
+    rows = rng.normal(size=(2, 3))
+    after = vqref.reset_codes(state, np.array([4, 1]), rows, np.array([2.0, 0.5]))
+    np.testing.assert_array_equal(after.codebook[[4, 1]], rows)
+    np.testing.assert_array_equal(after.codebook[[0, 2, 3]], state.codebook[[0, 2, 3]])
+    np.testing.assert_array_equal(after.ema_count[[4, 1]], [2.0, 0.5])
+    unhit = vqref.update_ema(after, np.zeros((1, 1, 3)), np.array([[0]]))
+    np.testing.assert_allclose(unhit.codebook[[4, 1]], rows, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codes": np.array([1, 1])}, "codes: a code is named twice"),
+        ({"codes": np.array([1, 5])}, "indices: values from 1 to 5, expected 0 to 4"),
+        ({"rows": np.zeros((1, 3))}, r"rows: shape is \(1, 3\), expected \(2, 3\)"),
+        ({"counts": np.array([1.0, -1.0])}, "ema_count: the smallest is -1"),
+    ],
+)
+def test_a_reset_that_cannot_be_is_named(change, message):
+    state = vqref.EMAState(np.zeros((5, 3)), np.zeros(5), np.zeros((5, 3)))
+    arguments = {"codes": np.array([0, 1]), "rows": np.zeros((2, 3)), "counts": np.zeros(2)} | change
+    with pytest.raises(ValueError, match=message):
+        vqref.reset_codes(state, **arguments)
+
+
+def test_a_draw_that_cannot_be_is_named():
+    with pytest.raises(ValueError, match=r"temperature is 0\.0"):
+        vqref.draw_indices(np.zeros((1, 1, 2)), np.zeros((3, 2)), np.zeros((1, 1, 3)), 0.0)
+    with pytest.raises(ValueError, match=r"gumbel: shape is \(1, 1, 2\), expected \(1, 1, 3\)"):
+        vqref.draw_indices(np.zeros((1, 1, 2)), np.zeros((3, 2)), np.zeros((1, 1, 2)), 1.0)

@@ -50,10 +50,14 @@ def same(a, b) -> bool:
     return all(np.array_equal(a[name], b[name]) for name in a)
 
 
+EVERY_RULE = {"plain_steps": 1, "kmeans_start": True, "temperature": 0.3, "revive_below": 0.5, "cosine": True}
+
+
+@pytest.mark.parametrize("recipe", [{}, EVERY_RULE], ids=["seed", "every rule"])
 @pytest.mark.parametrize("when", [1, 5, 7])
-def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path, many_images, monkeypatch, when):
+def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path, many_images, monkeypatch, when, recipe):
     (tmp_path / "whole").mkdir()
-    undisturbed = trainer(tmp_path / "whole", many_images).run()
+    undisturbed = trainer(tmp_path / "whole", many_images, **recipe).run()
     step, taken = vqtrain.train.training_step, []
 
     def interrupting(*arguments):
@@ -63,7 +67,7 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path, many_images, mo
         return step(*arguments)
 
     monkeypatch.setattr(vqtrain.train, "training_step", interrupting)
-    stopped = trainer(tmp_path, many_images)
+    stopped = trainer(tmp_path, many_images, **recipe)
     with stopped.work.interrupts, pytest.raises(Interrupted, match=rf"epoch {1 + (when - 1) // 5}, step") as caught:
         stopped.run()
     assert caught.value.exit_code == 143
@@ -71,7 +75,7 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path, many_images, mo
     state, _, _ = latest_state(tmp_path / "run")
     assert 5 * state["epoch"] + state["step"] == when  # the step that was being taken is finished, and none after it
     monkeypatch.undo()
-    resumed = trainer(tmp_path, many_images, state=state).run()
+    resumed = trainer(tmp_path, many_images, state=state, **recipe).run()
     assert same(resumed.params, undisturbed.params)
     drop = "images_per_second"
     lines = [[{k: v for k, v in line.items() if k != drop} for line in m.metrics["history"]] for m in (resumed, undisturbed)]
@@ -109,7 +113,7 @@ def test_sigterm_in_any_phase_saves_and_exits_143(place, phase):
     done = go(place, run=(sys.executable, "-c", SABOTAGE, target, *RUN[3:]))
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert ("saved: the same command goes on from there" in done.stderr) is saved
+    assert ("and saved; the same command goes on" in done.stderr) is saved
     assert bool(list_states(place / "runs" / "r" / "checkpoints")) is saved
     assert go(place).returncode == 0
 
@@ -170,7 +174,7 @@ def test_a_changed_option_is_named_and_refused(place):
     assert go(place, "--epochs", "1").returncode == 0
     changed = go(place, "--epochs", "1", "--decay", "0.9")
     assert changed.returncode == 2
-    assert changed.stderr == ("vqtrain: runs/r was begun with decay 0.99, not 0.9; use the same options, or another --name\n")
+    assert changed.stderr == ("vqtrain: runs/r was begun with decay 0.97, not 0.9; use the same options, or another --name\n")
     explicit = go(place, "--epochs", "1", "--decay", "0.9", "--resume", "runs/r")
     assert (explicit.returncode, explicit.stderr) == (2, changed.stderr)
 
@@ -188,9 +192,9 @@ def test_without_a_name_a_finished_or_different_run_gets_the_next_folder(place):
     for extra in (["--epochs", "1"], ["--epochs", "1"], ["--epochs", "1", "--seed", "4"]):
         assert go(place, *extra, run=unnamed).returncode == 0
     assert sorted(path.name for path in (place / "runs").iterdir()) == [
-        "kmnist-seed",
-        "kmnist-seed-2",
-        "kmnist-seed-3",
+        "kmnist-default",
+        "kmnist-default-2",
+        "kmnist-default-3",
     ]
 
 

@@ -3,7 +3,7 @@
 from vqref.losses import Losses, compute_losses
 from vqref.model import Forward, forward, init_params
 from vqref.network import decode, encode, sigmoid
-from vqref.quantizer import EMAState, Quantized, quantize, update_ema
+from vqref.quantizer import EMAState, Quantized, draw_indices, quantize, reset_codes, update_ema
 from vqref.spec import Layer, ModelSpec, Parameter
 
 __all__ = [
@@ -16,10 +16,12 @@ __all__ = [
     "Quantized",
     "compute_losses",
     "decode",
+    "draw_indices",
     "encode",
     "forward",
     "init_params",
     "quantize",
+    "reset_codes",
     "sigmoid",
     "update_ema",
 ]

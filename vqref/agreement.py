@@ -16,15 +16,20 @@ import numpy.typing as npt
 from vqref.losses import compute_losses
 from vqref.network import decode, encode, sigmoid
 from vqref.parity import Check, Report, allowed_error, check, check_indices
-from vqref.quantizer import EMAState, quantize, update_ema
+from vqref.quantizer import EMAState, draw_scores, quantize, reset_codes, update_ema
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Float64, Params, check_params
 
 Array = npt.NDArray[Any]
 
 
+STATE = ("codebook", "ema_count", "ema_means")
+
 PROBED_ROWS = 1024
 """Codebook rows fed to the quantizer as latents, evenly spread: a damaged row shows though no image is near it."""
+
+DRAW_TEMPERATURE = 0.3
+"""At which drawing is compared: where codes other than the nearest are drawn often."""
 
 PROBED_TOKENS = 64
 """Codes decoded in every position, evenly spread, beside those that the images chose."""
@@ -41,6 +46,8 @@ class Backend:
     detokenizer  indices -> probabilities
     losses       (images, logits, latents, quantized) -> reconstruction, commitment, prior, total
     ema          (latents, indices) -> codebook, ema_count, ema_means after one update of the parameters' state
+    draw         (latents, gumbel, temperature) -> indices drawn
+    reset        (codes, rows, counts) -> codebook, ema_count, ema_means after a reset in the parameters' state
     """
 
     precision: str
@@ -51,6 +58,8 @@ class Backend:
     detokenizer: Callable[[Array], Array] | None = None
     losses: Callable[[Array, Array, Array, Array], Array] | None = None
     ema: Callable[[Array, Array], tuple[Array, Array, Array]] | None = None
+    draw: Callable[[Array, Array, float], Array] | None = None
+    reset: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
 
 
 def compare(
@@ -101,6 +110,10 @@ def compare(
     if backend.ema:
         state = EMAState.from_params(params)
         checks += _check_ema(backend.ema(latents, indices), state, latents, indices, precision, decay, epsilon)
+    if backend.draw:
+        checks.append(_check_draw(backend.draw, latents, codebook, precision))
+    if backend.reset:
+        checks += _check_reset(backend.reset, EMAState.from_params(params), latents, precision, epsilon)
     return Report(tuple(checks))
 
 
@@ -163,6 +176,36 @@ def _check_ema(
     magnitudes = update_ema(
         EMAState(np.abs(state.codebook), state.ema_count, np.abs(state.ema_means)), np.abs(latents), indices, decay, epsilon
     )
-    for name, array in zip(("codebook", "ema_count", "ema_means"), found, strict=True):
+    for name, array in zip(STATE, found, strict=True):
         expected, magnitude = getattr(after, name), getattr(magnitudes, name)
         yield check("ema", array, expected, precision=precision, name=name, magnitude=magnitude)
+
+
+def _check_draw(draw: Callable[[Array, Array, float], Array], latents: Array, codebook: Array, precision: str) -> Check:
+    """The scores of the codes that were drawn beside the best ones: where two are as good to rounding, either may be drawn."""
+    rng = np.random.default_rng(0)
+    gumbel = rng.gumbel(size=(*latents.shape[:2], len(codebook))).astype(precision)
+    scores = draw_scores(latents, codebook, gumbel, DRAW_TEMPERATURE)
+    found = np.asarray(draw(latents, gumbel, DRAW_TEMPERATURE))
+    if found.shape != latents.shape[:2] or found.dtype != np.int64 or not ((found >= 0) & (found < len(codebook))).all():
+        problem = f"indices are {found.dtype} {found.shape}, expected int64 {latents.shape[:2]} below {len(codebook)}"
+        return Check("draw", precision, scores[..., 0].size, max(1, scores[..., 0].size), problem=problem)
+    drawn = np.take_along_axis(scores, found[..., None], axis=2)[..., 0].astype(precision)
+    terms = (np.abs(gumbel) + np.abs(scores - gumbel)).min(axis=2)
+    return check("draw", drawn, scores.max(axis=2), precision=precision, magnitude=terms + np.abs(scores).max(axis=2))
+
+
+def _check_reset(
+    reset: Callable[[Array, Array, Array], tuple[Array, Array, Array]],
+    state: EMAState,
+    latents: Array,
+    precision: str,
+    epsilon: float,
+) -> Iterator[Check]:
+    """Every second code set to a latent of the batch."""
+    codes = np.arange(0, len(state.codebook), 2)
+    rows = np.resize(latents.reshape(-1, latents.shape[2]), (len(codes), latents.shape[2]))
+    counts = np.linspace(0, 2, len(codes)).astype(precision)
+    after = reset_codes(state, codes, rows, counts, epsilon)
+    for name, array in zip(STATE, reset(codes, rows, counts), strict=True):
+        yield check("ema", array, getattr(after, name), precision=precision, name=f"reset {name.removeprefix('ema_')}")

@@ -21,6 +21,10 @@ DISTANCE_BYTES = 8 * 2**20
 """Bytes of squared distances held at once. Small enough for a processor's cache; memory stays flat in N."""
 
 
+SMALLEST_VARIANCE = 1e-12
+"""Below this the latents are the codes, and a temperature has no unit."""
+
+
 @dataclass(frozen=True)
 class Quantized:
     """indices (N, S) int64; quantized (N, S, D), rows of the codebook; gap (N, S), the second-best squared distance
@@ -117,3 +121,49 @@ def update_ema(
     count = decay * state.ema_count + (1 - decay) * hits
     means = decay * state.ema_means + (1 - decay) * sums
     return EMAState(means / (count + epsilon)[:, None], count, means)
+
+
+def draw_indices(latents: npt.ArrayLike, codebook: npt.ArrayLike, gumbel: npt.ArrayLike, temperature: float) -> Int64:
+    """Indices (N, S) drawn from softmax over k of -d_k / (2 * temperature * variance), by the Gumbel-max rule.
+
+    d_k is the squared distance of a latent (N, S, D) to codebook row k, variance the mean over all latents of the smallest
+    d_k, divided by D. gumbel (N, S, K) is the random choice: -log(-log(u)), u uniform. As the temperature falls to 0 this
+    becomes ``quantize`` (after Takida et al. 2022, SQ-VAE, whose variance is learned).
+    Raises ValueError for arrays that do not fit or a temperature that is not positive.
+    """
+    return np.asarray(draw_scores(latents, codebook, gumbel, temperature).argmax(axis=2), np.int64)
+
+
+def draw_scores(latents: npt.ArrayLike, codebook: npt.ArrayLike, gumbel: npt.ArrayLike, temperature: float) -> Float64:
+    """What ``draw_indices`` takes the largest of: gumbel - d / (2 * temperature * variance), (N, S, K)."""
+    codebook = as_float64("codebook", codebook, ("K", "D"))
+    latents = as_float64("latents", latents, ("N", "S", codebook.shape[1]))
+    gumbel = as_float64("gumbel", gumbel, (*latents.shape[:2], len(codebook)))
+    if not 0.0 < temperature < np.inf:
+        raise ValueError(f"temperature is {temperature!r}, expected a positive number")
+    distances = np.empty((latents.shape[0] * latents.shape[1], len(codebook)))
+    for rows, part in squared_distances(latents.reshape(-1, latents.shape[2]), codebook):
+        distances[rows] = part
+    variance = distances.min(axis=1).mean() / latents.shape[2]
+    scores: Float64 = gumbel - distances.reshape(gumbel.shape) / (2 * temperature * max(variance, SMALLEST_VARIANCE))
+    return scores
+
+
+def reset_codes(
+    state: EMAState, codes: npt.ArrayLike, rows: npt.ArrayLike, counts: npt.ArrayLike, epsilon: float = 1e-5
+) -> EMAState:
+    """The state in which codes (n,) stand at rows (n, D) as if each had long been hit counts (n,) times a step: codebook,
+    count and means together, so that the next update moves nothing by itself. A new state.
+
+    Raises ValueError for arrays that do not fit, a code that is named twice, or counts below 0.
+    """
+    k, d = state.codebook.shape
+    codes = as_indices(codes, ("n",), k)
+    rows = as_float64("rows", rows, (len(codes), d))
+    counts = as_float64("counts", counts, (len(codes),))
+    if len(np.unique(codes)) != len(codes):
+        raise ValueError("codes: a code is named twice")
+    codebook, count, means = state.codebook.copy(), state.ema_count.copy(), state.ema_means.copy()
+    codebook[codes], count[codes] = rows, counts
+    means[codes] = rows * (counts + epsilon)[:, None]
+    return EMAState(codebook, count, means)

@@ -19,6 +19,12 @@ OPTION_HELP = {
     "decay": "decay of the codebook's moving averages",
     "epsilon": "added to a code's count before it divides",
     "seed": "of the initial parameters and the order of the images",
+    "plain_steps": "steps at the start without the codebook",
+    "kmeans_start": "then set the codebook by k-means on the latents",
+    "temperature": "then draw codes near a latent, ever nearer; 0: the nearest",
+    "anneal_until": "share of all steps after which the nearest is taken",
+    "revive_below": "reset codes used less than this share of the mean; 0: never",
+    "cosine": "let the learning rate fall along half a cosine",
     "precision": f"of the products in training: {' or '.join(PRECISIONS)}",
 }
 SPEC_HELP = {
@@ -101,8 +107,11 @@ def parse_with_config(parser: Parser, words: list[str]) -> argparse.Namespace:
     for key, value in read_options(arguments.config).items():
         if key not in known:
             raise InputError(f"{arguments.config}: unknown option {key}{parser.nearest('--' + key.replace('_', '-'))}")
-        option = known[key].option_strings[-1]
-        from_file += [option] * value if isinstance(value, bool) else [option, str(value)]
+        options = known[key].option_strings  # of a switch: the one that sets it, then perhaps the one that clears it
+        if isinstance(value, bool):
+            from_file += options[:1] if value else options[1:2]
+        else:
+            from_file += [options[0], str(value)]
     return parser.parse(from_file + words)
 
 
@@ -120,9 +129,13 @@ def _add_data(parser: Parser) -> None:
 def _add(group: argparse._ArgumentGroup, defaults: TrainingOptions | ModelSpec, described: dict[str, str]) -> None:
     """An option for each described field; absent from the result where it was not given, so that a recipe can fill it."""
     for name, what in described.items():
-        default = getattr(defaults, name)
+        default, option = getattr(defaults, name), f"--{name.replace('_', '-')}"
+        if isinstance(default, bool):
+            flag = argparse.BooleanOptionalAction
+            group.add_argument(option, action=flag, default=argparse.SUPPRESS, help=f"{what} (default: {default})")
+            continue
         group.add_argument(
-            f"--{name.replace('_', '-')}",
+            option,
             type=type(default),
             default=argparse.SUPPRESS,
             metavar={int: "N", float: "X", str: "NAME"}[type(default)],

@@ -15,7 +15,7 @@ from vqref.parity import Report
 from vqtrain.losses import compute_losses
 from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
-from vqtrain.quantizer import update_ema
+from vqtrain.quantizer import draw, reset_codes, update_ema
 
 Array = npt.NDArray[Any]
 
@@ -60,6 +60,12 @@ def _backend(model: VQVAE, options: TrainingOptions) -> Backend:
         found = update_ema(*state, tensor(latents), tensor(indices), options.decay, options.epsilon)
         return tuple(value.cpu().numpy() for value in found)  # type: ignore[return-value]
 
+    def reset(codes: Array, rows: Array, counts: Array) -> tuple[Array, Array, Array]:
+        quantizer = model.quantizer
+        state = (quantizer.codebook, quantizer.ema_count, quantizer.ema_means)
+        found = reset_codes(*state, tensor(codes), tensor(rows), tensor(counts), options.epsilon)
+        return tuple(value.cpu().numpy() for value in found)  # type: ignore[return-value]
+
     return Backend(
         precision=str(codebook.dtype).removeprefix("torch."),
         encoder=lambda images: model.encoder(tensor(images)).cpu().numpy(),
@@ -68,6 +74,8 @@ def _backend(model: VQVAE, options: TrainingOptions) -> Backend:
         tokenizer=lambda images: model.quantizer(model.encoder(tensor(images)))[0].cpu().numpy(),
         losses=losses,
         ema=ema,
+        draw=lambda latents, gumbel, t: draw(tensor(latents), codebook, tensor(gumbel), t).cpu().numpy(),
+        reset=reset,
     )
 
 

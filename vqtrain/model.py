@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Params, check_params
 from vqtrain.network import Network
-from vqtrain.quantizer import Quantizer
+from vqtrain.quantizer import Quantizer, nearest
 
 
 class Forward(NamedTuple):
@@ -40,14 +41,24 @@ class VQVAE(nn.Module):
         values = {name: torch.from_numpy(np.asarray(array)) for name, array in params.items()}
         self.to(values[CODEBOOK].dtype).load_state_dict(values)
 
-    def forward(self, images: Tensor) -> Forward:
-        """One pass. The decoder's input is quantized itself, with the gradient of latents: the straight-through estimator
-        latents + stop_gradient(quantized - latents) without its rounding."""
+    def forward(self, images: Tensor, choose: Callable[[Tensor, Tensor], Tensor] = nearest) -> Forward:
+        """One pass; ``choose`` gives the indices for latents and codebook.
+
+        The decoder's input is quantized itself, with the gradient of latents: the straight-through estimator
+        latents + stop_gradient(quantized - latents) without its rounding.
+        """
         exact = self.quantizer.codebook.dtype  # under autocast the networks answer in less; distances and losses do not
         latents = self.encoder(images).to(exact)
-        indices, quantized = self.quantizer(latents)
+        indices, quantized = self.quantizer(latents, choose)
         straight_through = quantized + (latents - latents.detach())
         return Forward(latents, indices, quantized, self.decoder(straight_through).to(exact))
+
+    def plain(self, images: Tensor) -> Forward:
+        """One pass in which the decoder is fed the latents themselves, as quantized, before there is a codebook to speak of."""
+        exact = self.quantizer.codebook.dtype
+        latents = self.encoder(images).to(exact)
+        indices, _ = self.quantizer(latents)
+        return Forward(latents, indices, latents, self.decoder(latents).to(exact))
 
     def params(self) -> dict[str, npt.NDArray[np.floating]]:
         """A copy of every parameter as NumPy arrays, by name, in the spec's order."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from vqref.quantizer import SMALLEST_VARIANCE
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
 
 DIFFERENCE_BYTES = 64 * 2**20
@@ -34,6 +37,21 @@ def update_ema(
     return means / (count + epsilon)[:, None], count, means
 
 
+def draw(latents: Tensor, codebook: Tensor, gumbel: Tensor, temperature: float) -> Tensor:
+    """Indices (N, S) drawn by the rule of ``vqref.draw_indices``; gumbel (N, S, K) is the random choice."""
+    distances = (latents[:, :, None] - codebook).square().sum(dim=-1)  # (N, S, K)
+    variance = (distances.amin(dim=-1).mean() / latents.shape[-1]).clamp(min=SMALLEST_VARIANCE)
+    return (gumbel - distances / (2 * temperature * variance)).argmax(dim=-1)
+
+
+def reset_codes(
+    codebook: Tensor, ema_count: Tensor, ema_means: Tensor, codes: Tensor, rows: Tensor, counts: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """codebook, ema_count and ema_means with codes (n,) at rows (n, D) and counts (n,): the rule of ``vqref.reset_codes``."""
+    means = rows * (counts + epsilon)[:, None]
+    return codebook.index_copy(0, codes, rows), ema_count.index_copy(0, codes, counts), ema_means.index_copy(0, codes, means)
+
+
 class Quantizer(nn.Module):
     """codebook, ema_count and ema_means as buffers: the optimizer never sees them, only ``update`` moves them."""
 
@@ -47,15 +65,22 @@ class Quantizer(nn.Module):
         for name in (CODEBOOK, EMA_COUNT, EMA_MEANS):
             self.register_buffer(name.rsplit(".", 1)[1], torch.empty(shapes[name]))
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices (N, S) and quantized (N, S, D), without gradient."""
+    def forward(self, latents: Tensor, choose: Callable[[Tensor, Tensor], Tensor] = nearest) -> tuple[Tensor, Tensor]:
+        """Indices (N, S), chosen from latents and codebook, and quantized (N, S, D), without gradient."""
         with torch.no_grad():
-            indices = nearest(latents, self.codebook)
+            indices = choose(latents, self.codebook)
             return indices, self.codebook[indices]
 
     @torch.no_grad()
     def update(self, latents: Tensor, indices: Tensor, decay: float, epsilon: float) -> None:
         """One EMA step in place, on the latents (N, S, D) and indices (N, S) of the training step that was just taken."""
-        state = update_ema(self.ema_count, self.ema_means, latents, indices, decay, epsilon)
+        self._set(update_ema(self.ema_count, self.ema_means, latents, indices, decay, epsilon))
+
+    @torch.no_grad()
+    def reset(self, codes: Tensor, rows: Tensor, counts: Tensor, epsilon: float) -> None:
+        """Codes (n,) set to rows (n, D) and counts (n,) in place."""
+        self._set(reset_codes(self.codebook, self.ema_count, self.ema_means, codes, rows, counts, epsilon))
+
+    def _set(self, state: tuple[Tensor, Tensor, Tensor]) -> None:
         for buffer, value in zip((self.codebook, self.ema_count, self.ema_means), state, strict=True):
             buffer.copy_(value)

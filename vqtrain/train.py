@@ -29,6 +29,7 @@ from vqtrain.losses import Losses, compute_losses
 from vqtrain.metrics import Meter, Metrics
 from vqtrain.model import VQVAE
 from vqtrain.options import ADAM_BETAS, ADAM_EPSILON, TrainingOptions
+from vqtrain.rules import Rules
 from vqtrain.runs import MODEL, RunFolder
 from vqtrain.state import save_state
 
@@ -40,17 +41,22 @@ SHOWN_IMAGES, SHOWN_CODES = 32, 1024
 
 
 def training_step(
-    model: VQVAE, optimizer: torch.optim.Optimizer, images: Tensor, options: TrainingOptions
+    model: VQVAE, optimizer: torch.optim.Optimizer, images: Tensor, options: TrainingOptions, rules: Rules, step: int
 ) -> tuple[Losses, Tensor]:
     """One step on images (N, C, H, W): gradients to encoder and decoder, then the codebook's moving averages on this
-    step's latents. Returns the losses before the step and the indices (N, S)."""
+    step's latents, as the rules of ``step`` (counted from 0) have it. Returns the losses before the step and the indices
+    (N, S)."""
+    for group in optimizer.param_groups:
+        group["lr"] = rules.learning_rate(step)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-        out = model(images)
+        out = model.plain(images) if rules.plain(step) else model(images, rules.choose(step))
     losses = compute_losses(model.spec, images, out.logits, out.latents, out.quantized, options.beta)
     optimizer.zero_grad(set_to_none=True)
     losses.total.backward()
     optimizer.step()
-    model.quantizer.update(out.latents.detach(), out.indices, options.decay, options.epsilon)
+    if not rules.plain(step):
+        model.quantizer.update(out.latents.detach(), out.indices, options.decay, options.epsilon)
+        rules.revive(step, model, out.latents.detach())
     return losses, out.indices
 
 
@@ -122,6 +128,7 @@ class Trainer:
         self.model = VQVAE(spec, params).to(work.device)
         learned = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
         self.optimizer = torch.optim.Adam(learned, lr=options.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+        self.rules = Rules(options, len(self.batches) * options.epochs)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.order = self.generator.get_state()  # as it was when the epoch began
         self.epoch, self.step, self.seconds = 0, 0, 0.0  # whole epochs; steps and seconds spent within the next one
@@ -146,7 +153,7 @@ class Trainer:
             self._save()
             raise Interrupted(
                 stop.signum,
-                f"interrupted in epoch {self.epoch + 1}, step {self.step}; saved: the same command goes on from there",
+                f"interrupted in epoch {self.epoch + 1}, step {self.step}, and saved; the same command goes on",
             ) from None
 
     def _epoch(self) -> None:
@@ -154,7 +161,10 @@ class Trainer:
         for images in self._with_progress():
             start = time.perf_counter()
             with self.work.interrupts.hold():
-                losses, indices = training_step(self.model, self.optimizer, images, self.options)
+                step = self.epoch * len(self.batches) + self.step
+                if self.rules.starts(step):
+                    self._start_codebook()
+                losses, indices = training_step(self.model, self.optimizer, images, self.options, self.rules, step)
                 self.meter.add(losses, indices)
                 self.step += 1
                 self.seconds += time.perf_counter() - start
@@ -182,6 +192,12 @@ class Trainer:
             self._publish()
         self._say_line(line)
         self._draw(use)
+
+    def _start_codebook(self) -> None:
+        try:
+            self.rules.start(self.model, self.batches)
+        except ValueError as error:  # latents that are no longer finite
+            raise CommandError(f"the run diverged before the codebook's start: {error}; {self._kept()}") from None
 
     def _with_progress(self) -> Iterator[Tensor]:
         """The rest of one shuffled pass behind a bar that is drawn on a terminal only; the losses are read as often as it
@@ -265,6 +281,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "order": self.order,
+            "choices": self.rules.generator.get_state(),
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
@@ -279,6 +296,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.order = state["order"]
+        self.rules.generator.set_state(state["choices"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.meter.load(state["meter"])
         self.history = state["history"]
