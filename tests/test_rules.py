@@ -103,6 +103,13 @@ def test_dead_codes_are_revived_at_latents_of_the_batch_until_the_end_is_near(mo
     assert Rules(dataclasses.replace(options, revive_below=0.0), 100).revive(50, module, latents) == 0
 
 
+def test_a_centred_decoder_starts_at_the_mean_pixel(tmp_path, many_images):
+    run = trainer(tmp_path, many_images, center=True)
+    bias = run.model.params()["decoder.conv1.bias"]
+    assert bias.shape == (1,)
+    assert 1 / (1 + np.exp(-bias[0])) == pytest.approx(many_images[:160].mean() / 255, rel=1e-5)
+
+
 def test_plain_steps_leave_the_codebook_alone_and_train_the_networks(tmp_path, many_images):
     run = trainer(tmp_path, many_images, epochs=1, plain_steps=5)
     run.rules.plain_steps = 5

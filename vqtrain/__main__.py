@@ -19,6 +19,7 @@ OPTION_HELP = {
     "decay": "decay of the codebook's moving averages",
     "epsilon": "added to a code's count before it divides",
     "seed": "of the initial parameters and the order of the images",
+    "center": "start the last bias at the logit of the mean pixel",
     "plain_steps": "steps at the start without the codebook",
     "kmeans_start": "then set the codebook by k-means on the latents",
     "temperature": "then draw codes near a latent, ever nearer; 0: the nearest",

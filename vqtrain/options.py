@@ -21,6 +21,8 @@ class TrainingOptions:
     beta: weight of the commitment loss
     decay, epsilon: of the codebook's moving averages, as in ``vqref.update_ema``
     seed: of the initial parameters and the order of the images
+    center: start the decoder's last bias at the logit of the mean pixel, so that the first steps need not drive every latent
+        the same way to learn it
     plain_steps: steps at the start in which the decoder is fed the latents themselves and the codebook waits
     kmeans_start: set the codebook by k-means on the latents of all images when those steps are over
     temperature, anneal_until: after that draw indices from softmax(-d / (2 * temperature * variance)), the temperature
@@ -39,6 +41,7 @@ class TrainingOptions:
     decay: float = 0.99
     epsilon: float = 1e-5
     seed: int = 0
+    center: bool = False
     plain_steps: int = 0
     kmeans_start: bool = False
     temperature: float = 0.0
@@ -78,6 +81,7 @@ RECIPES = {
     "default": TrainingOptions(
         beta=1.0,
         decay=0.97,
+        center=True,
         plain_steps=200,
         kmeans_start=True,
         temperature=0.3,

@@ -60,6 +60,13 @@ def training_step(
     return losses, out.indices
 
 
+def mean_logit(images: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
+    """The logit of the mean grey level of each channel (C,) of images (N, C, H, W), kept off the ends."""
+    unit = 255 if images.dtype == np.uint8 else 1
+    mean = np.clip(images.mean(axis=(0, 2, 3), dtype=np.float64) / unit, 1e-3, 1 - 1e-3)
+    return np.asarray(np.log(mean) - np.log1p(-mean), np.float32)
+
+
 def require_one_batch(images: ImageSet, options: TrainingOptions) -> None:
     """Raises InputError where the training images do not fill one batch."""
     if len(images.train) < options.batch_size:
@@ -125,6 +132,8 @@ class Trainer:
         self.held_out_sample = self.sample if held_out is None else to_unit_interval(held_out[:CHECKED_IMAGES])
 
         params = vqref.init_params(spec, np.random.default_rng(options.seed))
+        if options.center:
+            params[spec.decoder[-1].parameters[1].name] = mean_logit(images.train)
         self.model = VQVAE(spec, params).to(work.device)
         learned = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
         self.optimizer = torch.optim.Adam(learned, lr=options.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPSILON)
