@@ -126,7 +126,7 @@ def test_a_bundle_verifies_itself(bundle):
     assert device == "cpu"
     assert report.passed
     assert [c.stage for c in report.checks] == [
-        *(f"golden {name}" for name in ("latents", "indices", "gap", "quantized", "logits", "probs")),
+        *(f"golden {name}" for name in ("latents", "indices", "gap", "rows", "logits", "probs")),
         *("encoder", "quantizer", "quantized", "tokenizer", "decoder", "probabilities", "detokenizer"),
     ]
 
@@ -217,7 +217,8 @@ def test_a_recorded_answer_that_was_changed_and_signed_again_is_caught(copy, nam
     np.savez(copy / "oracle.npz", **arrays)
     sign(copy)
     failed = [c.stage for c in verify(Bundle.open(copy), "cpu")[0].failures]
-    assert f"golden {name}".replace("probabilities", "probs") in failed
+    shown = {"quantized": "rows", "probabilities": "probs"}.get(name, name)
+    assert f"golden {shown}" in failed
 
 
 def test_an_oracle_file_that_is_none_is_refused(copy):

@@ -101,7 +101,7 @@ def check_recorded(spec: ModelSpec, oracle: Oracle) -> Report:
             check("encoder", golden["latents"], now["latents"], precision="float64", name="golden latents"),
             check_indices(golden["indices"], golden["latents"], codebook, precision="float64", name="golden indices"),
             check("gap", golden["gap"], now["gap"], precision="float64", name="golden gap", magnitude=both),
-            check("copy", golden["quantized"], rows, precision="float64", name="golden quantized"),
+            check("copy", golden["quantized"], rows, precision="float64", name="golden rows"),
             check("decoder", golden["logits"], now["logits"], precision="float64", name="golden logits"),
             check_probabilities("golden probs", golden["probabilities"], now["logits"], "float64"),
         )
