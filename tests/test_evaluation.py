@@ -22,6 +22,7 @@ def data(tmp_path, many_images):
 def test_evaluate_prints_each_figure_with_what_it_means(run, model_file, model, data, many_images):
     done = run("-m", "vqtrain", "evaluate", model_file, "--data", data)
     assert done.returncode == 0, done.stderr
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()[1:])
     assert "on 100 held-out images of kmnist-train-imgs.npz" in done.stdout
     out = vqref.forward(model.spec, model.params, to_unit_interval(many_images[300:400, None]))
     assert f"reconstruction     {out.losses.reconstruction:>9.2f}  nats an image to send the pixels" in done.stdout

@@ -21,16 +21,17 @@ from vqtrain.sources import load_source
 from vqtrain.train import evaluate
 
 MEANING = {
-    "reconstruction": "nats an image to send the pixels, given the indices",
-    "bound": "nats an image to send everything: reconstruction + the prior of the indices",
+    "reconstruction": "nats an image to send the pixels",
+    "bound": "nats for everything: reconstruction + prior",
     "bits_per_dimension": "the bound in bits a pixel and channel",
-    "prior": "nats an image to send the indices under the uniform prior: latent_size * ln num_codes",
-    "commitment": "mean squared distance of a latent's element from its code's",
-    "perplexity": "how many codes are in use, each counted by its share: exp of the entropy",
+    "prior": "nats to send the indices, coded uniformly",
+    "commitment": "mean squared distance to the code, an element",
+    "perplexity": "codes in use by their shares: exp(entropy)",
     "codes_used": "codes that were chosen at all",
-    "clustering_floor": "bound of the best num_codes fixed pictures (Bernoulli k-means on the training images)",
+    "clustering_floor": "bound of as many fixed pictures at their best",
     "above_floor": "bound - clustering_floor",
 }
+"""What each figure means, in the width that a terminal leaves. The clustering floor is that of ``vqtrain.floor``."""
 
 
 def evaluate_command(arguments: argparse.Namespace) -> int:
