@@ -295,13 +295,7 @@ def check_indices(
         flips += int(((found != best) & fits).sum())
         wrong += [(float(beyond[i]), rows.start + int(i), int(best[i])) for i in np.flatnonzero(~fits)]
 
-    worst, problem = None, None
-    if wrong:
-        beyond_slack, at, right = max(wrong)
-        position = [int(i) for i in np.unravel_index(at, shape)]
-        worst = {"position": position, "found": int(chosen[at]), "expected": right}
-        reason = f"outside 0 to {k - 1}" if beyond_slack == np.inf else f"farther by {beyond_slack:.2g} than rounding explains"
-        problem = f"the worst at {tuple(position)} is {chosen[at]}, the oracle's {right}: {reason}"
+    worst, problem = _worst_index(wrong, chosen, shape, k)
     return Check(
         name,
         precision,
@@ -313,6 +307,20 @@ def check_indices(
         worst=worst,
         problem=problem,
     )
+
+
+def _worst_index(
+    wrong: list[tuple[float, int, int]], chosen: npt.NDArray[Any], shape: tuple[int, ...], num_codes: int
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The worst of the wrong indices, (how far beyond its slack, latent, the oracle's index) each, as data and in words."""
+    if not wrong:
+        return None, None
+    beyond_slack, at, right = max(wrong)
+    position = [int(i) for i in np.unravel_index(at, shape)]
+    worst = {"position": position, "found": int(chosen[at]), "expected": right}
+    far = f"farther by {beyond_slack:.2g} than rounding explains"
+    reason = f"outside 0 to {num_codes - 1}" if beyond_slack == np.inf else far
+    return worst, f"the worst at {tuple(position)} is {chosen[at]}, the oracle's {right}: {reason}"
 
 
 def _slack(distances: Float64, best: npt.NDArray[np.intp], codebook: Float64, precision: str, delta: Float64) -> Float64:
