@@ -179,3 +179,17 @@ def test_abbreviations_are_not_guessed(capsys):
         parser.parse(["--epo", "3"])
     assert caught.value.code == ExitCode.USAGE
     assert "did you mean --epochs?" in capsys.readouterr().err
+
+
+def test_the_last_line_is_json_where_it_is_asked_for_and_event_files_are_written(run, data, tmp_path):
+    done = run("-m", "vqtrain", "--data", data, "--epochs", 1, "--name", "r", "--json", "--tensorboard", *SMALL)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["epoch"] == 1
+    assert found["held_out"]["bound"] > 0
+    assert [*(tmp_path / "runs" / "r" / "tensorboard").glob("events.out.tfevents.*")]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that nobody can write to")
+def test_a_folder_for_runs_that_cannot_be_written_exits_5(refused, data):
+    assert "cannot be written" in refused(5, "-m", "vqtrain", "--data", data, "--runs", "/proc/runs", *SMALL)
