@@ -59,7 +59,7 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
         ("ema", "float64"): Tolerance(1e-12, "element", "a sum over the batch, a product, a quotient; below 1e-16 measured"),
         ("draw", "float64"): Tolerance(1e-12, "element", "of the terms of the score: a quotient and a difference"),
         ("draw", "float32"): Tolerance(
-            1e-5, "element", "of the terms of the score: a quotient and a difference; 2e-7 measured"
+            1e-5, "element", "of the terms of the score: a quotient and a difference; 2e-8 measured"
         ),
         ("gradients", "float64"): Tolerance(1e-11, "array", "forward and back, summed over the batch; 1e-14 measured"),
         ("gap", "float64"): Tolerance(1e-12, "element", "of the two squared distances: sums of D terms; 1e-16 measured"),
