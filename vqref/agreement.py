@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from vqref.bounds import array_dtype
+from vqref.dialects import POST, Dialect
 from vqref.losses import compute_losses
 from vqref.network import decode, encode, sigmoid
 from vqref.parity import Check, Report, allowed_error, check, check_indices
@@ -75,7 +77,7 @@ def compare(
     """Every stage of ``backend`` against the oracle on images (N, C, H, W) in [0, 1]. The report says; nothing is raised
     but ValueError for parameters or images that do not fit the spec."""
     check_params(spec, params)
-    precision, dtype = backend.precision, np.dtype(backend.precision)
+    precision, dtype = backend.precision, array_dtype(backend.precision)
     images = np.asarray(images).astype(dtype)
     codebook = np.asarray(params[CODEBOOK])
     exact_latents = encode(spec, params, images)
@@ -87,7 +89,7 @@ def compare(
         checks.append(check("encoder", backend.encoder(images), exact_latents, precision=precision))
     if backend.quantizer:
         fed = np.concatenate([latents, _probe_latents(spec, codebook).astype(dtype)])
-        checks += _check_quantizer(*backend.quantizer(fed), fed, codebook, precision)
+        checks += check_quantized(*backend.quantizer(fed), fed, codebook, precision=precision)
     if backend.tokenizer:
         checks.append(_check_tokenizer(backend.tokenizer(images), exact_latents, codebook, precision))
     if backend.decoder or backend.detokenizer:
@@ -108,8 +110,9 @@ def compare(
         found = backend.losses(images, logits, latents, chosen)
         checks.append(check("losses", found, expected, precision=precision))
     if backend.ema:
+        moved = backend.ema(latents, indices)
         state = EMAState.from_params(params)
-        checks += _check_ema(backend.ema(latents, indices), state, latents, indices, precision, decay, epsilon)
+        checks += check_ema(moved, state, latents, indices, precision=precision, decay=decay, epsilon=epsilon)
     if backend.draw:
         checks.append(_check_draw(backend.draw, latents, codebook, precision))
     if backend.reset:
@@ -147,12 +150,14 @@ def check_probabilities(name: str, found: Array, logits: Float64, precision: str
     return check("probabilities", found, sigmoid(logits), precision=precision, name=name, magnitude=1 + largest / 4)
 
 
-def _check_quantizer(indices: Array, quantized: Array, latents: Array, codebook: Array, precision: str) -> Iterator[Check]:
+def check_quantized(
+    indices: Array, quantized: Array, latents: npt.ArrayLike, codebook: Array, *, precision: str, form: str = "direct"
+) -> Iterator[Check]:
     """The indices by their rule, and quantized, which is a copy: the codebook's rows at those indices, to the last bit."""
-    judged = check_indices(indices, latents, codebook, precision=precision)
+    judged = check_indices(indices, latents, codebook, precision=precision, form=form)
     yield judged
     if judged.problem is None:
-        copied = np.asarray(codebook)[indices].astype(precision)
+        copied = np.asarray(codebook)[indices].astype(array_dtype(precision))
         wrong = np.argwhere(np.asarray(quantized) != copied) if np.shape(quantized) == copied.shape else None
         if wrong is None or np.asarray(quantized).dtype != copied.dtype:
             problem = f"{np.asarray(quantized).dtype} {np.shape(quantized)}, expected {copied.dtype} {copied.shape}"
@@ -162,19 +167,27 @@ def _check_quantizer(indices: Array, quantized: Array, latents: Array, codebook:
             yield Check("quantized", precision, copied.size, len(wrong), problem=where)
 
 
-def _check_ema(
+def check_ema(
     found: tuple[Array, Array, Array],
     state: EMAState,
-    latents: Float64,
-    indices: Array,
+    latents: npt.ArrayLike,
+    indices: npt.ArrayLike,
+    *,
     precision: str,
     decay: float,
     epsilon: float,
+    dialect: Dialect = POST,
 ) -> Iterator[Check]:
-    """The three arrays, each element beside the sum of the magnitudes that it adds up: sums of latents may cancel."""
-    after = update_ema(state, latents, indices, decay, epsilon)
+    """codebook, ema_count and ema_means after one update of ``state``, each element beside the sum of the magnitudes that
+    it adds up: sums of latents may cancel."""
+    after = update_ema(state, latents, indices, decay, epsilon, dialect)
     magnitudes = update_ema(
-        EMAState(np.abs(state.codebook), state.ema_count, np.abs(state.ema_means)), np.abs(latents), indices, decay, epsilon
+        EMAState(np.abs(state.codebook), state.ema_count, np.abs(state.ema_means), state.steps),
+        np.abs(latents),
+        indices,
+        decay,
+        epsilon,
+        dialect,
     )
     for name, array in zip(STATE, found, strict=True):
         expected, magnitude = getattr(after, name), getattr(magnitudes, name)

@@ -16,12 +16,10 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from vqref.bounds import array_dtype, choice_slack, require_bound
 from vqref.commandline import CommandError, ExitCode
 from vqref.quantizer import squared_distances
 from vqref.validation import Float64, as_float64
-
-UNIT_ROUNDOFF: Mapping[str, float] = MappingProxyType({"float64": 2.0**-53, "float32": 2.0**-24})
-"""Largest relative error of one rounding, by precision: the precisions that parity can judge."""
 
 
 class ParityError(CommandError):
@@ -203,7 +201,7 @@ def check(
     """
     row, name = tolerance(stage, precision), name or stage
     actual, expected = np.asarray(actual), np.asarray(expected, np.float64)
-    if problem := _misfit(actual, expected.shape, np.dtype(precision)):
+    if problem := _misfit(actual, expected.shape, array_dtype(precision)):
         return Check(name, precision, expected.size, max(1, expected.size), allowed=row.relative, problem=problem)
     if not expected.size:
         return Check(name, precision, 0, 0, 0.0, 0.0, row.relative)
@@ -240,38 +238,28 @@ def check_indices(
     codebook: npt.ArrayLike,
     *,
     precision: str,
+    form: str = "direct",
     latents_error: npt.ArrayLike = 0.0,
     name: str = "quantizer",
 ) -> Check:
     """Holds indices (N, S) to the nearest rows of codebook (K, D) for latents (N, S, D), as far as rounding allows.
 
-    latents and codebook are what the implementation computed on, exactly; ``latents_error``, a number or (N, S), is the
-    largest Euclidean distance by which its latents may differ from these (0 when it was fed them).
+    latents and codebook are what the implementation was given, exactly; ``latents_error``, a number or (N, S), is the
+    largest Euclidean distance by which its latents may differ from these (0 when it was fed them). precision, form: of its
+    squared distances, rows of ``vqref.bounds.PRECISIONS`` and ``FORMS``.
 
-    With b the nearest code in float64, code k may be chosen instead only if d_k - d_b <= slack_k. Derivation:
+    With b the nearest code in float64, code k may be chosen instead only if d_k - d_b <= slack_k, which
+    ``vqref.bounds.choice_slack`` derives. Where d_k - d_b > slack_k for every other k, the index is certified.
 
-    1. In the direct form, each of the D terms is a subtraction, a square and at most D - 1 additions, in any order.
-       All terms are non-negative, so the computed d is off by at most g*d, with g = n*u / (1 - n*u), n = D + 2,
-       u the unit roundoff (Higham 2002, Accuracy and Stability of Numerical Algorithms, lemma 3.1 and section 3.1).
-       Terms that underflow, even flushed to zero, add at most D times the smallest normal number.
-    2. Latents moved by e, ||e|| <= delta: d_k - d_b changes by -2 e.(c_k - c_b), at most 2*delta*||c_k - c_b||;
-       and each d is at most (sqrt(d) + delta)^2.
-
-    So slack_k = g*((sqrt(d_k) + delta)^2 + (sqrt(d_b) + delta)^2) + 2*delta*||c_k - c_b|| + 2*D*tiny, and g also carries
-    the oracle's own rounding in float64. Where d_k - d_b > slack_k for every other k, the index is certified.
-
-    Raises ValueError for an unknown precision or arrays that do not fit each other.
+    Raises ValueError for an unknown precision or form, or arrays that do not fit each other.
     """
-    if precision not in UNIT_ROUNDOFF:
-        raise ValueError(f"precision is {precision!r}, expected one of {', '.join(UNIT_ROUNDOFF)}")
     codebook = as_float64("codebook", codebook, ("K", "D"))
     latents = as_float64("latents", latents, ("N", "S", codebook.shape[1]))
     indices, moved = np.asarray(indices), np.asarray(latents_error, np.float64)
     shape, (k, d) = latents.shape[:2], codebook.shape
     if not codebook.size:
         raise ValueError(f"codebook: shape is {codebook.shape}, expected at least one row and one element")
-    if (d + 2) * UNIT_ROUNDOFF[precision] >= 0.5:
-        raise ValueError(f"code_size is {d}: sums of so many terms have no bound in {precision}")
+    require_bound(d, precision, form)
     if not (np.isfinite(moved).all() and (moved >= 0).all()):
         raise ValueError("latents_error: expected finite numbers of at least 0")
     count = int(np.prod(shape))
@@ -282,10 +270,12 @@ def check_indices(
     near_ties = flips = 0
     wrong: list[tuple[float, int, int]] = []  # (how far beyond its slack, latent, the oracle's index)
     chosen = indices.ravel()
-    for rows, distances in squared_distances(latents.reshape(-1, d), codebook):
+    flat = latents.reshape(-1, d)
+    for rows, distances in squared_distances(flat, codebook):
         best = distances.argmin(axis=1)
         each = np.arange(len(best))
-        excess = distances - distances[each, best][:, None] - _slack(distances, best, codebook, precision, moved[rows])
+        slack = choice_slack(distances, best, flat[rows], codebook, precision=precision, form=form, moved=moved[rows])
+        excess = distances - distances[each, best][:, None] - slack
         excess[each, best] = -np.inf  # the oracle's own choice is always right
         near_ties += int((np.count_nonzero(excess <= 0, axis=1) > 1).sum())
         found = chosen[rows]
@@ -321,21 +311,6 @@ def _worst_index(
     far = f"farther by {beyond_slack:.2g} than rounding explains"
     reason = f"outside 0 to {num_codes - 1}" if beyond_slack == np.inf else far
     return worst, f"the worst at {tuple(position)} is {chosen[at]}, the oracle's {right}: {reason}"
-
-
-def _slack(distances: Float64, best: npt.NDArray[np.intp], codebook: Float64, precision: str, delta: Float64) -> Float64:
-    """slack_k of ``check_indices`` for distances (rows, K) whose nearest codes are best (rows,), and delta (rows, 1)."""
-    terms = codebook.shape[1] + 2
-    g = sum(terms * u / (1 - terms * u) for u in (UNIT_ROUNDOFF[precision], UNIT_ROUNDOFF["float64"]))
-    moved = np.square(np.sqrt(distances) + delta)  # (rows, K)
-    slack = g * (moved + moved[np.arange(len(best)), best][:, None]) + 2 * terms * float(np.finfo(precision).tiny)
-    if delta.any():
-        for code in np.unique(best):
-            apart = np.sqrt(np.square(codebook - codebook[code]).sum(axis=1))  # (K,)
-            slack[best == code] += 2 * delta[best == code] * apart
-    overflows = moved * (1 + g) >= float(np.finfo(precision).max)  # infinite there, and two infinities are equal
-    slack[overflows & overflows[np.arange(len(best)), best][:, None]] = np.inf
-    return np.asarray(slack, np.float64)
 
 
 def _misfit(actual: npt.NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[Any]) -> str | None:

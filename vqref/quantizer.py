@@ -3,7 +3,7 @@
 quantize: index = argmin over k of ||latent - codebook[k]||^2, the lowest index on a tie
 (van den Oord et al. 2017, equation 1).
 update_ema: the codebook as an exponential moving average of the latents that it is nearest to
-(the same, appendix A.1, without zero-debias; the post's form).
+(the same, appendix A.1; the post's form, without zero-debias, unless another dialect is named).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vqref.dialects import POST, Dialect
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
 from vqref.validation import Float64, Int64, Params, as_float64, as_indices
 
@@ -77,11 +78,13 @@ def squared_distances(latents: Float64, codebook: Float64) -> Iterator[tuple[sli
 
 @dataclass(frozen=True)
 class EMAState:
-    """codebook (K, D), ema_count (K,) and ema_means (K, D), validated and held as float64. Raises ValueError."""
+    """codebook (K, D), ema_count (K,) and ema_means (K, D), validated and held as float64; steps, how many updates they have
+    had, for a dialect that is debiased. Raises ValueError."""
 
     codebook: Float64
     ema_count: Float64
     ema_means: Float64
+    steps: int = 0
 
     def __post_init__(self) -> None:
         codebook = as_float64("codebook", self.codebook, ("K", "D"))
@@ -96,9 +99,26 @@ class EMAState:
         """The state held by a model's parameters."""
         return cls(params[CODEBOOK], params[EMA_COUNT], params[EMA_MEANS])
 
+    @classmethod
+    def start(cls, codebook: npt.ArrayLike, dialect: Dialect = POST, means: npt.ArrayLike | None = None) -> EMAState:
+        """The state that a dialect starts from. means (K, D): where its means start from values of their own, those.
+        Raises ValueError where they are missing, or given and not wanted."""
+        codebook = as_float64("codebook", codebook, ("K", "D"))
+        if (means is not None) != (dialect.means == "own"):
+            wanted = "needs means of its own" if dialect.means == "own" else f"starts its means from {dialect.means}"
+            raise ValueError(f"means: {dialect.name} {wanted}")
+        if means is None:
+            means = codebook if dialect.means == "codebook" else np.zeros_like(codebook)
+        return cls(codebook, np.full(len(codebook), dialect.count), np.asarray(means, np.float64))
+
 
 def update_ema(
-    state: EMAState, latents: npt.ArrayLike, indices: npt.ArrayLike, decay: float = 0.99, epsilon: float = 1e-5
+    state: EMAState,
+    latents: npt.ArrayLike,
+    indices: npt.ArrayLike,
+    decay: float = 0.99,
+    epsilon: float = 1e-5,
+    dialect: Dialect = POST,
 ) -> EMAState:
     """The state after one step that assigned latents (N, S, D) to indices (N, S). A new state; nothing mutates.
 
@@ -106,7 +126,9 @@ def update_ema(
     means    <- decay * means + (1 - decay) * sum of the latents that hit
     codebook <- means / (count + epsilon)
 
-    Raises ValueError for arrays that do not fit, a decay outside [0, 1] or an epsilon that is not positive.
+    The last line is the post's; another dialect's is in ``vqref.dialects``.
+    Raises ValueError for arrays that do not fit, a decay outside [0, 1], an epsilon that is not positive, or counts from
+    which a dialect can make no codebook.
     """
     k, d = state.codebook.shape
     latents = as_float64("latents", latents, ("N", "S", d))
@@ -120,7 +142,23 @@ def update_ema(
     np.add.at(sums, indices.ravel(), latents.reshape(-1, d))
     count = decay * state.ema_count + (1 - decay) * hits
     means = decay * state.ema_means + (1 - decay) * sums
-    return EMAState(means / (count + epsilon)[:, None], count, means)
+    steps = state.steps + 1
+    share = 1 - decay**steps if dialect.debiased else 1.0  # of the averages that is data and not their start
+    if share == 0.0:
+        raise ValueError(f"decay is {decay!r}: {dialect.name} divides by 1 - decay**steps")
+    size = _smoothed(count / share, epsilon, dialect)
+    codebook = means / share / size[:, None]
+    return EMAState(codebook, size if dialect.stores_smoothed else count, means, steps)
+
+
+def _smoothed(count: Float64, epsilon: float, dialect: Dialect) -> Float64:
+    """What the means are divided by, (K,)."""
+    if dialect.smoothing == "epsilon":
+        return count + epsilon
+    total = count.sum()
+    if not total > 0:
+        raise ValueError(f"ema_count: no code was ever hit, and {dialect.name} divides by shares of the hits")
+    return np.asarray((count + epsilon) / (total + len(count) * epsilon) * total)
 
 
 def draw_indices(latents: npt.ArrayLike, codebook: npt.ArrayLike, gumbel: npt.ArrayLike, temperature: float) -> Int64:

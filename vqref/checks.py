@@ -1,0 +1,380 @@
+"""A kit that holds anybody's quantizer to the oracle: named checks, each runnable by itself.
+
+    vqref.checks.check_quantizer(quantize, update)            # all of them; raises ParityError that names what failed
+
+    @pytest.mark.parametrize("check", vqref.checks.quantizer_checks(quantize, update), ids=str)
+    def test_quantizer(check):
+        check.run().require()
+
+An implementation is given NumPy arrays and returns what ``np.asarray`` takes; the adapter is the caller's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqref.adversary import CASES
+from vqref.agreement import STATE, check_ema, check_quantized
+from vqref.bounds import array_dtype, require_bound
+from vqref.dialects import POST, Dialect
+from vqref.parity import Check, ParityError, Report, check_indices
+from vqref.quantizer import EMAState
+from vqref.quantizer import quantize as quantize_exactly
+
+Array = npt.NDArray[Any]
+Quantize = Callable[[Array, Array], Any]
+Update = Callable[[EMAState, Array, Array, float, float], Any]
+Step = Callable[[EMAState, Array, float, float], tuple[Any, Any, Any]]
+
+LATENTS = 4096
+"""How many latents each case has: enough that distances rounded to 11 bits flip a certified index."""
+
+STEPS = 100
+"""How many updates in a row are held to the oracle."""
+
+
+@dataclass(frozen=True)
+class QuantizerCheck:
+    """One named check. ``run`` returns what it found; an exception of the implementation is a violation that says so."""
+
+    name: str
+    _compare: Callable[[], Iterable[Check]]
+    _precision: str
+
+    def run(self) -> Check:
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows in a case is meant to
+                return _merged(self.name, self._precision, tuple(self._compare()))
+        except Exception as error:  # whatever somebody's implementation raises
+            return Check(self.name, self._precision, 1, 1, problem=f"{type(error).__name__}: {error}")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def check_quantizer(
+    quantize: Quantize,
+    update: Update | None = None,
+    step: Step | None = None,
+    *,
+    precision: str = "float32",
+    form: str = "direct",
+    dialect: Dialect = POST,
+    num_codes: int = 64,
+    code_size: int = 16,
+    seed: int = 0,
+) -> Report:
+    """Runs every check of ``quantizer_checks``. Raises ParityError that names the failed ones and carries the report, and
+    ValueError for a precision, form or sizes that have no bound."""
+    checks = quantizer_checks(
+        quantize,
+        update,
+        step,
+        precision=precision,
+        form=form,
+        dialect=dialect,
+        num_codes=num_codes,
+        code_size=code_size,
+        seed=seed,
+    )
+    report = Report(tuple(check.run() for check in checks))
+    if failed := [check.stage for check in report.failures]:
+        raise ParityError(f"{', '.join(failed)} failed; the first: {report.failures[0]}", report)
+    return report
+
+
+def quantizer_checks(
+    quantize: Quantize,
+    update: Update | None = None,
+    step: Step | None = None,
+    *,
+    precision: str = "float32",
+    form: str = "direct",
+    dialect: Dialect = POST,
+    num_codes: int = 64,
+    code_size: int = 16,
+    seed: int = 0,
+) -> list[QuantizerCheck]:
+    """The checks of an implementation, those of ``update`` and ``step`` where they are given.
+
+    quantize(latents (N, S, D), codebook (K, D)) -> indices (N, S) int64, or (indices, quantized (N, S, D))
+    update(state, latents, indices, decay, epsilon) -> the EMAState after, or its codebook, ema_count and ema_means
+    step(state, latents, decay, epsilon) -> (indices, quantized, the state after): a training step's quantizer as a whole
+    precision, form: in which distances are computed, rows of ``vqref.bounds``. dialect: of the moving averages.
+    num_codes K >= 4, code_size D: of every codebook in the checks, so that an implementation of fixed sizes can be held.
+
+    Raises ValueError for a precision, form or sizes that have no bound.
+    """
+    require_bound(code_size, precision, form)
+    if num_codes < 4:
+        raise ValueError(f"num_codes is {num_codes}, expected at least 4")
+    kit = _Kit(quantize, update, step, precision, form, dialect, num_codes, code_size, seed)
+    named: dict[str, Callable[[], Iterable[Check]]] = {name: partial(kit.case, name) for name in CASES}
+    named |= {
+        "exact_ties": kit.exact_ties,
+        "positions": kit.positions,
+        "empty_batch": kit.empty_batch,
+        "one_latent": kit.one_latent,
+        "fresh_codebook": kit.fresh_codebook,
+        "inputs_kept": kit.inputs_kept,
+    }
+    if update is not None:
+        named |= {
+            "first_step": kit.first_step,
+            "one_step": kit.one_step,
+            "never_hit": kit.never_hit,
+            "one_takes_all": kit.one_takes_all,
+            "foreign_indices": kit.foreign_indices,
+            "large_epsilon": kit.large_epsilon,
+            "decay_zero": kit.decay_zero,
+            "no_latents": kit.no_latents,
+            "hundred_steps": kit.hundred_steps,
+            "state_kept": kit.state_kept,
+        }
+        if not dialect.debiased:  # which divides by 1 - decay
+            named["decay_one"] = kit.decay_one
+    if step is not None:
+        named["order"] = kit.order
+    return [QuantizerCheck(name, compare, precision) for name, compare in named.items()]
+
+
+@dataclass(frozen=True)
+class _Kit:
+    """An implementation and the sizes and arithmetic that it is checked in; a method for each check."""
+
+    quantize: Quantize
+    update: Update | None
+    step: Step | None
+    precision: str
+    form: str
+    dialect: Dialect
+    num_codes: int
+    code_size: int
+    seed: int
+
+    def _rng(self) -> np.random.Generator:
+        return np.random.default_rng(self.seed)
+
+    def _held(self, array: npt.ArrayLike) -> Array:
+        return np.asarray(array).astype(array_dtype(self.precision))
+
+    def _judge(self, latents: Array, codebook: Array) -> Iterable[Check]:
+        found = self.quantize(latents.copy(), codebook.copy())
+        if isinstance(found, tuple):
+            indices, quantized = map(np.asarray, found)
+            return check_quantized(indices, quantized, latents, codebook, precision=self.precision, form=self.form)
+        return [check_indices(np.asarray(found), latents, codebook, precision=self.precision, form=self.form)]
+
+    def case(self, name: str) -> Iterable[Check]:
+        """A case of ``vqref.adversary``."""
+        return self._judge(*CASES[name](self._rng(), LATENTS, self.num_codes, self.code_size, self.precision))
+
+    def exact_ties(self) -> Iterable[Check]:
+        """Where every operation is exact in any precision and form, the lowest index must win a tie."""
+        rng = self._rng()
+        rows = self._held(rng.integers(-1, 2, (self.num_codes // 2, self.code_size)))
+        codebook = rows[np.arange(self.num_codes) % len(rows)]
+        latents = self._held(rng.integers(-1, 2, (LATENTS, 1, self.code_size)))
+        return [_equal("indices", self._indices(latents, codebook), quantize_exactly(latents, codebook).indices)]
+
+    def positions(self) -> Iterable[Check]:
+        """Several latents an image, the two sizes different: (N, S, D) in, (N, S) out."""
+        rng = self._rng()
+        shape = (7, 5, self.code_size)
+        return self._judge(self._held(rng.normal(size=shape)), self._held(rng.normal(size=(self.num_codes, self.code_size))))
+
+    def empty_batch(self) -> Iterable[Check]:
+        """No latents in, no indices out."""
+        return self._judge(self._held(np.zeros((0, 3, self.code_size))), self._held(self._rng().normal(size=self._codes)))
+
+    def one_latent(self) -> Iterable[Check]:
+        """A batch of one."""
+        rng = self._rng()
+        return self._judge(self._held(rng.normal(size=(1, 1, self.code_size))), self._held(rng.normal(size=self._codes)))
+
+    def fresh_codebook(self) -> Iterable[Check]:
+        """Two codebooks, one after the other: nothing is remembered of the first."""
+        rng = self._rng()
+        latents, first, second = (self._held(rng.normal(size=size)) for size in ((99, 1, self.code_size), *2 * [self._codes]))
+        return [*self._judge(latents, first), *self._judge(latents, second)]
+
+    def inputs_kept(self) -> Iterable[Check]:
+        """Latents and codebook are as they were, and the same again gives the same."""
+        rng = self._rng()
+        latents, codebook = self._held(rng.normal(size=(99, 1, self.code_size))), self._held(rng.normal(size=self._codes))
+        given = latents.copy(), codebook.copy()
+        first = self._indices(*given, keep=True)
+        yield _equal("latents", given[0], latents)
+        yield _equal("codebook", given[1], codebook)
+        yield _equal("indices", self._indices(latents, codebook), first)
+
+    @property
+    def _codes(self) -> tuple[int, int]:
+        return self.num_codes, self.code_size
+
+    def _indices(self, latents: Array, codebook: Array, *, keep: bool = False) -> Array:
+        given = (latents, codebook) if keep else (latents.copy(), codebook.copy())
+        found = self.quantize(*given)
+        return np.asarray(found[0] if isinstance(found, tuple) else found)
+
+    def _start(self) -> EMAState:
+        rng = self._rng()
+        means = self._held(rng.normal(size=self._codes)) if self.dialect.means == "own" else None
+        return EMAState.start(self._held(rng.normal(size=self._codes)), self.dialect, means)
+
+    def _midway(self) -> EMAState:
+        """A state as a run has it: counts from nothing to a few, and means that belong to them."""
+        rng = self._rng()
+        count = self._held(rng.uniform(0, 4, self.num_codes) * rng.integers(0, 3, self.num_codes))
+        codebook = self._held(rng.normal(size=self._codes))
+        return EMAState(codebook, count, self._held(codebook * count[:, None]), steps=7)
+
+    def _updated(
+        self, state: EMAState, latents: Array, indices: Array, decay: float | None = None, epsilon: float | None = None
+    ) -> tuple[list[Check], EMAState]:
+        """What one update of the implementation is worth, and the state that it made."""
+        assert self.update is not None
+        decay = self.dialect.decay if decay is None else decay
+        epsilon = self.dialect.epsilon if epsilon is None else epsilon
+        found = _arrays(self.update(copy.deepcopy(state), latents.copy(), indices.copy(), decay, epsilon))
+        return self._judge_state(found, state, latents, indices, decay, epsilon)
+
+    def _judge_state(
+        self, found: tuple[Array, Array, Array], state: EMAState, latents: Array, indices: Array, decay: float, epsilon: float
+    ) -> tuple[list[Check], EMAState]:
+        precision = "float64" if self.precision == "float64" else "float32"
+        checks = check_ema(
+            found, state, latents, indices, precision=precision, decay=decay, epsilon=epsilon, dialect=self.dialect
+        )
+        return list(checks), EMAState(*found, steps=state.steps + 1)
+
+    def _batch(self, rng: np.random.Generator, codes: Sequence[int] | Array) -> tuple[Array, Array]:
+        """Latents (33, 3, D) and indices (33, 3) among ``codes``, which the latents are not near."""
+        return self._held(rng.normal(size=(33, 3, self.code_size))), rng.choice(np.asarray(codes), (33, 3))
+
+    def first_step(self) -> Iterable[Check]:
+        """From the state that the dialect starts with."""
+        return self._updated(self._start(), *self._batch(self._rng(), range(self.num_codes)))[0]
+
+    def one_step(self) -> Iterable[Check]:
+        """From a state midway."""
+        return self._updated(self._midway(), *self._batch(self._rng(), range(self.num_codes)))[0]
+
+    def never_hit(self) -> Iterable[Check]:
+        """Half of the codes are not hit, from the start on, three steps long."""
+        return self._several(self._start(), 3, np.arange(self.num_codes // 2))
+
+    def one_takes_all(self) -> Iterable[Check]:
+        """Every latent hits one code: hits are summed, not set."""
+        return self._updated(self._midway(), *self._batch(self._rng(), [self.num_codes - 1]))[0]
+
+    def foreign_indices(self) -> Iterable[Check]:
+        """The codes are those of the indices given, not the nearest ones."""
+        state = self._midway()
+        latents = np.resize(state.codebook, (self.num_codes, 1, self.code_size))
+        indices = np.roll(np.arange(self.num_codes), 1)[:, None]
+        return self._updated(state, self._held(latents), indices)[0]
+
+    def large_epsilon(self) -> Iterable[Check]:
+        """An epsilon that shows."""
+        return self._updated(self._midway(), *self._batch(self._rng(), range(self.num_codes)), epsilon=0.5)[0]
+
+    def decay_zero(self) -> Iterable[Check]:
+        """Only this step counts."""
+        return self._updated(self._midway(), *self._batch(self._rng(), range(self.num_codes)), decay=0.0)[0]
+
+    def decay_one(self) -> Iterable[Check]:
+        """This step does not count."""
+        return self._updated(self._midway(), *self._batch(self._rng(), range(self.num_codes)), decay=1.0)[0]
+
+    def no_latents(self) -> Iterable[Check]:
+        """An empty batch decays the averages, no more."""
+        return self._updated(self._midway(), self._held(np.zeros((0, 3, self.code_size))), np.zeros((0, 3), np.int64))[0]
+
+    def hundred_steps(self) -> Iterable[Check]:
+        """Each from the implementation's own state: what it is off by is one step's rounding, however long the run."""
+        return self._several(self._start(), STEPS, np.arange(self.num_codes))
+
+    def _several(self, state: EMAState, steps: int, codes: Array) -> Iterable[Check]:
+        rng = self._rng()
+        for _ in range(steps):
+            checks, state = self._updated(state, *self._batch(rng, codes))
+            yield from checks
+
+    def state_kept(self) -> Iterable[Check]:
+        """The state that was given is as it was."""
+        assert self.update is not None
+        state, (latents, indices) = self._midway(), self._batch(self._rng(), range(self.num_codes))
+        given, held, chosen = copy.deepcopy(state), latents.copy(), indices.copy()
+        self.update(given, held, chosen, self.dialect.decay, self.dialect.epsilon)
+        for name in STATE:
+            yield _equal(name, getattr(given, name), getattr(state, name))
+        yield _equal("latents", held, latents)
+        yield _equal("indices", chosen, indices)
+
+    def order(self) -> Iterable[Check]:
+        """A step takes indices and quantized from the codebook before the update, and updates with the latents."""
+        assert self.step is not None
+        state, decay, epsilon = self._midway(), 0.5, self.dialect.epsilon
+        latents = self._held(self._rng().normal(size=(33, 3, self.code_size)))
+        indices, quantized, after = self.step(copy.deepcopy(state), latents.copy(), decay, epsilon)
+        indices, codebook = np.asarray(indices), self._held(state.codebook)
+        judged = list(
+            check_quantized(indices, np.asarray(quantized), latents, codebook, precision=self.precision, form=self.form)
+        )
+        yield from judged
+        if judged[0].passed:
+            yield from self._judge_state(_arrays(after), state, latents, indices, decay, epsilon)[0]
+
+
+def _arrays(state: Any) -> tuple[Array, Array, Array]:
+    """codebook, ema_count and ema_means of an EMAState or of three arrays."""
+    if isinstance(state, EMAState):
+        return state.codebook, state.ema_count, state.ema_means
+    codebook, count, means = state
+    return np.asarray(codebook), np.asarray(count), np.asarray(means)
+
+
+def _equal(name: str, found: Array, expected: Array) -> Check:
+    """Arrays that must be the same to the last bit."""
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        problem = f"{name}: {found.dtype} {found.shape}, expected {expected.dtype} {expected.shape}"
+        return Check(name, str(expected.dtype), expected.size, max(1, expected.size), problem=problem)
+    wrong = np.argwhere(found != expected)
+    if not len(wrong):
+        return Check(name, str(expected.dtype), expected.size, 0)
+    at = tuple(int(i) for i in wrong[0])
+    problem = f"{name}: {found[at]} at {at}, expected {expected[at]}"
+    return Check(name, str(expected.dtype), expected.size, len(wrong), problem=problem)
+
+
+def _merged(name: str, precision: str, checks: tuple[Check, ...]) -> Check:
+    """Several comparisons as one line: sums of counts, the largest error over its tolerance, the first problem."""
+    failed = [check for check in checks if not check.passed]
+    problem = failed[0].problem if failed else None
+    if failed and failed[0].stage not in (problem or ""):
+        problem = f"{failed[0].stage}: {problem}"
+    errors = [check for check in checks if check.max_error is not None and check.allowed]
+    worst = max(errors, key=lambda check: (check.max_error or 0.0) / (check.allowed or 1.0), default=None)
+    counted = [check for check in checks if check.certified is not None]
+    return Check(
+        name,
+        precision,
+        sum(check.compared for check in checks),
+        sum(check.violations for check in checks),
+        max_error=worst.max_error if worst else None,
+        rms_error=worst.rms_error if worst else None,
+        allowed=worst.allowed if worst else None,
+        certified=sum(check.certified or 0 for check in counted) if counted else None,
+        near_ties=sum(check.near_ties or 0 for check in counted) if counted else None,
+        flips=sum(check.flips or 0 for check in counted) if counted else None,
+        worst=failed[0].worst if failed else None,
+        problem=problem,
+    )
