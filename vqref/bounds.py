@@ -135,26 +135,44 @@ def distance_error(
     return error
 
 
-def choice_slack(
+def choices(
     distances: Float64,
-    best: npt.NDArray[np.intp],
     latents: Float64,
     codebook: Float64,
     *,
     precision: str,
     form: str = "direct",
     moved: Float64 | float = 0.0,
+) -> tuple[npt.NDArray[np.intp], Float64]:
+    """The nearest code of each latent (M,), and by how much every code is farther than rounding explains, (M, K): at most 0
+    where it may be chosen, -inf for the nearest itself.
+
+    distances (M, K), in float64, of latents (M, D) and codebook (K, D); moved as in ``distance_error``.
+    """
+    best = distances.argmin(axis=1)
+    each = np.arange(len(best))
+    slack = _slack(distances, best, latents, codebook, precision, form, np.broadcast_to(moved, (len(latents), 1)))
+    excess: Float64 = distances - distances[each, best][:, None] - slack
+    excess[each, best] = -np.inf
+    return best, excess
+
+
+def _slack(
+    distances: Float64,
+    best: npt.NDArray[np.intp],
+    latents: Float64,
+    codebook: Float64,
+    precision: str,
+    form: str,
+    moved: Float64,
 ) -> Float64:
     """By how much d_k may exceed the best squared distance and k be chosen all the same, (M, K).
-
-    distances (M, K) and best (M,), the nearest codes, of latents (M, D) and codebook (K, D); moved as in ``distance_error``.
 
     Code k beats the best code b only where the errors of both close the gap: d_k - d_b <= error_k + error_b. Latents that
     move by e, ||e|| <= moved, change d_k - d_b by -2 e.(c_k - c_b), at most 2*moved*||c_k - c_b||.
     Infinite where overflow decides: a direct distance becomes infinite, and two that are infinite are equal; inputs that
     overflow, and the expanded form, can make NaN, which argmin takes.
     """
-    moved = np.broadcast_to(moved, (len(latents), 1))
     latent_norms = np.sqrt(np.square(latents).sum(axis=1))[:, None]
     code_norms = np.sqrt(np.square(codebook).sum(axis=1))
     size, chosen = codebook.shape[1], (np.arange(len(best)), best)

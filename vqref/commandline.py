@@ -97,6 +97,14 @@ def positive(text: str) -> int:
     return value
 
 
+def count(text: str) -> int:
+    """The type of options that count from 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return value
+
+
 def run(prog: str, command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Runs ``command(argv)`` and turns expected failures into one line on stderr and an ``ExitCode``.
 

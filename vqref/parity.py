@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from vqref.bounds import array_dtype, choice_slack, require_bound
+from vqref.bounds import array_dtype, choices, require_bound
 from vqref.commandline import CommandError, ExitCode
 from vqref.quantizer import squared_distances
 from vqref.validation import Float64, as_float64
@@ -249,7 +249,7 @@ def check_indices(
     squared distances, rows of ``vqref.bounds.PRECISIONS`` and ``FORMS``.
 
     With b the nearest code in float64, code k may be chosen instead only if d_k - d_b <= slack_k, which
-    ``vqref.bounds.choice_slack`` derives. Where d_k - d_b > slack_k for every other k, the index is certified.
+    ``vqref.bounds`` derives. Where d_k - d_b > slack_k for every other k, the index is certified.
 
     Raises ValueError for an unknown precision or form, or arrays that do not fit each other.
     """
@@ -272,15 +272,11 @@ def check_indices(
     chosen = indices.ravel()
     flat = latents.reshape(-1, d)
     for rows, distances in squared_distances(flat, codebook):
-        best = distances.argmin(axis=1)
-        each = np.arange(len(best))
-        slack = choice_slack(distances, best, flat[rows], codebook, precision=precision, form=form, moved=moved[rows])
-        excess = distances - distances[each, best][:, None] - slack
-        excess[each, best] = -np.inf  # the oracle's own choice is always right
+        best, excess = choices(distances, flat[rows], codebook, precision=precision, form=form, moved=moved[rows])
         near_ties += int((np.count_nonzero(excess <= 0, axis=1) > 1).sum())
         found = chosen[rows]
         inside = (found >= 0) & (found < k)
-        beyond = np.where(inside, excess[each, np.where(inside, found, 0)], np.inf)
+        beyond = np.where(inside, excess[np.arange(len(best)), np.where(inside, found, 0)], np.inf)
         fits = beyond <= 0
         flips += int(((found != best) & fits).sum())
         wrong += [(float(beyond[i]), rows.start + int(i), int(best[i])) for i in np.flatnonzero(~fits)]
