@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
+
+from vqref.machine import describe_machine
+
+PACKAGES = ("numpy", "torch", "onnxruntime-gpu", "onnxruntime")
 
 
 def describe() -> str:
     """One line: date, processor, cores, and the versions of the packages that compute."""
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0] if names else processor
-    versions = ", ".join(f"{name} {version(name)}" for name in ("numpy", "torch"))
-    return f"{datetime.now(UTC):%Y-%m-%d}, {processor}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    machine = describe_machine(PACKAGES)
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES) if name in machine)
+    return f"{datetime.now(UTC):%Y-%m-%d}, {machine['processor']}, {machine['cores']} cores, {versions}"

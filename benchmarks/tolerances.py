@@ -15,7 +15,7 @@ from benchmarks.machine import describe
 from vqdeploy.graphs import build_graphs
 from vqdeploy.sessions import open_sessions
 from vqdeploy.verify import check_graphs
-from vqref.parity import Report
+from vqref.report import Report
 from vqtrain import VQVAE, TrainingOptions
 from vqtrain.agreement import check_against_oracle
 

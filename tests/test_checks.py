@@ -12,8 +12,8 @@ from vqref.bounds import PRECISIONS
 from vqref.checks import check_quantizer, quantizer_checks
 from vqref.commandline import ExitCode
 from vqref.dialects import DIALECTS, POST
-from vqref.parity import ParityError
 from vqref.quantizer import EMAState
+from vqref.report import ParityError
 from vqtrain import quantizer as trained
 
 

@@ -9,7 +9,7 @@ import torch
 
 from vqref.commandline import CommandError, ExitCode, InputError, MachineError, Parser, UsageError
 from vqref.commandline import run as run_command
-from vqref.parity import ParityError
+from vqref.report import ParityError
 
 SMALL = ("--base-depth", "4", "--batch-size", "32")
 

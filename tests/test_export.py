@@ -21,7 +21,8 @@ from vqdeploy.sessions import Session, open_sessions
 from vqdeploy.stages import STAGES
 from vqdeploy.verify import check_graphs, verify
 from vqref.commandline import InputError
-from vqref.parity import ParityError, check
+from vqref.parity import check
+from vqref.report import ParityError
 from vqtrain import VQVAE
 
 

@@ -11,6 +11,7 @@ import vqref
 from vqref import parity
 from vqref.commandline import ExitCode
 from vqref.parity import check, check_indices
+from vqref.report import ParityError, Report
 
 EXPECTED = np.array([[1.0, -2.0], [3.0, -4.0]])
 
@@ -34,7 +35,7 @@ def test_a_value_just_inside_the_tolerance_passes_and_just_outside_fails():
         assert report.max_error == pytest.approx(factor * allowed, rel=1e-3)
         assert report.rms_error == pytest.approx(factor * allowed / 2, rel=1e-3)
         assert report.worst["position"] == [1, 0]
-    with pytest.raises(parity.ParityError, match=r"encoder \(float64\): 1 violations in 4; the worst at \(1, 0\) is 3"):
+    with pytest.raises(ParityError, match=r"encoder \(float64\): 1 violations in 4; the worst at \(1, 0\) is 3"):
         report.require()
 
 
@@ -204,7 +205,7 @@ def test_a_report_prints_a_line_a_stage_within_80_columns_and_stores_as_strict_j
     good = check("encoder", as32(EXPECTED), EXPECTED, precision="float32")
     bad = check("decoder", as32([[1, -2], [3, np.nan]]), EXPECTED, precision="float32")
     indices = check_indices(np.array([[0], [0], [0]]), LATENTS, CODEBOOK, precision="float32")
-    report = parity.Report((good, bad, indices))
+    report = Report((good, bad, indices))
     head, *lines = str(report).splitlines()
     assert len(lines) == 3 + 2
     assert all(len(line) <= 80 for line in (head, *lines[:3]))
@@ -217,7 +218,7 @@ def test_a_report_prints_a_line_a_stage_within_80_columns_and_stores_as_strict_j
 
 def test_a_parity_error_carries_the_report_and_the_exit_code():
     bad = check("decoder", as32(EXPECTED + 1), EXPECTED, precision="float32")
-    with pytest.raises(parity.ParityError) as caught:
-        parity.Report((bad,)).require()
+    with pytest.raises(ParityError) as caught:
+        Report((bad,)).require()
     assert caught.value.exit_code == ExitCode.PARITY == 4
     assert caught.value.report.failures == (bad,)

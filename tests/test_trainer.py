@@ -14,7 +14,7 @@ import vqtrain.network
 import vqtrain.quantizer
 from vqref.commandline import CommandError, InputError
 from vqref.images import ImageSet
-from vqref.parity import ParityError
+from vqref.report import ParityError
 from vqref.spec import CODEBOOK
 from vqtrain import VQVAE, Trainer, TrainingOptions, evaluate, training_step
 from vqtrain.agreement import check_against_oracle

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from vqref.commandline import ExitCode, Parser, positive, run
+from vqref.commandline import ExitCode, Parser, count, positive, run
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +45,20 @@ def build_parser() -> Parser:
         default=argparse.SUPPRESS,
     )
     verify.add_argument("--limit", type=positive, metavar="N", default=1000, help="take at most N images of --data")
+    verify.add_argument(
+        "--samples",
+        type=count,
+        metavar="N",
+        default=0,
+        help="feed the quantizer N latents, drawn from the model and around its bisectors, and write a certificate",
+    )
+    verify.add_argument(
+        "--certificate",
+        type=Path,
+        metavar="FILE",
+        help="where to write what was proved, and on what (default: certificate.json in the bundle, with --samples)",
+        default=argparse.SUPPRESS,
+    )
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
     verify.set_defaults(run=_verify)
     return parser
@@ -62,25 +76,35 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     from vqdeploy.bundle import Bundle
+    from vqdeploy.certificate import CERTIFICATE, write_certificate
     from vqdeploy.verify import verify
+    from vqref.files import require_writable
     from vqref.images import as_batch, load
 
     bundle = Bundle.open(arguments.bundle)
-    images = None
+    certificate: Path | None = getattr(arguments, "certificate", bundle.path / CERTIFICATE if arguments.samples else None)
+    if certificate:
+        require_writable(certificate)
+    images, compared = None, "golden batch"
     if hasattr(arguments, "data"):
         images = as_batch(load(arguments.data).train[: arguments.limit], bundle.spec.image_shape)
+        compared += f", {len(images)} images of {arguments.data}"
+    if arguments.samples:
+        compared += f", {arguments.samples} latents"
     with warnings.catch_warnings(record=True) as remarks:
-        report, device = verify(bundle, arguments.device, images)
+        report, device = verify(bundle, arguments.device, images, arguments.samples)
     for remark in remarks:
         print(f"vqdeploy: {remark.message}", file=sys.stderr)
+    if certificate:
+        write_certificate(certificate, bundle, report, device, compared)
     if arguments.json:
         print(json.dumps({"bundle": str(arguments.bundle), "device": device, **report.to_dict()}, indent=2))
     else:
-        print(
-            f"{arguments.bundle} on {device}, {'golden batch' if images is None else f'golden batch and {len(images)} images'}"
-        )
+        print(f"{arguments.bundle} on {device}: {compared}")
         print(report)
         print("verified: what runs is what was trained" if report.passed else "NOT verified: see the lines above")
+        if certificate:
+            print(f"wrote {certificate}")
     return ExitCode.DONE if report.passed else ExitCode.PARITY
 
 

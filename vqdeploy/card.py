@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vqref.checkpoint import Model
-from vqref.parity import Report
+from vqref.report import Report
 
 
 def write_card(model: Model, provenance: Mapping[str, Any], report: Report) -> str:

@@ -18,7 +18,7 @@ from vqdeploy.verify import check_graphs, golden_batch
 from vqref.checkpoint import Model
 from vqref.commandline import InputError
 from vqref.files import publish_folder, require_new_folder
-from vqref.parity import ParityError, Report
+from vqref.report import ParityError, Report
 
 
 def read_model(path: Path) -> tuple[Model, str]:

@@ -25,6 +25,12 @@ WORK_BYTES = 256 * 2**20
 LARGEST_BATCH = 256
 """More images at once were no faster."""
 
+PROVIDERS: dict[str, dict[str, dict[str, str]]] = {
+    "cpu": {"CPUExecutionProvider": {}},
+    "cuda": {"CUDAExecutionProvider": {"use_tf32": "0"}},
+}
+"""onnxruntime's providers and their options, by device."""
+
 _TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 
 
@@ -43,13 +49,11 @@ class Session:
         require_plain(name, content)
         options = ort.SessionOptions()
         options.log_severity_level = 4  # its errors reach us as exceptions, and the caller as one line
-        providers: list[Any] = ["CPUExecutionProvider"]
         if device == "cuda":
             ort.preload_dlls()
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-            providers = [("CUDAExecutionProvider", {"use_tf32": "0"})]
         try:
-            self._session = ort.InferenceSession(content, options, providers=providers)
+            self._session = ort.InferenceSession(content, options, providers=list(PROVIDERS[device].items()))
         except Exception as error:  # onnxruntime's exceptions share no base class
             reason = f"{name}: onnxruntime cannot run it on {device}: {str(error).splitlines()[0]}"
             raise (MachineError if device == "cuda" else InputError)(reason) from None

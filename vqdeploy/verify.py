@@ -10,12 +10,14 @@ import numpy.typing as npt
 
 import vqref
 from vqdeploy.bundle import FILES, Bundle, Oracle
+from vqdeploy.samples import check_samples, draw_indices
 from vqdeploy.sessions import open_sessions
 from vqdeploy.stages import STAGES
 from vqref.agreement import Backend, check_probabilities, compare
 from vqref.commandline import InputError
-from vqref.parity import Report, check, check_indices
-from vqref.spec import CODEBOOK, EMA_COUNT, ModelSpec
+from vqref.parity import check, check_indices
+from vqref.report import Report
+from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Params
 
 Array = npt.NDArray[Any]
@@ -24,12 +26,13 @@ GOLDEN_SAMPLES = 24
 """Images of the golden batch that the model itself draws; noise and extremes come on top."""
 
 
-def verify(bundle: Bundle, device: str, images: Array | None = None) -> tuple[Report, str]:
+def verify(bundle: Bundle, device: str, images: Array | None = None, samples: int = 0) -> tuple[Report, str]:
     """Every file's digest, the golden batch's recorded answers, and the five graphs on ``device`` against the oracle.
 
     device: "cpu", "cuda" or "auto". images: further images (N, C, H, W), float32 in [0, 1], to compare the graphs on beside
-    the golden batch. Returns the report and the device that ran. Raises InputError for a damaged bundle, MachineError where
-    the device cannot be used.
+    the golden batch. samples: how many latents to feed the quantizer beside, see ``vqdeploy.samples``.
+    Returns the report and the device that ran. Raises InputError for a damaged bundle, MachineError where the device cannot
+    be used.
     """
     for name in FILES:
         bundle.read(name)
@@ -42,7 +45,10 @@ def verify(bundle: Bundle, device: str, images: Array | None = None) -> tuple[Re
     batch = oracle.golden["images"]
     if images is not None:
         batch = np.concatenate([batch, images])
-    return Report((*recorded.checks, *check_graphs(bundle.spec, oracle.params, batch, sessions).checks)), chosen
+    checks = [*recorded.checks, *check_graphs(bundle.spec, oracle.params, batch, sessions).checks]
+    if samples:
+        checks += check_samples(bundle.spec, oracle.params, sessions, samples)
+    return Report(tuple(checks)), chosen
 
 
 def check_graphs(
@@ -76,9 +82,7 @@ def golden_batch(spec: ModelSpec, params: Params) -> dict[str, Array]:
     then noise, black, white and one bright pixel.
     """
     rng = np.random.default_rng(0)
-    hits = np.asarray(params[EMA_COUNT], np.float64)
-    share = hits / hits.sum() if hits.sum() > 0 else None  # None: uniform, for a model that was never trained
-    indices = rng.choice(spec.num_codes, (GOLDEN_SAMPLES, spec.latent_size), p=share)
+    indices = draw_indices(spec, params, rng, GOLDEN_SAMPLES)
     drawn = vqref.sigmoid(vqref.decode(spec, params, params[CODEBOOK][indices]))
     drawn[1::2] = 0.8 * drawn[1::2] + 0.2 * rng.random(drawn[1::2].shape)
     noise = rng.random((5, *spec.image_shape))

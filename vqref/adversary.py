@@ -20,6 +20,10 @@ Array = npt.NDArray[Any]
 Case = Callable[[np.random.Generator, int, int, int, str], tuple[Array, Array]]
 
 
+NEIGHBOURS = 8
+"""Codes among which the nearest is taken for a bisector: between codes far apart, a third one is nearer."""
+
+
 def decades(precision: str) -> float:
     """Powers of ten to each side of 1 in which most squared distances are finite and normal."""
     return 0.4 * math.log10(PRECISIONS[precision].largest)
@@ -114,11 +118,14 @@ def around_bisectors(rng: np.random.Generator, codebook: Array, n: int, precisio
 
 
 def _between(rng: np.random.Generator, codebook: Array, n: int, precision: str) -> Array:
-    """(n, D): midpoints of two codes, displaced within the bisector, then towards one code by a few ulps or none."""
+    """(n, D): midpoints of two codes, the second the nearest of a few, displaced within the bisector, then towards one code by
+    a few ulps or none."""
     k, d = codebook.shape
     a = rng.integers(0, k, n)
-    b = (a + rng.integers(1, max(k, 2), n)) % k
-    first, second = codebook[a].astype(np.float64), codebook[b].astype(np.float64)
+    others = (a[:, None] + rng.integers(1, max(k, 2), (n, NEIGHBOURS))) % k  # (n, NEIGHBOURS)
+    first = codebook[a].astype(np.float64)
+    nearest = np.square(codebook[others].astype(np.float64) - first[:, None]).sum(axis=2).argmin(axis=1)
+    second = codebook[others[np.arange(n), nearest]].astype(np.float64)
     across = second - first
     length = np.square(across).sum(axis=1, keepdims=True)
     along = rng.normal(size=(n, d)) * np.sqrt(length) * rng.choice([0.0, 0.1, 1.0], (n, 1))

@@ -17,8 +17,9 @@ from vqref.bounds import array_dtype
 from vqref.dialects import POST, Dialect
 from vqref.losses import compute_losses
 from vqref.network import decode, encode, sigmoid
-from vqref.parity import Check, Report, allowed_error, check, check_indices
+from vqref.parity import allowed_error, check, check_indices
 from vqref.quantizer import EMAState, draw_scores, quantize, reset_codes, update_ema
+from vqref.report import Check, Report
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Float64, Params, check_params
 

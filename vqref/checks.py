@@ -24,9 +24,10 @@ from vqref.adversary import CASES
 from vqref.agreement import STATE, check_ema, check_quantized
 from vqref.bounds import array_dtype, require_bound
 from vqref.dialects import POST, Dialect
-from vqref.parity import Check, ParityError, Report, check_indices
+from vqref.parity import check_indices
 from vqref.quantizer import EMAState
 from vqref.quantizer import quantize as quantize_exactly
+from vqref.report import Check, ParityError, Report, merge
 
 Array = npt.NDArray[Any]
 Quantize = Callable[[Array, Array], Any]
@@ -51,7 +52,7 @@ class QuantizerCheck:
     def run(self) -> Check:
         try:
             with np.errstate(over="ignore", invalid="ignore"):  # what overflows in a case is meant to
-                return _merged(self.name, self._precision, tuple(self._compare()))
+                return merge(self.name, self._precision, tuple(self._compare()))
         except Exception as error:  # whatever somebody's implementation raises
             return Check(self.name, self._precision, 1, 1, problem=f"{type(error).__name__}: {error}")
 
@@ -353,28 +354,3 @@ def _equal(name: str, found: Array, expected: Array) -> Check:
     at = tuple(int(i) for i in wrong[0])
     problem = f"{name}: {found[at]} at {at}, expected {expected[at]}"
     return Check(name, str(expected.dtype), expected.size, len(wrong), problem=problem)
-
-
-def _merged(name: str, precision: str, checks: tuple[Check, ...]) -> Check:
-    """Several comparisons as one line: sums of counts, the largest error over its tolerance, the first problem."""
-    failed = [check for check in checks if not check.passed]
-    problem = failed[0].problem if failed else None
-    if failed and failed[0].stage not in (problem or ""):
-        problem = f"{failed[0].stage}: {problem}"
-    errors = [check for check in checks if check.max_error is not None and check.allowed]
-    worst = max(errors, key=lambda check: (check.max_error or 0.0) / (check.allowed or 1.0), default=None)
-    counted = [check for check in checks if check.certified is not None]
-    return Check(
-        name,
-        precision,
-        sum(check.compared for check in checks),
-        sum(check.violations for check in checks),
-        max_error=worst.max_error if worst else None,
-        rms_error=worst.rms_error if worst else None,
-        allowed=worst.allowed if worst else None,
-        certified=sum(check.certified or 0 for check in counted) if counted else None,
-        near_ties=sum(check.near_ties or 0 for check in counted) if counted else None,
-        flips=sum(check.flips or 0 for check in counted) if counted else None,
-        worst=failed[0].worst if failed else None,
-        problem=problem,
-    )

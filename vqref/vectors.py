@@ -94,9 +94,9 @@ def _ema_case(dialect: Dialect, seed: int, arrays: dict[str, npt.NDArray[Any]]) 
         latents = rng.normal(size=(LATENTS, 1, CODE_SIZE)).astype(np.float32)
         indices = rng.integers(0, CODES - 1, (LATENTS, 1))
         state = update_ema(state, latents, indices, DECAY, dialect.epsilon, dialect)
-        found = {"latents": latents, "indices": indices, **_state(state)}
-        arrays |= {f"{dialect.name}/{number}/{key}": array for key, array in found.items()}
-        steps.append({key: array.tolist() for key, array in found.items()})
+        answers: dict[str, npt.NDArray[Any]] = {"latents": latents, "indices": indices, **_state(state)}
+        arrays |= {f"{dialect.name}/{number}/{key}": array for key, array in answers.items()}
+        steps.append({key: array.tolist() for key, array in answers.items()})
     return {
         "dialect": dialect.name,
         "source": dialect.source,

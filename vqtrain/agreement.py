@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqref.agreement import Backend, compare
-from vqref.parity import Report
+from vqref.report import Report
 from vqtrain.losses import compute_losses
 from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions

@@ -18,7 +18,7 @@ import vqref
 from vqref.checkpoint import Model
 from vqref.commandline import CommandError, InputError
 from vqref.images import ImageSet, to_unit_interval
-from vqref.parity import ParityError, Report
+from vqref.report import ParityError, Report
 from vqref.spec import ModelSpec
 from vqtrain import pictures
 from vqtrain.agreement import check_against_oracle
