@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vqref
+from benchmarks.agreement import computed
 from vqref.adversary import CASES
-from vqref.bounds import PRECISIONS
+from vqref.bounds import FORMS, PRECISIONS
 from vqref.checks import check_quantizer, quantizer_checks
 from vqref.commandline import ExitCode
 from vqref.dialects import DIALECTS, POST
@@ -79,22 +80,7 @@ def test_the_oracle_passes_every_check_in_every_dialect():
         assert check_quantizer(quantize, update, precision="float64", dialect=dialect, num_codes=9, code_size=3).passed
 
 
-ROOTS = {"direct": False, "direct root": True, "expanded": False, "expanded root": True}
-TYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def computed(latents, codebook, precision: str, form: str):
-    """Squared distances (or their roots) as torch computes them in a precision and form; TF32 by cutting off factors."""
-    x, c = (torch.from_numpy(array).to(TYPES.get(precision, torch.float32)) for array in (latents[:, 0], codebook))
-    if form.startswith("direct"):
-        d = (x[:, None] - c).square().sum(-1)
-    else:
-        left, right = ((a.view(torch.int32) & ~0x1FFF).view(torch.float32) if precision == "tf32" else a for a in (x, c))
-        d = x.square().sum(1)[:, None] - 2 * (left @ right.T) + c.square().sum(1)
-    return d.clamp(min=0).sqrt() if ROOTS[form] else d
-
-
-@pytest.mark.parametrize("form", ROOTS)
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @settings(deadline=None, max_examples=15)
 @given(seed=st.integers(0, 2**32 - 1), d=st.integers(1, 48), k=st.integers(4, 40), name=st.sampled_from(list(CASES)))

@@ -1,6 +1,8 @@
 """The command lines as a user has them: one line for each mistake, the right exit code, and nothing lost."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +195,23 @@ def test_the_last_line_is_json_where_it_is_asked_for_and_event_files_are_written
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that nobody can write to")
 def test_a_folder_for_runs_that_cannot_be_written_exits_5(refused, data):
     assert "cannot be written" in refused(5, "-m", "vqtrain", "--data", data, "--runs", "/proc/runs", *SMALL)
+
+
+def test_samples_are_certified_in_the_bundle(run, refused, bundle, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    done = run("-m", "vqdeploy", "verify", copy, "--samples", 3000)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].endswith("copy on cpu, golden batch and 3000 latents")
+    certificate = json.loads((copy / "certificate.json").read_text())
+    assert certificate["verdict"] == "verified"
+    assert certificate["manifest_sha256"] == hashlib.sha256((copy / "manifest.json").read_bytes()).hexdigest()
+    assert certificate["compared"] == {"golden_batch": True, "images": 0, "latents": 3000}
+    found = {check["stage"]: check for check in certificate["report"]["checks"]}
+    assert found["drawn"]["compared"] >= 1500
+    assert found["bisectors"]["near_ties"] > 0
+    assert run("-m", "vqdeploy", "verify", copy).returncode == 0  # the certificate is no file of the bundle's
+
+    line = refused(5, "-m", "vqdeploy", "verify", copy, "--certificate", tmp_path / "none" / "c.json")
+    assert "none" in line
+    refused(2, "-m", "vqdeploy", "verify", copy, "--samples", "-1")

@@ -85,12 +85,11 @@ def _verify(arguments: argparse.Namespace) -> int:
     certificate: Path | None = getattr(arguments, "certificate", bundle.path / CERTIFICATE if arguments.samples else None)
     if certificate:
         require_writable(certificate)
-    images, compared = None, "golden batch"
+    images, compared = None, {"golden_batch": True, "images": 0, "latents": arguments.samples}
     if hasattr(arguments, "data"):
-        images = as_batch(load(arguments.data).train[: arguments.limit], bundle.spec.image_shape)
-        compared += f", {len(images)} images of {arguments.data}"
-    if arguments.samples:
-        compared += f", {arguments.samples} latents"
+        data = load(arguments.data)
+        images = as_batch(data.train[: arguments.limit], bundle.spec.image_shape)
+        compared |= {"images": len(images), "images_sha256": data.sha256}
     with warnings.catch_warnings(record=True) as remarks:
         report, device = verify(bundle, arguments.device, images, arguments.samples)
     for remark in remarks:
@@ -100,7 +99,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"bundle": str(arguments.bundle), "device": device, **report.to_dict()}, indent=2))
     else:
-        print(f"{arguments.bundle} on {device}: {compared}")
+        also = [f"{compared[what]} {what}" for what in ("images", "latents") if compared[what]]
+        print(f"{arguments.bundle} on {device}, {' and '.join(['golden batch', *also])}")
         print(report)
         print("verified: what runs is what was trained" if report.passed else "NOT verified: see the lines above")
         if certificate:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from vqdeploy.bundle import MANIFEST, Bundle
 from vqdeploy.sessions import PROVIDERS
@@ -19,7 +21,7 @@ CERTIFICATE = "certificate.json"
 FORMAT, FORMAT_VERSION = "vqdeploy-certificate", 1
 
 
-def write_certificate(path: Path, bundle: Bundle, report: Report, device: str, compared: str) -> None:
+def write_certificate(path: Path, bundle: Bundle, report: Report, device: str, compared: Mapping[str, Any]) -> None:
     """Writes the certificate of a ``verify`` of ``bundle`` on ``device``. Raises OSError."""
     digest = hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest()
     content = {
@@ -31,7 +33,7 @@ def write_certificate(path: Path, bundle: Bundle, report: Report, device: str, c
         "device": device,
         "providers": PROVIDERS[device],
         "precision": {"graphs": bundle.manifest["precision"], "distances": "float32, direct form", "tf32": False},
-        "compared": compared,
+        "compared": dict(compared),
         "verdict": "verified" if report.passed else "refuted",
         "refuted_by": (
             "one latent whose certified index (docs/agreement.md) this provider answers otherwise, or one value beyond its "

@@ -29,7 +29,7 @@ def check_samples(
     its codes, each index judged as ``vqref.parity.check_indices`` does."""
     rng = np.random.default_rng(seed)
     codebook = params[CODEBOOK]
-    own: Array = _own_latents(spec, params, sessions, rng)  # (M, D)
+    own: Array = own_latents(spec, params, sessions, rng)  # (M, D)
 
     def drawn(count: int) -> Array:
         first, second = own[rng.integers(0, len(own), count)], own[rng.integers(0, len(own), count)]
@@ -51,7 +51,7 @@ def draw_indices(spec: ModelSpec, params: Params, rng: np.random.Generator, coun
     return rng.choice(spec.num_codes, (count, spec.latent_size), p=share)
 
 
-def _own_latents(
+def own_latents(
     spec: ModelSpec, params: Params, sessions: Mapping[str, Callable[[Array], list[Array]]], rng: np.random.Generator
 ) -> Array:
     """Latents (M, D) of images that the model draws: its pixels' probabilities, and half of the images under noise."""

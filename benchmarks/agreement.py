@@ -1,0 +1,157 @@
+"""``python -m benchmarks.agreement``: backends against the oracle by the million, and rounding errors beside their bounds.
+
+--latents N (default 10 million) on each backend, adversarial and ordinary, in several sizes; with --model, as many again on
+a trained codebook: latents of the model's own, and its bisectors. Then the largest error of a difference of two squared
+distances over its bound, for each precision and form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx.reference import ReferenceEvaluator
+from tqdm import tqdm
+
+import vqref
+from benchmarks.machine import describe
+from vqdeploy.graphs import build_graphs
+from vqdeploy.samples import own_latents
+from vqdeploy.sessions import open_sessions
+from vqref.adversary import CASES, around_bisectors
+from vqref.bounds import FORMS, PRECISIONS, distance_error
+from vqref.parity import check_indices
+from vqref.quantizer import squared_distances
+from vqref.report import Check, merge
+from vqref.spec import CODEBOOK
+from vqtrain.checkpoint import read_model
+from vqtrain.quantizer import nearest
+
+Array = npt.NDArray[Any]
+Quantize = Callable[[Array], Array]
+
+SIZES = ((64, 16), (512, 8), (17, 3), (128, 64))
+AT_ONCE = 20_000
+
+TYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def computed(latents: Array, codebook: Array, precision: str, form: str) -> torch.Tensor:
+    """Squared distances (N, K) of latents (N, 1, D), or their roots, as PyTorch computes them in a precision and form; TF32
+    by cutting the factors off."""
+    x, c = (torch.from_numpy(array).to(TYPES.get(precision, torch.float32)) for array in (latents[:, 0], codebook))
+    if FORMS[form].expanded:
+        left, right = ((a.view(torch.int32) & ~0x1FFF).view(torch.float32) if precision == "tf32" else a for a in (x, c))
+        d = x.square().sum(1)[:, None] - 2 * (left @ right.T) + c.square().sum(1)
+    else:
+        d = (x[:, None] - c).square().sum(-1)
+    return d.clamp(min=0).sqrt() if FORMS[form].rooted else d
+
+
+def backends(codebook: Array) -> dict[str, tuple[Quantize, str]]:
+    """{name: (latents (N, 1, D) to indices (N, 1), form)}."""
+    k, d = codebook.shape
+    spec = vqref.ModelSpec((1, 4, 4), base_depth=1, num_codes=k, code_size=d)
+    graph = build_graphs(spec, vqref.init_params(spec, np.random.default_rng(0)) | {CODEBOOK: codebook})["quantizer"]
+    sessions, _ = open_sessions({"quantizer": graph}, spec, "cpu")
+    evaluator = ReferenceEvaluator(onnx.load_from_string(graph))
+    rows = torch.from_numpy(codebook)
+
+    def eager(latents: Array) -> Array:
+        return np.asarray((torch.from_numpy(latents)[:, :, None] - rows).square().sum(-1).argmin(-1).numpy())
+
+    def cdist(latents: Array) -> Array:
+        return np.asarray(torch.cdist(torch.from_numpy(latents[:, 0]), rows).argmin(-1)[:, None].numpy())
+
+    return {
+        "torch eager": (eager, "direct"),
+        "trainer": (lambda latents: np.asarray(nearest(torch.from_numpy(latents), rows).numpy()), "direct"),
+        "onnxruntime": (lambda latents: np.asarray(sessions["quantizer"](latents)[0]), "direct"),
+        "onnx reference": (lambda latents: np.asarray(evaluator.run(["indices"], {"latents": latents})[0]), "direct"),
+        "torch.cdist": (cdist, "expanded root"),
+    }
+
+
+def adversarial(latents: int) -> Iterator[tuple[Array, Array]]:
+    names = list(CASES)
+    for part in range(-(-latents // AT_ONCE)):
+        k, d = SIZES[part // len(names) % len(SIZES)]
+        yield CASES[names[part % len(names)]](np.random.default_rng(part), min(AT_ONCE, latents), k, d, "float32")
+
+
+def trained(model: Path, latents: int) -> Iterator[tuple[str, Array, Array]]:
+    loaded = read_model(model)
+    sessions, _ = open_sessions(build_graphs(loaded.spec, loaded.params), loaded.spec, "cpu")
+    rng, codebook = np.random.default_rng(0), loaded.params[CODEBOOK]
+    own = own_latents(loaded.spec, loaded.params, sessions, rng)
+    for _ in range(-(-latents // AT_ONCE)):
+        first, second = own[rng.integers(0, len(own), AT_ONCE)], own[rng.integers(0, len(own), AT_ONCE)]
+        drawn = first + rng.random((AT_ONCE, 1), np.float32) * (second - first)
+        yield "trained, its own", drawn[:, None], codebook
+        yield "trained, bisectors", around_bisectors(rng, codebook, AT_ONCE // 4, "float32"), codebook
+
+
+def compare(title: str, cases: Iterator[tuple[str, Array, Array]], total: int) -> None:
+    found: dict[tuple[str, str], list[Check]] = {}
+    ready: dict[tuple[int, ...], tuple[Array, dict[str, tuple[Quantize, str]]]] = {}
+    for label, latents, codebook in tqdm(cases, title, total, disable=None):
+        held = ready.get(codebook.shape)
+        if held is None or not np.array_equal(held[0], codebook):
+            ready[codebook.shape] = held = (codebook, backends(codebook))
+        for name, (quantize, form) in held[1].items():
+            check = check_indices(quantize(latents), latents, codebook, precision="float32", form=form)
+            found.setdefault((label, name), []).append(check)
+    for (label, name), checks in found.items():
+        c = merge(name, "float32", tuple(checks))
+        share = (c.certified or 0) / c.compared
+        print(f"{label:<19}{name:<15}{c.compared:>10}{share:>12.5%}{c.near_ties:>9}{c.flips:>9}{c.violations:>6}", flush=True)
+        if c.problem:
+            print(c.problem)
+
+
+def worst_share(precision: str, form: str) -> float:
+    """The largest error of a difference of two squared distances over the sum of their bounds, where nothing overflows."""
+    worst, largest = 0.0, PRECISIONS[precision].largest
+    for seed, name, (k, d) in itertools.product(range(8), ("ordinary", "far_from_origin", "mixed_scales", "bisector"), SIZES):
+        latents, codebook = CASES[name](np.random.default_rng(seed), 500, k, d, precision)
+        found = computed(latents, codebook, precision, form).double().numpy()
+        found = np.square(found) if FORMS[form].rooted else found
+        x, rows = latents[:, 0].astype(np.float64), codebook.astype(np.float64)
+        distances = np.concatenate([part.copy() for _, part in squared_distances(x, rows)])  # (500, K)
+        norms = np.sqrt(np.square(x).sum(1))[:, None], np.sqrt(np.square(rows).sum(1))
+        bound = distance_error(distances, *norms, d, precision=precision, form=form)
+        usable = (np.square(norms[0] + norms[1]) < largest / 2) & (distances + bound < largest / 2)
+        best = distances.argmin(axis=1)[:, None]
+        error = np.where(usable, found - distances, 0.0)
+        share = np.abs(error - np.take_along_axis(error, best, 1)) / (bound + np.take_along_axis(bound, best, 1))
+        worst = max(worst, float(share.max()))
+    return worst
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--latents", type=int, default=10_000_000)
+    parser.add_argument("--model", type=Path)
+    arguments = parser.parse_args()
+    print(describe())
+    print(f"{'latents':<19}{'backend':<15}{'compared':>10}{'certified':>12}{'ties':>9}{'flips':>9}{'wrong':>6}")
+    parts = -(-arguments.latents // AT_ONCE)
+    with np.errstate(over="ignore", invalid="ignore"):
+        compare("adversary", (("adversary", *case) for case in adversarial(arguments.latents)), parts)
+        if arguments.model:
+            compare("trained", trained(arguments.model, arguments.latents), 2 * parts)
+    print("largest error of a difference of squared distances over its bound")
+    print(f"{'precision':<12}" + "".join(f"{form:>15}" for form in FORMS))
+    for precision in PRECISIONS:
+        print(f"{precision:<12}" + "".join(f"{worst_share(precision, form):>15.3f}" for form in FORMS), flush=True)
+
+
+if __name__ == "__main__":
+    main()

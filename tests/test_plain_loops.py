@@ -1,0 +1,160 @@
+"""The oracle needs an oracle: the model in plain Python loops, sums by math.fsum and distances by exact fractions."""
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vqref
+from vqref.adversary import CASES
+from vqref.dialects import DIALECTS
+from vqref.parity import check_indices
+from vqref.quantizer import EMAState
+
+
+def conv(layer, x, weight, bias):
+    """x[c][i][j] -> y[o][i][j], from the definition: out of the image there are zeros."""
+    (top, _), (left, _) = layer.pads
+    outputs, height, width = layer.out_shape
+    channels, rows, columns = layer.in_shape
+    kh, kw = layer.kernel
+    y = np.empty(layer.out_shape)
+    for o in range(outputs):
+        for i in range(height):
+            for j in range(width):
+                terms = [bias[o]]
+                for a in range(kh):
+                    for b in range(kw):
+                        row, column = layer.stride * i + a - top, layer.stride * j + b - left
+                        if 0 <= row < rows and 0 <= column < columns:
+                            terms += [weight[o][c][a][b] * x[c][row][column] for c in range(channels)]
+                y[o, i, j] = math.fsum(terms)
+    return y.tolist()
+
+
+def conv_transpose(layer, x, weight, bias):
+    """Each output collects the inputs that a convolution with the same stride and pads would read it for."""
+    (top, _), (left, _) = layer.pads
+    outputs, height, width = layer.out_shape
+    channels, rows, columns = layer.in_shape
+    kh, kw = layer.kernel
+    y = np.empty(layer.out_shape)
+    for o in range(outputs):
+        for i in range(height):
+            for j in range(width):
+                terms = [bias[o]]
+                for a in range(kh):
+                    row, left_over = divmod(i + top - a, layer.stride)
+                    if left_over or not 0 <= row < rows:
+                        continue
+                    for b in range(kw):
+                        column, left_over = divmod(j + left - b, layer.stride)
+                        if not left_over and 0 <= column < columns:
+                            terms += [x[c][row][column] * weight[c][o][a][b] for c in range(channels)]
+                y[o, i, j] = math.fsum(terms)
+    return y.tolist()
+
+
+def dense(layer, x, weight, bias):
+    return [math.fsum([b, *(w * v for w, v in zip(row, x, strict=True))]) for row, b in zip(weight, bias, strict=True)]
+
+
+def activate(name, y):
+    if isinstance(y, list):
+        return [activate(name, part) for part in y]
+    return y if name == "linear" or y > 0 else math.expm1(y)
+
+
+def run(layers, params, x):
+    """One image or one quantized, through the table."""
+    for layer in layers:
+        if layer.kind == "reshape":
+            x = np.reshape(x, layer.out_shape).tolist()
+            continue
+        weight, bias = (np.asarray(params[p.name], np.float64).tolist() for p in layer.parameters)
+        x = activate(layer.activation, {"conv": conv, "conv_transpose": conv_transpose, "dense": dense}[layer.kind](
+            layer, x, weight, bias
+        ))  # fmt: skip
+    return np.array(x)
+
+
+def off(found, expected):
+    assert found.shape == expected.shape
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(scope="module")
+def looped(golden):
+    """The first image of the golden batch: its latents and logits by loops."""
+    latents = run(golden.spec.encoder, golden.params, golden["images"][0].tolist())
+    return latents, run(golden.spec.decoder, golden.params, golden["quantized"][0].tolist())
+
+
+def test_loops_oracle_and_golden_vectors_agree_in_the_networks(golden, looped):
+    latents, logits = looped
+    oracle = vqref.forward(golden.spec, golden.params, golden["images"][:1])
+    for found, name in ((latents, "latents"), (logits, "logits")):
+        assert off(found, golden[name][0]) <= 1e-12
+        assert off(found, getattr(oracle, name)[0]) <= 1e-12
+
+
+def nearest(latent, codebook):
+    """(index, gap) by exact fractions: the first of the smallest."""
+    exact = [sum((Fraction(float(x)) - Fraction(float(c))) ** 2 for x, c in zip(latent, row, strict=True)) for row in codebook]
+    best, second = sorted(exact)[:2]
+    return exact.index(best), best, second
+
+
+def test_loops_oracle_and_golden_vectors_agree_in_the_quantizer(golden):
+    q = vqref.quantize(golden["latents"], golden.params["quantizer.codebook"])
+    for image, latents in enumerate(golden["latents"]):
+        for position, latent in enumerate(latents):
+            index, best, second = nearest(latent, golden.params["quantizer.codebook"])
+            assert index == q.indices[image, position] == golden["indices"][image, position]
+            assert abs(q.gap[image, position] - float(second - best)) <= 1e-12 * float(best + second)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(list(CASES)), precision=st.sampled_from(["float32", "float64"]))
+def test_the_oracles_index_is_exact_or_within_its_own_rounding_on_every_adversary(seed, name, precision):
+    latents, codebook = CASES[name](np.random.default_rng(seed), 12, 6, 3, precision)
+    q = vqref.quantize(latents, codebook)
+    exact = np.array([[nearest(latent, codebook)[0]] for (latent,) in latents])
+    check_indices(exact, latents, codebook, precision="float64").require()
+    certified = q.gap > 1e-10 * np.square(latents - q.quantized).sum(axis=2) + 1e-300
+    assert (q.indices == exact)[certified].all()
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=list(DIALECTS))
+def test_loops_and_oracle_agree_in_every_dialect(dialect):
+    rng = np.random.default_rng(0)
+    k, d, decay, epsilon = 4, 3, 0.9, 1e-3
+    codebook, own = rng.normal(size=(k, d)), rng.normal(size=(k, d))
+    state = EMAState.start(codebook, dialect, own if dialect.means == "own" else None)
+    count, means = state.ema_count.tolist(), state.ema_means.tolist()
+    for step in range(1, 6):
+        latents, indices = rng.normal(size=(7, 2, d)), rng.integers(0, k - 1, (7, 2))
+        state = vqref.update_ema(state, latents, indices, decay, epsilon, dialect)
+        flat, chosen = latents.reshape(-1, d), indices.ravel()
+        for code in range(k):
+            own_latents = [flat[i] for i in range(len(flat)) if chosen[i] == code]
+            count[code] = decay * count[code] + (1 - decay) * len(own_latents)
+            means[code] = [
+                decay * means[code][e] + (1 - decay) * math.fsum(latent[e] for latent in own_latents) for e in range(d)
+            ]
+        share = 1 - decay**step if dialect.debiased else 1.0
+        used = [c / share for c in count]
+        if dialect.smoothing == "laplace":
+            total = math.fsum(used)
+            used = [(c + epsilon) / (total + k * epsilon) * total for c in used]
+        else:
+            used = [c + epsilon for c in used]
+        if dialect.stores_smoothed:
+            count = used
+        expected = np.array([[m / share / n for m in row] for row, n in zip(means, used, strict=True)])
+        assert off(state.codebook, expected) <= 1e-12
+        assert off(state.ema_count, np.array(count)) <= 1e-12
+        assert off(state.ema_means, np.array(means)) <= 1e-12
