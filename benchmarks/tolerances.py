@@ -7,17 +7,24 @@ onnxruntime in float32. The largest error of each stage over all cases, beside w
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 import vqref
 from benchmarks.machine import describe
 from vqdeploy.graphs import build_graphs
 from vqdeploy.sessions import open_sessions
 from vqdeploy.verify import check_graphs
+from vqref.agreement import Backend, compare
 from vqref.report import Report
+from vqref.validation import Params
 from vqtrain import VQVAE, TrainingOptions
 from vqtrain.agreement import check_against_oracle
+
+Array = npt.NDArray[Any]
 
 SPECS = (
     vqref.ModelSpec(),
@@ -25,6 +32,36 @@ SPECS = (
     vqref.ModelSpec(code_size=2),
     vqref.ModelSpec((3, 32, 32), base_depth=16, latent_size=16, num_codes=512, code_size=32),
 )
+
+
+HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def cut(tensor: torch.Tensor) -> torch.Tensor:
+    """float32 to TF32: the last 13 bits cut off, as a tensor core may."""
+    return (tensor.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def reduced(spec: vqref.ModelSpec, params: Params, precision: str) -> Backend:
+    """PyTorch's networks under autocast (bfloat16, float16), or with every factor cut to TF32."""
+    model = VQVAE(spec, params)
+    if precision == "tf32":
+        for row in [*model.encoder.children(), *model.decoder.children()]:
+            row.register_forward_pre_hook(lambda module, given: tuple(map(cut, given)))
+            for name, parameter in row.named_parameters():
+                if name == "weight":
+                    parameter.data = cut(parameter.data)
+
+    def decoder(quantized: Array) -> tuple[Array, Array]:
+        logits = answer(model.decoder, quantized)
+        return logits, vqref.sigmoid(logits).astype(np.float32)
+
+    def answer(network: torch.nn.Module, array: Array) -> Array:
+        autocast = torch.autocast("cpu", HALF.get(precision, torch.bfloat16), enabled=precision in HALF)
+        with torch.no_grad(), autocast:
+            return np.asarray(network(torch.from_numpy(array)).float().numpy())
+
+    return Backend(precision, encoder=lambda images: answer(model.encoder, images), decoder=decoder)
 
 
 def main() -> None:
@@ -53,6 +90,8 @@ def main() -> None:
             note("torch float64", check_against_oracle(VQVAE(spec, double), images, TrainingOptions()))
             note("torch float32", check_against_oracle(VQVAE(spec, params), images, TrainingOptions()))
             sessions, _ = open_sessions(build_graphs(spec, params), spec, "cpu")
+            for precision in ("tf32", "float16", "bfloat16"):
+                note(f"torch {precision}", compare(spec, params, images, reduced(spec, params, precision)))
             note("onnxruntime float32", check_graphs(spec, params, images, sessions))
 
     print(f"{'backend':<21}{'stage':<15}{'largest error':>14}{'allowed':>9}{'share':>7}")

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import vqref
 from vqref import parity
+from vqref.bounds import PRECISIONS, array_dtype
 from vqref.commandline import ExitCode
 from vqref.parity import check, check_indices
 from vqref.report import ParityError, Report
@@ -71,8 +72,8 @@ def test_every_row_of_the_tolerances_has_a_reason_and_can_fail():
     for (stage, precision), row in parity.TOLERANCES.items():
         assert row.reason
         expected = np.ones((2, 3))
-        off = max(3 * row.relative, float(np.finfo(precision).eps))
-        found = (expected * (1 + off)).astype(precision)
+        off = max(3 * row.relative, 2 * PRECISIONS[precision].unit)
+        found = (expected * (1 + off)).astype(array_dtype(precision))
         assert not check(stage, found, expected, precision=precision).passed, (stage, precision)
 
 
