@@ -90,7 +90,7 @@ def trained(model: Path, latents: int) -> Iterator[tuple[str, Array, Array]]:
     loaded = read_model(model)
     sessions, _ = open_sessions(build_graphs(loaded.spec, loaded.params), loaded.spec, "cpu")
     rng, codebook = np.random.default_rng(0), loaded.params[CODEBOOK]
-    own = own_latents(loaded.spec, loaded.params, sessions, rng)
+    own = own_latents(loaded.spec, loaded.params, sessions)
     for _ in range(-(-latents // AT_ONCE)):
         first, second = own[rng.integers(0, len(own), AT_ONCE)], own[rng.integers(0, len(own), AT_ONCE)]
         drawn = first + rng.random((AT_ONCE, 1), np.float32) * (second - first)

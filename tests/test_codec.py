@@ -40,8 +40,8 @@ def test_every_form_of_the_same_images_gives_the_same_tokens(codec, many_images)
 
 def test_large_batches_are_cut_and_empty_ones_answered(codec, many_images, monkeypatch):
     whole = codec.encode(many_images[:50])
-    for session in (codec._tokenizer, codec._detokenizer):
-        monkeypatch.setattr(session, "_batch", 7)
+    for session in codec._sessions.values():
+        monkeypatch.setattr(session, "_largest", 7)
     np.testing.assert_array_equal(codec.encode(many_images[:50]), whole)
     np.testing.assert_array_equal(codec.decode(whole), codec.decode(whole[::-1])[::-1])
     assert codec.encode(many_images[:0]).shape == (0, 4)

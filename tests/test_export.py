@@ -269,8 +269,8 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(copy, kind):
 
 
 def test_a_graph_that_disagrees_is_not_written(model_file, tmp_path, monkeypatch):
-    def wrong(spec, params):
-        return build_graphs(spec, {**params, "decoder.conv1.bias": params["decoder.conv1.bias"] + 0.01})
+    def wrong(spec, params, options):
+        return build_graphs(spec, {**params, "decoder.conv1.bias": params["decoder.conv1.bias"] + 0.01}, options)
 
     monkeypatch.setattr(vqdeploy.export, "build_graphs", wrong)
     with pytest.raises(ParityError, match=r"model\.pt: not exported: the graphs disagree with the oracle: decoder") as caught:

@@ -159,14 +159,18 @@ def test_every_layout_of_a_batch_gives_the_same_pixels():
         found = as_batch(images, (1, 8, 12))
         assert (found.shape, found.dtype) == ((5, 1, 8, 12), np.float32)
         np.testing.assert_array_equal(found, expected)
+    for image in (GREY[0], GREY[0][None], GREY[0][..., None]):
+        np.testing.assert_array_equal(as_batch(image, (1, 8, 12)), expected[:1])
     colour = as_batch(COLOUR, (3, 8, 12))
+    np.testing.assert_array_equal(as_batch(COLOUR[0], (3, 8, 12)), colour[:1])
+    np.testing.assert_array_equal(as_batch(COLOUR[0].transpose(2, 0, 1), (3, 8, 12)), colour[:1])
     np.testing.assert_array_equal(colour, as_batch(COLOUR.transpose(0, 3, 1, 2), (3, 8, 12)))
 
 
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (GREY[0], r"shape is \(8, 12\), expected \(N, 8, 12\), \(N, 1, 8, 12\) or \(N, 8, 12, 1\)"),
+        (GREY[0, :, 1:], r"shape is \(8, 11\), expected \(N, 8, 12\), \(N, 1, 8, 12\) or \(N, 8, 12, 1\)"),
         (GREY[:, :4], r"shape is \(5, 4, 12\)"),
         (COLOUR, r"shape is \(5, 8, 12, 3\)"),
         (GREY.astype(np.int64), "dtype is int64"),

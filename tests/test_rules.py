@@ -29,14 +29,14 @@ def test_the_seed_recipe_has_no_rule_and_the_posts_constants():
 
 
 def test_the_default_recipe_waits_starts_anneals_and_settles():
-    rules = Rules(DEFAULT, 2180)
-    assert [step for step in range(2180) if rules.starts(step)] == [200]
-    assert [rules.plain(step) for step in (0, 199, 200)] == [True, True, False]
-    temperatures = [rules.temperature(step) for step in range(2180)]
+    rules = Rules(DEFAULT, 4360)
+    assert [step for step in range(4360) if rules.starts(step)] == [400]
+    assert [rules.plain(step) for step in (0, 399, 400)] == [True, True, False]
+    temperatures = [rules.temperature(step) for step in range(4360)]
     assert temperatures[0] == 0.3
     assert temperatures == sorted(temperatures, reverse=True)
-    assert [t > 0 for t in (temperatures[1307], temperatures[1308])] == [True, False]
-    rates = [rules.learning_rate(step) for step in range(2180)]
+    assert [t > 0 for t in (temperatures[2615], temperatures[2616])] == [True, False]
+    rates = [rules.learning_rate(step) for step in range(4360)]
     assert max(rates) == pytest.approx(1e-3, rel=0.01)
     assert rates[0] < 2e-5
     assert rates[-1] < 2e-5

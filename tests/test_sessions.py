@@ -88,7 +88,7 @@ def test_a_card_that_cannot_be_used_is_said_and_auto_takes_the_cpu(model, monkey
     monkeypatch.setattr("vqdeploy.sessions.resolve_device", lambda device: "cuda")
     original = Session.__init__
 
-    def failing(self, stage, content, spec, device):
+    def failing(self, stage, content, spec, device, **options):
         if device == "cuda":
             raise MachineError("no libcublas")
         original(self, stage, content, spec, device)

@@ -174,7 +174,7 @@ def test_a_changed_option_is_named_and_refused(place):
     assert go(place, "--epochs", "1").returncode == 0
     changed = go(place, "--epochs", "1", "--decay", "0.9")
     assert changed.returncode == 2
-    assert changed.stderr == ("vqtrain: runs/r was begun with decay 0.97, not 0.9; use the same options, or another --name\n")
+    assert changed.stderr == ("vqtrain: runs/r was begun with decay 0.985, not 0.9; use the same options, or another --name\n")
     explicit = go(place, "--epochs", "1", "--decay", "0.9", "--resume", "runs/r")
     assert (explicit.returncode, explicit.stderr) == (2, changed.stderr)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from vqref.commandline import ExitCode, Parser, count, positive, run
+from vqref.commandline import Parser, count, positive, run
+
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,33 +18,48 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: Sequence[str] | None) -> int:
+    from vqdeploy import commands
+
     arguments = build_parser().parse(argv)
-    return int(arguments.run(arguments))
+    chosen: Callable[[argparse.Namespace], int] = getattr(commands, arguments.command)
+    return int(chosen(arguments))
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="vqdeploy", description="Export trained VQ-VAEs to ONNX bundles, and verify and run them.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
 
     export = commands.add_parser("export", help="model.pt to a bundle: the five graphs, verified before they are written")
-    export.add_argument("model", type=Path, help="the file that vqtrain wrote")
+    export.add_argument("model", type=Path, nargs="?", default=argparse.SUPPRESS, help="the file that vqtrain wrote")
+    export.add_argument(
+        "--from-params",
+        type=Path,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="parameters under the spec's names instead: .npz or .safetensors",
+    )
     export.add_argument(
         "--output", type=Path, metavar="FOLDER", help="the bundle; MODEL-onnx if not given", default=argparse.SUPPRESS
     )
     export.add_argument("--replace", action="store_true", help="replace the bundle if there is one")
-    export.set_defaults(run=_export)
-
-    verify = commands.add_parser("verify", help="hold a bundle to the oracle that it carries, on this machine")
-    verify.add_argument("bundle", type=Path)
-    verify.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run the graphs")
-    verify.add_argument(
-        "--data",
-        type=Path,
-        metavar="PATH",
-        help="further images to compare on: a file or a folder (default: none)",
-        default=argparse.SUPPRESS,
+    export.add_argument("--opset", type=int, default=18, metavar="N", help="18 to 20")
+    export.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="of the networks")
+    export.add_argument(
+        "--symmetric-pads", action="store_true", help="kernels with zeros before them, for providers that need equal pads"
     )
-    verify.add_argument("--limit", type=positive, metavar="N", default=1000, help="take at most N images of --data")
+    export.add_argument(
+        "--static-batch", type=positive, metavar="N", default=argparse.SUPPRESS, help="graphs that take batches of N alone"
+    )
+    export.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="the detokenizer as a table (default: where it has at most 65,536 entries and 64 MiB)",
+    )
+    _add_images(export, "images to take int8's ranges from and to measure on (default: drawn by the model)")
+
+    verify = _on_bundle(commands, "verify", "hold a bundle to the oracle that it carries, on this machine")
+    _add_images(verify, "further images to compare on: a file or a folder (default: none)")
     verify.add_argument(
         "--samples",
         type=count,
@@ -60,52 +75,52 @@ def build_parser() -> Parser:
         default=argparse.SUPPRESS,
     )
     verify.add_argument("--json", action="store_true", help="print the report as JSON")
-    verify.set_defaults(run=_verify)
+
+    inspect = commands.add_parser("inspect", help="what a bundle holds, its hashes checked")
+    inspect.add_argument("bundle", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print the manifest")
+
+    bench = _on_bundle(commands, "bench", "images and tokens a second, beside PyTorch where it is installed")
+    bench.add_argument(
+        "--batch", type=positive, action="append", metavar="N", help="a batch size, as often as wanted (default: 1, 16, 256)"
+    )
+    bench.add_argument("--seconds", type=float, default=2.0, metavar="X", help="for each direction, batch and implementation")
+    bench.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+    encode = _on_bundle(commands, "encode", "images to tokens: a folder or a file to .npz, .npy or .parquet")
+    encode.add_argument("images", type=Path, help="a folder of pictures, .npz, .npy or IDX")
+    encode.add_argument("--output", type=Path, default=Path("tokens.npz"), metavar="FILE", help="where to")
+
+    decode = _on_bundle(commands, "decode", "tokens to images: .npz, .npy or .parquet to .npz, .npy or a sheet, .png")
+    decode.add_argument("tokens", type=Path, help="what encode wrote")
+    decode.add_argument("--output", type=Path, default=Path("images.npz"), metavar="FILE", help="where to")
+
+    reconstruct = _on_bundle(commands, "reconstruct", "a picture of images above their reconstructions")
+    reconstruct.add_argument("images", type=Path, help="a folder of pictures, .npz, .npy or IDX")
+    reconstruct.add_argument("--output", type=Path, default=Path("reconstructions.png"), metavar="FILE", help="where to")
+    reconstruct.add_argument("--limit", type=positive, default=32, metavar="N", help="at most N images")
+
+    sample = _on_bundle(commands, "sample", "a sheet of images of the uniform prior")
+    sample.add_argument("--output", type=Path, default=Path("samples.png"), metavar="FILE", help="where to")
+    sample.add_argument("--number", type=positive, default=64, metavar="N", help="how many")
+    sample.add_argument("--seed", type=count, default=0, metavar="N", help="of the draw")
+
+    doctor = commands.add_parser("doctor", help="what this machine has, and what to do about what it lacks")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
 
 
-def _export(arguments: argparse.Namespace) -> int:
-    from vqdeploy.export import export
-
-    model: Path = arguments.model
-    output: Path = getattr(arguments, "output", model.parent / f"{model.stem or 'model'}-onnx")
-    report = export(model, output, replace=arguments.replace)
-    print(f"{report}\nwrote {output}; next: python -m vqdeploy verify {output}")
-    return ExitCode.DONE
+def _on_bundle(commands: argparse._SubParsersAction[Parser], name: str, what: str) -> Parser:
+    """A command that runs a bundle on a device."""
+    parser = commands.add_parser(name, help=what, description=what)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to run the graphs")
+    return parser
 
 
-def _verify(arguments: argparse.Namespace) -> int:
-    from vqdeploy.bundle import Bundle
-    from vqdeploy.certificate import CERTIFICATE, write_certificate
-    from vqdeploy.verify import verify
-    from vqref.files import require_writable
-    from vqref.images import as_batch, load
-
-    bundle = Bundle.open(arguments.bundle)
-    certificate: Path | None = getattr(arguments, "certificate", bundle.path / CERTIFICATE if arguments.samples else None)
-    if certificate:
-        require_writable(certificate)
-    images, compared = None, {"golden_batch": True, "images": 0, "latents": arguments.samples}
-    if hasattr(arguments, "data"):
-        data = load(arguments.data)
-        images = as_batch(data.train[: arguments.limit], bundle.spec.image_shape)
-        compared |= {"images": len(images), "images_sha256": data.sha256}
-    with warnings.catch_warnings(record=True) as remarks:
-        report, device = verify(bundle, arguments.device, images, arguments.samples)
-    for remark in remarks:
-        print(f"vqdeploy: {remark.message}", file=sys.stderr)
-    if certificate:
-        write_certificate(certificate, bundle, report, device, compared)
-    if arguments.json:
-        print(json.dumps({"bundle": str(arguments.bundle), "device": device, **report.to_dict()}, indent=2))
-    else:
-        also = [f"{compared[what]} {what}" for what in ("images", "latents") if compared[what]]
-        print(f"{arguments.bundle} on {device}, {' and '.join(['golden batch', *also])}")
-        print(report)
-        print("verified: what runs is what was trained" if report.passed else "NOT verified: see the lines above")
-        if certificate:
-            print(f"wrote {certificate}")
-    return ExitCode.DONE if report.passed else ExitCode.PARITY
+def _add_images(parser: Parser, what: str) -> None:
+    parser.add_argument("--data", type=Path, metavar="PATH", default=argparse.SUPPRESS, help=what)
+    parser.add_argument("--limit", type=positive, metavar="N", default=1000, help="take at most N images of --data")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ CARD = "README.md"
 FILES = (*(f"{name}.onnx" for name in STAGES), ORACLE, CARD)
 """Every file of a bundle beside the manifest, which holds their sizes and digests."""
 
+PRECISIONS = ("float32", "float16", "int8")
+"""That the networks of a bundle may have."""
+
 FILE_BYTES = 2 * 2**30
 """The largest file that is read, protobuf's own limit."""
 
@@ -67,12 +70,33 @@ class Bundle:
                 size, digest = manifest["files"][name]["bytes"], manifest["files"][name]["sha256"]
                 if type(size) is not int or not 0 <= size <= FILE_BYTES or len(bytes.fromhex(digest)) != 32:
                     raise ValueError(f"size or sha256 of {name} is malformed")
+            if manifest["precision"] not in PRECISIONS:
+                raise ValueError(f"precision is {manifest['precision']!r}, expected one of {', '.join(PRECISIONS)}")
+            batch = manifest.get("batch")
+            if batch is not None and (type(batch) is not int or batch < 1):
+                raise ValueError(f"batch is {batch!r}, expected a size or null")
             if foreign := sorted(set(manifest["files"]) - set(FILES)):
                 raise ValueError(f"names files that no bundle has: {', '.join(foreign)}")
         except (KeyError, TypeError, ValueError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{where}: damaged: {reason}") from None
         return cls(path, manifest, spec)
+
+    @property
+    def precision(self) -> str:
+        """Of the networks: one of PRECISIONS."""
+        return str(self.manifest["precision"])
+
+    @property
+    def batch(self) -> int | None:
+        """The one batch size that every graph takes, None where any will do."""
+        batch: int | None = self.manifest.get("batch")
+        return batch
+
+    @property
+    def folded(self) -> bool:
+        """Whether the detokenizer is a table."""
+        return self.manifest.get("detokenizer") == "table"
 
     def read(self, name: str) -> bytes:
         """The bytes of one of FILES, after a check of size and sha256 against the manifest. Raises InputError."""

@@ -9,7 +9,9 @@ from vqref.checkpoint import Model
 from vqref.report import Report
 
 
-def write_card(model: Model, provenance: Mapping[str, Any], report: Report) -> str:
+def write_card(
+    model: Model, provenance: Mapping[str, Any], written: Mapping[str, Any], measured: Mapping[str, Any], report: Report
+) -> str:
     """Markdown: what the model is, how to run it, what it was trained on and measured at, and the proof."""
     spec, data = model.spec, provenance.get("data", {})
     channels, height, width = spec.image_shape
@@ -45,6 +47,12 @@ Checkpoint: sha256 `{provenance["checkpoint_sha256"]}`.
 
 {_metrics(model.metrics)}
 
+## These files
+
+{_form(written)}
+
+{_measured(measured)}
+
 ## Agreement with the float64 oracle
 
 At export, on the golden batch, onnxruntime {provenance["onnxruntime"]} on its CPU provider:
@@ -55,6 +63,23 @@ At export, on the golden batch, onnxruntime {provenance["onnxruntime"]} on its C
 
 A certified index is the only one that rounding allows; at a near tie, rounding may choose between codes that are equally near.
 """
+
+
+def _form(written: Mapping[str, Any]) -> str:
+    """How the graphs were written, in words."""
+    words = [f"Networks in {written['precision']}, distances in float32, opset {written['opset']}."]
+    if written["detokenizer"] == "table":
+        words.append("`detokenizer.onnx` is a table of every image that tokens can mean, computed in float64.")
+    if written["batch"]:
+        words.append(f"Every graph takes batches of exactly {written['batch']}.")
+    if written["symmetric_pads"]:
+        words.append("Convolutions have symmetric pads and kernels with zeros before them.")
+    return " ".join(words)
+
+
+def _measured(measured: Mapping[str, Any]) -> str:
+    tokens, lost = f"{measured['equal_tokens']:.4%} of the tokens equal", f"{measured['nats_lost']:+.4f} nats an image"
+    return f"Beside the float64 oracle, on {measured['images']} images ({measured['of']}): {tokens}, {lost}."
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

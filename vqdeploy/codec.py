@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vqdeploy.bundle import Bundle
-from vqdeploy.sessions import Session, open_sessions
+from vqdeploy.sessions import Runtime, Session, open_sessions
 from vqref.images import as_batch
 from vqref.spec import ModelSpec
 from vqref.validation import as_indices
@@ -22,44 +24,80 @@ class Codec:
         probabilities = codec.decode(indices)        # float32 (N, C, H, W)
 
     spec       the model's sizes: image_shape (C, H, W), latent_size, num_codes, code_size
-    device     "cpu" or "cuda": what was chosen
+    device     "cpu" or "cuda": what was chosen; "custom" where ``load`` was given providers
     providers  onnxruntime's execution providers, the first one preferred
 
-    Methods may be called from several threads. Large inputs go through a few images at a time, so that memory stays flat.
+    Methods may be called from several threads. Large inputs go through a few images at a time, so that memory stays flat. A
+    Codec is a context manager, and can be pickled for worker processes, which open sessions of their own.
     """
 
-    def __init__(self, spec: ModelSpec, tokenizer: Session, detokenizer: Session, device: str) -> None:
+    def __init__(self, spec: ModelSpec, graphs: Mapping[str, bytes], device: str, batch: int | None, runtime: Runtime) -> None:
+        sessions, self.device = open_sessions(graphs, spec, device, batch=batch, runtime=runtime)
         self.spec = spec
-        self.device = device
-        self.providers = tokenizer.providers
-        self._tokenizer, self._detokenizer = tokenizer, detokenizer
+        self.providers = sessions["tokenizer"].providers
+        self._sessions: dict[str, Session] | None = sessions
+        self._made_from = (spec, dict(graphs), device, batch, runtime)
 
     @classmethod
-    def load(cls, bundle: str | Path, device: str = "auto") -> Codec:
+    def load(
+        cls,
+        bundle: str | Path,
+        device: str = "auto",
+        *,
+        providers: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
+        session_options: Any = None,
+        intra_op_num_threads: int | None = None,
+    ) -> Codec:
         """Reads a bundle, checks its files against their digests and opens it on "cpu", "cuda" or "auto".
 
-        "auto" is CUDA where there is a card that can be used, and says so in ``device``. Raises InputError (a ValueError) for a
-        bundle that is damaged, MachineError where "cuda" was asked for and cannot be used, ValueError for another device.
+        "auto" is CUDA where there is a card that can be used, and says so in ``device``. The other arguments reach
+        onnxruntime as they are: providers, which take the place of ``device``, and of which the first must be usable;
+        session_options, an onnxruntime.SessionOptions; intra_op_num_threads, threads within an operator.
+        Raises InputError (a ValueError) for a bundle that is damaged, MachineError where "cuda" was asked for, or a first
+        provider, that cannot be used, ValueError for another device.
         """
         found = Bundle.open(bundle)
         graphs = {stage: found.graph(stage) for stage in ("tokenizer", "detokenizer")}
-        sessions, chosen = open_sessions(graphs, found.spec, device)
-        return cls(found.spec, sessions["tokenizer"], sessions["detokenizer"], chosen)
+        return cls(found.spec, graphs, device, found.batch, Runtime(providers, session_options, intra_op_num_threads))
+
+    def __enter__(self) -> Codec:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives onnxruntime's sessions back; later calls raise ValueError."""
+        self._sessions = None
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        if self._made_from[-1].session_options is not None:
+            raise TypeError("a Codec with session_options cannot be pickled: onnxruntime's options cannot")
+        return self._made_from
+
+    def __setstate__(self, made_from: tuple[Any, ...]) -> None:
+        self.__init__(*made_from)  # type: ignore[misc]
+
+    def _run(self, stage: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if self._sessions is None:
+            raise ValueError("the Codec was closed")
+        return self._sessions[stage](array)[0]
 
     def encode(self, images: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Indices (N, latent_size), int64 from 0 to num_codes - 1, of N images.
 
-        images: uint8, or floating in [0, 1]; (N, H, W) where C is 1, (N, C, H, W) or (N, H, W, C).
+        images: uint8, or floating in [0, 1]; (N, H, W) where C is 1, (N, C, H, W) or (N, H, W, C); or one image without its
+        N, which is a batch of one.
         Raises InputError (a ValueError) for another shape, dtype or range, and for values that are not finite.
         """
-        return self._tokenizer(as_batch(images, self.spec.image_shape))[0]
+        return self._run("tokenizer", as_batch(images, self.spec.image_shape))
 
     def decode(self, indices: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """Probabilities (N, C, H, W), float32 in [0, 1], of indices (N, latent_size): the mean grey levels.
 
         Raises ValueError for another shape or dtype, and for an index outside 0 to num_codes - 1.
         """
-        return self._detokenizer(as_indices(indices, ("N", self.spec.latent_size), self.spec.num_codes))[0]
+        return self._run("detokenizer", as_indices(indices, ("N", self.spec.latent_size), self.spec.num_codes))
 
     def reconstruct(self, images: npt.ArrayLike) -> npt.NDArray[np.float32]:
         """``decode(encode(images))``."""

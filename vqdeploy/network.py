@@ -17,16 +17,34 @@ from vqref.validation import Params
 
 
 class GraphBuilder:
-    """Nodes and initializers in the order in which they were asked for. Values and nodes are named after their rows."""
+    """Nodes and initializers in the order in which they were asked for. Values and nodes are named after their rows.
 
-    def __init__(self, params: Params) -> None:
+    half: rows of the table compute in float16, between casts; everything else stays float32.
+    symmetric_pads: convolutions with unequal pads take a kernel with zeros before it instead.
+    """
+
+    def __init__(self, params: Params, *, half: bool = False, symmetric_pads: bool = False) -> None:
         self.params = params
+        self.half, self.symmetric_pads = half, symmetric_pads
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
 
     def parameter(self, name: str) -> str:
         """The initializer of a parameter, as float32; returns its name."""
         return self._initializer(name, np.asarray(self.params[name], np.float32))
+
+    def weight(self, name: str, before: tuple[int, int] = (0, 0)) -> str:
+        """The initializer of a row's parameter in the precision of rows, its kernel extended by rows and columns of zeros
+        ``before``; returns its name. Raises ValueError where float16 cannot hold it."""
+        array = np.asarray(self.params[name], np.float32)
+        if any(before):
+            array = np.pad(array, [(0, 0)] * (array.ndim - 2) + [(count, 0) for count in before])
+        if self.half:
+            with np.errstate(over="ignore"):
+                array = array.astype(np.float16)
+            if not np.isfinite(array).all():
+                raise ValueError(f"{name}: holds values beyond float16's 65504")
+        return self._initializer(name, array)
 
     def integers(self, name: str, values: Sequence[int]) -> str:
         """An initializer of int64 values: axes, shapes, bounds; returns its name."""
@@ -39,15 +57,18 @@ class GraphBuilder:
 
     def run(self, layers: Sequence[Layer], x: str, output: str) -> str:
         """The rows in order from value ``x`` to value ``output``."""
+        last = f"{output}.half" if self.half else output
+        if self.half:
+            x = self.node("Cast", [x], f"{layers[0].name}.half", to=TensorProto.FLOAT16)
         for layer in layers:
-            name = output if layer is layers[-1] else layer.name
-            arguments = [self.parameter(parameter.name) for parameter in layer.parameters]
+            name = last if layer is layers[-1] else layer.name
+            parameters = [parameter.name for parameter in layer.parameters]
             if layer.activation == "linear":
-                x = KINDS[layer.kind](self, layer, name, x, *arguments)
+                x = KINDS[layer.kind](self, layer, name, x, *parameters)
             else:
-                before = KINDS[layer.kind](self, layer, f"{name}.linear", x, *arguments)
+                before = KINDS[layer.kind](self, layer, f"{name}.linear", x, *parameters)
                 x = self.node(ACTIVATIONS[layer.activation], [before], name)
-        return x
+        return self.node("Cast", [x], output, to=TensorProto.FLOAT) if self.half else x
 
     def _initializer(self, name: str, array: npt.NDArray[Any]) -> str:
         self.initializers.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(array), name))
@@ -56,9 +77,17 @@ class GraphBuilder:
 
 def conv(builder: GraphBuilder, layer: Layer, output: str, x: str, weight: str, bias: str) -> str:
     (top, bottom), (left, right) = layer.pads
-    strides = [layer.stride, layer.stride]
+    (height, width), strides, before = layer.kernel, [layer.stride, layer.stride], (0, 0)
+    if builder.symmetric_pads:  # a zero before the kernel and one more pad before the image: the same windows
+        before = (bottom - top, right - left)
+        top, left = bottom, right
     return builder.node(
-        "Conv", [x, weight, bias], output, kernel_shape=layer.kernel, strides=strides, pads=[top, left, bottom, right]
+        "Conv",
+        [x, builder.weight(weight, before), builder.weight(bias)],
+        output,
+        kernel_shape=[height + before[0], width + before[1]],
+        strides=strides,
+        pads=[top, left, bottom, right],
     )
 
 
@@ -69,9 +98,8 @@ def conv_transpose(builder: GraphBuilder, layer: Layer, output: str, x: str, wei
     strides = [layer.stride, layer.stride]
     symmetric = (top, left) == (bottom, right)
     full = output if symmetric else f"{output}.full"
-    builder.node(
-        "ConvTranspose", [x, weight, bias], full, kernel_shape=layer.kernel, strides=strides, pads=[top, left, top, left]
-    )
+    inputs = [x, builder.weight(weight), builder.weight(bias)]
+    builder.node("ConvTranspose", inputs, full, kernel_shape=layer.kernel, strides=strides, pads=[top, left, top, left])
     if symmetric:
         return full
     bounds = [
@@ -83,7 +111,7 @@ def conv_transpose(builder: GraphBuilder, layer: Layer, output: str, x: str, wei
 
 
 def dense(builder: GraphBuilder, layer: Layer, output: str, x: str, weight: str, bias: str) -> str:
-    return builder.node("Gemm", [x, weight, bias], output, transB=1)
+    return builder.node("Gemm", [x, builder.weight(weight), builder.weight(bias)], output, transB=1)
 
 
 def reshape(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:

@@ -14,12 +14,16 @@ from vqref.commandline import InputError
 OPERATORS = frozenset(
     {
         "ArgMin",
+        "Cast",
         "Conv",
         "ConvTranspose",
+        "DequantizeLinear",
         "Elu",
         "Gather",
+        "GatherND",
         "Gemm",
         "Mul",
+        "QuantizeLinear",
         "ReduceSum",
         "Reshape",
         "Sigmoid",

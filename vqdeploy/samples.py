@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import vqref
 from vqref.adversary import around_bisectors
 from vqref.agreement import check_quantized
 from vqref.report import Check, merge
@@ -29,7 +30,7 @@ def check_samples(
     its codes, each index judged as ``vqref.parity.check_indices`` does."""
     rng = np.random.default_rng(seed)
     codebook = params[CODEBOOK]
-    own: Array = own_latents(spec, params, sessions, rng)  # (M, D)
+    own: Array = own_latents(spec, params, sessions)  # (M, D)
 
     def drawn(count: int) -> Array:
         first, second = own[rng.integers(0, len(own), count)], own[rng.integers(0, len(own), count)]
@@ -51,13 +52,19 @@ def draw_indices(spec: ModelSpec, params: Params, rng: np.random.Generator, coun
     return rng.choice(spec.num_codes, (count, spec.latent_size), p=share)
 
 
-def own_latents(
-    spec: ModelSpec, params: Params, sessions: Mapping[str, Callable[[Array], list[Array]]], rng: np.random.Generator
-) -> Array:
-    """Latents (M, D) of images that the model draws: its pixels' probabilities, and half of the images under noise."""
-    images = sessions["detokenizer"](draw_indices(spec, params, rng, DRAWN_IMAGES))[0]
-    images[::2] = 0.8 * images[::2] + 0.2 * rng.random(images[::2].shape, np.float32)
-    return np.asarray(sessions["encoder"](images)[0]).reshape(-1, spec.code_size)
+def draw_images(spec: ModelSpec, params: Params, count: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Images (count, C, H, W) that the model draws: its pixels' probabilities by the oracle, every second image under noise."""
+    rng = np.random.default_rng(seed)
+    indices = draw_indices(spec, params, rng, count)
+    distinct, back = np.unique(indices, axis=0, return_inverse=True)
+    drawn = vqref.sigmoid(vqref.decode(spec, params, params[CODEBOOK][distinct]))[back]
+    drawn[1::2] = 0.8 * drawn[1::2] + 0.2 * rng.random(drawn[1::2].shape)
+    return drawn.astype(np.float32)
+
+
+def own_latents(spec: ModelSpec, params: Params, sessions: Mapping[str, Callable[[Array], list[Array]]]) -> Array:
+    """Latents (M, D) of images that the model draws."""
+    return np.asarray(sessions["encoder"](draw_images(spec, params, DRAWN_IMAGES))[0]).reshape(-1, spec.code_size)
 
 
 def _judge(

@@ -6,7 +6,8 @@ import ctypes
 import math
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,50 +35,99 @@ PROVIDERS: dict[str, dict[str, dict[str, str]]] = {
 _TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
 
 
+@dataclass(frozen=True)
+class Runtime:
+    """How onnxruntime is to run, beyond the device.
+
+    providers: onnxruntime's own list, of names or (name, options), in place of the device's. session_options: an
+    onnxruntime.SessionOptions to begin with. intra_op_num_threads: threads within an operator, None for onnxruntime's choice.
+    """
+
+    providers: Sequence[Any] | None = None
+    session_options: Any = None
+    intra_op_num_threads: int | None = None
+
+
 class Session:
     """One graph of a bundle in onnxruntime. Calls are thread-safe, as onnxruntime's are.
 
     stage: which of STAGES. content: the bytes of its ONNX file. device: "cpu" or "cuda". On CUDA, TF32 is off and a node that
-    would run on the CPU is an error: what was asked for is what runs.
-    Raises InputError for bytes that are not that stage of a model of ``spec``, MachineError where the device cannot be used.
+    would run on the CPU is an error: what was asked for is what runs. batch: the one size that the graph takes, None where
+    any will do; smaller inputs are padded to it.
+    Raises InputError for bytes that are not that stage of a model of ``spec``, MachineError where the device, or the first
+    of the providers, cannot be used.
     """
 
-    def __init__(self, stage: str, content: bytes, spec: ModelSpec, device: str) -> None:
+    def __init__(
+        self,
+        stage: str,
+        content: bytes,
+        spec: ModelSpec,
+        device: str,
+        *,
+        batch: int | None = None,
+        runtime: Runtime | None = None,
+    ) -> None:
         import onnxruntime as ort
 
-        name = f"{stage}.onnx"
+        name, runtime = f"{stage}.onnx", runtime or Runtime()
         require_plain(name, content)
-        options = ort.SessionOptions()
-        options.log_severity_level = 4  # its errors reach us as exceptions, and the caller as one line
-        if device == "cuda":
+        options = runtime.session_options or ort.SessionOptions()
+        if runtime.session_options is None:
+            options.log_severity_level = 4  # its errors reach us as exceptions, and the caller as one line
+        if runtime.intra_op_num_threads is not None:
+            options.intra_op_num_threads = runtime.intra_op_num_threads
+        providers = list(PROVIDERS[device].items())
+        if runtime.providers is not None:
+            providers = list(runtime.providers)
+        elif device == "cuda":
             ort.preload_dlls()
             options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        wanted = [given if isinstance(given, str) else given[0] for given in providers]
         try:
-            self._session = ort.InferenceSession(content, options, providers=list(PROVIDERS[device].items()))
+            self._session = ort.InferenceSession(content, options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            reason = f"{name}: onnxruntime cannot run it on {device}: {str(error).splitlines()[0]}"
-            raise (MachineError if device == "cuda" else InputError)(reason) from None
+            reason = f"{name}: onnxruntime cannot run it on {', '.join(wanted)}: {str(error).splitlines()[0]}"
+            raise (InputError if wanted == ["CPUExecutionProvider"] else MachineError)(reason) from None
         self._session.disable_fallback()
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
-        if device == "cuda" and self.providers[0] != "CUDAExecutionProvider":
-            raise MachineError(f"{name}: asked for CUDA, onnxruntime chose {self.providers[0]}")
-        self._require_ports(stage, spec)
-        self._input = STAGES[stage].inputs[0]
-        self._batch = batch_size(spec)
+        if wanted and self.providers[0] != wanted[0]:
+            raise MachineError(f"{name}: asked for {wanted[0]}, onnxruntime chose {self.providers[0]}")
+        self._require_ports(stage, spec, batch)
+        self._input, self._outputs = STAGES[stage].inputs[0], STAGES[stage].outputs
+        self._fixed = batch
+        self._largest = batch or batch_size(spec)
+        self._on_card = self.providers[0] == "CUDAExecutionProvider"
 
     def __call__(self, array: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """The graph's outputs, in their order, for its one input; a few images at a time."""
-        if len(array) <= self._batch:
+        if len(array) <= self._largest:
             return self._call(array)
-        parts = [self._call(array[start : start + self._batch]) for start in range(0, len(array), self._batch)]
+        parts = [self._call(array[start : start + self._largest]) for start in range(0, len(array), self._largest)]
         return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
 
     def _call(self, array: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-        return [np.asarray(output) for output in self._session.run(None, {self._input: array})]
+        """One run. Where batches of few sizes are wanted, the array is filled up with zeros and the answer cut back: a
+        fixed graph takes one size, and cuDNN looks for its algorithms anew at each."""
+        count = len(array)
+        size = self._fixed or (1 << max(0, count - 1).bit_length() if self._on_card and count else count)
+        if size != count:
+            array = np.concatenate([array, np.zeros((size - count, *array.shape[1:]), array.dtype)])
+        found = self._bound(array) if self._on_card else self._session.run(None, {self._input: array})
+        return [np.asarray(output)[:count] for output in found]
 
-    def _require_ports(self, stage: str, spec: ModelSpec) -> None:
+    def _bound(self, array: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """A run whose outputs are bound: onnxruntime copies each once, when all are there."""
+        binding = self._session.io_binding()
+        binding.bind_cpu_input(self._input, np.ascontiguousarray(array))
+        for name in self._outputs:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        return list(binding.copy_outputs_to_cpu())
+
+    def _require_ports(self, stage: str, spec: ModelSpec, batch: int | None) -> None:
         """Raises InputError unless the graph takes and gives what this stage of a model of ``spec`` does."""
-        arrays = ports(spec)
+        arrays = ports(spec, batch)
         for way, names, found in (
             ("inputs", STAGES[stage].inputs, self._session.get_inputs()),
             ("outputs", STAGES[stage].outputs, self._session.get_outputs()),
@@ -96,22 +146,37 @@ def batch_size(spec: ModelSpec) -> int:
     return max(1, min(LARGEST_BATCH, WORK_BYTES // (4 * max(distances, widest))))
 
 
-def open_sessions(graphs: Mapping[str, bytes], spec: ModelSpec, device: str) -> tuple[dict[str, Session], str]:
-    """A session for each {stage: bytes}, and the device that they run on.
+def open_sessions(
+    graphs: Mapping[str, bytes],
+    spec: ModelSpec,
+    device: str,
+    *,
+    batch: int | None = None,
+    runtime: Runtime | None = None,
+) -> tuple[dict[str, Session], str]:
+    """A session for each {stage: bytes}, and the device that they run on; with providers of the caller's own, "custom".
 
     "auto" takes CUDA where there is a card; where the card cannot be used after all, it warns (RuntimeWarning) and takes the
-    CPU. Raises ValueError for another device, and what Session raises.
+    CPU. Raises ValueError for another device, or one beside providers, and what Session raises.
     """
+
+    def opened(chosen: str) -> dict[str, Session]:
+        return {stage: Session(stage, content, spec, chosen, batch=batch, runtime=runtime) for stage, content in graphs.items()}
+
+    if runtime is not None and runtime.providers is not None:
+        if device != "auto":
+            raise ValueError(f"device is {device!r} and providers are given; give one of the two")
+        return opened("cpu"), "custom"
     chosen = resolve_device(device)
     try:
-        return {stage: Session(stage, content, spec, chosen) for stage, content in graphs.items()}, chosen
+        return opened(chosen), chosen
     except MachineError as error:
         if device != "auto":
             raise
         warnings.warn(
             f"there is a CUDA device, but it cannot be used: {error}; running on the CPU", RuntimeWarning, stacklevel=2
         )
-        return {stage: Session(stage, content, spec, "cpu") for stage, content in graphs.items()}, "cpu"
+        return opened("cpu"), "cpu"
 
 
 def resolve_device(device: str) -> str:

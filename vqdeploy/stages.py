@@ -35,10 +35,11 @@ STAGES = {
 """encoder, quantizer and decoder are one stage each; tokenizer and detokenizer are what applications run."""
 
 
-def ports(spec: ModelSpec) -> dict[str, Port]:
-    """Every array that enters or leaves a graph, by name."""
-    latents = ("N", spec.latent_size, spec.code_size)
-    images = ("N", *spec.image_shape)
+def ports(spec: ModelSpec, batch: int | None = None) -> dict[str, Port]:
+    """Every array that enters or leaves a graph, by name; ``batch`` is the one size of the first axis, None: any."""
+    n: int | str = "N" if batch is None else batch
+    latents = (n, spec.latent_size, spec.code_size)
+    images = (n, *spec.image_shape)
     found = (
         Port("images", "float32", images),
         Port("latents", "float32", latents),

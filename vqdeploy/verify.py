@@ -41,20 +41,29 @@ def verify(bundle: Bundle, device: str, images: Array | None = None, samples: in
         recorded = check_recorded(bundle.spec, oracle)
     except (KeyError, ValueError) as error:
         raise InputError(f"{bundle.path}: the oracle file does not fit the manifest: {error}") from None
-    sessions, chosen = open_sessions({stage: bundle.graph(stage) for stage in STAGES}, bundle.spec, device)
+    graphs = {stage: bundle.graph(stage) for stage in STAGES}
+    sessions, chosen = open_sessions(graphs, bundle.spec, device, batch=bundle.batch)
     batch = oracle.golden["images"]
     if images is not None:
         batch = np.concatenate([batch, images])
-    checks = [*recorded.checks, *check_graphs(bundle.spec, oracle.params, batch, sessions).checks]
+    run = check_graphs(bundle.spec, oracle.params, batch, sessions, precision=bundle.precision, folded=bundle.folded)
+    checks = [*recorded.checks, *run.checks]
     if samples:
         checks += check_samples(bundle.spec, oracle.params, sessions, samples)
     return Report(tuple(checks)), chosen
 
 
 def check_graphs(
-    spec: ModelSpec, params: Params, images: Array, sessions: Mapping[str, Callable[[Array], list[Array]]]
+    spec: ModelSpec,
+    params: Params,
+    images: Array,
+    sessions: Mapping[str, Callable[[Array], list[Array]]],
+    *,
+    precision: str = "float32",
+    folded: bool = False,
 ) -> Report:
-    """The five graphs, each fed the oracle's input, on images (N, C, H, W) in [0, 1]."""
+    """The five graphs, each fed the oracle's input, on images (N, C, H, W) in [0, 1]. precision: of the networks, a row of
+    ``vqref.parity.TOLERANCES``; folded: the detokenizer is a table, and float32 whatever they are."""
 
     def quantizer(latents: Array) -> tuple[Array, Array]:
         indices, quantized = sessions["quantizer"](latents)
@@ -65,7 +74,9 @@ def check_graphs(
         return logits, probabilities
 
     backend = Backend(
-        precision="float32",
+        precision=precision,
+        quantizer_precision="float32",
+        detokenizer_precision="float32" if folded else None,
         encoder=lambda images: sessions["encoder"](images)[0],
         quantizer=quantizer,
         decoder=decoder,

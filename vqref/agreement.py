@@ -51,6 +51,9 @@ class Backend:
     ema          (latents, indices) -> codebook, ema_count, ema_means after one update of the parameters' state
     draw         (latents, gumbel, temperature) -> indices drawn
     reset        (codes, rows, counts) -> codebook, ema_count, ema_means after a reset in the parameters' state
+
+    precision: of the networks; quantizer_precision, detokenizer_precision: of distances, and of the detokenizer where that is
+    a table; None where they are the networks'.
     """
 
     precision: str
@@ -63,6 +66,8 @@ class Backend:
     ema: Callable[[Array, Array], tuple[Array, Array, Array]] | None = None
     draw: Callable[[Array, Array, float], Array] | None = None
     reset: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
+    quantizer_precision: str | None = None
+    detokenizer_precision: str | None = None
 
 
 def compare(
@@ -79,6 +84,7 @@ def compare(
     but ValueError for parameters or images that do not fit the spec."""
     check_params(spec, params)
     precision, dtype = backend.precision, array_dtype(backend.precision)
+    quantizer_precision = backend.quantizer_precision or precision
     images = np.asarray(images).astype(dtype)
     codebook = np.asarray(params[CODEBOOK])
     exact_latents = encode(spec, params, images)
@@ -90,9 +96,9 @@ def compare(
         checks.append(check("encoder", backend.encoder(images), exact_latents, precision=precision))
     if backend.quantizer:
         fed = np.concatenate([latents, _probe_latents(spec, codebook).astype(dtype)])
-        checks += check_quantized(*backend.quantizer(fed), fed, codebook, precision=precision)
+        checks += check_quantized(*backend.quantizer(fed), fed, codebook, precision=quantizer_precision)
     if backend.tokenizer:
-        checks.append(_check_tokenizer(backend.tokenizer(images), exact_latents, codebook, precision))
+        checks.append(_check_tokenizer(backend.tokenizer(images), exact_latents, codebook, precision, quantizer_precision))
     if backend.decoder or backend.detokenizer:
         tokens = np.concatenate([indices, _probe_tokens(spec)])
         quantized = codebook[tokens].astype(dtype)
@@ -102,7 +108,8 @@ def compare(
             checks.append(check("decoder", found_logits, exact_logits, precision=precision))
             checks.append(check_probabilities("probabilities", found_probabilities, exact_logits, precision))
         if backend.detokenizer:
-            checks.append(check_probabilities("detokenizer", backend.detokenizer(tokens), exact_logits, precision))
+            found = backend.detokenizer(tokens)
+            checks.append(check_probabilities("detokenizer", found, exact_logits, backend.detokenizer_precision or precision))
     if backend.losses:
         chosen = codebook[indices].astype(dtype)
         logits = decode(spec, params, chosen).astype(dtype)
@@ -139,10 +146,10 @@ def _spread(count: int, most: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
-def _check_tokenizer(found: Array, latents: Float64, codebook: Array, precision: str) -> Check:
+def _check_tokenizer(found: Array, latents: Float64, codebook: Array, precision: str, quantizer_precision: str) -> Check:
     """Images to indices: the encoder may be off by its tolerance in every element of a latent, by sqrt(D) of it in all."""
     delta = allowed_error("encoder", latents, precision=precision).max(axis=2) * latents.shape[2] ** 0.5  # (N, S)
-    return check_indices(found, latents, codebook, precision=precision, latents_error=delta, name="tokenizer")
+    return check_indices(found, latents, codebook, precision=quantizer_precision, latents_error=delta, name="tokenizer")
 
 
 def check_probabilities(name: str, found: Array, logits: Float64, precision: str) -> Check:

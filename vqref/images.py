@@ -71,11 +71,14 @@ def load(path: str | Path) -> ImageSet:
 def as_batch(images: npt.ArrayLike, image_shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
     """Images of a known shape as (N, C, H, W) float32 in [0, 1].
 
-    images: uint8 (divided by 255) or floating in [0, 1]; (N, H, W) where C is 1, (N, C, H, W) or (N, H, W, C).
+    images: uint8 (divided by 255) or floating in [0, 1]; (N, H, W) where C is 1, (N, C, H, W) or (N, H, W, C); or one image
+    without its N, which is a batch of one.
     Raises InputError.
     """
     array = np.asarray(images)
     channels, height, width = image_shape
+    if array.shape in (image_shape, (height, width, channels)) or (channels == 1 and array.shape == (height, width)):
+        array = array[None]
     if array.ndim == 3 and channels == 1:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[1:] != image_shape and array.shape[1:] == (height, width, channels):

@@ -137,6 +137,24 @@ class ModelSpec:
             raise ValueError(f"image_shape is {shape!r}; it must be (channels, height, width)")
         return cls(**{**fields, "image_shape": tuple(shape)})
 
+    @classmethod
+    def of_parameters(cls, shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
+        """The spec whose parameters have these shapes. Raises ValueError where none has."""
+        try:
+            depth, channels = shapes["encoder.conv1.weight"][:2]
+            units, _, height, width = shapes["encoder.conv5.weight"]
+            num_codes, code_size = shapes[CODEBOOK]
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"the parameters are not those of a VQ-VAE of this kind: {error}") from None
+        spec = cls((channels, 4 * height, 4 * width), depth, units // 4, num_codes, code_size)
+        for parameter in spec.parameters:
+            found = shapes.get(parameter.name)
+            if found is None or tuple(found) != parameter.shape:
+                raise ValueError(f"{parameter.name}: shape is {found}, expected {parameter.shape}")
+        if unknown := sorted(set(shapes) - {parameter.name for parameter in spec.parameters}):
+            raise ValueError(f"unknown parameters: {', '.join(unknown[:4])}")
+        return spec
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data for JSON and checkpoints."""
         return {**dataclasses.asdict(self), "image_shape": list(self.image_shape)}

@@ -15,6 +15,7 @@ OPTION_HELP = {
     "epochs": "passes over the images",
     "batch_size": "images a step",
     "learning_rate": "learning rate of Adam",
+    "second_moment": "decay of Adam's mean of squared gradients (beta2)",
     "beta": "weight of the commitment loss",
     "decay": "decay of the codebook's moving averages",
     "epsilon": "added to a code's count before it divides",

@@ -18,6 +18,7 @@ class TrainingOptions:
 
     epochs, batch_size: passes over the images, images a step (a last batch that is not full is dropped)
     learning_rate: of Adam
+    second_moment: the decay of Adam's mean of squared gradients, beta2
     beta: weight of the commitment loss
     decay, epsilon: of the codebook's moving averages, as in ``vqref.update_ema``
     seed: of the initial parameters and the order of the images
@@ -37,6 +38,7 @@ class TrainingOptions:
     epochs: int = 20
     batch_size: int = 64
     learning_rate: float = 1e-3
+    second_moment: float = 0.999
     beta: float = 0.25
     decay: float = 0.99
     epsilon: float = 1e-5
@@ -65,6 +67,8 @@ class TrainingOptions:
             raise ValueError(f"beta is {self.beta!r}; it must be a number from 0 to {LARGEST:g}")
         if not 0 <= self.temperature <= LARGEST:
             raise ValueError(f"temperature is {self.temperature!r}; it must be a number from 0 to {LARGEST:g}")
+        if not 0 <= self.second_moment < 1:
+            raise ValueError(f"second_moment is {self.second_moment!r}; it must be a number from 0 to below 1")
         for name in ("decay", "anneal_until", "revive_below"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
@@ -74,15 +78,17 @@ class TrainingOptions:
         return dataclasses.asdict(self)
 
 
-ADAM_BETAS, ADAM_EPSILON = (0.9, 0.999), 1e-7
-"""What no option changes: the moments' decays and epsilon of the post's optimizer."""
+FIRST_MOMENT, ADAM_EPSILON = 0.9, 1e-7
+"""What no option changes in Adam: the decay of the mean gradient, and epsilon, both the post's."""
 
 RECIPES = {
     "default": TrainingOptions(
+        batch_size=32,
+        second_moment=0.99,
         beta=1.0,
-        decay=0.97,
+        decay=0.985,
         center=True,
-        plain_steps=200,
+        plain_steps=400,
         kmeans_start=True,
         temperature=0.3,
         revive_below=0.05,

@@ -16,6 +16,7 @@ import numpy as np
 from vqref.commandline import InputError, MachineError
 from vqref.files import write_file
 from vqref.images import ImageSet, load
+from vqref.pictures import load_any
 
 KMNIST_FILES = {
     "train-images-idx3-ubyte.gz": "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
@@ -65,12 +66,7 @@ def load_source(source: str, say: Say, resize: tuple[int, int] | None = None) ->
                 raise
             say(f"GENERATED IMAGES, not Kuzushiji-MNIST: {error}")
             return load_glyphs(cache_folder())
-    path = Path(source)
-    if path.is_dir() and not _official(path):
-        return load_folder(path, resize)
-    if resize:
-        raise InputError(f"--resize is for a folder of images; {path} is not one")
-    return load(path)
+    return load_any(Path(source), resize)
 
 
 def cache_folder() -> Path:
@@ -108,43 +104,6 @@ def load_glyphs(cache: Path) -> ImageSet:
         write_file(seal, hashlib.sha256(content.getvalue()).hexdigest().encode())
     whole = load(path)
     return ImageSet(whole.train[:GLYPHS_TRAIN], whole.train[GLYPHS_TRAIN:], "glyphs (generated)", whole.sha256)
-
-
-def load_folder(folder: Path, resize: tuple[int, int] | None) -> ImageSet:
-    """Every image file in ``folder``, sorted by name, grey where all are grey, else RGB; (N, C, H, W) uint8.
-
-    Raises InputError for a folder without images, a file that cannot be read, or sizes that differ and no ``resize``.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    known = Image.registered_extensions()
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
-    if not paths:
-        raise InputError(f"{folder}: the folder holds no image files and no official KMNIST files")
-    pictures = []
-    for path in paths:
-        try:
-            with Image.open(path) as picture:
-                pictures.append(picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB"))
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise InputError(f"{path}: not a readable image: {error}") from None
-    if resize:
-        pictures = [picture.resize((resize[1], resize[0]), Image.Resampling.LANCZOS) for picture in pictures]
-    sizes = {picture.size: path for path, picture in zip(paths, pictures, strict=True)}
-    if len(sizes) > 1:
-        (a, first), (b, second) = list(sizes.items())[:2]
-        raise InputError(f"{second}: {b[0]}x{b[1]} pixels, {first.name} has {a[0]}x{a[1]}; use --resize HxW")
-    mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
-    images = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
-    images = images[:, None] if mode == "L" else images.transpose(0, 3, 1, 2)
-    images = np.ascontiguousarray(images)
-    return ImageSet(images, None, folder.name, hashlib.sha256(images.tobytes()).hexdigest())
-
-
-def _official(folder: Path) -> bool:
-    from vqref.images import OFFICIAL_NAMES
-
-    return any((folder / train).is_file() for train, _ in OFFICIAL_NAMES)
 
 
 def _holds(path: Path, digest: str) -> bool:

@@ -18,6 +18,7 @@ import vqref
 from vqref.checkpoint import Model
 from vqref.commandline import CommandError, InputError
 from vqref.images import ImageSet, to_unit_interval
+from vqref.pictures import save_pairs, save_square
 from vqref.report import ParityError, Report
 from vqref.spec import ModelSpec
 from vqtrain import pictures
@@ -28,7 +29,7 @@ from vqtrain.interrupts import Interrupted, Interrupts
 from vqtrain.losses import Losses, compute_losses
 from vqtrain.metrics import Meter, Metrics
 from vqtrain.model import VQVAE
-from vqtrain.options import ADAM_BETAS, ADAM_EPSILON, TrainingOptions
+from vqtrain.options import ADAM_EPSILON, FIRST_MOMENT, TrainingOptions
 from vqtrain.rules import Rules
 from vqtrain.runs import MODEL, RunFolder
 from vqtrain.state import save_state
@@ -136,7 +137,8 @@ class Trainer:
             params[spec.decoder[-1].parameters[1].name] = mean_logit(images.train)
         self.model = VQVAE(spec, params).to(work.device)
         learned = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
-        self.optimizer = torch.optim.Adam(learned, lr=options.learning_rate, betas=ADAM_BETAS, eps=ADAM_EPSILON)
+        moments = (FIRST_MOMENT, options.second_moment)
+        self.optimizer = torch.optim.Adam(learned, lr=options.learning_rate, betas=moments, eps=ADAM_EPSILON)
         self.rules = Rules(options, len(self.batches) * options.epochs)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.order = self.generator.get_state()  # as it was when the epoch began
@@ -254,12 +256,12 @@ class Trainer:
 
         images = torch.from_numpy(self.held_out_sample[:SHOWN_IMAGES]).to(self.work.device)
         shown = decoded(quantizer(self.model.encoder(images))[0])
-        pictures.save_pairs(folder.picture(epoch, "reconstructions"), images.cpu().numpy(), shown)
+        save_pairs(folder.picture(epoch, "reconstructions"), images.cpu().numpy(), shown)
         shape = (64, self.spec.latent_size)
         drawn = torch.randint(self.spec.num_codes, shape, generator=torch.Generator().manual_seed(self.options.seed))
-        pictures.save_square(folder.picture(epoch, "samples"), decoded(drawn))
+        save_square(folder.picture(epoch, "samples"), decoded(drawn))
         by_use = use.cpu().argsort(descending=True, stable=True)[:SHOWN_CODES]
-        pictures.save_square(folder.picture(epoch, "codebook"), decoded(by_use[:, None].expand(-1, self.spec.latent_size)))
+        save_square(folder.picture(epoch, "codebook"), decoded(by_use[:, None].expand(-1, self.spec.latent_size)))
         pictures.save_curves(folder.path / "curves.png", self.history, self.spec.num_codes)
 
     def _finish(self) -> Model:
