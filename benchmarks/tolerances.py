@@ -15,7 +15,8 @@ import torch
 
 import vqref
 from benchmarks.machine import describe
-from vqdeploy.graphs import build_graphs
+from vqdeploy.graphs import GraphOptions, build_graphs
+from vqdeploy.int8 import quantize_graphs
 from vqdeploy.sessions import open_sessions
 from vqdeploy.verify import check_graphs
 from vqref.agreement import Backend, compare
@@ -89,10 +90,21 @@ def main() -> None:
             double = {name: array.astype(np.float64) for name, array in params.items()}
             note("torch float64", check_against_oracle(VQVAE(spec, double), images, TrainingOptions()))
             note("torch float32", check_against_oracle(VQVAE(spec, params), images, TrainingOptions()))
-            sessions, _ = open_sessions(build_graphs(spec, params), spec, "cpu")
             for precision in ("tf32", "float16", "bfloat16"):
                 note(f"torch {precision}", compare(spec, params, images, reduced(spec, params, precision)))
-            note("onnxruntime float32", check_graphs(spec, params, images, sessions))
+            folds = GraphOptions().folds(spec)
+            graphs = build_graphs(spec, params)
+            out = vqref.forward(spec, params, images)
+            inputs = {"images": images, "indices": out.indices, "quantized": out.quantized.astype(np.float32)}
+            forms = {
+                "float32": graphs,
+                "float16": build_graphs(spec, params, GraphOptions(precision="fp16")),
+                "int8": quantize_graphs(graphs, inputs, folded=folds),
+            }
+            for precision, form in forms.items():
+                sessions, _ = open_sessions(form, spec, "cpu")
+                report = check_graphs(spec, params, images, sessions, precision=precision, folded=folds)
+                note(f"onnxruntime {precision}", report)
 
     print(f"{'backend':<21}{'stage':<15}{'largest error':>14}{'allowed':>9}{'share':>7}")
     for (backend, stage, allowed), error in largest.items():

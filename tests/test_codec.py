@@ -1,10 +1,13 @@
 """The Codec: what other programs call, and all that it lets through."""
 
-from concurrent.futures import ThreadPoolExecutor
+import pickle
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.metadata import distribution, packages_distributions
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import ROOT
 
@@ -113,6 +116,71 @@ def test_threads_share_one_codec(codec, many_images):
         found = list(pool.map(codec.encode, parts))
     for part, indices in zip(parts, found, strict=True):
         np.testing.assert_array_equal(indices, codec.encode(part))
+
+
+def test_a_bare_image_is_a_batch_of_one(codec, many_images):
+    np.testing.assert_array_equal(codec.encode(many_images[0]), codec.encode(many_images[:1]))
+
+
+def test_it_is_pickled_for_a_worker_process(codec, many_images):
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        (found,) = pool.map(codec.encode, [many_images[:20]])
+    np.testing.assert_array_equal(found, codec.encode(many_images[:20]))
+    again = pickle.loads(pickle.dumps(codec))
+    assert (again.spec, again.device, again.providers) == (codec.spec, codec.device, codec.providers)
+
+
+def test_a_closed_codec_says_so(bundle, many_images):
+    with Codec.load(bundle, "cpu") as codec:
+        codec.encode(many_images[:1])
+    with pytest.raises(ValueError, match="the Codec was closed"):
+        codec.encode(many_images[:1])
+
+
+def test_options_reach_onnxruntime(bundle, many_images):
+    options = onnxruntime.SessionOptions()
+    codec = Codec.load(bundle, providers=["CPUExecutionProvider"], session_options=options, intra_op_num_threads=1)
+    assert (codec.device, options.intra_op_num_threads) == ("custom", 1)
+    assert codec.encode(many_images[:3]).shape == (3, 4)
+    with pytest.raises(TypeError, match="session_options cannot be pickled"):
+        pickle.dumps(codec)
+    with pytest.raises(ValueError, match="device is 'cpu' and providers are given"):
+        Codec.load(bundle, "cpu", providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_first_provider_that_is_not_there_is_an_error(bundle):
+    with pytest.raises(MachineError, match="DmlExecutionProvider"):
+        Codec.load(bundle, providers=["DmlExecutionProvider", "CPUExecutionProvider"])
+
+
+def test_bound_outputs_are_those_of_a_plain_run_and_batches_come_in_few_sizes(bundle, many_images, monkeypatch):
+    """What a card gets, on the CPU: inputs filled up to a power of two, outputs bound."""
+    codec, bound = Codec.load(bundle, "cpu"), Codec.load(bundle, "cpu")
+    sizes = []
+    for session in bound._sessions.values():
+        monkeypatch.setattr(session, "_on_card", True)
+        run = session._bound
+        monkeypatch.setattr(session, "_bound", lambda array, run=run: sizes.append(len(array)) or run(array))
+    for n in (0, 1, 3, 8, 13):
+        np.testing.assert_array_equal(bound.encode(many_images[:n]), codec.encode(many_images[:n]))
+    assert sizes == [0, 1, 4, 8, 16]
+    np.testing.assert_allclose(bound.reconstruct(many_images[:5]), codec.reconstruct(many_images[:5]), atol=1e-6)
+
+
+def test_eight_threads_of_a_thousand_calls_agree_and_memory_does_not_grow(codec, many_images):
+    resource = pytest.importorskip("resource", reason="needs a POSIX system")
+    parts = [many_images[i : i + 2] for i in range(0, 40, 2)]
+    expected = [codec.encode(part) for part in parts]
+
+    def work(_):
+        return all(np.array_equal(codec.encode(parts[i % 20]), expected[i % 20]) for i in range(1000))
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(8)))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert all(pool.map(work, range(8)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024  # KiB
 
 
 def test_a_named_device_that_is_absent_is_an_error(bundle, monkeypatch):

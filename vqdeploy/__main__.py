@@ -30,7 +30,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
 
     export = commands.add_parser("export", help="model.pt to a bundle: the five graphs, verified before they are written")
-    export.add_argument("model", type=Path, nargs="?", default=argparse.SUPPRESS, help="the file that vqtrain wrote")
+    export.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="the file that vqtrain wrote")
     export.add_argument(
         "--from-params",
         type=Path,

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import textwrap
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ def export(arguments: argparse.Namespace) -> int:
     named = [getattr(arguments, name) for name in ("model", "from_params") if hasattr(arguments, name)]
     if len(named) != 1:
         raise UsageError("export needs either a model.pt or --from-params FILE")
-    source: Path = named[0]
+    source = Path(named[0])
     if hasattr(arguments, "from_params"):
         require_format(source, PARAMETER_FORMATS)
     output: Path = getattr(arguments, "output", source.parent / f"{source.stem or 'model'}-onnx")
@@ -209,12 +210,17 @@ def doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2))
     else:
         for finding in findings:
-            print(f"{'ok ' if finding.fine else 'BAD'} {finding.what}: {finding.found}")
+            print(_wrapped("ok  " if finding.fine else "BAD ", f"{finding.what}: {finding.found}"))
             if finding.advice:
-                print(f"      {finding.advice}")
+                print(_wrapped("    ", finding.advice))
     if broken := [finding.what for finding in findings if finding.fatal]:
         raise MachineError(f"no bundle can run here: {', '.join(broken)}")
     return ExitCode.DONE
+
+
+def _wrapped(before: str, text: str) -> str:
+    """Within 80 columns, later lines indented."""
+    return textwrap.fill(before + text, 80, subsequent_indent=" " * 6, break_on_hyphens=False)
 
 
 @contextmanager

@@ -64,9 +64,9 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
         ("encoder", "bfloat16"): Tolerance(5e-2, "array", "1.2e-2 measured", ELU_FLOOR),
         ("decoder", "bfloat16"): Tolerance(5e-2, "image", "2.6e-3 measured", ELU_FLOOR),
         ("probabilities", "bfloat16"): Tolerance(5e-2, "element", "as the decoder, times the sigmoid's slope"),
-        ("encoder", "int8"): Tolerance(0.5, "array", "PROVISIONAL", ELU_FLOOR),
-        ("decoder", "int8"): Tolerance(0.5, "image", "PROVISIONAL", ELU_FLOOR),
-        ("probabilities", "int8"): Tolerance(0.5, "element", "PROVISIONAL"),
+        ("encoder", "int8"): Tolerance(0.8, "array", "0.35 measured, on noise far from what set the ranges", ELU_FLOOR),
+        ("decoder", "int8"): Tolerance(0.5, "image", "0.13 measured", ELU_FLOOR),
+        ("probabilities", "int8"): Tolerance(0.1, "element", "as the decoder, times the sigmoid's slope; 0.02 measured"),
     }
 )
 """Measured: the largest error over several networks, by ``python -m benchmarks.tolerances``."""
