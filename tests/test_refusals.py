@@ -1,0 +1,139 @@
+"""Bundles that must not run, from the command line: one line, exit code 3, nothing executed."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnx
+import pytest
+from conftest import ROOT
+
+from vqdeploy.bundle import FILES, MANIFEST
+
+
+@pytest.fixture
+def copy(bundle, tmp_path):
+    return shutil.copytree(bundle, tmp_path / "copy")
+
+
+def sign(folder, name):
+    """Writes the digest of a changed file into the manifest, as who wants to deceive would."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    content = (folder / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def manifest_changed(folder, **changes):
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_a_flipped_bit_in_any_file(copy, refused, name):
+    content = bytearray((copy / name).read_bytes())
+    content[0 if name == MANIFEST else len(content) // 2] ^= 1
+    (copy / name).write_bytes(content)
+    assert name in refused(3, "-m", "vqdeploy", "inspect", copy)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_a_truncated_file(copy, refused, name):
+    (copy / name).write_bytes((copy / name).read_bytes()[:-2])
+    assert name in refused(3, "-m", "vqdeploy", "inspect", copy)
+
+
+@pytest.mark.parametrize("way", ["path", "symlink", "hard link"])
+def test_weights_outside_the_file(copy, refused, tmp_path, way):
+    """A secret beside the bundle, reached by a name inside it: onnxruntime would follow all three."""
+    model = onnx.load(copy / "tokenizer.onnx")
+    tensor = next(t for t in model.graph.initializer if t.name == "quantizer.codebook")
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(tensor.raw_data))
+    place = "../secret" if way == "path" else "weights.bin"
+    if way == "symlink":
+        (copy / "weights.bin").symlink_to(secret)
+    elif way == "hard link":
+        os.link(secret, copy / "weights.bin")
+    onnx.external_data_helper.set_external_data(tensor, place)
+    tensor.ClearField("raw_data")
+    (copy / "tokenizer.onnx").write_bytes(model.SerializeToString())
+    sign(copy, "tokenizer.onnx")
+    assert "keeps weights outside the file" in refused(3, "-m", "vqdeploy", "sample", copy)
+
+
+@pytest.mark.parametrize(("field", "value"), [("op_type", "Loop"), ("domain", "com.evil")])
+def test_an_operator_or_domain_that_no_bundle_has(copy, refused, field, value):
+    model = onnx.load(copy / "detokenizer.onnx")
+    setattr(model.graph.node[0], field, value)
+    (copy / "detokenizer.onnx").write_bytes(model.SerializeToString())
+    sign(copy, "detokenizer.onnx")
+    assert value in refused(3, "-m", "vqdeploy", "sample", copy)
+
+
+def test_a_file_that_is_larger_than_it_says_and_one_that_says_too_much(copy, refused):
+    with (copy / "decoder.onnx").open("ab") as file:
+        file.truncate(3 * 2**30)  # sparse: nothing of it is read but one byte too many
+    assert "decoder.onnx: damaged: its size" in refused(3, "-m", "vqdeploy", "inspect", copy)
+    manifest = json.loads((copy / MANIFEST).read_text())
+    manifest["files"]["decoder.onnx"]["bytes"] = 3 * 2**30
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    assert "size or sha256 of decoder.onnx is malformed" in refused(3, "-m", "vqdeploy", "inspect", copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"format_version": 2}, "newer than 1"),
+        ({"precision": "float8"}, "precision is 'float8'"),
+        ({"batch": 0}, "batch is 0"),
+        ({"format": "other"}, "not the manifest of a bundle"),
+    ],
+)
+def test_a_manifest_that_speaks_of_something_else(copy, refused, changes, said):
+    manifest_changed(copy, **changes)
+    assert said in refused(3, "-m", "vqdeploy", "inspect", copy)
+
+
+def test_a_killed_export_leaves_no_bundle_where_one_should_be(model_file, refused, run, tmp_path):
+    """SIGKILL as soon as the first file of the new folder is there."""
+    for _ in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vqdeploy", "export", model_file, "--output", tmp_path / "out"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        while process.poll() is None and not [*tmp_path.glob(".out.*/*")]:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if not (tmp_path / "out").exists():
+            break
+        shutil.rmtree(tmp_path / "out")  # it was quicker
+    else:
+        pytest.skip("the export was quicker than the signal, three times")
+    (partial,) = tmp_path.glob(".out.*")
+    if not (partial / MANIFEST).exists():
+        assert "not a bundle" in refused(3, "-m", "vqdeploy", "inspect", partial)
+    done = run("-m", "vqdeploy", "export", model_file, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_encoder_of_another_model_signed_into_a_bundle_is_refuted(copy, run):
+    """The files fit the manifest, the manifest its files; the oracle knows better."""
+    model = onnx.load(copy / "tokenizer.onnx")
+    tensor = next(t for t in model.graph.initializer if t.name == "encoder.conv1.weight")
+    array = onnx.numpy_helper.to_array(tensor) * np.float32(1.01)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    (copy / "tokenizer.onnx").write_bytes(model.SerializeToString())
+    sign(copy, "tokenizer.onnx")
+    done = run("-m", "vqdeploy", "verify", copy)
+    assert done.returncode == 4
+    assert "NOT verified" in done.stdout
