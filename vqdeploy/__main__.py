@@ -29,52 +29,8 @@ def build_parser() -> Parser:
     parser = Parser(prog="vqdeploy", description="Export trained VQ-VAEs to ONNX bundles, and verify and run them.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
 
-    export = commands.add_parser("export", help="model.pt to a bundle: the five graphs, verified before they are written")
-    export.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="the file that vqtrain wrote")
-    export.add_argument(
-        "--from-params",
-        type=Path,
-        metavar="FILE",
-        default=argparse.SUPPRESS,
-        help="parameters under the spec's names instead: .npz or .safetensors",
-    )
-    export.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="the bundle; MODEL-onnx if not given", default=argparse.SUPPRESS
-    )
-    export.add_argument("--replace", action="store_true", help="replace the bundle if there is one")
-    export.add_argument("--opset", type=int, default=18, metavar="N", help="18 to 20")
-    export.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="of the networks")
-    export.add_argument(
-        "--symmetric-pads", action="store_true", help="kernels with zeros before them, for providers that need equal pads"
-    )
-    export.add_argument(
-        "--static-batch", type=positive, metavar="N", default=argparse.SUPPRESS, help="graphs that take batches of N alone"
-    )
-    export.add_argument(
-        "--fold",
-        action=argparse.BooleanOptionalAction,
-        default=argparse.SUPPRESS,
-        help="the detokenizer as a table (default: where it has at most 65,536 entries and 64 MiB)",
-    )
-    _add_images(export, "images to take int8's ranges from and to measure on (default: drawn by the model)")
-
-    verify = _on_bundle(commands, "verify", "hold a bundle to the oracle that it carries, on this machine")
-    _add_images(verify, "further images to compare on: a file or a folder (default: none)")
-    verify.add_argument(
-        "--samples",
-        type=count,
-        metavar="N",
-        default=0,
-        help="feed the quantizer N latents, drawn from the model and around its bisectors, and write a certificate",
-    )
-    verify.add_argument(
-        "--certificate",
-        type=Path,
-        metavar="FILE",
-        help="where to write what was proved, and on what (default: certificate.json in the bundle, with --samples)",
-        default=argparse.SUPPRESS,
-    )
-    verify.add_argument("--json", action="store_true", help="print the report as JSON")
+    _add_export(commands)
+    _add_verify(commands)
 
     inspect = commands.add_parser("inspect", help="what a bundle holds, its hashes checked")
     inspect.add_argument("bundle", type=Path)
@@ -108,6 +64,57 @@ def build_parser() -> Parser:
     doctor = commands.add_parser("doctor", help="what this machine has, and what to do about what it lacks")
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
+
+
+def _add_export(commands: argparse._SubParsersAction[Parser]) -> None:
+    export = commands.add_parser("export", help="model.pt to a bundle: the five graphs, verified before they are written")
+    export.add_argument("model", nargs="?", default=argparse.SUPPRESS, help="the file that vqtrain wrote")
+    export.add_argument(
+        "--from-params",
+        type=Path,
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="parameters under the spec's names instead: .npz or .safetensors",
+    )
+    export.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="the bundle; MODEL-onnx if not given", default=argparse.SUPPRESS
+    )
+    export.add_argument("--replace", action="store_true", help="replace the bundle if there is one")
+    export.add_argument("--opset", type=int, default=18, metavar="N", help="18 to 20")
+    export.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help="of the networks")
+    export.add_argument(
+        "--symmetric-pads", action="store_true", help="kernels with zeros before them, for providers that need equal pads"
+    )
+    export.add_argument(
+        "--static-batch", type=positive, metavar="N", default=argparse.SUPPRESS, help="graphs that take batches of N alone"
+    )
+    export.add_argument(
+        "--fold",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="the detokenizer as a table (default: where it has at most 65,536 entries and 64 MiB)",
+    )
+    _add_images(export, "images to take int8's ranges from and to measure on (default: drawn by the model)")
+
+
+def _add_verify(commands: argparse._SubParsersAction[Parser]) -> None:
+    verify = _on_bundle(commands, "verify", "hold a bundle to the oracle that it carries, on this machine")
+    _add_images(verify, "further images to compare on: a file or a folder (default: none)")
+    verify.add_argument(
+        "--samples",
+        type=count,
+        metavar="N",
+        default=0,
+        help="feed the quantizer N latents, drawn from the model and around its bisectors, and write a certificate",
+    )
+    verify.add_argument(
+        "--certificate",
+        type=Path,
+        metavar="FILE",
+        help="where to write what was proved, and on what (default: certificate.json in the bundle, with --samples)",
+        default=argparse.SUPPRESS,
+    )
+    verify.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def _on_bundle(commands: argparse._SubParsersAction[Parser], name: str, what: str) -> Parser:

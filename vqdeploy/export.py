@@ -23,7 +23,7 @@ from vqdeploy.measure import measure
 from vqdeploy.samples import draw_images
 from vqdeploy.sessions import open_sessions
 from vqdeploy.stages import STAGES, ports
-from vqdeploy.verify import check_graphs, golden_batch
+from vqdeploy.verify import GOLDEN_IMAGES, check_graphs, golden_batch
 from vqref.checkpoint import Model
 from vqref.commandline import InputError, MachineError
 from vqref.files import publish_folder, require_new_folder
@@ -126,38 +126,49 @@ def export(
         **measure(spec, oracle.params, seen, sessions),
         "of": "images that the model draws" if images is None else "data",
     }
+    files = {f"{name}.onnx": content for name, content in graphs.items()} | {ORACLE: oracle.to_bytes()}
+    publish_folder(output, _described(model, digest, options, files, measured, report), replace=replace)
+    return report
+
+
+def _described(
+    model: Model,
+    digest: str,
+    options: GraphOptions,
+    files: dict[str, bytes],
+    measured: dict[str, Any],
+    report: Report,
+) -> dict[str, bytes]:
+    """The files of a bundle, and the card and the manifest that describe them."""
     provenance = {
         **model.provenance,
         "checkpoint_sha256": digest,
         "export": {"python": platform.python_version()} | {name: version(name) for name in ("portable-vqvae", "numpy", "onnx")},
         "onnxruntime": _onnxruntime_version(),
     }
-    files = {f"{name}.onnx": content for name, content in graphs.items()} | {ORACLE: oracle.to_bytes()}
     written = {
-        "precision": precision,
+        "precision": PRECISIONS[options.precision],
         "opset": options.opset,
         "ir_version": IR_VERSION,
         "symmetric_pads": options.symmetric_pads,
         "batch": options.batch,
-        "detokenizer": "table" if folded else "network",
+        "detokenizer": "table" if options.folds(model.spec) else "network",
     }
-    files[CARD] = write_card(model, provenance, written, measured, report).encode()
+    files = {**files, CARD: write_card(model, provenance, written, measured, report).encode()}
     manifest = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "spec": spec.to_dict(),
+        "spec": model.spec.to_dict(),
         **written,
         "graphs": _describe_graphs(model, options.batch),
         "files": describe_files(files),
         "training": model.training,
         "metrics": {name: value for name, value in model.metrics.items() if name not in ("history", "oracle")},
         "provenance": provenance,
-        "agreement": {"provider": "CPUExecutionProvider", "images": len(golden["images"]), **report.to_dict()},
+        "agreement": {"provider": "CPUExecutionProvider", "images": GOLDEN_IMAGES, **report.to_dict()},
         "measured": measured,
     }
-    files[MANIFEST] = (json.dumps(manifest, indent=2) + "\n").encode()
-    publish_folder(output, files, replace=replace)
-    return report
+    return {**files, MANIFEST: (json.dumps(manifest, indent=2) + "\n").encode()}
 
 
 def _stage_inputs(model: Model, images: Array) -> dict[str, Array]:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 import vqref
 from vqdeploy.bundle import FILES, Bundle, Oracle
-from vqdeploy.samples import check_samples, draw_indices
+from vqdeploy.samples import check_samples, draw_images
 from vqdeploy.sessions import open_sessions
 from vqdeploy.stages import STAGES
 from vqref.agreement import Backend, check_probabilities, compare
@@ -22,8 +22,9 @@ from vqref.validation import Params
 
 Array = npt.NDArray[Any]
 
-GOLDEN_SAMPLES = 24
-"""Images of the golden batch that the model itself draws; noise and extremes come on top."""
+GOLDEN_SAMPLES, GOLDEN_NOISE = 24, 5
+GOLDEN_IMAGES = GOLDEN_SAMPLES + GOLDEN_NOISE + 3
+"""Of the golden batch: images that the model itself draws, noise, and all of them with three extremes."""
 
 
 def verify(bundle: Bundle, device: str, images: Array | None = None, samples: int = 0) -> tuple[Report, str]:
@@ -92,11 +93,8 @@ def golden_batch(spec: ModelSpec, params: Params) -> dict[str, Array]:
     Most of the model's own distribution (decoded indices, drawn as often as training hit them), plain and under noise;
     then noise, black, white and one bright pixel.
     """
-    rng = np.random.default_rng(0)
-    indices = draw_indices(spec, params, rng, GOLDEN_SAMPLES)
-    drawn = vqref.sigmoid(vqref.decode(spec, params, params[CODEBOOK][indices]))
-    drawn[1::2] = 0.8 * drawn[1::2] + 0.2 * rng.random(drawn[1::2].shape)
-    noise = rng.random((5, *spec.image_shape))
+    drawn = draw_images(spec, params, GOLDEN_SAMPLES)
+    noise = np.random.default_rng(0).random((GOLDEN_NOISE, *spec.image_shape))
     extremes = np.zeros((3, *spec.image_shape))
     extremes[1] = 1.0
     extremes[2, :, spec.image_shape[1] // 2, spec.image_shape[2] // 2] = 1.0

@@ -60,32 +60,10 @@ class QuantizerCheck:
         return self.name
 
 
-def check_quantizer(
-    quantize: Quantize,
-    update: Update | None = None,
-    step: Step | None = None,
-    *,
-    precision: str = "float32",
-    form: str = "direct",
-    dialect: Dialect = POST,
-    num_codes: int = 64,
-    code_size: int = 16,
-    seed: int = 0,
-) -> Report:
-    """Runs every check of ``quantizer_checks``. Raises ParityError that names the failed ones and carries the report, and
-    ValueError for a precision, form or sizes that have no bound."""
-    checks = quantizer_checks(
-        quantize,
-        update,
-        step,
-        precision=precision,
-        form=form,
-        dialect=dialect,
-        num_codes=num_codes,
-        code_size=code_size,
-        seed=seed,
-    )
-    report = Report(tuple(check.run() for check in checks))
+def check_quantizer(quantize: Quantize, update: Update | None = None, step: Step | None = None, **options: Any) -> Report:
+    """Runs every check of ``quantizer_checks``, whose arguments these are. Raises ParityError that names the failed ones and
+    carries the report, and ValueError for a precision, form or sizes that have no bound."""
+    report = Report(tuple(check.run() for check in quantizer_checks(quantize, update, step, **options)))
     if failed := [check.stage for check in report.failures]:
         raise ParityError(f"{', '.join(failed)} failed; the first: {report.failures[0]}", report)
     return report
