@@ -1,4 +1,4 @@
-// Tokens of images by a bundle, without Python: `node tokens.js BUNDLE IMAGES.npy` prints them as JSON.
+// Tokens of images by a bundle, without Python: after `npm install`, `node tokens.js BUNDLE IMAGES.npy` prints them as JSON.
 //
 // IMAGES.npy holds uint8 images (N, H, W) or (N, C, H, W). What the graph is called, takes and gives is read from the
 // bundle's manifest; its bytes are held to the manifest's sha256 before onnxruntime sees them. onnxruntime-web runs in
