@@ -41,6 +41,18 @@ SHOWN_IMAGES, SHOWN_CODES = 32, 1024
 """How many images a picture shows beside their reconstructions, and at most how many codes a sheet."""
 
 
+def prepare(model: VQVAE, device: torch.device) -> VQVAE:
+    """The model on its device, its kernels laid out with channels last, as fast convolutions want them."""
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def make_optimizer(model: VQVAE, options: TrainingOptions) -> torch.optim.Optimizer:
+    """Adam on encoder and decoder; the codebook has no gradient."""
+    learned = [*model.encoder.parameters(), *model.decoder.parameters()]
+    moments = (FIRST_MOMENT, options.second_moment)
+    return torch.optim.Adam(learned, lr=options.learning_rate, betas=moments, eps=ADAM_EPSILON)
+
+
 def training_step(
     model: VQVAE, optimizer: torch.optim.Optimizer, images: Tensor, options: TrainingOptions, rules: Rules, step: int
 ) -> tuple[Losses, Tensor]:
@@ -135,10 +147,8 @@ class Trainer:
         params = vqref.init_params(spec, np.random.default_rng(options.seed))
         if options.center:
             params[spec.decoder[-1].parameters[1].name] = mean_logit(images.train)
-        self.model = VQVAE(spec, params).to(work.device)
-        learned = [*self.model.encoder.parameters(), *self.model.decoder.parameters()]
-        moments = (FIRST_MOMENT, options.second_moment)
-        self.optimizer = torch.optim.Adam(learned, lr=options.learning_rate, betas=moments, eps=ADAM_EPSILON)
+        self.model = prepare(VQVAE(spec, params), work.device)
+        self.optimizer = make_optimizer(self.model, options)
         self.rules = Rules(options, len(self.batches) * options.epochs)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.order = self.generator.get_state()  # as it was when the epoch began
