@@ -6,13 +6,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-import torch
 
 import vqref
-from vqdeploy.bundle import Bundle
 from vqdeploy.graphs import build_graphs
 from vqdeploy.sessions import Session, batch_size, open_sessions, resolve_device
-from vqdeploy.verify import verify
 from vqref.commandline import InputError, MachineError
 
 
@@ -115,9 +112,3 @@ def test_an_onnxruntime_without_the_cuda_provider_is_named(monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(MachineError, match="this onnxruntime has no CUDA provider; install onnxruntime-gpu"):
         resolve_device("cuda")
-
-
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_a_bundle_verifies_itself_on_cuda_with_no_node_on_the_cpu(bundle):
-    verify(Bundle.open(bundle), "cuda")[0].require()

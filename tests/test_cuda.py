@@ -1,0 +1,65 @@
+"""What only a card can show: CUDA's provider on every form of the graphs, ties, batches of changing size, and the trainer."""
+
+import numpy as np
+import pytest
+import torch
+
+import vqref
+from vqdeploy import Codec
+from vqdeploy.bundle import Bundle
+from vqdeploy.export import export
+from vqdeploy.graphs import GraphOptions, build_graphs
+from vqdeploy.sessions import open_sessions
+from vqdeploy.verify import verify
+from vqref.adversary import CASES
+from vqref.checks import check_quantizer
+from vqref.parity import check_indices
+from vqref.spec import CODEBOOK
+from vqtrain.quantizer import nearest, update_ema
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+K, D = 32, 8
+SPEC = vqref.ModelSpec((1, 4, 4), base_depth=1, num_codes=K, code_size=D)
+
+
+def test_a_bundle_verifies_itself_with_no_node_on_the_cpu(bundle, many_images):
+    images = (many_images[:200, None] / np.float32(255)).astype(np.float32)
+    report, device = verify(Bundle.open(bundle), "cuda", images, samples=20_000)
+    assert device == "cuda"
+    report.require()
+
+
+@pytest.mark.parametrize("options", [{"symmetric_pads": True}, {"batch": 8}, {"precision": "fp16"}, {"opset": 20}])
+def test_other_forms_verify_too(model_file, tmp_path, options):
+    export(model_file, tmp_path / "b", options=GraphOptions(**options))
+    verify(Bundle.open(tmp_path / "b"), "cuda")[0].require()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_quantizer_graph_violates_nothing_on_an_adversary(name):
+    latents, codebook = CASES[name](np.random.default_rng(5), 2000, K, D, "float32")
+    params = vqref.init_params(SPEC, np.random.default_rng(0)) | {CODEBOOK: codebook}
+    sessions, _ = open_sessions({"quantizer": build_graphs(SPEC, params)["quantizer"]}, SPEC, "cuda")
+    check_indices(sessions["quantizer"](latents)[0], latents, codebook, precision="float32").require()
+
+
+def test_batches_of_changing_size_give_the_cpus_tokens(bundle, many_images):
+    card, host = Codec.load(bundle, "cuda"), Codec.load(bundle, "cpu")
+    for n in (1, 7, 64, 3, 300, 0, 65):
+        found, expected = card.encode(many_images[:n]), host.encode(many_images[:n])
+        assert found.shape == expected.shape
+        assert (found == expected).mean() > 0.99 if n else True
+        np.testing.assert_allclose(card.decode(expected), host.decode(expected), atol=1e-5)
+
+
+def test_the_trainers_quantizer_passes_the_kit():
+    def quantize(latents, codebook):
+        return nearest(torch.from_numpy(latents).cuda(), torch.from_numpy(codebook).cuda()).cpu().numpy()
+
+    def update(state, latents, indices, decay, epsilon):
+        count, means = (torch.from_numpy(np.float32(array)).cuda() for array in (state.ema_count, state.ema_means))
+        found = update_ema(count, means, torch.from_numpy(latents).cuda(), torch.from_numpy(indices).cuda(), decay, epsilon)
+        return tuple(tensor.cpu().numpy() for tensor in found)
+
+    check_quantizer(quantize, update)
