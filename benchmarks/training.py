@@ -1,7 +1,8 @@
 """``python -m benchmarks.training``: one training step of the post's network on the CPU, ours beside its peers, in turns.
 
-Batches of 64. Peers: vector-quantize-pytorch as its README shows it (eager, float32) around the same encoder and decoder; and
-the step in other forms that PyTorch offers. The limit is the best rate of a matrix product, measured in the same run.
+Batches of 64. Peers, eager and float32, around the same encoder and decoder in PyTorch's own modules: vector-quantize-pytorch
+as its README shows it, and the post's step written plainly. The limit is the best rate of a matrix product, measured in the
+same run.
 """
 
 from __future__ import annotations
@@ -9,18 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import vqref
 from benchmarks.machine import describe
+from vqref.spec import Layer
 from vqtrain import VQVAE, TrainingOptions
-from vqtrain.losses import compute_losses
-from vqtrain.options import FIRST_MOMENT, RECIPES
+from vqtrain.options import RECIPES
+from vqtrain.quantizer import Quantizer
 from vqtrain.rules import Rules
 from vqtrain.train import make_optimizer, prepare, training_step
 
@@ -40,26 +44,48 @@ def ours(precision: str) -> Callable[[], Any]:
     return lambda: training_step(model, optimizer, batch, options, rules, 0)
 
 
+def usual(layers: Sequence[Layer]) -> nn.Sequential:
+    """The rows of the table as PyTorch's own modules, as one writes them without our trainer."""
+    modules: list[nn.Module] = []
+    for layer in layers:
+        inputs, outputs = layer.in_shape[0], layer.out_shape[0]
+        if layer.kind == "reshape":
+            modules.append(nn.Flatten())
+            if len(layer.out_shape) > 1:
+                modules.append(nn.Unflatten(1, layer.out_shape))
+            continue
+        if layer.kind == "dense":
+            modules.append(nn.Linear(inputs, outputs))
+        else:
+            (top, bottom), (left, right) = layer.pads
+            if layer.kind == "conv":
+                modules.append(nn.ZeroPad2d((left, right, top, bottom)))
+                modules.append(nn.Conv2d(inputs, outputs, layer.kernel, layer.stride))
+            else:
+                more = layer.stride - 1  # the size that stride 2 leaves open
+                modules.append(
+                    nn.ConvTranspose2d(inputs, outputs, layer.kernel, layer.stride, padding=bottom, output_padding=more)
+                )
+        if layer.activation == "elu":
+            modules.append(nn.ELU())
+    return nn.Sequential(*modules)
+
+
 def peer() -> Callable[[], Any]:
-    """vector-quantize-pytorch between our encoder and decoder, as its README trains an autoencoder."""
+    """vector-quantize-pytorch between encoder and decoder, as its README trains an autoencoder."""
     from vector_quantize_pytorch import VectorQuantize
 
-    spec = vqref.ModelSpec()
-    model = VQVAE(spec, vqref.init_params(spec, np.random.default_rng(0)))
+    spec, options = vqref.ModelSpec(), RECIPES["seed"]
+    encoder, decoder = usual(spec.encoder), usual(spec.decoder)
     quantizer = VectorQuantize(dim=spec.code_size, codebook_size=spec.num_codes, decay=0.99, commitment_weight=0.25)
-    options = RECIPES["seed"]
-    optimizer = torch.optim.Adam(
-        [*model.encoder.parameters(), *model.decoder.parameters()],
-        lr=options.learning_rate,
-        betas=(FIRST_MOMENT, options.second_moment),
-    )
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=options.learning_rate)
     batch = images()
 
     def step() -> None:
-        latents = model.encoder(batch)
+        latents = encoder(batch)
         quantized, _, commitment = quantizer(latents)
-        logits = model.decoder(quantized)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, batch, reduction="sum") / BATCH + commitment.sum()
+        logits = decoder(quantized)
+        loss = F.binary_cross_entropy_with_logits(logits, batch, reduction="sum") / BATCH + commitment.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -68,19 +94,30 @@ def peer() -> Callable[[], Any]:
 
 
 def plain() -> Callable[[], Any]:
-    """Our losses and modules in the memory layout and arithmetic that PyTorch has by itself."""
-    spec, options = vqref.ModelSpec(), TrainingOptions()
-    model = VQVAE(spec, vqref.init_params(spec, np.random.default_rng(0)))
-    optimizer = torch.optim.Adam([*model.encoder.parameters(), *model.decoder.parameters()], lr=options.learning_rate)
+    """The post's step in PyTorch's own modules: one-hot sums, eager, float32."""
+    spec, options = vqref.ModelSpec(), RECIPES["seed"]
+    encoder, decoder, quantizer = usual(spec.encoder), usual(spec.decoder), Quantizer(spec)
+    quantizer.codebook.normal_()
+    quantizer.ema_means.copy_(quantizer.codebook)
+    quantizer.ema_count.fill_(1.0)
+    optimizer = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()], lr=options.learning_rate)
     batch = images()
 
     def step() -> None:
-        out = model(batch)
-        losses = compute_losses(spec, batch, out.logits, out.latents, out.quantized, options.beta)
+        latents = encoder(batch)
+        indices = torch.cdist(latents.reshape(-1, spec.code_size), quantizer.codebook).argmin(-1)
+        quantized = quantizer.codebook[indices].reshape(latents.shape)
+        logits = decoder(latents + (quantized - latents).detach())
+        commitment = F.mse_loss(latents, quantized)
+        loss = F.binary_cross_entropy_with_logits(logits, batch, reduction="sum") / BATCH + 0.25 * commitment
         optimizer.zero_grad()
-        losses.total.backward()
+        loss.backward()
         optimizer.step()
-        model.quantizer.update(out.latents.detach(), out.indices, options.decay, options.epsilon)
+        hits = F.one_hot(indices, spec.num_codes).float()
+        with torch.no_grad():
+            quantizer.ema_count.mul_(0.99).add_(hits.sum(0), alpha=0.01)
+            quantizer.ema_means.mul_(0.99).add_(hits.T @ latents.reshape(-1, spec.code_size), alpha=0.01)
+            quantizer.codebook.copy_(quantizer.ema_means / (quantizer.ema_count + 1e-5)[:, None])
 
     return step
 
@@ -90,7 +127,7 @@ def products() -> dict[str, float]:
     rates = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         best = 0.0
-        for n in (1024, 2048):
+        for n in (1024, 2048, 4096):
             a, b = (torch.rand(n, n).to(dtype) for _ in range(2))
             for _ in range(4):
                 start = time.perf_counter()

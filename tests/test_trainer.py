@@ -19,9 +19,11 @@ from vqref.spec import CODEBOOK
 from vqtrain import VQVAE, Trainer, TrainingOptions, evaluate, training_step
 from vqtrain.agreement import check_against_oracle
 from vqtrain.checkpoint import read_model
+from vqtrain.command import choose_precision
 from vqtrain.data import Batches
 from vqtrain.interrupts import Interrupts
 from vqtrain.metrics import Meter
+from vqtrain.network import conv_transpose
 from vqtrain.quantizer import Quantizer
 from vqtrain.rules import Rules
 from vqtrain.runs import RunFolder
@@ -268,6 +270,30 @@ def test_weights_that_diverge_stop_the_run_with_one_line(tmp_path, many_images):
 def test_an_option_that_cannot_be_is_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):
         TrainingOptions(**fields)
+
+
+@pytest.mark.parametrize(("instructions", "chosen"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_takes_the_precision_that_the_processor_has(monkeypatch, instructions, chosen):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: instructions, raising=False)
+    assert choose_precision(torch.device("cpu")) == chosen
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 16, 24)])
+def test_phases_are_the_transposed_convolution(shape):
+    """At stride 2: four small convolutions and a shuffle beside PyTorch's own, in float64."""
+    layers = [row for row in vqref.ModelSpec(shape, base_depth=4).decoder if row.kind == "conv_transpose" and row.stride == 2]
+    assert layers
+    for row in layers:
+        generator = torch.Generator().manual_seed(0)
+        x, weight, bias = (
+            torch.randn(size, generator=generator, dtype=torch.float64)
+            for size in ((3, *row.in_shape), row.parameters[0].shape, row.parameters[1].shape)
+        )
+        full = torch.nn.functional.conv_transpose2d(x, weight, bias, row.stride)
+        (top, _), (left, _) = row.pads
+        expected = full[:, :, top : top + row.out_shape[1], left : left + row.out_shape[2]]
+        torch.testing.assert_close(conv_transpose(row, x, weight, bias), expected, rtol=0, atol=1e-13)
 
 
 @pytest.mark.cuda

@@ -27,7 +27,7 @@ OPTION_HELP = {
     "anneal_until": "share of all steps after which the nearest is taken",
     "revive_below": "reset codes used less than this share of the mean; 0: never",
     "cosine": "let the learning rate fall along half a cosine",
-    "precision": f"of the products in training: {' or '.join(PRECISIONS)}",
+    "precision": f"of the products in training: {', '.join(PRECISIONS)}, or auto, bfloat16 where the device multiplies it",
 }
 SPEC_HELP = {
     "base_depth": "channels of the outer convolutions",

@@ -31,9 +31,12 @@ State = dict[str, Any]
 
 def train_command(arguments: argparse.Namespace) -> None:
     """Trains as the options say. Raises CommandError, and Interrupted where a signal came."""
+    device = choose_device(arguments.device)
+    if getattr(arguments, "precision", None) == "auto":
+        arguments.precision = choose_precision(device)
+        say(f"precision {arguments.precision}: what this {'card' if device.type == 'cuda' else 'processor'} multiplies fastest")
     options = _build(RECIPES[arguments.recipe], arguments)
     sizes = _build(ModelSpec(), arguments)
-    device = choose_device(arguments.device)
     require_writable(arguments.output)
     if arguments.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
@@ -146,6 +149,15 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise MachineError("--device cuda: PyTorch finds no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_precision(device: torch.device) -> str:
+    """What ``--precision auto`` means: bfloat16 where the device has instructions for it, else float32."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    found = any(bool(getattr(torch.cpu, name, bool)()) for name in known)
+    return "bfloat16" if found else "float32"
 
 
 def parse_size(arguments: argparse.Namespace) -> tuple[int, int] | None:

@@ -48,10 +48,25 @@ def conv(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def conv_transpose(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``padding=`` crops both ends by the smaller amount; what "same" crops beyond it at the end is sliced off."""
+    """At stride 2 each of the four phases of the output (even or odd row, even or odd column) is a convolution of x with the
+    taps that meet it: one convolution to four times the channels, and a shuffle. Several times as fast in bfloat16 on a
+    processor as ``conv_transpose2d``, which has no kernel for it, and without the output's cropped margin."""
     (top, _), (left, _) = layer.pads
-    _, height, width = layer.out_shape
-    return F.conv_transpose2d(x, weight, bias, layer.stride, padding=(top, left))[:, :, :height, :width]
+    if layer.stride == 1:
+        return F.conv_transpose2d(x, weight, bias, padding=(top, left))
+    taps = _phases(_phases(weight, 2, top), 4, left)  # (2 columns', 2 rows', C, O, 3, 3)
+    kernel = taps.permute(3, 1, 0, 2, 4, 5).reshape(4 * layer.out_shape[0], layer.in_shape[0], 3, 3)
+    return F.pixel_shuffle(F.conv2d(x, kernel, bias.repeat_interleave(4), padding=1), 2)
+
+
+def _phases(weight: Tensor, dim: int, crop: int) -> Tensor:
+    """The taps of ``dim`` by phase: (2, ..., 3, ...). Output 2m + p lies crop further in the full one, to which input m + t
+    gives weight[p + crop - 2t]; t is -1, 0 or 1, and a tap outside of the kernel is zero."""
+    zero = torch.zeros_like(weight.select(dim, 0))
+    taps = [[p + crop - 2 * t for t in (-1, 0, 1)] for p in (0, 1)]
+    return torch.stack(
+        [torch.stack([weight.select(dim, a) if 0 <= a < weight.shape[dim] else zero for a in row], dim) for row in taps]
+    )
 
 
 def dense(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
