@@ -46,21 +46,23 @@ def _quantize(content: bytes, name: str, inputs: Mapping[str, Array]) -> bytes:
             return None if part is None else {name: np.ascontiguousarray(part)}
 
     logging.disable(logging.WARNING)  # it recommends a preparation that graphs of these few operators have no use for
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        output = Path(folder) / "int8.onnx"
-        quantize_static(
-            onnx.load_from_string(content),
-            str(output),
-            Reader(),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=list(OPERATORS),
-            per_channel=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-        )
-        model = onnx.load(output)
-    logging.disable(logging.NOTSET)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output = Path(folder) / "int8.onnx"
+            quantize_static(
+                onnx.load_from_string(content),
+                str(output),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=list(OPERATORS),
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+            model = onnx.load(output)
+    finally:
+        logging.disable(logging.NOTSET)
     del model.metadata_props[:]
     standard = [opset for opset in model.opset_import if opset.domain == ""]
     del model.opset_import[:]
