@@ -33,7 +33,7 @@ from vqref.quantizer import squared_distances
 from vqref.report import Check, merge
 from vqref.spec import CODEBOOK
 from vqtrain.checkpoint import read_model
-from vqtrain.quantizer import nearest
+from vqtrain.nearest import nearest
 
 Array = npt.NDArray[Any]
 Quantize = Callable[[Array], Array]

@@ -15,6 +15,7 @@ from vqref.commandline import ExitCode
 from vqref.dialects import DIALECTS, POST
 from vqref.quantizer import EMAState
 from vqref.report import ParityError
+from vqtrain import nearest as search
 from vqtrain import quantizer as trained
 
 
@@ -47,7 +48,7 @@ def step(state, latents, decay, epsilon):
 
 
 def torch_quantize(latents, codebook):
-    return trained.nearest(torch.from_numpy(latents), torch.from_numpy(codebook)).numpy()
+    return search.nearest(torch.from_numpy(latents), torch.from_numpy(codebook)).numpy()
 
 
 def torch_update(state, latents, indices, decay, epsilon):

@@ -15,7 +15,8 @@ from vqref.adversary import CASES
 from vqref.checks import check_quantizer
 from vqref.parity import check_indices
 from vqref.spec import CODEBOOK
-from vqtrain.quantizer import nearest, update_ema
+from vqtrain.nearest import nearest
+from vqtrain.quantizer import update_ema
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -10,7 +10,7 @@ from test_trainer import CPU, trainer
 import vqref
 from vqtrain import RECIPES, VQVAE, TrainingOptions
 from vqtrain.data import Batches
-from vqtrain.quantizer import nearest
+from vqtrain.nearest import nearest
 from vqtrain.rules import Rules
 
 SEED, DEFAULT = RECIPES["seed"], RECIPES["default"]

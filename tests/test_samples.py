@@ -13,7 +13,7 @@ from vqdeploy.sessions import open_sessions
 from vqref.adversary import CASES
 from vqref.parity import check_indices
 from vqref.spec import CODEBOOK
-from vqtrain.quantizer import nearest
+from vqtrain.nearest import nearest
 
 K, D = 32, 8
 SPEC = vqref.ModelSpec((1, 4, 4), base_depth=1, num_codes=K, code_size=D)

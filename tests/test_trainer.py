@@ -62,18 +62,6 @@ def test_the_check_leaves_the_model_as_it_was(module, real_images):
         np.testing.assert_array_equal(array, before[name])
 
 
-def test_nearest_in_pieces_takes_the_first_of_equal_codes(monkeypatch):
-    rng = np.random.default_rng(0)
-    codebook = rng.normal(size=(6, 3)).astype(np.float32)
-    codebook = torch.from_numpy(np.concatenate([codebook, codebook]))
-    latents = torch.from_numpy(rng.normal(size=(20, 2, 3)).astype(np.float32))
-    whole = vqtrain.quantizer.nearest(latents, codebook)
-    assert whole.max() < 6
-    np.testing.assert_array_equal(whole, vqref.quantize(latents.numpy(), codebook.numpy()).indices)
-    monkeypatch.setattr(vqtrain.quantizer, "DIFFERENCE_BYTES", 1)
-    assert torch.equal(vqtrain.quantizer.nearest(latents, codebook), whole)
-
-
 def test_the_decoder_is_fed_codebook_rows_and_the_encoder_its_gradient(module, real_images):
     seen = {}
 

@@ -119,15 +119,15 @@ def distance_error(
     """
     number, shape = PRECISIONS[precision], FORMS[form]
     norms = latent_norms + moved + code_norms  # (M, K), as all below
-    root = np.sqrt(distances) + moved
+    root = distances**0.5 + moved
     shift = number.inputs * norms + 2 * code_size**0.5 * number.tiny
-    true = np.square(root + shift)
+    true = (root + shift) ** 2
     each = roundings(code_size + 2, number.unit)
     error: Float64 = (2 * root + shift) * shift + (3 * code_size + 3) * number.tiny
     error += roundings(code_size + 2, PRECISIONS["float64"].unit) * distances
     if shape.expanded:
         factors = 2 * number.factors + number.factors**2
-        error += (1 + each) * (each * np.square(norms) + 2 * factors * (latent_norms + moved) * code_norms)
+        error += (1 + each) * (each * norms**2 + 2 * factors * (latent_norms + moved) * code_norms)
     else:
         error += each * true
     if shape.rooted:

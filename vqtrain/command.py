@@ -19,6 +19,7 @@ from vqref.files import require_writable
 from vqref.images import OFFICIAL_NAMES
 from vqref.spec import ModelSpec
 from vqtrain.interrupts import Interrupts
+from vqtrain.memory import keep_freed_memory
 from vqtrain.options import RECIPES, TrainingOptions
 from vqtrain.runs import RunFolder, differences, latest_state, require_same_course
 from vqtrain.sources import load_source
@@ -35,6 +36,8 @@ def train_command(arguments: argparse.Namespace) -> None:
     if getattr(arguments, "precision", None) == "auto":
         arguments.precision = choose_precision(device)
         say(f"precision {arguments.precision}: what this {'card' if device.type == 'cuda' else 'processor'} multiplies fastest")
+    if device.type == "cpu":
+        keep_freed_memory()
     options = _build(RECIPES[arguments.recipe], arguments)
     sizes = _build(ModelSpec(), arguments)
     require_writable(arguments.output)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Params, check_params
+from vqtrain.nearest import nearest
 from vqtrain.network import Network
-from vqtrain.quantizer import Quantizer, nearest
+from vqtrain.quantizer import Quantizer
 
 
 class Forward(NamedTuple):

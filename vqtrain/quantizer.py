@@ -9,17 +9,7 @@ from torch import Tensor, nn
 
 from vqref.quantizer import SMALLEST_VARIANCE
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
-
-DIFFERENCE_BYTES = 64 * 2**20
-"""Bytes of latent-minus-codebook differences held at once, so that memory stays flat in the number of latents."""
-
-
-def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Indices (N, S) int64 of the codebook rows (K, D) nearest to latents (N, S, D): direct form, the lowest on a tie."""
-    rows = latents.reshape(-1, latents.shape[-1])
-    step = max(1, DIFFERENCE_BYTES // (codebook.numel() * codebook.element_size()))
-    found = [(x[:, None] - codebook).square().sum(dim=-1).argmin(dim=-1) for x in rows.split(step)]
-    return torch.cat(found).reshape(latents.shape[:-1])
+from vqtrain.nearest import nearest, squared_distances
 
 
 def update_ema(
@@ -39,7 +29,8 @@ def update_ema(
 
 def draw(latents: Tensor, codebook: Tensor, gumbel: Tensor, temperature: float) -> Tensor:
     """Indices (N, S) drawn by the rule of ``vqref.draw_indices``; gumbel (N, S, K) is the random choice."""
-    distances = (latents[:, :, None] - codebook).square().sum(dim=-1)  # (N, S, K)
+    distances = torch.cat(list(squared_distances(latents.reshape(-1, latents.shape[-1]), codebook)))
+    distances = distances.reshape(gumbel.shape)  # (N, S, K)
     variance = (distances.amin(dim=-1).mean() / latents.shape[-1]).clamp(min=SMALLEST_VARIANCE)
     return (gumbel - distances / (2 * temperature * variance)).argmax(dim=-1)
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from vqtrain.data import Batches
 from vqtrain.model import VQVAE
+from vqtrain.nearest import nearest
 from vqtrain.options import TrainingOptions
-from vqtrain.quantizer import draw, nearest
+from vqtrain.quantizer import draw
 
 RISING_STEPS = 100
 """Steps in which a cosine schedule first rises to the learning rate."""

@@ -50,7 +50,7 @@ def make_optimizer(model: VQVAE, options: TrainingOptions) -> torch.optim.Optimi
     """Adam on encoder and decoder; the codebook has no gradient."""
     learned = [*model.encoder.parameters(), *model.decoder.parameters()]
     moments = (FIRST_MOMENT, options.second_moment)
-    return torch.optim.Adam(learned, lr=options.learning_rate, betas=moments, eps=ADAM_EPSILON)
+    return torch.optim.Adam(learned, lr=options.learning_rate, betas=moments, eps=ADAM_EPSILON, fused=True)
 
 
 def training_step(

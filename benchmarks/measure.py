@@ -1,0 +1,159 @@
+"""What every benchmark shares: its record, runs that take turns, workers in their own processes, and the machine's limits."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqref.machine import describe_machine
+
+ROOT = Path(__file__).parent.parent
+
+PACKAGES = ("numpy", "scipy", "torch", "onnx", "onnxruntime-gpu", "onnxruntime", "vector-quantize-pytorch", "faiss-cpu")
+
+
+def parser(documentation: str | None) -> argparse.ArgumentParser:
+    """A parser with ``--json`` and the module's documentation."""
+    made = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", type=Path, metavar="FILE", help="where to store the figures, with machine, versions and date")
+    return made
+
+
+class Record:
+    """What one benchmark prints and stores. ``figures`` is what ``--json`` holds beside the printed lines."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.path: Path | None = arguments.json
+        self.lines: list[str] = []
+        self.figures: dict[str, Any] = {}
+        self.machine = describe_machine(PACKAGES)
+        self.date = f"{datetime.now(UTC):%Y-%m-%d}"
+        names = ("python", "numpy", "torch", "onnxruntime-gpu", "onnxruntime")
+        versions = ", ".join(f"{name} {self.machine[name]}" for name in names if name in self.machine)
+        self.say(f"{self.date}, {self.machine['processor']}, {self.machine['cores']} cores, {versions}")
+
+    def say(self, line: str) -> None:
+        print(line, flush=True)
+        self.lines.append(line)
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        module = Path(sys.argv[0]).stem
+        kept = [word for word in sys.argv[1:] if word not in ("--json", str(self.path))]
+        content = {
+            "command": " ".join(["python -m", f"benchmarks.{module}", *kept]),
+            "date": self.date,
+            "machine": self.machine,
+            "printed": self.lines,
+            "figures": self.figures,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def summary(times: Sequence[float]) -> dict[str, float]:
+    """Median, 10th and 90th percentile of seconds, and how many there were."""
+    low, median, high = (float(q) for q in np.quantile(times, (0.1, 0.5, 0.9)))
+    return {"median": median, "low": low, "high": high, "runs": len(times)}
+
+
+def timed(run: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def in_turns(
+    runs: Mapping[str, Callable[[], float]], *, rounds: int = 5, seconds: float = 0.0, warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of each run, call by call in turns, at least ``rounds`` times and for ``seconds`` in all. A run returns its
+    own seconds: ``lambda: timed(call)``, or a Worker."""
+    for run in runs.values():
+        for _ in range(warm_up):
+            run()
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    while min(map(len, found.values())) < rounds or time.perf_counter() < end:
+        for name, run in runs.items():
+            found[name].append(run())
+    return found
+
+
+class Worker:
+    """A process that does one thing whenever it is told to, and says what it took: peers with environments and settings of
+    their own take turns with us.
+
+    module: run by ``python``; it must call ``serve``. Raises RuntimeError with its last line where it does not come up.
+    """
+
+    def __init__(self, module: str, *arguments: str, python: str = sys.executable) -> None:
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        self.process = subprocess.Popen(
+            [python, "-m", module, *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.said: dict[str, Any] = self._read()
+
+    def __call__(self) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write("again\n")
+        self.process.stdin.flush()
+        return float(self._read()["seconds"])
+
+    def _read(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            complaint = self.process.communicate()[1].strip().splitlines()
+            raise RuntimeError(complaint[-1] if complaint else f"exit code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+def serve(run: Callable[[], Any], **said: Any) -> None:
+    """A Worker's side: says that it is ready, then answers every line with the seconds that ``run`` took."""
+    print(json.dumps(said), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps({"seconds": timed(run)}), flush=True)
+
+
+def product_rates() -> dict[str, float]:
+    """The best rate of a product of two square matrices on the processor, in floating-point operations a second."""
+    import torch
+
+    rates = {}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        best = 0.0
+        for n in (1024, 2048, 4096):
+            a, b = (torch.rand(n, n).to(dtype) for _ in range(2))
+            result = a @ b
+            best = max(best, *(2 * n**3 / timed(lambda a=a, b=b, c=result: torch.mm(a, b, out=c)) for _ in range(5)))
+        rates[name] = best
+    return rates
+
+
+def copy_rate() -> float:
+    """The best rate at which the processor copies an array larger than its caches, in bytes a second, read and written."""
+    source = np.ones(2**26, np.float32)
+    target = np.empty_like(source)
+    return float(2 * source.nbytes / min(timed(lambda: np.copyto(target, source)) for _ in range(5)))
