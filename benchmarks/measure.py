@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -110,12 +111,15 @@ class Worker:
             text=True,
         )
         self.said: dict[str, Any] = self._read()
+        self.grown = 0.0  # MiB, at most, since it came up
 
     def __call__(self) -> float:
         assert self.process.stdin is not None
         self.process.stdin.write("again\n")
         self.process.stdin.flush()
-        return float(self._read()["seconds"])
+        answer = self._read()
+        self.grown = float(answer["grown"])
+        return float(answer["seconds"])
 
     def _read(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -131,10 +135,17 @@ class Worker:
 
 
 def serve(run: Callable[[], Any], **said: Any) -> None:
-    """A Worker's side: says that it is ready, then answers every line with the seconds that ``run`` took."""
+    """A Worker's side: says that it is ready, then answers every line with the seconds that ``run`` took and the MiB by which
+    the process has grown at most since it was ready."""
+    before = peak()
     print(json.dumps(said), flush=True)
     for _ in sys.stdin:
-        print(json.dumps({"seconds": timed(run)}), flush=True)
+        print(json.dumps({"seconds": timed(run), "grown": peak() - before}), flush=True)
+
+
+def peak() -> float:
+    """The most memory that this process has held, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def product_rates() -> dict[str, float]:

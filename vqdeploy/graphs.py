@@ -73,7 +73,7 @@ def _encoder(builder: GraphBuilder, spec: ModelSpec) -> None:
 
 
 def _quantizer(builder: GraphBuilder, spec: ModelSpec) -> None:
-    quantizer.nearest(builder, "latents", "indices")
+    quantizer.nearest(builder, spec, "latents", "indices")
     quantizer.lookup(builder, "indices", "quantized")
 
 
@@ -84,7 +84,7 @@ def _decoder(builder: GraphBuilder, spec: ModelSpec) -> None:
 
 def _tokenizer(builder: GraphBuilder, spec: ModelSpec) -> None:
     _encoder(builder, spec)
-    quantizer.nearest(builder, "latents", "indices")
+    quantizer.nearest(builder, spec, "latents", "indices")
 
 
 def _detokenizer(builder: GraphBuilder, spec: ModelSpec) -> None:

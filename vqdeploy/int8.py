@@ -18,7 +18,7 @@ from vqdeploy.stages import STAGES
 Array = npt.NDArray[Any]
 
 OPERATORS = ("Conv", "ConvTranspose", "Gemm")
-"""What is quantized: the networks' products. The quantizer has none of them."""
+"""What is quantized: the networks' products; not those of a large codebook's search, whose nodes are named after it."""
 
 
 def quantize_graphs(graphs: Mapping[str, bytes], inputs: Mapping[str, Array], *, folded: bool) -> dict[str, bytes]:
@@ -50,12 +50,14 @@ def _quantize(content: bytes, name: str, inputs: Mapping[str, Array]) -> bytes:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             output = Path(folder) / "int8.onnx"
+            model = onnx.load_from_string(content)
             quantize_static(
-                onnx.load_from_string(content),
+                model,
                 str(output),
                 Reader(),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(OPERATORS),
+                nodes_to_exclude=[node.name for node in model.graph.node if node.name.startswith("quantizer.")],
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,

@@ -46,6 +46,10 @@ class GraphBuilder:
                 raise ValueError(f"{name}: holds values beyond float16's 65504")
         return self._initializer(name, array)
 
+    def constant(self, name: str, array: npt.ArrayLike) -> str:
+        """An initializer of a value that is not a parameter; returns its name."""
+        return self._initializer(name, np.asarray(array))
+
     def integers(self, name: str, values: Sequence[int]) -> str:
         """An initializer of int64 values: axes, shapes, bounds; returns its name."""
         return self._initializer(name, np.array(values, np.int64))
@@ -71,7 +75,7 @@ class GraphBuilder:
         return self.node("Cast", [x], output, to=TensorProto.FLOAT) if self.half else x
 
     def _initializer(self, name: str, array: npt.NDArray[Any]) -> str:
-        self.initializers.setdefault(name, numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.initializers.setdefault(name, numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
 

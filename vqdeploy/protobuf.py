@@ -13,6 +13,7 @@ from vqref.commandline import InputError
 
 OPERATORS = frozenset(
     {
+        "Add",
         "ArgMin",
         "Cast",
         "Conv",
@@ -20,16 +21,27 @@ OPERATORS = frozenset(
         "DequantizeLinear",
         "Elu",
         "Gather",
+        "GatherElements",
         "GatherND",
         "Gemm",
+        "Greater",
+        "Min",
         "Mul",
+        "NonZero",
+        "Not",
         "QuantizeLinear",
+        "ReduceL2",
+        "ReduceMin",
         "ReduceSum",
         "Reshape",
+        "ScatterND",
         "Sigmoid",
         "Slice",
+        "Squeeze",
         "Sub",
+        "Transpose",
         "Unsqueeze",
+        "Where",
     }
 )
 """Every operator that the exporter writes."""

@@ -26,7 +26,7 @@ PRODUCT_WORK = 2**21
 GROUP = 16
 """Codes of which only the best score is kept: the direct form looks at a group at a time."""
 
-TILE = 128
+TILE = 64
 """Groups in one product, so that its scores stay in a processor's cache."""
 
 MOST_GROUPS = 8
@@ -68,7 +68,12 @@ def _at_once(latents: Tensor, elements: int) -> int:
 
 def directly(latents: Tensor, codebook: Tensor) -> Tensor:
     """Indices (M,) of the codebook rows (K, D) nearest to latents (M, D), every distance in the direct form."""
-    return torch.cat([each.argmin(dim=-1) for each in squared_distances(latents, codebook)])
+    indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)  # pieces kept apart would scatter the heap
+    start = 0
+    for distances in squared_distances(latents, codebook):
+        torch.argmin(distances, dim=-1, out=indices[start : start + len(distances)])
+        start += len(distances)
+    return indices
 
 
 def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
@@ -82,12 +87,14 @@ def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
         (norm.reshape(-1) / 2, group.reshape(-1, group.shape[-1]).T.contiguous())
         for norm, group in zip(norms.split(TILE, dim=1), groups.split(TILE, dim=1), strict=True)
     ]
-    limits = margin(latents, norms.max().sqrt())
-    step = _at_once(latents, max(count, GROUP * TILE, 2 * GROUP * codebook.shape[1]))
+    longest = norms.max().sqrt()
+    step = _at_once(latents, max(count, GROUP * TILE, GROUP * codebook.shape[1]))
     room = latents.new_empty(min(step, len(latents)), GROUP * min(TILE, count) + count)
-    parts = zip(latents.split(step), limits.split(step), strict=True)
+    indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
     with torch.autocast(latents.device.type, enabled=False):
-        return torch.cat([_by_groups(x, limit, codebook, groups, tiles, room[: len(x)].view(-1)) for x, limit in parts])
+        for x, part in zip(latents.split(step), indices.split(step), strict=True):
+            part.copy_(_by_groups(x, margin(x, longest), codebook, groups, tiles, room[: len(x)].view(-1)))
+    return indices
 
 
 def _by_groups(
