@@ -79,6 +79,8 @@ def test_batches_shrink_where_the_codebook_grows():
     assert batch_size(vqref.ModelSpec()) == 256
     assert batch_size(vqref.ModelSpec(num_codes=16_384, code_size=64)) == 32
     assert batch_size(vqref.ModelSpec(num_codes=2**20, code_size=512, latent_size=64)) == 1
+    assert batch_size(vqref.ModelSpec(), cores=2) == 41
+    assert batch_size(vqref.ModelSpec(), cores=64) == 256
 
 
 def test_a_card_that_cannot_be_used_is_said_and_auto_takes_the_cpu(model, monkeypatch):

@@ -75,6 +75,19 @@ def test_opsets_and_symmetric_pads_compute_the_same(small, images, opset, symmet
     assert all(p[:2] == p[2:] for p in pads) == symmetric_pads
 
 
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_graphs_for_a_processor_compute_the_same_without_its_slow_elu(small, images, precision):
+    chosen = {"target": "cpu", "precision": precision, "fold": False}
+    found, usual = opened(small, **chosen), opened(small, precision=precision, fold=False)
+    reading = {"fp32": "float32", "fp16": "float16"}[precision]
+    assert check_graphs(small.spec, small.params, images, found, precision=reading).passed
+    np.testing.assert_allclose(
+        found["encoder"](images)[0], usual["encoder"](images)[0], atol=1e-6 if precision == "fp32" else 1e-2
+    )
+    for stage, content in build_graphs(small.spec, small.params, GraphOptions(**chosen)).items():
+        assert "Elu" not in {node.op_type for node in onnx.load_from_string(content).graph.node}, stage
+
+
 @pytest.mark.parametrize("batch", [1, 8])
 def test_a_graph_of_a_fixed_batch_answers_any_number_of_images(small, images, batch):
     fixed, free = opened(small, batch=batch), opened(small)
@@ -173,7 +186,12 @@ def test_parameters_that_are_no_model_are_named(small, tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"opset": 17}, "opset is 17"), ({"precision": "fp8"}, "precision is 'fp8'"), ({"batch": 0}, "batch is 0")],
+    [
+        ({"opset": 17}, "opset is 17"),
+        ({"precision": "fp8"}, "precision is 'fp8'"),
+        ({"batch": 0}, "batch is 0"),
+        ({"target": "gpu"}, "target is 'gpu'"),
+    ],
 )
 def test_options_that_no_graph_has_are_named(options, message):
     with pytest.raises(ValueError, match=message):

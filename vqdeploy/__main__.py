@@ -86,6 +86,9 @@ def _add_export(commands: argparse._SubParsersAction[Parser]) -> None:
         "--symmetric-pads", action="store_true", help="kernels with zeros before them, for providers that need equal pads"
     )
     export.add_argument(
+        "--target", choices=("any", "cpu"), default="any", help="provider that the graphs are written for; any runs all of them"
+    )
+    export.add_argument(
         "--static-batch", type=positive, metavar="N", default=argparse.SUPPRESS, help="graphs that take batches of N alone"
     )
     export.add_argument(

@@ -74,6 +74,8 @@ def _form(written: Mapping[str, Any]) -> str:
         words.append(f"Every graph takes batches of exactly {written['batch']}.")
     if written["symmetric_pads"]:
         words.append("Convolutions have symmetric pads and kernels with zeros before them.")
+    if written["target"] == "cpu":
+        words.append("They are written for onnxruntime's CPU provider; others run them, too.")
     return " ".join(words)
 
 

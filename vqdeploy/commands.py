@@ -46,6 +46,7 @@ def export(arguments: argparse.Namespace) -> int:
             arguments.symmetric_pads,
             getattr(arguments, "static_batch", None),
             getattr(arguments, "fold", None),
+            arguments.target,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

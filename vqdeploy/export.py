@@ -151,6 +151,7 @@ def _described(
         "opset": options.opset,
         "ir_version": IR_VERSION,
         "symmetric_pads": options.symmetric_pads,
+        "target": options.target,
         "batch": options.batch,
         "detokenizer": "table" if options.folds(model.spec) else "network",
     }

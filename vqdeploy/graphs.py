@@ -27,6 +27,9 @@ IR_VERSION = 10
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
 """Of the networks, as the command line and as the manifest names them. The quantizer is always float32."""
 
+TARGETS = ("any", "cpu")
+"""What graphs are written for: any provider, or onnxruntime's CPU provider, on which they are faster; others run them too."""
+
 FOLDED_ENTRIES = 65_536
 """At most so many different tokens an image make a table."""
 
@@ -39,7 +42,8 @@ class GraphOptions:
     """How graphs are written.
 
     opset: one of OPSETS. precision: one of PRECISIONS. symmetric_pads: see ``GraphBuilder``. batch: the one batch size that
-    every graph takes, None where any will do. fold: whether the detokenizer is a table; None: where that is small.
+    every graph takes, None where any will do. fold: whether the detokenizer is a table; None: where that is small. target: one
+    of TARGETS.
 
     Raises ValueError that names the field.
     """
@@ -49,12 +53,15 @@ class GraphOptions:
     symmetric_pads: bool = False
     batch: int | None = None
     fold: bool | None = None
+    target: str = TARGETS[0]
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
             raise ValueError(f"opset is {self.opset}, expected one of {', '.join(map(str, OPSETS))}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if self.target not in TARGETS:
+            raise ValueError(f"target is {self.target!r}, expected one of {', '.join(TARGETS)}")
         if self.batch is not None and self.batch < 1:
             raise ValueError(f"batch is {self.batch}, expected at least 1")
 
@@ -111,7 +118,12 @@ def build_graphs(spec: ModelSpec, params: Params, options: GraphOptions | None =
     check_params(spec, params)
     graphs = {}
     for stage in STAGES:
-        builder = GraphBuilder(params, half=options.precision == "fp16", symmetric_pads=options.symmetric_pads)
+        builder = GraphBuilder(
+            params,
+            half=options.precision == "fp16",
+            symmetric_pads=options.symmetric_pads,
+            for_processor=options.target == "cpu",
+        )
         if stage == "detokenizer" and options.folds(spec):
             _table(builder, spec, params)
         else:

@@ -21,11 +21,14 @@ class GraphBuilder:
 
     half: rows of the table compute in float16, between casts; everything else stays float32.
     symmetric_pads: convolutions with unequal pads take a kernel with zeros before it instead.
+    for_processor: what onnxruntime's CPU provider computes faster takes the place of what its CUDA provider does.
     """
 
-    def __init__(self, params: Params, *, half: bool = False, symmetric_pads: bool = False) -> None:
+    def __init__(
+        self, params: Params, *, half: bool = False, symmetric_pads: bool = False, for_processor: bool = False
+    ) -> None:
         self.params = params
-        self.half, self.symmetric_pads = half, symmetric_pads
+        self.half, self.symmetric_pads, self.for_processor = half, symmetric_pads, for_processor
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
 
@@ -71,7 +74,7 @@ class GraphBuilder:
                 x = KINDS[layer.kind](self, layer, name, x, *parameters)
             else:
                 before = KINDS[layer.kind](self, layer, f"{name}.linear", x, *parameters)
-                x = self.node(ACTIVATIONS[layer.activation], [before], name)
+                x = ACTIVATIONS[layer.activation](self, name, before)
         return self.node("Cast", [x], output, to=TensorProto.FLOAT) if self.half else x
 
     def _initializer(self, name: str, array: npt.NDArray[Any]) -> str:
@@ -129,4 +132,18 @@ KINDS: dict[str, Callable[..., str]] = {
     "dense": dense,
     "reshape": reshape,
 }
-ACTIVATIONS = {"elu": "Elu"}
+
+
+def elu(builder: GraphBuilder, output: str, x: str) -> str:
+    """One node; or, where the graph is for a processor, r + (exp(x - r) - 1) with r = max(x, 0): the same roundings as
+    onnxruntime's Elu, whose exponential takes three times as long as these five nodes."""
+    if not builder.for_processor:
+        return builder.node("Elu", [x], output)
+    one = builder.constant("one", np.ones((), np.float16 if builder.half else np.float32))
+    positive = builder.node("Relu", [x], f"{output}.positive")
+    negative = builder.node("Sub", [x, positive], f"{output}.negative")
+    power = builder.node("Exp", [negative], f"{output}.power")
+    return builder.node("Add", [positive, builder.node("Sub", [power, one], f"{output}.below")], output)
+
+
+ACTIVATIONS: dict[str, Callable[..., str]] = {"elu": elu}

@@ -20,6 +20,7 @@ OPERATORS = frozenset(
         "ConvTranspose",
         "DequantizeLinear",
         "Elu",
+        "Exp",
         "Gather",
         "GatherElements",
         "GatherND",
@@ -33,6 +34,7 @@ OPERATORS = frozenset(
         "ReduceL2",
         "ReduceMin",
         "ReduceSum",
+        "Relu",
         "Reshape",
         "ScatterND",
         "Sigmoid",
@@ -53,33 +55,38 @@ _ATTRIBUTE = {5: "tensor", 10: "tensor", 6: "subgraphs", 11: "subgraphs", 22: "s
 _TENSOR = {13: "external data", 14: "data location"}
 
 
-def require_plain(name: str, content: bytes) -> None:
-    """Raises InputError, which says what it found, unless ``content`` is one graph of OPERATORS with its weights inside."""
+def require_plain(name: str, content: bytes) -> frozenset[str]:
+    """The operators in ``content``. Raises InputError, which says what it found, unless it is one graph of OPERATORS with its
+    weights inside."""
     try:
-        _walk(memoryview(content))
+        return _walk(memoryview(content))
     except InputError as error:
         raise InputError(f"{name}: refused: {error}") from None
     except (IndexError, UnicodeDecodeError):
         raise InputError(f"{name}: refused: not an ONNX file") from None
 
 
-def _walk(content: memoryview) -> None:
+def _walk(content: memoryview) -> frozenset[str]:
     graphs = [value for kind, value in _fields(content, _MODEL) if _allowed(kind, "graph")]
     if len(graphs) != 1:
         raise InputError("not an ONNX file")
+    found = set()
     for kind, value in _fields(graphs[0], _GRAPH):
         if _allowed(kind, "node", "tensor") == "tensor":
             _walk_tensor(value)
             continue
         for part, inner in _fields(value, _NODE):
-            if part == "operator" and bytes(inner).decode() not in OPERATORS:
-                raise InputError(f"it holds the operator {bytes(inner).decode()}, which no bundle has")
+            if part == "operator":
+                found.add(bytes(inner).decode())
             if part == "domain" and len(inner):
                 raise InputError(f"it holds an operator of the domain {bytes(inner).decode()}")
             if part == "attribute":
                 for piece, tensor in _fields(inner, _ATTRIBUTE):
                     _allowed(piece, "tensor")
                     _walk_tensor(tensor)
+    if foreign := found - OPERATORS:
+        raise InputError(f"it holds the operator {min(foreign)}, which no bundle has")
+    return frozenset(found)
 
 
 def _walk_tensor(content: memoryview) -> None:
