@@ -15,7 +15,8 @@ from benchmarks.peers import Library, Plain
 from vqtrain import VQVAE, TrainingOptions
 from vqtrain.memory import keep_freed_memory
 from vqtrain.rules import Rules
-from vqtrain.train import make_optimizer, prepare, training_step
+from vqtrain.step import make_optimizer, training_step
+from vqtrain.train import prepare
 
 BATCH = 64
 

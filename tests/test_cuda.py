@@ -1,5 +1,7 @@
 """What only a card can show: CUDA's provider on every form of the graphs, ties, batches of changing size, and the trainer."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -15,8 +17,12 @@ from vqref.adversary import CASES
 from vqref.checks import check_quantizer
 from vqref.parity import check_indices
 from vqref.spec import CODEBOOK
+from vqtrain import RECIPES, VQVAE, training_step
 from vqtrain.nearest import nearest
 from vqtrain.quantizer import update_ema
+from vqtrain.rules import Rules
+from vqtrain.step import RecordedSteps, make_optimizer
+from vqtrain.train import prepare
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -64,3 +70,22 @@ def test_the_trainers_quantizer_passes_the_kit():
         return tuple(tensor.cpu().numpy() for tensor in found)
 
     check_quantizer(quantize, update)
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
+def test_steps_recorded_as_cuda_graphs_are_the_steps(model, real_images, precision):
+    options = dataclasses.replace(
+        RECIPES["default"], batch_size=16, plain_steps=10, kmeans_start=False, revive_below=0.9, precision=precision
+    )
+    batch, card, steps = torch.from_numpy(real_images).cuda(), torch.device("cuda"), 40
+    modules = [prepare(VQVAE(model.spec, model.params), card) for _ in range(2)]
+    optimizers = [make_optimizer(module, options) for module in modules]
+    rules = [Rules(options, steps) for _ in range(2)]
+    said = []
+    recorded = RecordedSteps(modules[0], optimizers[0], options, rules[0], say=said.append)
+    for step in range(steps):
+        losses, _ = recorded(batch, step)
+        expected, _ = training_step(modules[1], optimizers[1], batch, options, rules[1], step)
+        torch.testing.assert_close(losses.total, expected.total, rtol=1e-2, atol=0)
+    assert not said
+    assert all(kind.replay is not None for kind in recorded._kinds.values())

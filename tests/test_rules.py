@@ -5,14 +5,18 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from test_trainer import CPU, trainer
 
 import vqref
 from vqtrain import RECIPES, VQVAE, TrainingOptions
 from vqtrain.data import Batches
 from vqtrain.nearest import nearest
+from vqtrain.quantizer import draw, revive_codes
 from vqtrain.rules import Rules
 
+SPEC = vqref.ModelSpec()
 SEED, DEFAULT = RECIPES["seed"], RECIPES["default"]
 
 
@@ -25,7 +29,7 @@ def test_the_seed_recipe_has_no_rule_and_the_posts_constants():
     rules = Rules(SEED, 100)
     assert not any(rules.plain(step) or rules.starts(step) for step in range(100))
     assert {rules.learning_rate(step) for step in range(100)} == {1e-3}
-    assert all(rules.choose(step) is nearest for step in range(100))
+    assert {rules.choices(step, SPEC, 8).kind for step in range(100)} == {(False, False, False)}
 
 
 def test_the_default_recipe_waits_starts_anneals_and_settles():
@@ -46,8 +50,9 @@ def test_the_choices_of_an_annealed_step_are_distributed_as_the_rule_says():
     """One latent between three codes, 20,000 times, beside the oracle's draws with NumPy's own Gumbel noise."""
     codebook = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     latents = torch.tensor([0.4, 0.1]).expand(20_000, 1, 2)
-    rules = Rules(dataclasses.replace(DEFAULT, temperature=5.0), 100)
-    found = rules.choose(0)(latents, codebook)
+    rules = Rules(dataclasses.replace(DEFAULT, temperature=5.0, plain_steps=0), 100)
+    choices = rules.choices(0, vqref.ModelSpec(num_codes=3, code_size=2), 20_000)
+    found = draw(latents, codebook, choices.gumbel, choices.temperature)
     gumbel = np.random.default_rng(0).gumbel(size=(20_000, 1, 3))
     expected = vqref.draw_indices(latents.numpy(), codebook.numpy(), gumbel, 5.0)
     shares = [np.bincount(np.asarray(drawn).ravel(), minlength=3) / 20_000 for drawn in (found, expected)]
@@ -83,24 +88,28 @@ def test_the_start_with_fewer_latents_than_codes_is_made_all_the_same(model, man
     assert torch.isfinite(module.quantizer.codebook).all()
 
 
-def test_dead_codes_are_revived_at_latents_of_the_batch_until_the_end_is_near(model):
-    module = VQVAE(model.spec, model.params)
-    options = dataclasses.replace(DEFAULT, batch_size=8, revive_below=0.05)
-    module.quantizer.ema_count.fill_(2.0)
-    module.quantizer.ema_count[[3, 7]] = 0.001
-    kept = module.quantizer.codebook.clone()
-    latents = torch.randn(8, 4, 8)
-    assert Rules(options, 100).revive(95, module, latents) == 0
-    assert Rules(options, 100).revive(50, module, latents) == 2
-    rows = latents.reshape(-1, 8)
-    for code in range(16):
-        row = module.quantizer.codebook[code]
-        if code in (3, 7):
-            assert (rows == row).all(dim=1).any()
-            assert module.quantizer.ema_count[code] == 2.0
-        else:
-            assert torch.equal(row, kept[code])
-    assert Rules(dataclasses.replace(options, revive_below=0.0), 100).revive(50, module, latents) == 0
+def test_dead_codes_are_revived_until_the_end_is_near_and_not_in_plain_steps():
+    options = dataclasses.replace(DEFAULT, plain_steps=5, revive_below=0.05)
+    found = [step for step in range(100) if Rules(options, 100).choices(step, SPEC, 8).order is not None]
+    assert found == list(range(5, 90))
+    assert Rules(options, 100).choices(50, SPEC, 8).order.sort().values.tolist() == list(range(8 * SPEC.latent_size))
+    assert not Rules(dataclasses.replace(options, revive_below=0.0), 100).revives(50)
+
+
+@given(seed=st.integers(0, 999), latents=st.integers(1, 12), below=st.floats(0.01, 1.0))
+def test_reviving_is_the_oracles_reset_of_the_dead_codes(seed, latents, below):
+    """Some dead, none, all, and more than there are latents."""
+    rng = np.random.default_rng(seed)
+    codebook, means, rows = (rng.normal(size=(k, 3)) for k in (7, 7, latents))
+    count, order = rng.uniform(0, 2 * latents / 7, 7), rng.permutation(latents)
+    arrays = (codebook, count, means, rows, order)
+    found = revive_codes(*map(torch.from_numpy, arrays), below, 1e-5)
+    mean = latents / 7
+    dead = np.flatnonzero(count < below * mean)[:latents]
+    state = vqref.EMAState(codebook, count, means)
+    expected = vqref.reset_codes(state, dead, rows[order[: len(dead)]], np.full(len(dead), mean), 1e-5)
+    for name, tensor in zip(("codebook", "ema_count", "ema_means"), found, strict=True):
+        np.testing.assert_allclose(tensor.numpy(), getattr(expected, name), rtol=0, atol=1e-12)
 
 
 def test_a_centred_decoder_starts_at_the_mean_pixel(tmp_path, many_images):

@@ -252,7 +252,7 @@ def test_weights_that_diverge_stop_the_run_with_one_line(tmp_path, many_images):
         ({"epsilon": float("inf")}, "epsilon is inf"),
         ({"beta": -1.0}, "beta is -1.0"),
         ({"decay": 1.01}, "decay is 1.01"),
-        ({"precision": "int8"}, "precision is 'int8'; it must be one of float32, bfloat16"),
+        ({"precision": "int8"}, "precision is 'int8'; it must be one of float32, tf32, bfloat16"),
     ],
 )
 def test_an_option_that_cannot_be_is_refused_by_name(fields, message):

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vqtrain.model import VQVAE, Forward
     from vqtrain.options import RECIPES, TrainingOptions
-    from vqtrain.train import Trainer, evaluate, training_step
+    from vqtrain.step import training_step
+    from vqtrain.train import Trainer, evaluate
 
 _HOMES = {
     "RECIPES": "options",
@@ -18,7 +19,7 @@ _HOMES = {
     "Trainer": "train",
     "TrainingOptions": "options",
     "evaluate": "train",
-    "training_step": "train",
+    "training_step": "step",
 }
 __all__ = ["RECIPES", "VQVAE", "Forward", "Trainer", "TrainingOptions", "evaluate", "training_step"]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy.typing as npt
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from vqref.agreement import Backend, compare
 from vqref.report import Report
+from vqtrain.arithmetic import arithmetic
 from vqtrain.losses import compute_losses
 from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
@@ -25,7 +24,7 @@ def check_against_oracle(model: VQVAE, images: Array, options: TrainingOptions) 
 
     The model is left as it is. The report says; a violation is the caller's to act on.
     """
-    with torch.no_grad(), _without_tf32():
+    with torch.no_grad(), arithmetic("float32"):
         return compare(
             model.spec,
             model.params(),
@@ -77,10 +76,3 @@ def _backend(model: VQVAE, options: TrainingOptions) -> Backend:
         draw=lambda latents, gumbel, t: draw(tensor(latents), codebook, tensor(gumbel), t).cpu().numpy(),
         reset=reset,
     )
-
-
-@contextmanager
-def _without_tf32() -> Iterator[None]:
-    """cuDNN rounds convolution inputs to TF32 by default, 2^-11: that is a faster network, not the one that is judged."""
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield

@@ -37,6 +37,8 @@ def train_command(arguments: argparse.Namespace) -> None:
         arguments.precision = choose_precision(device)
         say(f"precision {arguments.precision}: what this {'card' if device.type == 'cuda' else 'processor'} multiplies fastest")
     if device.type == "cpu":
+        if getattr(arguments, "precision", None) == "tf32":
+            raise UsageError("--precision tf32: only a CUDA device has it; use float32, bfloat16 or auto")
         keep_freed_memory()
     options = _build(RECIPES[arguments.recipe], arguments)
     sizes = _build(ModelSpec(), arguments)

@@ -27,5 +27,5 @@ def compute_losses(spec: ModelSpec, images: Tensor, logits: Tensor, latents: Ten
     """
     reconstruction = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images)
     commitment = (latents - quantized.detach()).square().mean()
-    prior = logits.new_tensor(spec.latent_size * math.log(spec.num_codes))
+    prior = logits.new_full((), spec.latent_size * math.log(spec.num_codes))
     return Losses(reconstruction, commitment, prior, reconstruction + beta * commitment + prior)

@@ -52,7 +52,8 @@ class Meter:
         """Losses of one batch and its indices (N, S)."""
         self.count += len(indices)
         self.sums += torch.stack(losses).detach().double() * len(indices)
-        self.hits += torch.bincount(indices.reshape(-1), minlength=len(self.hits))
+        index = indices.reshape(-1)
+        self.hits.index_add_(0, index, torch.ones_like(index))
 
     def state(self) -> dict[str, Any]:
         """What ``load`` needs to go on counting."""

@@ -9,7 +9,7 @@ from typing import Any
 SMALLEST, LARGEST = 1e-12, 1e6
 """Bounds of options that are factors and divisors: float32 holds them and their products with what they meet."""
 
-PRECISIONS = ("float32", "bfloat16")
+PRECISIONS = ("float32", "tf32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class TrainingOptions:
         falling linearly to 0 at that share of all steps; 0: the nearest code from the start
     revive_below: reset a code whose ``ema_count`` is below this share of the mean to a latent of the batch; 0: never
     cosine: let the learning rate fall to a hundredth along half a cosine, after a hundred steps of rising
-    precision: of the networks' products in training, float32 or bfloat16; checks and evaluation are always float32
+    precision: of the networks' products in training, float32, bfloat16, or tf32, which only a card has; checks and evaluation
+        are always float32
 
     Raises ValueError that names the field, what it was and what it must be.
     """

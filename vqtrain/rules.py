@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vqref.spec import ModelSpec
 from vqtrain.data import Batches
 from vqtrain.model import VQVAE
-from vqtrain.nearest import nearest
 from vqtrain.options import TrainingOptions
-from vqtrain.quantizer import draw
 
 RISING_STEPS = 100
 """Steps in which a cosine schedule first rises to the learning rate."""
@@ -34,6 +33,38 @@ REVIVE_UNTIL = 0.9
 
 KMEANS_LATENTS = 20_000
 """At most so many latents of the training images are clustered."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the rules chose for one step, in tensors where steps of one kind differ.
+
+    plain: the decoder is fed the latents themselves. gumbel (N, S, K) and temperature (): of the draw of indices, None where
+    the nearest code is taken. order (N*S,): in which latents of the batch take the places of dead codes, None where none does.
+    """
+
+    plain: bool
+    gumbel: Tensor | None
+    temperature: Tensor | None
+    order: Tensor | None
+
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """Steps of one kind do the same operations."""
+        return self.plain, self.gumbel is not None, self.order is not None
+
+    def to(self, device: torch.device, *, copy: bool = False) -> Choices:
+        """The same on a device; with ``copy``, in tensors of its own."""
+        moved = [
+            None if tensor is None else tensor.to(device, copy=copy) for tensor in (self.gumbel, self.temperature, self.order)
+        ]
+        return Choices(self.plain, *moved)
+
+    def fill(self, other: Choices) -> None:
+        """Takes over the choices of another step of the same kind, in place."""
+        for mine, others in ((self.gumbel, other.gumbel), (self.temperature, other.temperature), (self.order, other.order)):
+            if mine is not None and others is not None:
+                mine.copy_(others)
 
 
 class Rules:
@@ -64,18 +95,20 @@ class Rules:
         end = self.options.anneal_until * self.steps
         return self.options.temperature * max(0.0, 1 - step / end) if end else 0.0
 
-    def choose(self, step: int) -> Callable[[Tensor, Tensor], Tensor]:
-        """How latents (N, S, D) and the codebook (K, D) give indices (N, S) in this step."""
-        temperature = self.temperature(step)
-        if temperature <= 0:
-            return nearest
+    def revives(self, step: int) -> bool:
+        """Whether dead codes are reset after this step."""
+        return self.options.revive_below > 0 and not self.plain(step) and step < REVIVE_UNTIL * self.steps
 
-        def choose(latents: Tensor, codebook: Tensor) -> Tensor:
-            exponential = torch.empty(*latents.shape[:2], len(codebook)).exponential_(generator=self.generator)
+    def choices(self, step: int, spec: ModelSpec, count: int) -> Choices:
+        """What this step needs on ``count`` images, its random choices made."""
+        temperature = 0.0 if self.plain(step) else self.temperature(step)
+        gumbel = order = None
+        if temperature > 0:
+            exponential = torch.empty(count, spec.latent_size, spec.num_codes).exponential_(generator=self.generator)
             gumbel = -exponential.log()  # the negative logarithm of an exponential variable is Gumbel distributed
-            return draw(latents, codebook, gumbel.to(latents.device), temperature)
-
-        return choose
+        if self.revives(step):
+            order = torch.randperm(count * spec.latent_size, generator=self.generator)
+        return Choices(self.plain(step), gumbel, None if gumbel is None else torch.tensor(temperature), order)
 
     def start(self, model: VQVAE, batches: Batches) -> None:
         """Sets the codebook by k-means on the latents of the training images (one pass without gradient)."""
@@ -98,19 +131,3 @@ class Rules:
         codebook = model.quantizer.codebook
         codes = torch.arange(k, device=codebook.device)
         model.quantizer.reset(codes, torch.from_numpy(rows).to(codebook), counts.to(codebook), self.options.epsilon)
-
-    def revive(self, step: int, model: VQVAE, latents: Tensor) -> int:
-        """Resets codes whose count fell below ``revive_below`` of the mean to latents (N, S, D) of this step, each with the
-        mean count; at most as many as there are latents. Returns how many."""
-        if not self.options.revive_below or step >= REVIVE_UNTIL * self.steps:
-            return 0
-        count = model.quantizer.ema_count
-        mean = self.options.batch_size * model.spec.latent_size / model.spec.num_codes
-        dead = (count < self.options.revive_below * mean).nonzero()[:, 0]
-        if not len(dead):
-            return 0
-        rows = latents.reshape(-1, latents.shape[-1])
-        chosen = torch.randperm(len(rows), generator=self.generator)[: len(dead)].to(rows.device)
-        dead = dead[: len(chosen)]
-        model.quantizer.reset(dead, rows[chosen], torch.full_like(count[dead], mean), self.options.epsilon)
-        return len(dead)

@@ -23,16 +23,18 @@ from vqref.report import ParityError, Report
 from vqref.spec import ModelSpec
 from vqtrain import pictures
 from vqtrain.agreement import check_against_oracle
+from vqtrain.arithmetic import arithmetic
 from vqtrain.checkpoint import read_model, write_model
 from vqtrain.data import Batches
 from vqtrain.interrupts import Interrupted, Interrupts
-from vqtrain.losses import Losses, compute_losses
+from vqtrain.losses import compute_losses
 from vqtrain.metrics import Meter, Metrics
 from vqtrain.model import VQVAE
-from vqtrain.options import ADAM_EPSILON, FIRST_MOMENT, TrainingOptions
+from vqtrain.options import TrainingOptions
 from vqtrain.rules import Rules
 from vqtrain.runs import MODEL, RunFolder
 from vqtrain.state import save_state
+from vqtrain.step import RecordedSteps, Taken, can_be_recorded, make_optimizer, training_step
 
 CHECKED_IMAGES = 64
 """How many real images each check against the oracle sees, whatever the batch size."""
@@ -44,33 +46,6 @@ SHOWN_IMAGES, SHOWN_CODES = 32, 1024
 def prepare(model: VQVAE, device: torch.device) -> VQVAE:
     """The model on its device, its kernels laid out with channels last, as fast convolutions want them."""
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
-
-
-def make_optimizer(model: VQVAE, options: TrainingOptions) -> torch.optim.Optimizer:
-    """Adam on encoder and decoder; the codebook has no gradient."""
-    learned = [*model.encoder.parameters(), *model.decoder.parameters()]
-    moments = (FIRST_MOMENT, options.second_moment)
-    return torch.optim.Adam(learned, lr=options.learning_rate, betas=moments, eps=ADAM_EPSILON, fused=True)
-
-
-def training_step(
-    model: VQVAE, optimizer: torch.optim.Optimizer, images: Tensor, options: TrainingOptions, rules: Rules, step: int
-) -> tuple[Losses, Tensor]:
-    """One step on images (N, C, H, W): gradients to encoder and decoder, then the codebook's moving averages on this
-    step's latents, as the rules of ``step`` (counted from 0) have it. Returns the losses before the step and the indices
-    (N, S)."""
-    for group in optimizer.param_groups:
-        group["lr"] = rules.learning_rate(step)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=options.precision == "bfloat16"):
-        out = model.plain(images) if rules.plain(step) else model(images, rules.choose(step))
-    losses = compute_losses(model.spec, images, out.logits, out.latents, out.quantized, options.beta)
-    optimizer.zero_grad(set_to_none=True)
-    losses.total.backward()
-    optimizer.step()
-    if not rules.plain(step):
-        model.quantizer.update(out.latents.detach(), out.indices, options.decay, options.epsilon)
-        rules.revive(step, model, out.latents.detach())
-    return losses, out.indices
 
 
 def mean_logit(images: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
@@ -90,9 +65,11 @@ def require_one_batch(images: ImageSet, options: TrainingOptions) -> None:
 def evaluate(model: VQVAE, batches: Batches, options: TrainingOptions) -> Metrics:
     """The losses and the use of the codebook over every image, without a step."""
     meter = Meter(model.spec, model.quantizer.codebook.device)
-    for images in batches.in_order():
-        out = model(images)
-        meter.add(compute_losses(model.spec, images, out.logits, out.latents, out.quantized, options.beta), out.indices)
+    with arithmetic("float32"):
+        for images in batches.in_order():
+            out = model(images)
+            losses = compute_losses(model.spec, images, out.logits, out.latents, out.quantized, options.beta)
+            meter.add(losses, out.indices)
     return meter.read()
 
 
@@ -106,7 +83,8 @@ class Work:
     """Where and how a run works: nothing here changes what it computes on a given device.
 
     folder: the run's. output: where a copy of the model goes. checkpoint_steps: steps between checkpoints within an epoch.
-    say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
+    say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None. record: whether steps on a card are
+    recorded as CUDA graphs, where they can be.
     """
 
     device: torch.device
@@ -116,6 +94,7 @@ class Work:
     checkpoint_steps: int = 500
     say: Callable[[str], None] = say
     writer: Any = None
+    record: bool = True
 
 
 class Trainer:
@@ -150,6 +129,9 @@ class Trainer:
         self.model = prepare(VQVAE(spec, params), work.device)
         self.optimizer = make_optimizer(self.model, options)
         self.rules = Rules(options, len(self.batches) * options.epochs)
+        self.recorded: RecordedSteps | None = None
+        if work.device.type == "cuda" and work.record and can_be_recorded(spec, options):
+            self.recorded = RecordedSteps(self.model, self.optimizer, options, self.rules, say=work.say)
         self.generator = torch.Generator().manual_seed(options.seed)
         self.order = self.generator.get_state()  # as it was when the epoch began
         self.epoch, self.step, self.seconds = 0, 0, 0.0  # whole epochs; steps and seconds spent within the next one
@@ -185,13 +167,14 @@ class Trainer:
                 step = self.epoch * len(self.batches) + self.step
                 if self.rules.starts(step):
                     self._start_codebook()
-                losses, indices = training_step(self.model, self.optimizer, images, self.options, self.rules, step)
-                self.meter.add(losses, indices)
+                self.meter.add(*self._take(images, step))
                 self.step += 1
                 self.seconds += time.perf_counter() - start
                 if self.step % self.work.checkpoint_steps == 0:
                     self._save()
+        start = time.perf_counter()
         metrics = self.meter.read()
+        self.seconds += time.perf_counter() - start  # a card was still at work
         if not metrics.finite:
             raise CommandError(f"the loss is {metrics.total} in epoch {self.epoch + 1}; {self._kept()}")
         report = self._require_agreement(self.sample, f"after epoch {self.epoch + 1}")
@@ -213,6 +196,11 @@ class Trainer:
             self._publish()
         self._say_line(line)
         self._draw(use)
+
+    def _take(self, images: Tensor, step: int) -> Taken:
+        if self.recorded is not None:
+            return self.recorded(images, step)
+        return training_step(self.model, self.optimizer, images, self.options, self.rules, step)
 
     def _start_codebook(self) -> None:
         try:
@@ -315,12 +303,18 @@ class Trainer:
 
     def _load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         self.order = state["order"]
         self.rules.generator.set_state(state["choices"])
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.meter.load(state["meter"])
         self.history = state["history"]
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Moments and counts of steps; where those live and how they are moved is this device's, not the checkpoint's."""
+        own = [{name: group[name] for name in ("lr", "fused", "capturable")} for group in self.optimizer.param_groups]
+        groups = [group | mine for group, mine in zip(state["param_groups"], own, strict=True)]
+        self.optimizer.load_state_dict({**state, "param_groups": groups})
 
     def _require_agreement(self, images: npt.NDArray[np.float32], when: str) -> Report:
         try:
