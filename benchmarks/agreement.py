@@ -7,7 +7,6 @@ distances over its bound, for each precision and form.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from onnx.reference import ReferenceEvaluator
 from tqdm import tqdm
 
 import vqref
-from benchmarks.machine import describe
+from benchmarks.measure import Record, parser
 from vqdeploy.graphs import build_graphs
 from vqdeploy.samples import own_latents
 from vqdeploy.sessions import open_sessions
@@ -99,7 +98,7 @@ def trained(model: Path, latents: int) -> Iterator[tuple[str, Array, Array]]:
         yield "trained, bisectors", around_bisectors(rng, codebook, AT_ONCE // 4, "float32"), codebook
 
 
-def compare(title: str, cases: Iterator[tuple[str, Array, Array]], total: int) -> None:
+def compare(record: Record, title: str, cases: Iterator[tuple[str, Array, Array]], total: int) -> None:
     found: dict[tuple[str, str], list[Check]] = {}
     ready: dict[tuple[int, ...], tuple[Array, dict[str, tuple[Quantize, str]]]] = {}
     for label, latents, codebook in tqdm(cases, title, total, disable=None):
@@ -115,9 +114,10 @@ def compare(title: str, cases: Iterator[tuple[str, Array, Array]], total: int) -
     for (label, name), checks in found.items():
         c = merge(name, "float32", tuple(checks))
         share = (c.certified or 0) / c.compared
-        print(f"{label:<19}{name:<15}{c.compared:>10}{share:>12.5%}{c.near_ties:>9}{c.flips:>9}{c.violations:>6}", flush=True)
+        record.say(f"{label:<19}{name:<15}{c.compared:>10}{share:>12.5%}{c.near_ties:>9}{c.flips:>9}{c.violations:>6}")
+        record.figures[f"{label}, {name}"] = dataclasses.asdict(c)
         if c.problem:
-            print(c.problem)
+            record.say(c.problem)
 
 
 def judge(indices: Array, latents: Array, codebook: Array, form: str, first: tuple[Array, Check] | None) -> Check:
@@ -159,22 +159,25 @@ def worst_share(precision: str, form: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--latents", type=int, default=10_000_000, help="adversarial ones (default: %(default)s)")
-    parser.add_argument("--model", type=Path, help="whose codebook is taken as well")
-    parser.add_argument("--drawn", type=int, default=10_000_000, help="latents of its own, a quarter as many around bisectors")
-    arguments = parser.parse_args()
-    print(describe())
-    print(f"{'latents':<19}{'backend':<15}{'compared':>10}{'certified':>12}{'ties':>9}{'flips':>9}{'wrong':>6}")
+    options = parser(__doc__)
+    options.add_argument("--latents", type=int, default=10_000_000, help="adversarial ones (default: %(default)s)")
+    options.add_argument("--model", type=Path, help="whose codebook is taken as well")
+    options.add_argument("--drawn", type=int, default=10_000_000, help="latents of its own, a quarter as many around bisectors")
+    arguments = options.parse_args()
+    record = Record(arguments)
+    record.say(f"{'latents':<19}{'backend':<15}{'compared':>10}{'certified':>12}{'ties':>9}{'flips':>9}{'wrong':>6}")
     with np.errstate(over="ignore", invalid="ignore"):
         cases = (("adversary", *case) for case in adversarial(arguments.latents))
-        compare("adversary", cases, -(-arguments.latents // AT_ONCE))
+        compare(record, "adversary", cases, -(-arguments.latents // AT_ONCE))
         if arguments.model:
-            compare("trained", trained(arguments.model, arguments.drawn), 2 * -(-arguments.drawn // AT_ONCE))
-    print("largest error of a difference of squared distances over its bound")
-    print(f"{'precision':<12}" + "".join(f"{form:>15}" for form in FORMS))
+            compare(record, "trained", trained(arguments.model, arguments.drawn), 2 * -(-arguments.drawn // AT_ONCE))
+    record.say("largest error of a difference of squared distances over its bound")
+    record.say(f"{'precision':<12}" + "".join(f"{form:>15}" for form in FORMS))
     for precision in PRECISIONS:
-        print(f"{precision:<12}" + "".join(f"{worst_share(precision, form):>15.3f}" for form in FORMS), flush=True)
+        shares = {form: worst_share(precision, form) for form in FORMS}
+        record.say(f"{precision:<12}" + "".join(f"{share:>15.3f}" for share in shares.values()))
+        record.figures[f"error over bound, {precision}"] = shares
+    record.write()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ one core: no step of the drawing is threaded.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from benchmarks.machine import describe
+from benchmarks.measure import Record, parser
 from vqref import images as image_files
 from vqtrain.glyphs import glyphs
 
@@ -117,18 +116,21 @@ def speed(count: int = COUNT) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.glyphs", description=__doc__.partition("\n")[0])
-    parser.add_argument("--compare", type=Path, metavar="FILE.npz", help="genuine images to measure beside the generated")
-    arguments = parser.parse_args()
-    print(describe())
+    options = parser(__doc__)
+    options.add_argument("--compare", type=Path, metavar="FILE.npz", help="genuine images to measure beside the generated")
+    arguments = options.parse_args()
+    record = Record(arguments)
     columns = {"generated": glyphs(COUNT)[0]}
     if arguments.compare:
         columns["genuine"] = image_files.load(arguments.compare).train[:COUNT, 0]
     figures = {name: measure(images) for name, images in columns.items()}
-    print(f"{'figure':<22}" + "".join(f"{name:>12}" for name in figures))
+    record.say(f"{'figure':<22}" + "".join(f"{name:>12}" for name in figures))
     for figure in FIGURES:
-        print(f"{figure:<22}" + "".join(f"{column[figure]:>12.4g}" for column in figures.values()))
-    print(f"{speed():.0f} images a second on one core")
+        record.say(f"{figure:<22}" + "".join(f"{column[figure]:>12.4g}" for column in figures.values()))
+    rate = speed()
+    record.say(f"{rate:.0f} images a second on one core")
+    record.figures = {**figures, "images a second of one core": rate}
+    record.write()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ A small network on random images, a checkpoint every second step. SIGKILL, so th
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.machine import describe
+from benchmarks.measure import Record, parser
 from vqtrain.checkpoint import read_model
 from vqtrain.runs import latest_state
 from vqtrain.state import list_states
@@ -29,13 +28,13 @@ OPTIONS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="how many times (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=60, help="epochs of the run (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--kills", type=int, default=200, help="how many times (default: %(default)s)")
+    options.add_argument("--epochs", type=int, default=60, help="epochs of the run (default: %(default)s)")
+    options.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    arguments = options.parse_args()
     rng = np.random.default_rng(arguments.seed)
-    print(describe())
+    record = Record(arguments)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         np.savez(place / "data.npz", rng.integers(0, 256, (128, 28, 28), np.uint8))
@@ -43,8 +42,8 @@ def main() -> int:
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 
         def start(name: str) -> subprocess.Popen[bytes]:
-            options = ["--name", name, "--output", f"{name}.pt"]
-            return subprocess.Popen([*command, *options], cwd=place, env=environment, stdout=subprocess.DEVNULL)
+            names = ["--name", name, "--output", f"{name}.pt"]
+            return subprocess.Popen([*command, *names], cwd=place, env=environment, stdout=subprocess.DEVNULL)
 
         if start("whole").wait() != 0:
             return 1
@@ -68,8 +67,10 @@ def main() -> int:
             start("killed").wait()
         whole, killed = (read_model(place / f"{name}.pt").params for name in ("whole", "killed"))
         equal = all(np.array_equal(whole[name], killed[name]) for name in whole)
-    print(f"{kills} SIGKILLs, {restarts} of them before a new checkpoint; {lost} lost or damaged checkpoints")
-    print(f"final parameters {'equal' if equal else 'NOT equal'} to the undisturbed run's bit for bit")
+    record.say(f"{kills} SIGKILLs, {restarts} of them before a new checkpoint; {lost} lost or damaged checkpoints")
+    record.say(f"final parameters {'equal' if equal else 'NOT equal'} to the undisturbed run's bit for bit")
+    record.figures = {"kills": kills, "without a new checkpoint": restarts, "lost": lost, "equal": equal}
+    record.write()
     return 0 if equal and not lost else 1
 
 

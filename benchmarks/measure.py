@@ -77,10 +77,16 @@ def timed(run: Callable[[], Any]) -> float:
 
 
 def in_turns(
-    runs: Mapping[str, Callable[[], float]], *, rounds: int = 5, seconds: float = 0.0, warm_up: int = 1
+    runs: Mapping[str, Callable[[], float]],
+    *,
+    rounds: int = 5,
+    seconds: float = 0.0,
+    warm_up: int = 1,
+    pause: float = 0.0,
 ) -> dict[str, list[float]]:
     """Seconds of each run, call by call in turns, at least ``rounds`` times and for ``seconds`` in all. A run returns its
-    own seconds: ``lambda: timed(call)``, or a Worker."""
+    own seconds: ``lambda: timed(call)``, or a Worker. pause: before each, so that threads which still wait for work in another
+    process have given up."""
     for run in runs.values():
         for _ in range(warm_up):
             run()
@@ -88,6 +94,7 @@ def in_turns(
     end = time.perf_counter() + seconds
     while min(map(len, found.values())) < rounds or time.perf_counter() < end:
         for name, run in runs.items():
+            time.sleep(pause)
             found[name].append(run())
     return found
 

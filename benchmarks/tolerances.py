@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 import vqref
-from benchmarks.machine import describe
+from benchmarks.measure import Record, parser
 from vqdeploy.graphs import GraphOptions, build_graphs
 from vqdeploy.int8 import quantize_graphs
 from vqdeploy.sessions import open_sessions
@@ -66,7 +66,7 @@ def reduced(spec: vqref.ModelSpec, params: Params, precision: str) -> Backend:
 
 
 def main() -> None:
-    print(describe())
+    record = Record(parser(__doc__).parse_args())
     largest: dict[tuple[str, str, float], float] = defaultdict(float)
     indices: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
 
@@ -106,12 +106,18 @@ def main() -> None:
                 report = check_graphs(spec, params, images, sessions, precision=precision, folded=folds)
                 note(f"onnxruntime {precision}", report)
 
-    print(f"{'backend':<21}{'stage':<15}{'largest error':>14}{'allowed':>9}{'share':>7}")
+    record.say(f"{'backend':<21}{'stage':<15}{'largest error':>14}{'allowed':>9}{'share':>7}")
     for (backend, stage, allowed), error in largest.items():
-        print(f"{backend:<21}{stage:<15}{error:>14.1e}{allowed:>9.0e}{error / allowed:>7.0%}")
-    print(f"{'backend':<21}{'stage':<15}{'compared':>9}{'near ties':>10}{'flips':>7}{'wrong':>7}")
+        record.say(f"{backend:<21}{stage:<15}{error:>14.1e}{allowed:>9.0e}{error / allowed:>7.0%}")
+    record.say(f"{'backend':<21}{'stage':<15}{'compared':>9}{'near ties':>10}{'flips':>7}{'wrong':>7}")
     for (backend, stage), (compared, near_ties, flips, wrong) in indices.items():
-        print(f"{backend:<21}{stage:<15}{compared:>9}{near_ties:>10}{flips:>7}{wrong:>7}")
+        record.say(f"{backend:<21}{stage:<15}{compared:>9}{near_ties:>10}{flips:>7}{wrong:>7}")
+
+    record.figures = {
+        "errors": [[*key, error] for key, error in largest.items()],
+        "indices": [[*key, *counts] for key, counts in indices.items()],
+    }
+    record.write()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""``python -m benchmarks.epochs``: whole epochs on one device, ours beside a plain eager loop with a DataLoader.
+
+Ours is what ``python -m vqtrain`` does in an epoch: images as bytes on the device, shuffled and gathered there, the seed
+recipe's step (recorded as a CUDA graph on a card), figures added up there and read once an epoch. The plain loop is the same
+network in PyTorch's own modules, float32 with PyTorch's defaults, fed by a DataLoader with two workers. Checks against the
+oracle, evaluation and pictures are not in it. On a card a profile of a hundred steps follows: how long its kernels work of the
+time that passes, and which work longest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+import vqref
+from benchmarks.measure import Record, parser
+from benchmarks.peers import Plain
+from vqtrain import VQVAE, TrainingOptions
+from vqtrain.data import Batches
+from vqtrain.memory import keep_freed_memory
+from vqtrain.metrics import Meter
+from vqtrain.rules import Rules
+from vqtrain.step import RecordedSteps, make_optimizer, training_step
+from vqtrain.train import prepare
+
+BATCH = 64
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def ours(images: npt.NDArray[np.uint8], device: torch.device, precision: str, epochs: int) -> Callable[[], float]:
+    """A function that trains so many epochs more and returns their seconds."""
+    options, spec = TrainingOptions(precision=precision, batch_size=BATCH), vqref.ModelSpec()
+    model = prepare(VQVAE(spec, vqref.init_params(spec, np.random.default_rng(0))), device)
+    optimizer, rules, batches = make_optimizer(model, options), Rules(options, 10**6), Batches(images, BATCH, device)
+    generator = torch.Generator().manual_seed(0)
+    recorded = RecordedSteps(model, optimizer, options, rules) if device.type == "cuda" else None
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(epochs):
+            meter = Meter(spec, device)
+            for batch in batches.shuffled(generator):
+                if recorded:
+                    meter.add(*recorded(batch, 0))
+                else:
+                    meter.add(*training_step(model, optimizer, batch, options, rules, 0))
+            meter.read()
+        return time.perf_counter() - start
+
+    return run
+
+
+def plain(images: npt.NDArray[np.uint8], device: torch.device, epochs: int) -> Callable[[], float]:
+    """The same of the plain loop."""
+    model = Plain().to(str(device))
+    data = TensorDataset(torch.from_numpy(images.astype(np.float32) / 255))
+    loader = DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=2, pin_memory=device.type == "cuda")
+
+    def run() -> float:
+        start = time.perf_counter()
+        for _ in range(epochs):
+            for (batch,) in loader:
+                model.step(batch.to(device))
+            wait(device)
+        return time.perf_counter() - start
+
+    return run
+
+
+def profile(record: Record, images: npt.NDArray[np.uint8], device: torch.device) -> None:
+    """Of one epoch of a hundred steps on a card."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    run = ours(images[: 100 * BATCH], device, "bfloat16", 1)
+    run()
+    with profiler(activities=[ProfilerActivity.CUDA]) as found:
+        seconds = run()
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
+    busy = sum(row.self_device_time_total for row in rows) / 1e6
+    record.say(f"a hundred steps, bfloat16: {1e3 * seconds:.0f} ms, its kernels at work for {busy / seconds:.0%}; the longest:")
+    for row in rows[:8]:
+        record.say(f"  {row.key[:70]:<72}{row.self_device_time_total / 1e3:>8.2f} ms")
+    record.figures["profile"] = {"seconds": seconds, "busy": busy}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=60_000, help="how many (default: %(default)s)")
+    options.add_argument("--epochs", type=int, default=20, help="of ours (default: %(default)s)")
+    options.add_argument("--plain-epochs", type=int, default=1, help="of the plain loop (default: %(default)s)")
+    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = options.parse_args()
+    record = Record(arguments)
+    device = torch.device(arguments.device)
+    if device.type == "cuda":
+        record.say(torch.cuda.get_device_name(device))
+    else:
+        keep_freed_memory()
+    images = np.random.default_rng(0).integers(0, 256, (arguments.images, 1, 28, 28), np.uint8)
+    record.say(f"{arguments.images} images, batches of {BATCH}     epochs   seconds   images/s")
+    runs = {f"ours, {p}": (ours(images, device, p, arguments.epochs), arguments.epochs) for p in ("float32", "bfloat16")}
+    runs["plain loop, DataLoader"] = (plain(images, device, arguments.plain_epochs), arguments.plain_epochs)
+    for name, (run, epochs) in runs.items():
+        seconds = run()
+        rate = epochs * len(images) / seconds
+        record.figures[name] = {"epochs": epochs, "seconds": seconds, "images a second": rate}
+        record.say(f"{name:<32}{epochs:>10}{seconds:>10.1f}{rate:>11.0f}")
+    if device.type == "cuda":
+        profile(record, images, device)
+    record.write()
+
+
+if __name__ == "__main__":
+    main()

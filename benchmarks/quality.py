@@ -1,0 +1,124 @@
+"""``python -m benchmarks.quality --data FOLDER``: wall time to a held-out bound, ours beside vector-quantize-pytorch.
+
+Ours is ``python -m vqtrain --epochs N --precision auto`` as a user starts it, with all that it does beside training: checks
+against the oracle, evaluation, pictures, checkpoints. The peer is the same network in PyTorch's own modules, the library's
+quantizer between them with k-means start and dead-code replacement, trained by its README's loop in batches of 64; its
+evaluation is not counted. Both are timed from the start of their processes to the end of the first epoch whose held-out bound
+is low enough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import vqref
+from benchmarks.measure import ROOT, Record, parser
+
+BATCH = 64
+DEAD_BELOW = 2
+"""The library's threshold of its averaged counts, as its README has it."""
+
+
+def peer(data: Path, epochs: int) -> None:
+    """Trains the peer; prints an epoch, its held-out bound and the seconds that evaluation took so far."""
+    import torch
+
+    from benchmarks.peers import Library
+    from vqtrain.data import Batches
+    from vqtrain.sources import load_source
+
+    torch.manual_seed(0)
+    images = load_source(str(data), lambda line: None, None)
+    assert images.held_out is not None
+    batches = Batches(images.train, BATCH, torch.device("cpu"))
+    held_out = torch.cat(list(Batches(images.held_out, BATCH, torch.device("cpu")).in_order()))
+    model = Library(kmeans_init=True, kmeans_iters=10, threshold_ema_dead_code=DEAD_BELOW)
+    generator, beside = torch.Generator().manual_seed(0), 0.0
+    for epoch in range(1, epochs + 1):
+        for batch in batches.shuffled(generator):
+            model.step(batch)
+        start = time.perf_counter()
+        bound = model.reconstruction(held_out) + math.log(vqref.ModelSpec().num_codes)
+        beside += time.perf_counter() - start
+        print(f"{epoch} {bound} {beside}", flush=True)
+
+
+def progress(command: list[str], folder: Path) -> Iterator[tuple[float, list[str]]]:
+    """(seconds since the process began, words) of each line that it prints; it is stopped when nobody asks any more."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            yield time.perf_counter() - start, line.split()
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, required=True, help="a folder with the official NumPy files, or an .npz file")
+    options.add_argument("--bound", type=float, default=270.0, help="nats an image, held out (default: %(default)s)")
+    options.add_argument("--epochs", type=int, default=7, help="that ours is told to take (default: %(default)s)")
+    options.add_argument("--peer-epochs", type=int, default=60, help="that the peer is given at most (default: %(default)s)")
+    options.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
+    arguments = options.parse_args()
+    data = arguments.data.resolve()
+    if arguments.peer:
+        return peer(data, arguments.peer_epochs)
+    record = Record(arguments)
+    common = ["--data", str(data), "--device", "cpu"]
+    ours = [sys.executable, "-m", "vqtrain", *common, "--epochs", str(arguments.epochs), "--precision", "auto"]
+    theirs = [
+        sys.executable,
+        "-m",
+        "benchmarks.quality",
+        "--peer",
+        "--data",
+        str(data),
+        "--peer-epochs",
+        str(arguments.peer_epochs),
+    ]
+    names = {f"ours, --epochs {arguments.epochs}": ours, "vector-quantize-pytorch": theirs}
+    record.say(f"{'held-out bound at most ' + str(arguments.bound):<32}{'epoch':>6}{'nats':>9}{'seconds':>9}")
+    reached: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, command in names.items():
+            course = []
+            for seconds, words in progress(command, Path(folder)):
+                if not words or not words[0].isdigit() or len(words) < 3 or words[1] == "images,":
+                    continue
+                bound, beside = (float(words[2]), 0.0) if command is ours else (float(words[1]), float(words[2]))
+                course.append({"epoch": int(words[0]), "bound": bound, "seconds": seconds - beside})
+                if bound <= arguments.bound:
+                    reached[name] = seconds - beside
+                    break
+            record.figures[name] = course
+            last = course[-1]
+            seconds_said = f"{last['seconds']:.0f}" if name in reached else "never"
+            record.say(f"{name:<32}{last['epoch']:>6}{last['bound']:>9.2f}{seconds_said:>9}")
+    if len(reached) == 2:
+        first, second = reached.values()
+        record.say(f"the library took {second / first:.1f} times as long")
+    record.write()
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Benchmarks: tables that are what was stored, runs in turns, workers that answer or say why not."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.__main__ import BLOCK, README, RESULTS, commands, tables
+from benchmarks.measure import ROOT, Record, Worker, in_turns, summary
+
+
+def test_the_tables_in_readme_are_the_stored_figures():
+    text = README.read_text()
+    assert tables(text) == text
+    named = {found[2] for found in BLOCK.finditer(text)}
+    assert named == {path.stem for path in RESULTS.glob("*.json")}
+    for name in named:
+        stored = json.loads((RESULTS / f"{name}.json").read_text())
+        assert set(stored) == {"command", "date", "machine", "printed", "figures"}
+        assert stored["machine"]["processor"]
+        assert stored["figures"]
+
+
+def test_every_benchmark_of_the_runner_is_a_module_with_a_table():
+    arguments = argparse.Namespace(model="m", data="d", tensorflow=None, short=True)
+    found = commands(arguments, [])
+    assert set(found) == {match[2] for match in BLOCK.finditer(README.read_text())}
+    assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in found)
+
+
+def test_runs_take_turns():
+    order = []
+    found = in_turns({name: lambda n=name: order.append(n) or float(len(order)) for name in "ab"}, rounds=3)
+    assert order == list("ab" + "ababab")
+    assert found == {"a": [3.0, 5.0, 7.0], "b": [4.0, 6.0, 8.0]}
+    assert summary(found["a"])["median"] == 5.0
+
+
+def test_a_worker_answers_and_one_that_cannot_says_why():
+    worker = Worker("benchmarks.nearest", "serve", "ours", "256", "64")
+    assert worker() > 0
+    assert worker.grown >= 0
+    worker.close()
+    with pytest.raises(RuntimeError, match="KeyError: 'no such kind'"):
+        Worker("benchmarks.nearest", "serve", "no such kind", "1", "1")
+
+
+def test_a_record_holds_what_was_printed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["benchmarks/nearest.py", "--rounds", "3", "--json", str(tmp_path / "x" / "r.json")])
+    record = Record(argparse.Namespace(json=tmp_path / "x" / "r.json"))
+    record.say("one line")
+    record.figures["seconds"] = 1.5
+    record.write()
+    stored = json.loads((tmp_path / "x" / "r.json").read_text())
+    assert stored["printed"] == capsys.readouterr().out.splitlines()
+    assert stored["command"] == "python -m benchmarks.nearest --rounds 3"
+    assert stored["figures"] == {"seconds": 1.5}
+
+
+def test_whole_epochs_run_on_the_processor():
+    command = ["-m", "benchmarks.epochs", "--images", "128", "--epochs", "1", "--device", "cpu"]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "ours, bfloat16" in done.stdout
+    assert "plain loop, DataLoader" in done.stdout
