@@ -18,7 +18,17 @@ from typing import Any
 import numpy as np
 
 import vqref
-from benchmarks.measure import Record, Worker, in_turns, parser, serve, summary, timed
+from benchmarks.measure import (
+    Record,
+    Worker,
+    forward_operations,
+    in_turns,
+    parser,
+    product_rates,
+    serve,
+    summary,
+    timed,
+)
 from vqref.spec import CODEBOOK
 
 BATCH = 256
@@ -115,6 +125,7 @@ def main() -> None:
     arguments = options.parse_args()
     record = Record(arguments)
 
+    from vqdeploy.bundle import Bundle
     from vqdeploy.export import export
     from vqdeploy.graphs import GraphOptions
 
@@ -135,18 +146,24 @@ def main() -> None:
                 workers[name] = Worker("benchmarks.inference", "serve", kind, str(paths[target]))
             except RuntimeError as error:
                 record.say(f"{name}: skipped: {error}")
+        spec = Bundle.open(paths["any"]).spec
         times = in_turns(workers, rounds=arguments.rounds, warm_up=2, pause=0.1)
         for worker in workers.values():
             worker.close()
-    record.say(f"{f'encode, {BATCH} images':<28}{'median ms':>10}{'10-90 %':>14}{'images/s':>10}{'over ours':>11}")
+    needed = BATCH * sum(map(forward_operations, spec.encoder))
+    limit = needed / product_rates()["float32"]
+    record.say(
+        f"{f'encode, {BATCH} images':<28}{'median ms':>10}{'10-90 %':>14}{'images/s':>10}{'over ours':>11}{'of limit':>10}"
+    )
     found = {name: summary(taken) for name, taken in times.items()}
     ours = found["ours, --target cpu"]["median"]
     for name, row in found.items():
         record.say(
             f"{name:<28}{1e3 * row['median']:>10.1f}{1e3 * row['low']:>8.1f}-{1e3 * row['high']:<5.1f}"
-            f"{BATCH / row['median']:>10.0f}{row['median'] / ours:>10.2f}x"
+            f"{BATCH / row['median']:>10.0f}{row['median'] / ours:>10.2f}x{limit / row['median']:>10.0%}"
         )
-    record.figures = {"encode": found}
+    record.say(f"limit: {needed / 1e9:.1f} Gflop at the best product's {needed / limit / 1e9:.0f} Gflop/s (float32)")
+    record.figures = {"encode": found, "limit": limit, "operations": needed}
     search(record)
     record.write()
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from vqref.machine import describe_machine
+from vqref.spec import Layer
 
 ROOT = Path(__file__).parent.parent
 
@@ -51,7 +52,7 @@ class Record:
         if self.path is None:
             return
         module = Path(sys.argv[0]).stem
-        kept = [word for word in sys.argv[1:] if word not in ("--json", str(self.path))]
+        kept = [Path(word).name for word in sys.argv[1:] if word not in ("--json", str(self.path))]  # paths are one machine's
         content = {
             "command": " ".join(["python -m", f"benchmarks.{module}", *kept]),
             "date": self.date,
@@ -153,6 +154,14 @@ def serve(run: Callable[[], Any], **said: Any) -> None:
 def peak() -> float:
     """The most memory that this process has held, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def forward_operations(layer: Layer) -> float:
+    """Floating-point operations of a row on one image: two for each weight at each place where it is applied."""
+    if not layer.parameters:
+        return 0.0
+    positions = layer.in_shape if layer.kind == "conv_transpose" else layer.out_shape
+    return 2.0 * float(np.prod(layer.parameters[0].shape)) * float(np.prod(positions[1:]))
 
 
 def product_rates() -> dict[str, float]:

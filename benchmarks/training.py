@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import vqref
-from benchmarks.measure import Record, Worker, copy_rate, in_turns, parser, product_rates, summary, timed
+from benchmarks.measure import Record, Worker, copy_rate, forward_operations, in_turns, parser, product_rates, summary, timed
 from benchmarks.steps import BATCH
 from vqref.spec import Layer
 from vqtrain.memory import keep_freed_memory
@@ -27,11 +27,8 @@ TENSORFLOW = {"TensorFlow, eager": "eager", "TensorFlow, compiled": "compiled"}
 
 
 def operations(layer: Layer) -> float:
-    """Floating-point operations of a row in one step: its product forward, and twice as many back."""
-    if not layer.parameters:
-        return 0.0
-    positions = layer.in_shape if layer.kind == "conv_transpose" else layer.out_shape
-    return 6.0 * BATCH * float(np.prod(layer.parameters[0].shape)) * float(np.prod(positions[1:]))
+    """Floating-point operations of a row in one step: forward, and twice as many back."""
+    return 3 * BATCH * forward_operations(layer)
 
 
 def layer_alone(layer: Layer) -> float:
