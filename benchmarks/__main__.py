@@ -64,6 +64,8 @@ def prepare(arguments: argparse.Namespace, folder: Path) -> list[Path]:
     bundles = [folder / precision for precision in ("fp32", "fp16", "int8")]
     for bundle in bundles:
         command = [*vqdeploy, str(arguments.model), "--output", str(bundle), "--precision", bundle.name]
+        if arguments.data is not None:
+            command += ["--data", str(arguments.data)]
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return bundles
 

@@ -77,7 +77,7 @@ def main() -> None:
     options.add_argument("--data", type=Path, required=True, help="a folder with the official NumPy files, or an .npz file")
     options.add_argument("--bound", type=float, default=270.0, help="nats an image, held out (default: %(default)s)")
     options.add_argument("--epochs", type=int, default=7, help="that ours is told to take (default: %(default)s)")
-    options.add_argument("--peer-epochs", type=int, default=60, help="that the peer is given at most (default: %(default)s)")
+    options.add_argument("--peer-epochs", type=int, default=30, help="that the peer is given at most (default: %(default)s)")
     options.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
     data = arguments.data.resolve()

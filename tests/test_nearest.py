@@ -87,8 +87,9 @@ def test_autocast_does_not_reach_the_products():
     assert torch.equal(found[:, 0], directly(latents, codebook))
 
 
-def test_what_products_cannot_bound_takes_the_direct_form():
-    assert not takes_products(torch.zeros(4096, 8), torch.zeros(8, 8))
+def test_what_products_cannot_bound_or_hasten_takes_the_direct_form():
+    assert takes_products(torch.zeros(4096, 8), torch.zeros(4096, 8))
+    assert not takes_products(torch.zeros(65_536, 64), torch.zeros(64, 64))
     assert not takes_products(torch.zeros(4, 8), torch.zeros(4096, 8))
     assert not takes_products(torch.zeros(4096, 8).bfloat16(), torch.zeros(4096, 8).bfloat16())
 

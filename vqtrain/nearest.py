@@ -23,6 +23,9 @@ cache, and the allocator gives their pages back each time: ten times as slow."""
 PRODUCT_WORK = 2**21
 """Differences, N*S*K*D, from which products are faster: measured by ``python -m benchmarks.nearest``."""
 
+PRODUCT_CODES = 256
+"""Codes from which products are faster: the direct form looks at GROUP codes of each latent in any case."""
+
 GROUP = 16
 """Codes of which only the best score is kept: the direct form looks at a group at a time."""
 
@@ -51,7 +54,7 @@ def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
 def takes_products(latents: Tensor, codebook: Tensor) -> bool:
     """Whether ``nearest`` multiplies: on CUDA that waits for the device, so that it cannot be part of a CUDA graph."""
     known = latents.dtype == codebook.dtype and latents.dtype in _PRECISIONS
-    return known and len(codebook) >= 2 * GROUP and latents.numel() * len(codebook) > PRODUCT_WORK
+    return known and len(codebook) >= PRODUCT_CODES and latents.numel() * len(codebook) > PRODUCT_WORK
 
 
 def squared_distances(latents: Tensor, codebook: Tensor) -> Iterator[Tensor]:
