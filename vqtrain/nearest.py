@@ -41,6 +41,7 @@ FORMS = ("direct", "expanded")
 _PRECISIONS = {torch.float32: "float32", torch.float64: "float64"}
 
 
+@torch.no_grad()
 def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
     """Indices (N, S) int64 of the codebook rows (K, D) nearest to latents (N, S, D): direct form, the lowest on a tie.
 
@@ -58,9 +59,12 @@ def takes_products(latents: Tensor, codebook: Tensor) -> bool:
 
 
 def squared_distances(latents: Tensor, codebook: Tensor) -> Iterator[Tensor]:
-    """||x - c||^2 of latents (M, D) and codebook (K, D) in the direct form, (m, K) for a few latents at a time."""
-    for x in latents.split(_at_once(latents, codebook.numel())):
-        yield (x[:, None] - codebook).square().sum(dim=-1)
+    """||x - c||^2 of latents (M, D) and codebook (K, D) in the direct form, (m, K) for a few latents at a time. No gradient."""
+    step = min(len(latents), _at_once(latents, codebook.numel()))
+    room = torch.empty(step, *codebook.shape, dtype=torch.result_type(latents, codebook), device=latents.device)
+    for x in latents.detach().split(max(1, step)):
+        difference = torch.sub(x[:, None], codebook, out=room[: len(x)])
+        yield difference.square_().sum(dim=-1)
 
 
 def _at_once(latents: Tensor, elements: int) -> int:
