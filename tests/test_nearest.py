@@ -94,6 +94,16 @@ def test_what_products_cannot_bound_or_hasten_takes_the_direct_form():
     assert not takes_products(torch.zeros(4096, 8).bfloat16(), torch.zeros(4096, 8).bfloat16())
 
 
+def test_a_product_that_may_be_rounded_has_a_wider_margin_or_is_not_made(monkeypatch):
+    latents, codebook = torch.randn(4096, 8), torch.randn(4096, 8)
+    usual = search.margin(latents, codebook.norm(dim=1).max())
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert (search.margin(latents, codebook.norm(dim=1).max()) > 100 * usual).all()
+    assert torch.equal(by_products(latents, codebook), directly(latents, codebook))
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    assert not takes_products(latents, codebook)
+
+
 MEMORY = """
 import resource, torch
 from vqtrain.nearest import nearest

@@ -38,7 +38,8 @@ MOST_GROUPS = 8
 FORMS = ("direct", "expanded")
 """Of a distance, as ``vqref.bounds`` names them, that decide about an index here."""
 
-_PRECISIONS = {torch.float32: "float32", torch.float64: "float64"}
+_FLOAT32_PRODUCTS = {"highest": "float32", "high": "tf32"}
+"""What ``torch.set_float32_matmul_precision`` lets a product do; with "medium", factors of 8 bits, none is of use here."""
 
 
 @torch.no_grad()
@@ -54,8 +55,15 @@ def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
 
 def takes_products(latents: Tensor, codebook: Tensor) -> bool:
     """Whether ``nearest`` multiplies: on CUDA that waits for the device, so that it cannot be part of a CUDA graph."""
-    known = latents.dtype == codebook.dtype and latents.dtype in _PRECISIONS
+    known = latents.dtype == codebook.dtype and product_precision(latents.dtype) is not None
     return known and len(codebook) >= PRODUCT_CODES and latents.numel() * len(codebook) > PRODUCT_WORK
+
+
+def product_precision(dtype: torch.dtype) -> str | None:
+    """The arithmetic of a product of such tensors, as ``vqref.bounds`` names it; None where that has no bound of use."""
+    if dtype == torch.float64:
+        return "float64"
+    return _FLOAT32_PRODUCTS.get(torch.get_float32_matmul_precision()) if dtype == torch.float32 else None
 
 
 def squared_distances(latents: Tensor, codebook: Tensor) -> Iterator[Tensor]:
@@ -136,9 +144,7 @@ def margin(latents: Tensor, largest_norm: Tensor) -> Tensor:
     """By how much the score ||c||^2 / 2 - x.c of latents (M, D) may exceed the best and its code be the choice of the direct
     form all the same, (M, 1): half of the expanded form's error for each of the two scores, and of the direct form's for each
     of the two distances."""
-    precision = _PRECISIONS[latents.dtype]
-    if latents.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 and precision == "float32":
-        precision = "tf32"
+    precision = product_precision(latents.dtype)
     norms, longest = latents.double().norm(dim=-1, keepdim=True), largest_norm.double()
     farthest = (norms + longest).square()
     bound: Any = distance_error  # arithmetic alone, so that it takes tensors as it takes arrays
