@@ -29,7 +29,7 @@ LARGEST_BATCH = 256
 
 CACHE_BYTES = 2 * 2**20
 """For each core: what the widest layer of a network may take at once on a processor. More leaves its caches: a batch of 256
-in one piece took a quarter longer."""
+in one piece took up to a quarter longer, depending on what else the machine did."""
 
 PROVIDERS: dict[str, dict[str, dict[str, str]]] = {
     "cpu": {"CPUExecutionProvider": {}},

@@ -55,8 +55,9 @@ def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
 
 def takes_products(latents: Tensor, codebook: Tensor) -> bool:
     """Whether ``nearest`` multiplies: on CUDA that waits for the device, so that it cannot be part of a CUDA graph."""
-    known = latents.dtype == codebook.dtype and product_precision(latents.dtype) is not None
-    return known and len(codebook) >= PRODUCT_CODES and latents.numel() * len(codebook) > PRODUCT_WORK
+    if len(codebook) < PRODUCT_CODES or latents.numel() * len(codebook) <= PRODUCT_WORK:
+        return False
+    return latents.dtype == codebook.dtype and product_precision(latents.dtype) is not None
 
 
 def product_precision(dtype: torch.dtype) -> str | None:
@@ -83,6 +84,8 @@ def _at_once(latents: Tensor, elements: int) -> int:
 
 def directly(latents: Tensor, codebook: Tensor) -> Tensor:
     """Indices (M,) of the codebook rows (K, D) nearest to latents (M, D), every distance in the direct form."""
+    if len(latents) <= _at_once(latents, codebook.numel()):
+        return (latents[:, None] - codebook).square_().sum(dim=-1).argmin(dim=-1)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)  # pieces kept apart would scatter the heap
     start = 0
     for distances in squared_distances(latents, codebook):
