@@ -110,6 +110,12 @@ def test_unknown_options_name_the_nearest_and_bad_values_are_usage(refused, data
     assert "0 is not at least 1" in refused(2, "-m", "vqdeploy", "verify", "x", "--limit", 0)
 
 
+def test_tf32_without_a_card_is_refused(refused, data):
+    """On a processor it would be float32 under another name."""
+    line = refused(2, "-m", "vqtrain", "--data", data, "--device", "cpu", "--precision", "tf32")
+    assert line == "vqtrain: --precision tf32: only a CUDA device has it; use float32, bfloat16 or auto\n"
+
+
 def test_a_checkpoint_that_is_none_exits_3_and_leaves_nothing(refused, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
     assert "not a vqtrain checkpoint" in refused(3, "-m", "vqdeploy", "export", "text.pt")
