@@ -1,5 +1,5 @@
-"""``python -m benchmarks``: runs every benchmark, stores its figures in ``benchmarks/results/`` and writes the tables of
-``benchmarks/README.md`` from them. Takes about an hour on two cores.
+"""``python -m benchmarks``: runs every benchmark, stores its figures in ``benchmarks/results/`` and
+writes the tables of ``benchmarks/README.md`` from them. Takes a few hours on two cores.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import grids
 from benchmarks.measure import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -22,73 +23,111 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)```\n.*?```\n", re.DOTALL)
 
 
 def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, list[str]]:
-    """What each benchmark is given. {name: arguments}."""
-    model, data = str(arguments.model), [] if arguments.data is None else ["--data", str(arguments.data)]
+    """What each benchmark is given, {name: arguments}; without the ones whose images are not."""
     tensorflow = [] if arguments.tensorflow is None else ["--tensorflow", arguments.tensorflow]
     found = {
         "training": tensorflow,
-        "inference": [model],
+        "training_residual": [],
+        "inference": [str(arguments.model)],
         "codec": [str(bundle) for bundle in bundles],
         "nearest": ["--plot", str(RESULTS / "nearest.png")],
         "epochs": ["--images", "6400", "--epochs", "2"] if arguments.short else [],
         "oracle": [],
+        "large": [],
         "glyphs": [],
         "tolerances": [],
-        "agreement": ["--model", model, *(["--latents", "500000", "--drawn", "500000"] if arguments.short else [])],
+        "agreement": agreement(arguments),
         "kills": ["--kills", "20"] if arguments.short else ["--epochs", "320"],
     }
-    return found | ({"quality": data} if data else {})
+    if arguments.data is not None:
+        found["quality"] = ["--data", str(arguments.data)]
+    if arguments.colour is not None:
+        seeds = ["--seeds", "0"] if arguments.short else []
+        found["grids"] = ["--data", str(arguments.colour), *seeds]
+    return found
+
+
+def agreement(arguments: argparse.Namespace) -> list[str]:
+    """The models, a grid's with its images if there are some, and how many latents."""
+    models = [str(model) for model in (arguments.model, arguments.grid) if model is not None]
+    data = []
+    if arguments.grid is not None and arguments.colour is not None:
+        data = ["--data", str(grids.files(arguments.colour)[0])]
+    counts = ["--latents", "500000", "--drawn", "500000"] if arguments.short else []
+    return ["--model", *models, *data, *counts]
 
 
 def tables(text: str) -> str:
-    """README with each table as its benchmark's last stored run printed it; one that was never stored stays."""
+    """README with each table as its benchmark's last stored run printed it; one that was never
+    stored stays."""
 
     def block(found: re.Match[str]) -> str:
         path = RESULTS / f"{found[2]}.json"
         if not path.exists():
             return found[0]
         content = json.loads(path.read_text())
-        return found[1] + "```\n" + "\n".join([f"$ {content['command']}", *content["printed"]]) + "\n```\n"
+        lines = [f"$ {content['command']}", *content["printed"]]
+        return found[1] + "\n".join(["```", *lines, "```"]) + "\n"
 
     return BLOCK.sub(block, text)
 
 
 def prepare(arguments: argparse.Namespace, folder: Path) -> list[Path]:
-    """A model, trained for two epochs where none was given, and its bundles in three precisions."""
-    vqdeploy = [sys.executable, "-m", "vqdeploy", "export"]
+    """A model, trained for two epochs if none was given, and its bundles in three precisions."""
+
+    def run(*words: object) -> None:
+        subprocess.run([sys.executable, "-m", *map(str, words)], check=True, cwd=ROOT)
+
+    data = [] if arguments.data is None else ["--data", arguments.data]
     if arguments.model is None:
         arguments.model = folder / "model.pt"
-        data = "glyphs" if arguments.data is None else str(arguments.data)
-        options = ["--data", data, "--epochs", "2", "--runs", str(folder), "--output", str(arguments.model)]
-        subprocess.run([sys.executable, "-m", "vqtrain", *options], check=True, cwd=ROOT)
+        where = ["--runs", folder, "--output", arguments.model]
+        run("vqtrain", *(data or ["--data", "glyphs"]), "--epochs", 2, *where)
     bundles = [folder / precision for precision in ("fp32", "fp16", "int8")]
     for bundle in bundles:
-        command = [*vqdeploy, str(arguments.model), "--output", str(bundle), "--precision", bundle.name]
-        if arguments.data is not None:
-            command += ["--data", str(arguments.data)]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        how = ["--output", bundle, "--precision", bundle.name]
+        run("vqdeploy", "export", arguments.model, *how, *data)
     return bundles
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone")
-    parser.add_argument("--model", type=Path, help="a model.pt; without one, a model is trained for two epochs")
-    parser.add_argument("--data", type=Path, help="images to train on, for the time to a bound; skipped without")
-    parser.add_argument("--tensorflow", metavar="PYTHON", help="an interpreter of an environment with TensorFlow")
-    parser.add_argument("--short", action="store_true", help="fewer kills, latents and images")
-    parser.add_argument("--tables", action="store_true", help="runs nothing: writes README's tables from what is stored")
+    parser.add_argument(
+        "--model", type=Path, help="a model.pt; without one, a model is trained for two epochs"
+    )
+    parser.add_argument("--grid", type=Path, help="a model.pt of family residual, for agreement")
+    parser.add_argument(
+        "--data", type=Path, help="images to train on, for the time to a bound; skipped without"
+    )
+    parser.add_argument(
+        "--colour", type=Path, help="a folder of colour images for grids; skipped without"
+    )
+    parser.add_argument(
+        "--tensorflow", metavar="PYTHON", help="an interpreter of an environment with TensorFlow"
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="fewer kills, latents, images and seeds"
+    )
+    parser.add_argument(
+        "--tables",
+        action="store_true",
+        help="runs nothing: writes README's tables from what is stored",
+    )
     arguments = parser.parse_args()
     failed = []
     if not arguments.tables:
         with tempfile.TemporaryDirectory() as folder:
             wanted = commands(arguments, prepare(arguments, Path(folder)))
             if unknown := set(arguments.only or wanted) - set(wanted):
-                parser.error(f"--only: {', '.join(sorted(unknown))}: not one of {', '.join(wanted)}")
+                parser.error(
+                    f"--only: {', '.join(sorted(unknown))}: not one of {', '.join(wanted)}"
+                )
             for name in arguments.only or wanted:
                 start = time.perf_counter()
                 print(f"== {name}", flush=True)
-                command = [sys.executable, "-m", f"benchmarks.{name}", *wanted[name], "--json", str(RESULTS / f"{name}.json")]
+                stored = ["--json", str(RESULTS / f"{name}.json")]
+                command = [sys.executable, "-m", f"benchmarks.{name}", *wanted[name], *stored]
                 if subprocess.run(command, check=False, cwd=ROOT).returncode:
                     failed.append(name)
                 print(f"== {name}: {time.perf_counter() - start:.0f} s\n", flush=True)

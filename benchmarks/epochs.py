@@ -1,10 +1,12 @@
-"""``python -m benchmarks.epochs``: whole epochs on one device, ours beside a plain eager loop with a DataLoader.
+"""``python -m benchmarks.epochs``: whole epochs on one device, ours beside a plain eager loop with
+a DataLoader.
 
-Ours is what ``python -m vqtrain`` does in an epoch: images as bytes on the device, shuffled and gathered there, the seed
-recipe's step (recorded as a CUDA graph on a card), figures added up there and read once an epoch. The plain loop is the same
-network in PyTorch's own modules, float32 with PyTorch's defaults, fed by a DataLoader with two workers. Checks against the
-oracle, evaluation and pictures are not in it. On a card a profile of a hundred steps follows: how long its kernels work of the
-time that passes, and which work longest.
+Ours is what ``python -m vqtrain`` does in an epoch: images as bytes on the device, shuffled and
+gathered there, the step of recipe post (recorded as a CUDA graph on a card), figures added up there
+and read once per epoch. The plain loop is the same network in PyTorch's own modules, float32 with
+PyTorch's defaults, fed by a DataLoader with two workers. Checks against the oracle, evaluation and
+pictures are not in it. On a card a profile of a hundred steps follows: for how much of the time its
+kernels work, and which work longest.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-import vqref
 from benchmarks.measure import Record, parser
 from benchmarks.peers import Plain
-from vqtrain import VQVAE, TrainingOptions
-from vqtrain.data import Batches
-from vqtrain.memory import keep_freed_memory
-from vqtrain.metrics import Meter
-from vqtrain.rules import Rules
-from vqtrain.step import RecordedSteps, make_optimizer, training_step
-from vqtrain.train import prepare
+from vqref.families import post
+from vqtrain import TrainingOptions
+from vqtrain.data.batches import Batches
+from vqtrain.device import keep_freed_memory
+from vqtrain.run.metrics import Meter
+from vqtrain.run.recording import RecordedSteps
+from vqtrain.run.rules import Rules
+from vqtrain.run.start import start_model
+from vqtrain.run.step import make_optimizer, training_step
 
 BATCH = 64
 
@@ -36,11 +39,14 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def ours(images: npt.NDArray[np.uint8], device: torch.device, precision: str, epochs: int) -> Callable[[], float]:
+def ours(
+    images: npt.NDArray[np.uint8], device: torch.device, precision: str, epochs: int
+) -> Callable[[], float]:
     """A function that trains so many epochs more and returns their seconds."""
-    options, spec = TrainingOptions(precision=precision, batch_size=BATCH), vqref.ModelSpec()
-    model = prepare(VQVAE(spec, vqref.init_params(spec, np.random.default_rng(0))), device)
-    optimizer, rules, batches = make_optimizer(model, options), Rules(options, 10**6), Batches(images, BATCH, device)
+    options, spec = TrainingOptions(precision=precision, batch_size=BATCH), post()
+    model = start_model(spec, options, images, device)
+    optimizer, rules = make_optimizer(model, options), Rules(options, 10**6)
+    batches = Batches(images, BATCH, device)
     generator = torch.Generator().manual_seed(0)
     recorded = RecordedSteps(model, optimizer, options, rules) if device.type == "cuda" else None
 
@@ -61,9 +67,11 @@ def ours(images: npt.NDArray[np.uint8], device: torch.device, precision: str, ep
 
 def plain(images: npt.NDArray[np.uint8], device: torch.device, epochs: int) -> Callable[[], float]:
     """The same of the plain loop."""
-    model = Plain().to(str(device))
+    model = Plain(post()).to(str(device))
     data = TensorDataset(torch.from_numpy(images.astype(np.float32) / 255))
-    loader = DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=2, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        data, BATCH, shuffle=True, drop_last=True, num_workers=2, pin_memory=device.type == "cuda"
+    )
 
     def run() -> float:
         start = time.perf_counter()
@@ -87,7 +95,10 @@ def profile(record: Record, images: npt.NDArray[np.uint8], device: torch.device)
         seconds = run()
     rows = sorted(found.key_averages(), key=lambda row: -row.self_device_time_total)
     busy = sum(row.self_device_time_total for row in rows) / 1e6
-    record.say(f"a hundred steps, bfloat16: {1e3 * seconds:.0f} ms, its kernels at work for {busy / seconds:.0%}; the longest:")
+    record.say(
+        f"a hundred steps, bfloat16: {1e3 * seconds:.0f} ms, "
+        f"its kernels at work for {busy / seconds:.0%}; the longest:"
+    )
     for row in rows[:8]:
         record.say(f"  {row.key[:70]:<72}{row.self_device_time_total / 1e3:>8.2f} ms")
     record.figures["profile"] = {"seconds": seconds, "busy": busy}
@@ -95,10 +106,16 @@ def profile(record: Record, images: npt.NDArray[np.uint8], device: torch.device)
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--images", type=int, default=60_000, help="how many (default: %(default)s)")
+    options.add_argument(
+        "--images", type=int, default=60_000, help="how many (default: %(default)s)"
+    )
     options.add_argument("--epochs", type=int, default=20, help="of ours (default: %(default)s)")
-    options.add_argument("--plain-epochs", type=int, default=1, help="of the plain loop (default: %(default)s)")
-    options.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument(
+        "--plain-epochs", type=int, default=1, help="of the plain loop (default: %(default)s)"
+    )
+    options.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     arguments = options.parse_args()
     record = Record(arguments)
     device = torch.device(arguments.device)
@@ -108,8 +125,14 @@ def main() -> None:
         keep_freed_memory()
     images = np.random.default_rng(0).integers(0, 256, (arguments.images, 1, 28, 28), np.uint8)
     record.say(f"{arguments.images} images, batches of {BATCH}     epochs   seconds   images/s")
-    runs = {f"ours, {p}": (ours(images, device, p, arguments.epochs), arguments.epochs) for p in ("float32", "bfloat16")}
-    runs["plain loop, DataLoader"] = (plain(images, device, arguments.plain_epochs), arguments.plain_epochs)
+    runs = {
+        f"ours, {p}": (ours(images, device, p, arguments.epochs), arguments.epochs)
+        for p in ("float32", "bfloat16")
+    }
+    runs["plain loop, DataLoader"] = (
+        plain(images, device, arguments.plain_epochs),
+        arguments.plain_epochs,
+    )
     for name, (run, epochs) in runs.items():
         seconds = run()
         rate = epochs * len(images) / seconds

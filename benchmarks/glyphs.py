@@ -1,8 +1,9 @@
-"""``python -m benchmarks.glyphs [--compare FILE.npz]``: how near the generated set is to genuine images, how fast it is drawn.
+"""``python -m benchmarks.glyphs [--compare FILE.npz]``: how near the generated set is to genuine
+images, and how fast it is drawn.
 
-The figures are of 2,000 images, because the number of dimensions grows with the number of images. FILE.npz holds genuine
-images (N, 28, 28) uint8; its first 2,000 are measured in the same way. The speed is this process's CPU time, which is that of
-one core: no step of the drawing is threaded.
+The figures are of 2,000 images, because the number of dimensions grows with the number of images.
+FILE.npz holds genuine images (N, 28, 28) uint8; its first 2,000 are measured in the same way. The
+speed is this process's CPU time, which is that of one core: no step of the drawing is threaded.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from benchmarks.measure import Record, parser
-from vqref import images as image_files
-from vqtrain.glyphs import glyphs
+from vqref.host import images as image_files
+from vqtrain.data.glyphs import glyphs
 
 Images = npt.NDArray[np.uint8]
 
@@ -44,10 +45,11 @@ def black(images: Images) -> float:
 
 
 def stroke_widths(images: Images) -> npt.NDArray[np.float64]:
-    """Width of the strokes of each image in pixels, (N,): 2d - 1, with d the mean distance to the background on the ridges.
+    """Width of the strokes of each image in pixels, (N,): 2d - 1, with d the mean distance to the
+    background on the ridges.
 
-    A ridge is an ink pixel that no neighbour exceeds in its distance to the nearest pixel without ink: a line one pixel wide
-    has d = 1. Images without ink are left out.
+    A ridge is an ink pixel that no neighbour exceeds in its distance to the nearest pixel without
+    ink: a line one pixel wide has d = 1. Images without ink are left out.
     """
     widths = []
     for ink in images >= INK:
@@ -65,14 +67,25 @@ def components(images: Images) -> float:
 
 def holes(images: Images) -> float:
     """The mean number of connected regions that the ink of an image encloses."""
-    return float(np.mean([ndimage.label(ndimage.binary_fill_holes(ink) & ~ink, EIGHT)[1] for ink in images >= INK]))
+    return float(
+        np.mean(
+            [
+                ndimage.label(ndimage.binary_fill_holes(ink) & ~ink, EIGHT)[1]
+                for ink in images >= INK
+            ]
+        )
+    )
 
 
 def box(images: Images) -> tuple[float, float]:
-    """Mean height and width in pixels of the box around an image's ink. Images without ink are left out."""
+    """Mean height and width in pixels of the box around an image's ink. Images without ink are left
+    out."""
     ink = (images >= INK)[(images >= INK).any((1, 2))]
     rows, columns = ink.any(2), ink.any(1)
-    height, width = (float(np.mean([np.ptp(np.flatnonzero(line)) + 1 for line in lines])) for lines in (rows, columns))
+    height, width = (
+        float(np.mean([np.ptp(np.flatnonzero(line)) + 1 for line in lines]))
+        for lines in (rows, columns)
+    )
     return height, width
 
 
@@ -105,7 +118,7 @@ def measure(images: Images) -> dict[str, float]:
 
 
 def speed(count: int = COUNT) -> float:
-    """Images a second of CPU time: the median of five batches, after one that fills the caches."""
+    """Images per second of CPU time: the median of five batches, after one to fill the caches."""
     glyphs(100)
     rates = []
     for repeat in range(5):
@@ -117,7 +130,12 @@ def speed(count: int = COUNT) -> float:
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--compare", type=Path, metavar="FILE.npz", help="genuine images to measure beside the generated")
+    options.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE.npz",
+        help="genuine images to measure beside the generated",
+    )
     arguments = options.parse_args()
     record = Record(arguments)
     columns = {"generated": glyphs(COUNT)[0]}
@@ -126,9 +144,11 @@ def main() -> None:
     figures = {name: measure(images) for name, images in columns.items()}
     record.say(f"{'figure':<22}" + "".join(f"{name:>12}" for name in figures))
     for figure in FIGURES:
-        record.say(f"{figure:<22}" + "".join(f"{column[figure]:>12.4g}" for column in figures.values()))
+        record.say(
+            f"{figure:<22}" + "".join(f"{column[figure]:>12.4g}" for column in figures.values())
+        )
     rate = speed()
-    record.say(f"{rate:.0f} images a second on one core")
+    record.say(f"{rate:.0f} images per second on one core")
     record.figures = {**figures, "images a second of one core": rate}
     record.write()
 

@@ -1,9 +1,10 @@
-"""``python -m benchmarks.inference MODEL``: encoding 256 images, ours beside onnxruntime by itself and PyTorch, and the search
-of a large codebook in the graph beside the direct form.
+"""``python -m benchmarks.inference MODEL``: encoding 256 images, ours beside onnxruntime by itself
+and PyTorch, and the search of a large codebook in the graph beside the direct form.
 
-Each implementation works in a process of its own with its own choice of threads, in turns. Ours: the Codec on a bundle made
-for the CPU (``export --target cpu``) and on the default one. Peers: onnxruntime on the same file, the batch in one piece;
-PyTorch's own modules with the channels last, eager and by torch.compile (skipped where there is no C++ compiler).
+Each implementation works in a process of its own with its own choice of threads, in turns. Ours:
+the Codec on a bundle made for the CPU (``export --target cpu``) and on the default one. Peers:
+onnxruntime on the same file, the batch in one piece; PyTorch's own modules with the channels last,
+eager and by torch.compile (skipped if there is no C++ compiler).
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import vqref
 from benchmarks.measure import (
     Record,
     Worker,
-    forward_operations,
     in_turns,
     parser,
     product_rates,
@@ -29,6 +29,7 @@ from benchmarks.measure import (
     summary,
     timed,
 )
+from vqref.families import post
 from vqref.spec import CODEBOOK
 
 BATCH = 256
@@ -38,7 +39,7 @@ LARGE = ((1024, 16), (4096, 16), (16_384, 64))
 
 def images(bundle: Path) -> Any:
     from vqdeploy.bundle import Bundle
-    from vqdeploy.samples import draw_images
+    from vqdeploy.proof.samples import draw_images
 
     found = Bundle.open(bundle)
     return draw_images(found.spec, found.oracle().params, BATCH)
@@ -53,7 +54,9 @@ def codec(bundle: Path) -> Callable[[], Any]:
 def bare(bundle: Path) -> Callable[[], Any]:
     import onnxruntime as ort
 
-    session = ort.InferenceSession((bundle / "tokenizer.onnx").read_bytes(), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        (bundle / "tokenizer.onnx").read_bytes(), providers=["CPUExecutionProvider"]
+    )
     return partial(session.run, None, {"images": images(bundle)})
 
 
@@ -61,13 +64,15 @@ def torch_encoder(bundle: Path, *, compiled: bool) -> Callable[[], Any]:
     """The bundle's parameters in PyTorch's own modules, codebook and cdist behind them."""
     import torch
 
-    from benchmarks.peers import usual
+    from benchmarks.peers import Rows
     from vqdeploy.bundle import Bundle
 
     found = Bundle.open(bundle)
     params = found.oracle().params
-    encoder = usual(found.spec.encoder).eval().to(memory_format=torch.channels_last)
-    values = [torch.from_numpy(array) for name, array in params.items() if name.startswith("encoder.")]
+    encoder = Rows(found.spec.encoder).eval().to(memory_format=torch.channels_last)
+    values = [
+        torch.from_numpy(array) for name, array in params.items() if name.startswith("encoder.")
+    ]
     for parameter, value in zip(encoder.parameters(), values, strict=True):
         parameter.data.copy_(value)
     codebook, batch = torch.from_numpy(params[CODEBOOK]), torch.from_numpy(images(bundle))
@@ -95,27 +100,35 @@ KINDS: dict[str, Callable[[Path], Callable[[], Any]]] = {
 
 def search(record: Record) -> None:
     """The quantizer's graph on 256 latents, direct and by products."""
-    import vqdeploy.quantizer
-    from vqdeploy.graphs import build_graphs
-    from vqdeploy.sessions import open_sessions
+    import vqdeploy.graphs.quantizer
+    from vqdeploy.graphs.build import build_graphs
+    from vqdeploy.runtime.sessions import open_sessions
 
     record.say(f"{'nearest code, 256 latents':<28}{'direct ms':>10}{'product ms':>11}{'faster':>8}")
     rng = np.random.default_rng(0)
-    usual = vqdeploy.quantizer.PRODUCT_ELEMENTS
+    usual = vqdeploy.graphs.quantizer.PRODUCT_ELEMENTS
     for k, d in LARGE:
-        spec = vqref.ModelSpec((1, 4, 4), base_depth=1, num_codes=k, code_size=d)
-        params = vqref.init_params(spec, rng) | {CODEBOOK: rng.normal(size=(k, d)).astype(np.float32)}
+        spec = post((1, 4, 4), base_depth=1, num_codes=k, code_size=d)
+        params = vqref.init_params(spec, rng) | {
+            CODEBOOK: rng.normal(size=(k, d)).astype(np.float32)
+        }
         latents = rng.normal(size=(BATCH, 1, d)).astype(np.float32)
         runs: dict[str, Callable[[], float]] = {}
         for name, elements in (("direct", 2**62), ("product", 1)):
-            vqdeploy.quantizer.PRODUCT_ELEMENTS = elements
-            sessions, _ = open_sessions({"quantizer": build_graphs(spec, params)["quantizer"]}, spec, "cpu")
+            vqdeploy.graphs.quantizer.PRODUCT_ELEMENTS = elements
+            sessions, _ = open_sessions(
+                {"quantizer": build_graphs(spec, params)["quantizer"]}, spec, "cpu"
+            )
             runs[name] = partial(timed, partial(sessions["quantizer"], latents))
-        vqdeploy.quantizer.PRODUCT_ELEMENTS = usual
-        found = {name: summary(taken) for name, taken in in_turns(runs, rounds=9, pause=0.05).items()}
+        vqdeploy.graphs.quantizer.PRODUCT_ELEMENTS = usual
+        found = {
+            name: summary(taken) for name, taken in in_turns(runs, rounds=9, pause=0.05).items()
+        }
         record.figures[f"search, {k} x {d}"] = found
         direct, product = (1e3 * found[name]["median"] for name in ("direct", "product"))
-        record.say(f"  {k} codes of {d:<14}{direct:>12.2f}{product:>11.2f}{direct / product:>7.1f}x")
+        record.say(
+            f"  {k} codes of {d:<14}{direct:>12.2f}{product:>11.2f}{direct / product:>7.1f}x"
+        )
 
 
 def main() -> None:
@@ -127,7 +140,7 @@ def main() -> None:
 
     from vqdeploy.bundle import Bundle
     from vqdeploy.export import export
-    from vqdeploy.graphs import GraphOptions
+    from vqdeploy.graphs.build import GraphOptions
 
     with tempfile.TemporaryDirectory() as folder:
         paths = {target: Path(folder) / target for target in ("any", "cpu")}
@@ -150,19 +163,24 @@ def main() -> None:
         times = in_turns(workers, rounds=arguments.rounds, warm_up=2, pause=0.1)
         for worker in workers.values():
             worker.close()
-    needed = BATCH * sum(map(forward_operations, spec.encoder))
+    needed = BATCH * sum(2 * layer.products for layer in spec.encoder)
     limit = needed / product_rates()["float32"]
     record.say(
-        f"{f'encode, {BATCH} images':<28}{'median ms':>10}{'10-90 %':>14}{'images/s':>10}{'over ours':>11}{'of limit':>10}"
+        f"{f'encode, {BATCH} images':<28}{'median ms':>10}{'10-90 %':>14}{'images/s':>10}"
+        f"{'over ours':>11}{'of limit':>10}"
     )
     found = {name: summary(taken) for name, taken in times.items()}
     ours = found["ours, --target cpu"]["median"]
     for name, row in found.items():
         record.say(
-            f"{name:<28}{1e3 * row['median']:>10.1f}{1e3 * row['low']:>8.1f}-{1e3 * row['high']:<5.1f}"
-            f"{BATCH / row['median']:>10.0f}{row['median'] / ours:>10.2f}x{limit / row['median']:>10.0%}"
+            f"{name:<28}{1e3 * row['median']:>10.1f}"
+            f"{1e3 * row['low']:>8.1f}-{1e3 * row['high']:<5.1f}{BATCH / row['median']:>10.0f}"
+            f"{row['median'] / ours:>10.2f}x{limit / row['median']:>10.0%}"
         )
-    record.say(f"limit: {needed / 1e9:.1f} Gflop at the best product's {needed / limit / 1e9:.0f} Gflop/s (float32)")
+    record.say(
+        f"limit: {needed / 1e9:.1f} Gflop at the best product's "
+        f"{needed / limit / 1e9:.0f} Gflop/s (float32)"
+    )
     record.figures = {"encode": found, "limit": limit, "operations": needed}
     search(record)
     record.write()

@@ -1,7 +1,8 @@
-"""``python -m benchmarks.kills [--kills N]``: kills a short run N times at random moments, resumes it each time, and compares
-what it ends with to a run that nobody disturbed.
+"""``python -m benchmarks.kills [--kills N]``: kills a short run N times at random moments, resumes
+it each time, and compares what it ends with to a run that nobody disturbed.
 
-A small network on random images, a checkpoint every second step. SIGKILL, so that nothing in the process can help.
+A small network on random images, a snapshot every second step. SIGKILL, so that nothing in the
+process can help.
 """
 
 from __future__ import annotations
@@ -17,21 +18,27 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import Record, parser
-from vqtrain.checkpoint import read_model
-from vqtrain.runs import latest_state
-from vqtrain.state import list_states
+from vqtrain.modelfile import read_model
+from vqtrain.run.folder import SNAPSHOTS, latest_state
+from vqtrain.run.snapshot import list_states
 
 OPTIONS = (
-    *("--data", "data.npz", "--base-depth", "2", "--num-codes", "8", "--batch-size", "16", "--checkpoint-steps", "2"),
-    *("--device", "cpu"),
+    *("--data", "data.npz", "--base-depth", "2", "--num-codes", "8", "--batch-size", "16"),
+    *("--snapshot-steps", "2", "--device", "cpu"),
 )
 
 
 def main() -> int:
     options = parser(__doc__)
-    options.add_argument("--kills", type=int, default=200, help="how many times (default: %(default)s)")
-    options.add_argument("--epochs", type=int, default=60, help="epochs of the run (default: %(default)s)")
-    options.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    options.add_argument(
+        "--kills", type=int, default=200, help="how many times (default: %(default)s)"
+    )
+    options.add_argument(
+        "--epochs", type=int, default=60, help="epochs of the run (default: %(default)s)"
+    )
+    options.add_argument(
+        "--seed", type=int, default=0, help="of the moments (default: %(default)s)"
+    )
     arguments = options.parse_args()
     rng = np.random.default_rng(arguments.seed)
     record = Record(arguments)
@@ -39,11 +46,17 @@ def main() -> int:
         place = Path(folder)
         np.savez(place / "data.npz", rng.integers(0, 256, (128, 28, 28), np.uint8))
         command = [sys.executable, "-m", "vqtrain", *OPTIONS, "--epochs", str(arguments.epochs)]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(Path(__file__).parent.parent),
+            "OMP_NUM_THREADS": "1",
+        }
 
         def start(name: str) -> subprocess.Popen[bytes]:
             names = ["--name", name, "--output", f"{name}.pt"]
-            return subprocess.Popen([*command, *names], cwd=place, env=environment, stdout=subprocess.DEVNULL)
+            return subprocess.Popen(
+                [*command, *names], cwd=place, env=environment, stdout=subprocess.DEVNULL
+            )
 
         if start("whole").wait() != 0:
             return 1
@@ -57,7 +70,7 @@ def main() -> int:
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-            states = list_states(place / "runs" / "killed" / "checkpoints")
+            states = list_states(place / "runs" / "killed" / SNAPSHOTS)
             reached = int(states[0].stem.removeprefix("step-")) if states else -1
             found = latest_state(place / "runs" / "killed") if states else None
             lost += bool(found and found[2]) + (reached < furthest)
@@ -67,9 +80,19 @@ def main() -> int:
             start("killed").wait()
         whole, killed = (read_model(place / f"{name}.pt").params for name in ("whole", "killed"))
         equal = all(np.array_equal(whole[name], killed[name]) for name in whole)
-    record.say(f"{kills} SIGKILLs, {restarts} of them before a new checkpoint; {lost} lost or damaged checkpoints")
-    record.say(f"final parameters {'equal' if equal else 'NOT equal'} to the undisturbed run's bit for bit")
-    record.figures = {"kills": kills, "without a new checkpoint": restarts, "lost": lost, "equal": equal}
+    record.say(
+        f"{kills} SIGKILLs, {restarts} of them before a new snapshot; "
+        f"{lost} lost or damaged snapshots"
+    )
+    record.say(
+        f"final parameters {'equal' if equal else 'NOT equal'} to the undisturbed run's bit for bit"
+    )
+    record.figures = {
+        "kills": kills,
+        "without a new snapshot": restarts,
+        "lost": lost,
+        "equal": equal,
+    }
     record.write()
     return 0 if equal and not lost else 1
 

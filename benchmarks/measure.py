@@ -1,4 +1,5 @@
-"""What every benchmark shares: its record, runs that take turns, workers in their own processes, and the machine's limits."""
+"""What every benchmark shares: its record, runs that take turns, workers in processes of their own,
+and the machine's limits."""
 
 from __future__ import annotations
 
@@ -16,23 +17,38 @@ from typing import Any
 
 import numpy as np
 
-from vqref.machine import describe_machine
-from vqref.spec import Layer
+from vqref.host.machine import describe_machine
 
 ROOT = Path(__file__).parent.parent
 
-PACKAGES = ("numpy", "scipy", "torch", "onnx", "onnxruntime-gpu", "onnxruntime", "vector-quantize-pytorch", "faiss-cpu")
+PACKAGES = (
+    "numpy",
+    "scipy",
+    "torch",
+    "onnx",
+    "onnxruntime-gpu",
+    "onnxruntime",
+    "vector-quantize-pytorch",
+    "faiss-cpu",
+)
 
 
 def parser(documentation: str | None) -> argparse.ArgumentParser:
     """A parser with ``--json`` and the module's documentation."""
-    made = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", type=Path, metavar="FILE", help="where to store the figures, with machine, versions and date")
+    made = argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="where to store the figures, with machine, versions and date",
+    )
     return made
 
 
 class Record:
-    """What one benchmark prints and stores. ``figures`` is what ``--json`` holds beside the printed lines."""
+    """What one benchmark prints and stores: ``--json`` gets ``figures`` beside the lines."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.path: Path | None = arguments.json
@@ -41,8 +57,12 @@ class Record:
         self.machine = describe_machine(PACKAGES)
         self.date = f"{datetime.now(UTC):%Y-%m-%d}"
         names = ("python", "numpy", "torch", "onnxruntime-gpu", "onnxruntime")
-        versions = ", ".join(f"{name} {self.machine[name]}" for name in names if name in self.machine)
-        self.say(f"{self.date}, {self.machine['processor']}, {self.machine['cores']} cores, {versions}")
+        versions = ", ".join(
+            f"{name} {self.machine[name]}" for name in names if name in self.machine
+        )
+        self.say(
+            f"{self.date}, {self.machine['processor']}, {self.machine['cores']} cores, {versions}"
+        )
 
     def say(self, line: str) -> None:
         print(line, flush=True)
@@ -52,7 +72,9 @@ class Record:
         if self.path is None:
             return
         module = Path(sys.argv[0]).stem
-        kept = [Path(word).name for word in sys.argv[1:] if word not in ("--json", str(self.path))]  # paths are one machine's
+        kept = [
+            Path(word).name for word in sys.argv[1:] if word not in ("--json", str(self.path))
+        ]  # paths are one machine's
         content = {
             "command": " ".join(["python -m", f"benchmarks.{module}", *kept]),
             "date": self.date,
@@ -85,9 +107,11 @@ def in_turns(
     warm_up: int = 1,
     pause: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Seconds of each run, call by call in turns, at least ``rounds`` times and for ``seconds`` in all. A run returns its
-    own seconds: ``lambda: timed(call)``, or a Worker. pause: before each, so that threads which still wait for work in another
-    process have given up."""
+    """Seconds of each run, call by call in turns, at least ``rounds`` times and for ``seconds``.
+
+    runs: each returns its own seconds: ``lambda: timed(call)``, or a Worker. pause: seconds before
+    each call, so that threads that still wait for work in another process have given up.
+    """
     for run in runs.values():
         for _ in range(warm_up):
             run()
@@ -101,10 +125,11 @@ def in_turns(
 
 
 class Worker:
-    """A process that does one thing whenever it is told to, and says what it took: peers with environments and settings of
-    their own take turns with us.
+    """A process that does one thing whenever it is told to, and says how long that took: peers with
+    environments and settings of their own take turns with us.
 
-    module: run by ``python``; it must call ``serve``. Raises RuntimeError with its last line where it does not come up.
+    module: run by ``python``; it must call ``serve``. Raises RuntimeError with the last line of its
+    complaint if it does not come up.
     """
 
     def __init__(self, module: str, *arguments: str, python: str = sys.executable) -> None:
@@ -143,8 +168,8 @@ class Worker:
 
 
 def serve(run: Callable[[], Any], **said: Any) -> None:
-    """A Worker's side: says that it is ready, then answers every line with the seconds that ``run`` took and the MiB by which
-    the process has grown at most since it was ready."""
+    """A Worker's side: says that it is ready, then answers every line with the seconds that ``run``
+    took, and the MiB by which the process has grown at most since it was ready."""
     before = peak()
     print(json.dumps(said), flush=True)
     for _ in sys.stdin:
@@ -153,19 +178,14 @@ def serve(run: Callable[[], Any], **said: Any) -> None:
 
 def peak() -> float:
     """The most memory that this process has held, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def forward_operations(layer: Layer) -> float:
-    """Floating-point operations of a row on one image: two for each weight at each place where it is applied."""
-    if not layer.parameters:
-        return 0.0
-    positions = layer.in_shape if layer.kind == "conv_transpose" else layer.out_shape
-    return 2.0 * float(np.prod(layer.parameters[0].shape)) * float(np.prod(positions[1:]))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def product_rates() -> dict[str, float]:
-    """The best rate of a product of two square matrices on the processor, in floating-point operations a second."""
+    """The best rate of a product of two square matrices on the processor, in floating-point
+    operations per second."""
     import torch
 
     rates = {}
@@ -174,13 +194,22 @@ def product_rates() -> dict[str, float]:
         for n in (1024, 2048, 4096):
             a, b = (torch.rand(n, n).to(dtype) for _ in range(2))
             result = a @ b
-            best = max(best, *(2 * n**3 / timed(lambda a=a, b=b, c=result: torch.mm(a, b, out=c)) for _ in range(5)))
+            best = max(
+                best,
+                *(
+                    2 * n**3 / timed(lambda a=a, b=b, c=result: torch.mm(a, b, out=c))
+                    for _ in range(5)
+                ),
+            )
         rates[name] = best
     return rates
 
 
 def copy_rate() -> float:
-    """The best rate at which the processor copies an array larger than its caches, in bytes a second, read and written."""
+    """The best rate at which the processor copies an array larger than its caches, in bytes per
+    second, read and written."""
     source = np.ones(2**26, np.float32)
     target = np.empty_like(source)
-    return float(2 * source.nbytes / min(timed(lambda: np.copyto(target, source)) for _ in range(5)))
+    return float(
+        2 * source.nbytes / min(timed(lambda: np.copyto(target, source)) for _ in range(5))
+    )

@@ -1,8 +1,9 @@
-"""``python -m benchmarks.nearest``: the nearest code and the moving averages at scale, beside one bare matrix product of the
-same size, vector-quantize-pytorch and faiss; and how time and memory grow.
+"""``python -m benchmarks.nearest``: the nearest code and the moving averages at scale, beside one
+bare matrix product of the same size, vector-quantize-pytorch and faiss; how time and memory grow.
 
-Each implementation works in a process of its own on the same normal latents (N, D) and codebook (K, D). Memory is what the
-process has grown by at most once its inputs were there. Ours answers as the direct form in float32 does.
+Each implementation works in a process of its own on the same normal latents (N, D) and codebook (K,
+D). Memory is by how much the process grew at most once its inputs were there. Ours answers as the
+direct form in float32 does.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def ours(n: int, k: int) -> Callable[[], Any]:
     count = torch.ones(k)
 
     def run() -> Any:
-        return update_ema(count, codebook, latents[:, None], nearest(latents[:, None], codebook), 0.99, 1e-5)
+        return update_ema(
+            count, codebook, latents[:, None], nearest(latents[:, None], codebook), 0.99, 1e-5
+        )
 
     return run
 
@@ -85,9 +88,18 @@ KINDS = {"ours": ours, "product": product, "library": library, "faiss": faiss}
 
 
 def beside_peers(record: Record, rounds: int) -> None:
-    record.say(f"{N} latents, {K} codes of {D}      median s       10-90 %  over product  grown MiB")
-    names = {"bare product": "product", "ours: nearest and averages": "ours", "faiss: nearest": "faiss"}
-    for group, turns in ((names, rounds), ({"bare product ": "product", "vector-quantize-pytorch": "library"}, 2)):
+    record.say(
+        f"{N} latents, {K} codes of {D}      median s       10-90 %  over product  grown MiB"
+    )
+    names = {
+        "bare product": "product",
+        "ours: nearest and averages": "ours",
+        "faiss: nearest": "faiss",
+    }
+    for group, turns in (
+        (names, rounds),
+        ({"bare product ": "product", "vector-quantize-pytorch": "library"}, 2),
+    ):
         workers: dict[str, Worker] = {}
         for name, kind in group.items():
             try:
@@ -108,20 +120,28 @@ def beside_peers(record: Record, rounds: int) -> None:
 
 
 def growth(record: Record) -> None:
-    """Time and memory over N at the K above, and over K at the N above, each size in a process of its own."""
+    """Time and memory over N at the K above, and over K at the N above, each size in a process of
+    its own."""
     sizes = {"N": [(n, K) for n in LATENTS], "K": [(N, k) for k in CODES]}
     for name, points in sizes.items():
         rows = []
         record.say(
-            f"ours, {'N' if name == 'N' else 'K'} growing{'seconds':>16}{'ns a pair':>12}{'grown MiB':>12}{'answer MiB':>12}"
+            f"ours, {name} growing{'seconds':>16}{'ns a pair':>12}{'grown MiB':>12}"
+            f"{'answer MiB':>12}"
         )
         for n, k in points:
             worker = Worker("benchmarks.nearest", "serve", "ours", str(n), str(k))
-            seconds = float(np.median(in_turns({"ours": worker}, rounds=3 if n * k <= N * K else 1)["ours"]))
+            seconds = float(
+                np.median(in_turns({"ours": worker}, rounds=3 if n * k <= N * K else 1)["ours"])
+            )
             worker.close()
             answer = (8 * n + 4 * k * (1 + 2 * D)) / 2**20  # indices, and the averages' next state
-            rows.append({"latents": n, "codes": k, "seconds": seconds, "grown": worker.grown, "answer": answer})
-            record.say(f"{n:>9} x {k:<7}{seconds:>15.4f}{1e9 * seconds / (n * k):>12.2f}{worker.grown:>12.0f}{answer:>12.0f}")
+            found = {"latents": n, "codes": k, "seconds": seconds}
+            rows.append(found | {"grown": worker.grown, "answer": answer})
+            record.say(
+                f"{n:>9} x {k:<7}{seconds:>15.4f}{1e9 * seconds / (n * k):>12.2f}"
+                f"{worker.grown:>12.0f}{answer:>12.0f}"
+            )
         record.figures[f"growth with {name}"] = rows
 
 
@@ -139,11 +159,24 @@ def draw(record: Record, path: Path) -> None:
         label = f"{unit} growing, {fixed}"
         (line,) = time_axes.plot(sizes, [row["seconds"] for row in rows], "o-", label=label)
         last = rows[-1]
-        time_axes.plot(sizes, [last["seconds"] * n / sizes[-1] for n in sizes], ":", color=line.get_color())
+        time_axes.plot(
+            sizes, [last["seconds"] * n / sizes[-1] for n in sizes], ":", color=line.get_color()
+        )
         memory_axes.plot(sizes, [row["grown"] for row in rows], "o-", label=label)
         memory_axes.plot(sizes, [row["answer"] for row in rows], ":", color=line.get_color())
-    time_axes.set(xscale="log", yscale="log", xlabel="latents or codes", ylabel="seconds", title="time (dotted: linear)")
-    memory_axes.set(xscale="log", xlabel="latents or codes", ylabel="MiB", title="memory (dotted: the answer itself)")
+    time_axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="latents or codes",
+        ylabel="seconds",
+        title="time (dotted: linear)",
+    )
+    memory_axes.set(
+        xscale="log",
+        xlabel="latents or codes",
+        ylabel="MiB",
+        title="memory (dotted: the answer itself)",
+    )
     memory_axes.set_ylim(bottom=0)
     time_axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +186,9 @@ def draw(record: Record, path: Path) -> None:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--rounds", type=int, default=7, help="of each (default: %(default)s)")
-    options.add_argument("--plot", type=Path, metavar="PNG", help="where to draw how time and memory grow")
+    options.add_argument(
+        "--plot", type=Path, metavar="PNG", help="where to draw how time and memory grow"
+    )
     arguments = options.parse_args()
     record = Record(arguments)
     beside_peers(record, arguments.rounds)

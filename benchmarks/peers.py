@@ -1,113 +1,222 @@
-"""The same network as others would train it: PyTorch's own modules, eager, float32, without our trainer."""
+"""The same networks as others would train them: PyTorch's own modules, without our trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import vqref
-from vqref.spec import Layer
-from vqtrain.options import RECIPES
+from vqref.spec import Layer, ModelSpec, plan
 
-LEARNING_RATE = RECIPES["seed"].learning_rate
-
-
-def usual(layers: Sequence[Layer]) -> nn.Sequential:
-    """The rows of the table as PyTorch's own modules."""
-    modules: list[nn.Module] = []
-    for layer in layers:
-        inputs, outputs = layer.in_shape[0], layer.out_shape[0]
-        if layer.kind == "reshape":
-            modules.append(nn.Flatten())
-            if len(layer.out_shape) > 1:
-                modules.append(nn.Unflatten(1, layer.out_shape))
-            continue
-        if layer.kind == "dense":
-            modules.append(nn.Linear(inputs, outputs))
-        else:
-            (top, bottom), (left, right) = layer.pads
-            if layer.kind == "conv":
-                modules.append(nn.ZeroPad2d((left, right, top, bottom)))
-                modules.append(nn.Conv2d(inputs, outputs, layer.kernel, layer.stride))
-            else:
-                more = layer.stride - 1  # the size that stride 2 leaves open
-                modules.append(
-                    nn.ConvTranspose2d(inputs, outputs, layer.kernel, layer.stride, padding=bottom, output_padding=more)
-                )
-        if layer.activation == "elu":
-            modules.append(nn.ELU())
-    return nn.Sequential(*modules)
+COMMITMENT = 0.25
+DECAY, EPSILON = 0.99, 1e-5
 
 
-class Library:
-    """vector-quantize-pytorch between encoder and decoder, as its README trains an autoencoder; ``options`` reach its
-    VectorQuantize."""
+class Rows(nn.Module):
+    """The rows of a network, each as PyTorch's own modules have it."""
 
-    def __init__(self, **options: Any) -> None:
-        from vector_quantize_pytorch import VectorQuantize
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__()
+        self.steps = plan(layers)
+        self.rows = nn.ModuleList(nn.Sequential(*_modules(layer)) for layer in layers)
 
-        spec = vqref.ModelSpec()
-        self.encoder, self.decoder = usual(spec.encoder), usual(spec.decoder)
-        self.quantizer = VectorQuantize(
-            dim=spec.code_size, codebook_size=spec.num_codes, decay=0.99, commitment_weight=0.25, **options
-        )
-        self.optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()], lr=LEARNING_RATE)
+    def forward(self, x: Tensor) -> Tensor:
+        values = {0: x}
+        for number, (step, row) in enumerate(zip(self.steps, self.rows, strict=True), 1):
+            taken = [values[source] for source in step.sources]
+            for spent in step.spent:
+                del values[spent]
+            values[number] = row(taken[0] if len(taken) == 1 else taken[0] + taken[1])
+        return values[len(self.steps)]
+
+
+class Function(nn.Module):
+    """A function of one tensor among modules."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def _modules(layer: Layer) -> list[nn.Module]:
+    """What a row does with its input, or with the sum of its two: nothing more for add."""
+    activations = {"linear": [], "elu": [nn.ELU()], "relu": [nn.ReLU()]}
+    return [*PRODUCTS.get(layer.kind, lambda _: [])(layer), *activations[layer.activation]]
+
+
+def _conv(layer: Layer) -> list[nn.Module]:
+    (top, bottom), (left, right) = layer.pads
+    channels = layer.in_shape[0], layer.out_shape[0]
+    if (top, left) == (bottom, right):
+        return [nn.Conv2d(*channels, layer.kernel, layer.stride, padding=(top, left))]
+    pad = nn.ZeroPad2d((left, right, top, bottom))
+    return [pad, nn.Conv2d(*channels, layer.kernel, layer.stride)]
+
+
+def _conv_transpose(layer: Layer) -> list[nn.Module]:
+    """With unequal pads, as anyone would write it: the result lies a pixel further, at the same
+    cost."""
+    (top, bottom), (left, right) = layer.pads
+    channels, more = (layer.in_shape[0], layer.out_shape[0]), (bottom - top, right - left)
+    how = {"padding": (bottom, right), "output_padding": more}
+    return [nn.ConvTranspose2d(*channels, layer.kernel, layer.stride, **how)]
+
+
+def _reshape(layer: Layer) -> list[nn.Module]:
+    return [Function(lambda x: x.reshape(len(x), *layer.out_shape))]
+
+
+def _to_vectors(layer: Layer) -> list[nn.Module]:
+    return [Function(lambda x: x.permute(0, 2, 3, 1).reshape(len(x), *layer.out_shape))]
+
+
+def _to_grid(layer: Layer) -> list[nn.Module]:
+    channels, height, width = layer.out_shape
+    shape = height, width, channels
+    return [Function(lambda x: x.reshape(len(x), *shape).permute(0, 3, 1, 2))]
+
+
+PRODUCTS: dict[str, Callable[[Layer], list[nn.Module]]] = {
+    "affine": lambda layer: [Function(lambda x: layer.scale * x + layer.shift)],
+    "conv": _conv,
+    "conv_transpose": _conv_transpose,
+    "dense": lambda layer: [nn.Linear(layer.in_shape[0], layer.out_shape[0])],
+    "reshape": _reshape,
+    "to_vectors": _to_vectors,
+    "to_grid": _to_grid,
+}
+"""The modules of each kind of row before its activation; add and activation need none."""
+
+
+class Answer(NamedTuple):
+    """outputs (N, P, H, W) and indices (N, S) for images, and the mean squared distance of latents
+    and their codes, weighted."""
+
+    outputs: Tensor
+    indices: Tensor
+    commitment: Tensor
+
+
+class Peer(ABC):
+    """A model of ``spec`` around someone else's quantizer, and its training step.
+
+    The loss is binary cross-entropy per image for a Bernoulli, else the mean squared error over
+    ``spec.variance``. half: under autocast to bfloat16. channels_last: kernels laid out so.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        learning_rate: float = 1e-3,
+        *,
+        half: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        self.spec, self.half = spec, half
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.encoder = Rows(spec.encoder).to(memory_format=layout)
+        self.decoder = Rows(spec.decoder).to(memory_format=layout)
+        learned = [*self.encoder.parameters(), *self.decoder.parameters()]
+        self.optimizer = torch.optim.Adam(learned, lr=learning_rate)
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Answer:
+        """The answer to images (N, C, H, W)."""
+
+    def loss(self, images: Tensor, outputs: Tensor) -> Tensor:
+        """Of outputs (N, P, H, W) for images (N, C, H, W)."""
+        if self.spec.likelihood == "bernoulli":
+            cost = F.binary_cross_entropy_with_logits(outputs, images, reduction="sum")
+            return cost / len(images)
+        low, high = self.spec.value_range
+        return F.mse_loss((outputs - low) / (high - low), images) / self.spec.variance
 
     def step(self, images: Tensor) -> None:
-        quantized, _, commitment = self.quantizer(self.encoder(images))
-        logits = self.decoder(quantized)
-        loss = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images) + commitment.sum()
+        """One training step."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
+            answer = self.forward(images)
+        loss = self.loss(images, answer.outputs.float()) + answer.commitment
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
 
+
+class Library(Peer):
+    """vector-quantize-pytorch between encoder and decoder, as its README trains an autoencoder;
+    ``options`` reach its VectorQuantize."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        learning_rate: float = 1e-3,
+        *,
+        half: bool = False,
+        channels_last: bool = False,
+        **options: Any,
+    ) -> None:
+        from vector_quantize_pytorch import VectorQuantize
+
+        super().__init__(spec, learning_rate, half=half, channels_last=channels_last)
+        self.quantizer = VectorQuantize(
+            dim=spec.code_size,
+            codebook_size=spec.num_codes,
+            commitment_weight=COMMITMENT,
+            **options,
+        )
+
+    def forward(self, images: Tensor) -> Answer:
+        quantized, indices, commitment = self.quantizer(self.encoder(images))
+        return Answer(self.decoder(quantized), indices, commitment.sum())
+
     @torch.no_grad()
-    def reconstruction(self, images: Tensor) -> float:
-        """Nats an image, the quantizer as it is in evaluation."""
-        for module in (self.encoder, self.quantizer, self.decoder):
-            module.eval()
-        total = 0.0
+    def answers(self, images: Tensor) -> Iterator[tuple[Tensor, Answer]]:
+        """Parts of images (N, C, H, W) and the answers to them, float32, the quantizer as it is in
+        evaluation."""
+        self.quantizer.eval()
         for part in images.split(256):
-            logits = self.decoder(self.quantizer(self.encoder(part))[0])
-            total += float(F.binary_cross_entropy_with_logits(logits, part, reduction="sum"))
-        for module in (self.encoder, self.quantizer, self.decoder):
-            module.train()
-        return total / len(images)
+            yield part, self.forward(part)
+        self.quantizer.train()
 
 
-class Plain:
-    """The post's step, written out: one-hot sums for the averages."""
+class Plain(Peer):
+    """The step as it is usually written out: cdist, and one-hot products for the averages."""
 
-    def __init__(self) -> None:
-        self.spec = vqref.ModelSpec()
-        self.encoder, self.decoder = usual(self.spec.encoder), usual(self.spec.decoder)
-        self.codebook = torch.randn(self.spec.num_codes, self.spec.code_size)
-        self.count, self.means = torch.ones(self.spec.num_codes), self.codebook.clone()
-        self.optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()], lr=LEARNING_RATE)
+    def __init__(self, spec: ModelSpec, learning_rate: float = 1e-3, **how: bool) -> None:
+        super().__init__(spec, learning_rate, **how)
+        self.codebook = torch.randn(spec.num_codes, spec.code_size)
+        self.count, self.means = torch.ones(spec.num_codes), self.codebook.clone()
 
     def to(self, device: str) -> Plain:
         """The same on another device."""
-        self.encoder, self.decoder = self.encoder.to(device), self.decoder.to(device)
-        self.codebook, self.count, self.means = (array.to(device) for array in (self.codebook, self.count, self.means))
-        self.optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.decoder.parameters()], lr=LEARNING_RATE)
+        for network in (self.encoder, self.decoder):
+            network.to(device)
+        self.codebook, self.count, self.means = (
+            array.to(device) for array in (self.codebook, self.count, self.means)
+        )
         return self
 
-    def step(self, images: Tensor) -> None:
-        latents = self.encoder(images)
-        indices = torch.cdist(latents.reshape(-1, self.spec.code_size), self.codebook).argmin(-1)
+    def forward(self, images: Tensor) -> Answer:
+        latents = self.encoder(images).float()
+        with torch.autocast(images.device.type, enabled=False):
+            indices, quantized = self._quantize(latents)
+        outputs = self.decoder(latents + (quantized - latents).detach())
+        return Answer(outputs, indices, COMMITMENT * F.mse_loss(latents, quantized))
+
+    @torch.no_grad()
+    def _quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Indices and quantized; then moves the averages."""
+        flat = latents.reshape(-1, self.spec.code_size)
+        indices = torch.cdist(flat, self.codebook).argmin(-1)
         quantized = self.codebook[indices].reshape(latents.shape)
-        logits = self.decoder(latents + (quantized - latents).detach())
-        commitment = F.mse_loss(latents, quantized)
-        loss = F.binary_cross_entropy_with_logits(logits, images, reduction="sum") / len(images) + 0.25 * commitment
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
         hits = F.one_hot(indices, self.spec.num_codes).float()
-        with torch.no_grad():
-            self.count.mul_(0.99).add_(hits.sum(0), alpha=0.01)
-            self.means.mul_(0.99).add_(hits.T @ latents.reshape(-1, self.spec.code_size), alpha=0.01)
-            self.codebook.copy_(self.means / (self.count + 1e-5)[:, None])
+        self.count.mul_(DECAY).add_(hits.sum(0), alpha=1 - DECAY)
+        self.means.mul_(DECAY).add_(hits.T @ flat, alpha=1 - DECAY)
+        self.codebook.copy_(self.means / (self.count + EPSILON)[:, None])
+        return indices.reshape(latents.shape[:2]), quantized

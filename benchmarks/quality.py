@@ -1,9 +1,11 @@
-"""``python -m benchmarks.quality --data FOLDER``: wall time to a held-out bound, ours beside vector-quantize-pytorch.
+"""``python -m benchmarks.quality --data FOLDER``: wall time to a held-out bound, ours beside
+vector-quantize-pytorch.
 
-Ours is ``python -m vqtrain --epochs N --precision auto`` as a user starts it, with all that it does beside training: checks
-against the oracle, evaluation, pictures, checkpoints. The peer is the same network in PyTorch's own modules, the library's
-quantizer between them with k-means start and dead-code replacement, trained by its README's loop in batches of 64; its
-evaluation is not counted. Both are timed from the start of their processes to the end of the first epoch whose held-out bound
+Ours is ``python -m vqtrain --epochs N --precision auto`` as a user starts it, with all that it does
+beside training: checks against the oracle, evaluation, pictures, snapshots. The peer is the same
+network in PyTorch's own modules, the library's quantizer between them with k-means start and
+dead-code replacement, trained by its README's loop in batches of 64; its evaluation is not counted.
+Both are timed from the start of their processes to the end of the first epoch whose held-out bound
 is low enough.
 """
 
@@ -19,41 +21,49 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import vqref
 from benchmarks.measure import ROOT, Record, parser
+from vqref.families import post
 
 BATCH = 64
 DEAD_BELOW = 0.05
-"""The library's threshold of its averaged counts. Their mean is 1 here: with its README's 2, nearly every code is replaced at
-every step (286 nats after seven epochs)."""
+"""The library's threshold of its averaged counts. Their mean is 1 here: with its README's 2, nearly
+every code is replaced at every step (286 nats after seven epochs)."""
 
 
 def peer(data: Path, epochs: int) -> None:
-    """Trains the peer; prints an epoch, its held-out bound and the seconds that evaluation took so far."""
+    """Trains the peer; prints each epoch, its held-out bound and the seconds that evaluation has
+    taken."""
     import torch
 
     from benchmarks.peers import Library
-    from vqtrain.data import Batches
-    from vqtrain.sources import load_source
+    from vqtrain.data.batches import Batches
+    from vqtrain.data.sources import load_source
 
     torch.manual_seed(0)
     images = load_source(str(data), lambda line: None, None)
     assert images.held_out is not None
     batches = Batches(images.train, BATCH, torch.device("cpu"))
     held_out = torch.cat(list(Batches(images.held_out, BATCH, torch.device("cpu")).in_order()))
-    model = Library(kmeans_init=True, kmeans_iters=10, threshold_ema_dead_code=DEAD_BELOW)
+    model = Library(
+        post(), decay=0.99, kmeans_init=True, kmeans_iters=10, threshold_ema_dead_code=DEAD_BELOW
+    )
     generator, beside = torch.Generator().manual_seed(0), 0.0
     for epoch in range(1, epochs + 1):
         for batch in batches.shuffled(generator):
             model.step(batch)
         start = time.perf_counter()
-        bound = model.reconstruction(held_out) + math.log(vqref.ModelSpec().num_codes)
+        costs = [
+            float(model.loss(part, answer.outputs)) * len(part)
+            for part, answer in model.answers(held_out)
+        ]
+        bound = sum(costs) / len(held_out) + math.log(model.spec.num_codes)
         beside += time.perf_counter() - start
         print(f"{epoch} {bound} {beside}", flush=True)
 
 
 def progress(command: list[str], folder: Path) -> Iterator[tuple[float, list[str]]]:
-    """(seconds since the process began, words) of each line that it prints; it is stopped when nobody asks any more."""
+    """(seconds since the process began, words) of each line that it prints; it is stopped when
+    nobody asks any more."""
     start = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -74,10 +84,24 @@ def progress(command: list[str], folder: Path) -> Iterator[tuple[float, list[str
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("--data", type=Path, required=True, help="a folder with the official NumPy files, or an .npz file")
-    options.add_argument("--bound", type=float, default=270.0, help="nats an image, held out (default: %(default)s)")
-    options.add_argument("--epochs", type=int, default=7, help="that ours is told to take (default: %(default)s)")
-    options.add_argument("--peer-epochs", type=int, default=30, help="that the peer is given at most (default: %(default)s)")
+    options.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="a folder with the official NumPy files, or an .npz file",
+    )
+    options.add_argument(
+        "--bound", type=float, default=270.0, help="nats per image, held out (default: %(default)s)"
+    )
+    options.add_argument(
+        "--epochs", type=int, default=7, help="that ours is told to take (default: %(default)s)"
+    )
+    options.add_argument(
+        "--peer-epochs",
+        type=int,
+        default=30,
+        help="that the peer is given at most (default: %(default)s)",
+    )
     options.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
     data = arguments.data.resolve()
@@ -85,7 +109,16 @@ def main() -> None:
         return peer(data, arguments.peer_epochs)
     record = Record(arguments)
     common = ["--data", str(data), "--device", "cpu"]
-    ours = [sys.executable, "-m", "vqtrain", *common, "--epochs", str(arguments.epochs), "--precision", "auto"]
+    ours = [
+        sys.executable,
+        "-m",
+        "vqtrain",
+        *common,
+        "--epochs",
+        str(arguments.epochs),
+        "--precision",
+        "auto",
+    ]
     theirs = [
         sys.executable,
         "-m",
@@ -97,7 +130,9 @@ def main() -> None:
         str(arguments.peer_epochs),
     ]
     names = {f"ours, --epochs {arguments.epochs}": ours, "vector-quantize-pytorch": theirs}
-    record.say(f"{'held-out bound at most ' + str(arguments.bound):<32}{'epoch':>6}{'nats':>9}{'seconds':>9}")
+    record.say(
+        f"{f'held-out bound at most {arguments.bound}':<32}{'epoch':>6}{'nats':>9}{'seconds':>9}"
+    )
     reached: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name, command in names.items():
@@ -105,7 +140,11 @@ def main() -> None:
             for seconds, words in progress(command, Path(folder)):
                 if not words or not words[0].isdigit() or len(words) < 3 or words[1] == "images,":
                     continue
-                bound, beside = (float(words[2]), 0.0) if command is ours else (float(words[1]), float(words[2]))
+                bound, beside = (
+                    (float(words[2]), 0.0)
+                    if command is ours
+                    else (float(words[1]), float(words[2]))
+                )
                 course.append({"epoch": int(words[0]), "bound": bound, "seconds": seconds - beside})
                 if bound <= arguments.bound:
                     reached[name] = seconds - beside

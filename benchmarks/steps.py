@@ -1,52 +1,107 @@
-"""A worker of ``benchmarks.training``: ``python -m benchmarks.steps KIND``, one training step of the post's network a line."""
+"""A worker of ``benchmarks.training``: ``python -m benchmarks.steps NETWORK KIND``, one training
+step per line."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
-import vqref
 from benchmarks.measure import serve
 from benchmarks.peers import Library, Plain
-from vqtrain import VQVAE, TrainingOptions
-from vqtrain.memory import keep_freed_memory
-from vqtrain.rules import Rules
-from vqtrain.step import make_optimizer, training_step
-from vqtrain.train import prepare
+from benchmarks.pictures import fields
+from vqref.families import FAMILIES
+from vqref.spec import ModelSpec
+from vqtrain.data.batches import Batches
+from vqtrain.device import keep_freed_memory
+from vqtrain.options import RECIPES
+from vqtrain.run.metrics import variance_of
+from vqtrain.run.rules import Rules
+from vqtrain.run.start import start_model
+from vqtrain.run.step import make_optimizer, training_step
 
-BATCH = 64
+BATCHES, STEPS = 16, 3000
+"""Batches of images that come in turns, and how many steps the run would have that these begin."""
 
 
-def images() -> torch.Tensor:
-    """Noise: what a step takes does not depend on what it sees."""
-    return torch.rand(BATCH, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+@dataclass(frozen=True)
+class Subject:
+    """What is trained: a family of networks, and how ours trains it.
+
+    batch: images per step. recipe: ours. channels_last: whether the plain step lays its kernels
+    out so, as whoever wants it fast would.
+    """
+
+    family: str
+    batch: int
+    recipe: str
+    channels_last: bool = False
 
 
-def ours(precision: str) -> Callable[[], Any]:
-    """The step of ``python -m vqtrain`` in the process as that makes it."""
+SUBJECTS = {
+    "post": Subject("post", 64, "post"),
+    "residual": Subject("residual", 32, "default", channels_last=True),
+}
+"""By the name of ``--network``."""
+
+
+def prepared(subject: Subject) -> tuple[ModelSpec, Batches]:
+    """The network and images for it."""
+    make = FAMILIES[subject.family]
+    images = fields(BATCHES * subject.batch, make().image_shape)
+    spec = make(variance=variance_of(images))
+    return spec, Batches(images, subject.batch, torch.device("cpu"))
+
+
+def in_turn(batches: Batches) -> Iterator[torch.Tensor]:
+    return itertools.cycle(list(batches.in_order()))
+
+
+def ours(subject: Subject, precision: str) -> Callable[[], Any]:
+    """The step of ``python -m vqtrain`` in the process as that makes it, from the first one with a
+    codebook on."""
     keep_freed_memory()
-    options, spec = TrainingOptions(precision=precision), vqref.ModelSpec()
-    model = prepare(VQVAE(spec, vqref.init_params(spec, np.random.default_rng(0))), torch.device("cpu"))
-    optimizer, rules, batch = make_optimizer(model, options), Rules(options, 10**6), images()
-    return lambda: training_step(model, optimizer, batch, options, rules, 0)
+    spec, batches = prepared(subject)
+    options = dataclasses.replace(
+        RECIPES[subject.recipe](spec), precision=precision, batch_size=subject.batch
+    )
+    model = start_model(spec, options, batches.images.numpy(), torch.device("cpu"))
+    optimizer, rules = make_optimizer(model, options), Rules(options, STEPS)
+    if options.kmeans_start:
+        rules.start(model, batches)
+    steps, images = itertools.count(rules.plain_steps), in_turn(batches)
+    return lambda: training_step(model, optimizer, next(images), options, rules, next(steps))
 
 
-def peer(made: Callable[[], Any]) -> Callable[[], Any]:
-    model, batch = made(), images()
-    return lambda: model.step(batch)
+def plain(subject: Subject, *, half: bool = False) -> Callable[[], Any]:
+    spec, batches = prepared(subject)
+    model = Plain(spec, half=half, channels_last=subject.channels_last)
+    images = in_turn(batches)
+    return lambda: model.step(next(images))
 
 
-KINDS: dict[str, Callable[[], Callable[[], Any]]] = {
-    "ours-float32": lambda: ours("float32"),
-    "ours-bfloat16": lambda: ours("bfloat16"),
-    "plain": lambda: peer(Plain),
-    "library": lambda: peer(Library),
+def library(subject: Subject, *, half: bool = False) -> Callable[[], Any]:
+    """As its README shows it: with its defaults, the layout of kernels as PyTorch has it."""
+    spec, batches = prepared(subject)
+    model, images = Library(spec, half=half), in_turn(batches)
+    return lambda: model.step(next(images))
+
+
+KINDS: dict[str, Callable[[Subject], Callable[[], Any]]] = {
+    "ours-float32": partial(ours, precision="float32"),
+    "ours-bfloat16": partial(ours, precision="bfloat16"),
+    "plain": plain,
+    "plain-bfloat16": partial(plain, half=True),
+    "library": library,
+    "library-bfloat16": partial(library, half=True),
 }
 
 
 if __name__ == "__main__":
-    serve(KINDS[sys.argv[1]](), torch=torch.__version__)
+    serve(KINDS[sys.argv[2]](SUBJECTS[sys.argv[1]]), torch=torch.__version__)

@@ -1,7 +1,9 @@
-"""Tokens of images by a bundle with numpy and onnxruntime alone: `python plain_onnxruntime.py BUNDLE IMAGES.npy` prints JSON.
+"""Prints the tokens of images as JSON, with numpy and onnxruntime alone:
+`python plain_onnxruntime.py BUNDLE IMAGES.npy`.
 
-IMAGES.npy holds uint8 images (N, H, W) or (N, C, H, W). What the graph is called, takes and gives is read from the bundle's
-manifest; its bytes are held to the manifest's sha256 before onnxruntime sees them.
+IMAGES.npy holds uint8 images (N, H, W) or (N, C, H, W). The bundle's manifest says what the graph
+is called, takes and gives; its bytes are held to the manifest's sha256 before onnxruntime sees
+them.
 """
 
 import hashlib
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-BATCH = 64  # images a call
+BATCH = 64  # images per call
 
 
 def main(bundle: str, images_file: str) -> None:
@@ -25,11 +27,14 @@ def main(bundle: str, images_file: str) -> None:
 
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
     taken, given = graph["inputs"][0], graph["outputs"][0]
-    images = np.load(images_file, allow_pickle=False).reshape(-1, *taken["shape"][1:])
+    images = np.load(images_file, allow_pickle=False)
+    images = images[:, None] if images.ndim == 3 else images
+    if list(images.shape[1:]) != taken["shape"][1:]:
+        raise SystemExit(f"images are {images.shape}, expected {taken['shape']}")
     tokens = []
     for first in range(0, len(images), BATCH):
-        grey = images[first : first + BATCH].astype(np.float32) / np.float32(255)
-        tokens += session.run([given["name"]], {taken["name"]: grey})[0].tolist()
+        levels = images[first : first + BATCH].astype(np.float32) / np.float32(255)
+        tokens += session.run([given["name"]], {taken["name"]: levels})[0].tolist()
     print(json.dumps(tokens))
 
 

@@ -1,6 +1,8 @@
-"""Draws images above what a bundle makes of them: `python examples/reconstructions.py BUNDLE IMAGES PICTURE.png`.
+"""Draws images above what a bundle makes of them:
+`python examples/reconstructions.py BUNDLE IMAGES PICTURE.png`.
 
-IMAGES is an .npz or .npy file of uint8 images. A program like this one needs numpy, onnxruntime and Pillow, nothing else.
+IMAGES is an .npz or .npy file of uint8 images (N, H, W), (N, C, H, W) or (N, H, W, C). A program
+like this one needs numpy, onnxruntime and Pillow, nothing else.
 """
 
 import sys
@@ -10,7 +12,7 @@ from PIL import Image
 
 from vqdeploy import Codec
 
-SCALE = 3  # screen pixels a pixel
+SCALE = 3  # screen pixels per pixel
 GAP = 2  # pixels between images
 
 
@@ -20,19 +22,23 @@ def main(bundle: str, images_file: str, picture: str) -> None:
 
     codec = Codec.load(bundle)
     indices = codec.encode(images)
-    probabilities = codec.decode(indices)
-    print(f"{len(images)} images on {codec.device}; their tokens: {indices.ravel().tolist()}")
+    reconstructions = codec.decode(indices)  # (N, C, H, W)
+    print(f"{len(images)} images on {codec.device}; tokens of the first: {indices[0].tolist()}")
 
-    above = images / 255
-    below = probabilities[:, 0]
+    below = reconstructions.transpose(0, 2, 3, 1)  # (N, H, W, C)
+    if images.ndim == 4 and images.shape[1:] == reconstructions.shape[1:]:
+        images = images.transpose(0, 2, 3, 1)
+    above = images.reshape(below.shape) / 255
     rows = [np.concatenate([frame(image) for image in row], axis=1) for row in (above, below)]
     sheet = np.concatenate(rows, axis=0).repeat(SCALE, axis=0).repeat(SCALE, axis=1)
-    Image.fromarray(np.round(255 * sheet).astype(np.uint8)).save(picture)
+    levels = np.round(255 * sheet).astype(np.uint8)
+    Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels).save(picture)
     print(f"wrote {picture}")
 
 
 def frame(image: np.ndarray) -> np.ndarray:
-    return np.pad(image, GAP, constant_values=1.0)
+    """The image with a white border."""
+    return np.pad(image, ((GAP, GAP), (GAP, GAP), (0, 0)), constant_values=1.0)
 
 
 if __name__ == "__main__":

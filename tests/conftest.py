@@ -10,27 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import GOLDEN, Golden, small_model
 
-import vqref
-from vqref.checkpoint import Model
-from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
-
-GOLDEN = Path(__file__).parent / "golden"
-ROOT = Path(__file__).parent.parent
-
-
-class Golden:
-    """One golden file: ``spec``, ``params`` and the arrays by key."""
-
-    def __init__(self, path: Path) -> None:
-        with np.load(path) as arrays:
-            self.arrays = {key: arrays[key] for key in arrays.files}
-        latent_size, num_codes, code_size, base_depth = (int(n) for n in self.arrays["spec"])
-        self.spec = vqref.ModelSpec((1, 28, 28), base_depth, latent_size, num_codes, code_size)
-        self.params = {p.name: self.arrays[f"param/{p.name}"] for p in self.spec.parameters}
-
-    def __getitem__(self, key: str) -> np.ndarray:
-        return self.arrays[key]
+from vqref import families
+from vqref.modelfile import Model
 
 
 @pytest.fixture(scope="session", params=["step_latent1", "step_latent4"])
@@ -46,7 +29,8 @@ def real_images() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def many_images(real_images: np.ndarray) -> np.ndarray:
-    """1,000 different images (uint8, 28x28) made from the genuine ones: shifted, mirrored, inverted, dimmed."""
+    """1,000 different images (uint8, 28x28) made from the genuine ones: shifted, mirrored,
+    inverted, dimmed."""
     rng = np.random.default_rng(0)
     out = []
     for i in range(1000):
@@ -58,29 +42,40 @@ def many_images(real_images: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
+def colour_images(many_images: np.ndarray) -> np.ndarray:
+    """300 colour images (300, 3, 16, 16) uint8: three of the many, cropped, as their channels."""
+    return np.ascontiguousarray(many_images[:900, 6:22, 6:22].reshape(300, 3, 16, 16))
+
+
+@pytest.fixture(scope="session")
 def model() -> Model:
-    """A small model whose codebook lies among its latents, so that every code is near something: four latents of 16."""
-    return small_model(vqref.ModelSpec((1, 28, 28), base_depth=4, latent_size=4, num_codes=16, code_size=8))
+    """A small model of family post: four latents of 16 codes."""
+    return small_model(
+        families.post((1, 28, 28), base_depth=4, latent_size=4, num_codes=16, code_size=8)
+    )
 
 
-def small_model(spec: vqref.ModelSpec, seed: int = 0) -> Model:
-    rng = np.random.default_rng(seed)
-    params = vqref.init_params(spec, rng)
-    for name, array in params.items():
-        if name.endswith(".bias"):
-            params[name] = rng.normal(0, 0.1, array.shape).astype(np.float32)
-    latents = vqref.encode(spec, params, rng.random((64, *spec.image_shape)))
-    rows = rng.choice(latents.reshape(-1, spec.code_size), spec.num_codes)
-    params[CODEBOOK] = (rows + rng.normal(0, 0.05, rows.shape)).astype(np.float32)
-    params[EMA_COUNT] = rng.uniform(0, 4, spec.num_codes).astype(np.float32)
-    params[EMA_MEANS] = params[CODEBOOK] * params[EMA_COUNT][:, None]
-    return Model(spec, params, {"epochs": 1}, {}, {"data": {"source": "test", "sha256": "0" * 64, "images": 1}})
+@pytest.fixture(scope="session")
+def residual_model() -> Model:
+    """A small model of family residual: a 4x4 grid of 32 codes on colour images."""
+    sizes = {"hidden": 16, "blocks": 1, "block_hidden": 8, "num_codes": 32, "code_size": 8}
+    return small_model(families.residual((3, 16, 16), **sizes, variance=0.08))
 
 
 @pytest.fixture(scope="session")
 def model_file(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model`` as a model.pt."""
-    from vqtrain.checkpoint import write_model
+    return _written(model, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def residual_file(residual_model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``residual_model`` as a model.pt."""
+    return _written(residual_model, tmp_path_factory)
+
+
+def _written(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vqtrain.modelfile import write_model
 
     path = tmp_path_factory.mktemp("model") / "model.pt"
     write_model(path, model)
@@ -90,6 +85,16 @@ def model_file(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """``model`` as a bundle."""
+    return _exported(model_file, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def residual_bundle(residual_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``residual_model`` as a bundle."""
+    return _exported(residual_file, tmp_path_factory)
+
+
+def _exported(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from vqdeploy.export import export
 
     path = tmp_path_factory.mktemp("bundle") / "model-onnx"
@@ -102,9 +107,12 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """Runs ``python -m ...`` in an empty folder, as a user would; warnings of ours are errors there too."""
+    """Runs ``python -m ...`` in an empty folder, as a user would; warnings of ours are errors there
+    too."""
 
-    def python(*arguments: object, cwd: Path = tmp_path, **environment: str) -> subprocess.CompletedProcess[str]:
+    def python(
+        *arguments: object, cwd: Path = tmp_path, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, "-W", "error::DeprecationWarning:vq", *map(str, arguments)],
             cwd=cwd,

@@ -1,18 +1,27 @@
-"""One comparison for every backend: an honest one passes in both precisions, and each corruption is named by its stage."""
+"""One comparison for every backend: an honest one passes in both precisions, and each corruption is
+named by its stage."""
 
 import dataclasses
 
 import numpy as np
 import pytest
+from support import small_model
 
 import vqref
-from vqref.agreement import Backend, compare
+from vqref import families
+from vqref.agreement import budget, stages
+from vqref.agreement.stages import Backend, check_reconstructions, compare
+from vqref.dialects import DIALECTS, POST
+from vqref.likelihoods import LIKELIHOODS
 from vqref.spec import CODEBOOK
 
+DECAY, EPSILON = 0.99, 1e-5
 
-def honest(model, precision: str) -> Backend:
+
+def honest(model, precision, dialect=POST, steps=0):
     """The oracle itself behind the interface of a backend, rounded to ``precision``."""
     spec, params = model.spec, model.params
+    how = DECAY, EPSILON, dialect
     codebook = params[CODEBOOK]
 
     def quantizer(latents):
@@ -20,30 +29,39 @@ def honest(model, precision: str) -> Backend:
         return q.indices, q.quantized.astype(precision)
 
     def decoder(quantized):
-        logits = vqref.decode(spec, params, quantized)
-        return logits.astype(precision), vqref.sigmoid(logits).astype(precision)
+        outputs = vqref.decode(spec, params, quantized)
+        return outputs.astype(precision), vqref.reconstruct(spec, outputs).astype(precision)
 
-    def losses(images, logits, latents, quantized):
-        out = vqref.compute_losses(spec, images, logits, latents, quantized)
+    def losses(images, outputs, latents, quantized):
+        out = vqref.compute_losses(spec, images, outputs, latents, quantized)
         return np.array([out.reconstruction, out.commitment, out.prior, out.total], precision)
 
     def ema(latents, indices):
-        after = vqref.update_ema(vqref.EMAState.from_params(params), latents, indices)
-        return tuple(getattr(after, name).astype(precision) for name in ("codebook", "ema_count", "ema_means"))
+        after = vqref.update_ema(vqref.EMAState.from_params(params, steps), latents, indices, *how)
+        return tuple(
+            getattr(after, name).astype(precision)
+            for name in ("codebook", "ema_count", "ema_means")
+        )
 
     def draw(latents, gumbel, temperature):
         return vqref.draw_indices(latents, codebook, gumbel, temperature)
 
     def reset(codes, rows, counts):
-        after = vqref.reset_codes(vqref.EMAState.from_params(params), codes, rows, counts)
-        return tuple(getattr(after, name).astype(precision) for name in ("codebook", "ema_count", "ema_means"))
+        state = vqref.EMAState.from_params(params, steps)
+        after = vqref.reset_codes(state, codes, rows, counts, *how)
+        return tuple(
+            getattr(after, name).astype(precision)
+            for name in ("codebook", "ema_count", "ema_means")
+        )
 
     return Backend(
         precision,
         encoder=lambda images: vqref.encode(spec, params, images).astype(precision),
         quantizer=quantizer,
         decoder=decoder,
-        tokenizer=lambda images: vqref.quantize(vqref.encode(spec, params, images), codebook).indices,
+        tokenizer=lambda images: (
+            vqref.quantize(vqref.encode(spec, params, images), codebook).indices
+        ),
         detokenizer=lambda indices: decoder(codebook[indices])[1],
         losses=losses,
         ema=ema,
@@ -52,17 +70,102 @@ def honest(model, precision: str) -> Backend:
     )
 
 
-STAGES = ["encoder", "quantizer", "quantized", "tokenizer", "decoder", "probabilities", "detokenizer", "losses"]
+STAGES = [
+    "encoder",
+    "quantizer",
+    "quantized",
+    "tokenizer",
+    "decoder",
+    "reconstructions",
+    "detokenizer",
+    "losses",
+]
+
+
+ALL_STAGES = [
+    *STAGES,
+    *("codebook", "ema_count", "ema_means"),
+    *("draw", "reset codebook", "reset count", "reset means"),
+]
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_an_honest_backend_agrees_in_every_stage(model, real_images, precision):
     report = compare(model.spec, model.params, real_images, honest(model, precision)).require()
-    assert [c.stage for c in report.checks] == [
-        *STAGES,
-        *("codebook", "ema_count", "ema_means"),
-        *("draw", "reset codebook", "reset count", "reset means"),
-    ]
+    assert [c.stage for c in report.checks] == ALL_STAGES
+    assert report.images == 16
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_an_honest_backend_agrees_on_a_grid_under_every_likelihood(likelihood, precision):
+    sizes = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
+    spec = families.residual((3, 16, 16), **sizes, likelihood=likelihood, variance=0.08)
+    model = small_model(spec)
+    images = np.random.default_rng(0).random((4, 3, 16, 16))
+    report = compare(spec, model.params, images, honest(model, precision)).require()
+    assert [c.stage for c in report.checks] == ALL_STAGES
+
+
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=list(DIALECTS))
+def test_averages_and_resets_are_judged_in_the_dialect_and_at_the_step_of_the_run(
+    model, real_images, dialect
+):
+    backend = honest(model, "float64", dialect, steps=3)
+    for judge, steps, passes in (
+        (dialect, 3, True),
+        (dialect, 9, not dialect.debiased),
+        (POST, 3, dialect == POST),
+    ):
+        how = {"dialect": judge, "steps": steps}
+        assert compare(model.spec, model.params, real_images, backend, **how).passed is passes
+
+
+def test_what_the_caller_knows_is_not_computed_again(model, real_images, monkeypatch):
+    known = vqref.forward(model.spec, model.params, real_images)
+    backend = honest(model, "float64")
+    monkeypatch.setattr(stages, "encode", None)
+    report = compare(model.spec, model.params, real_images, backend, known=known).require()
+    assert [c.stage for c in report.checks] == ALL_STAGES
+    wrong = dataclasses.replace(known, latents=known.latents + 1e-3)
+    monkeypatch.undo()
+    assert not compare(model.spec, model.params, real_images, backend, known=wrong).passed
+
+
+def test_every_code_is_probed_at_every_position_or_at_one_place_of_a_grid(model, residual_model):
+    for each in (model, residual_model):
+        tokens = stages._probe_tokens(each.spec)
+        assert set(tokens.ravel()) == set(range(each.spec.num_codes))
+        assert tokens.shape[1] == each.spec.latent_size
+    assert all(set(column) == set(range(16)) for column in stages._probe_tokens(model.spec).T)
+    latents = stages._probe_latents(model.spec, model.params[CODEBOOK])
+    assert latents.shape == (4, 4, 8)
+
+
+def test_reconstructions_may_be_off_by_what_the_outputs_may_be_times_the_slope(residual_model):
+    spec = residual_model.spec
+    outputs = np.zeros((2, *spec.output_shape))
+    outputs[0, 0, 0, 0] = 100.0  # clipped, and the scale of its image
+    exact = vqref.reconstruct(spec, outputs)
+    for image, by, passes in ((0, 5e-4, True), (1, 5e-4, False), (1, 5e-6, True)):
+        found = exact.copy()
+        found[image, 1, 2, 3] += by
+        judged = check_reconstructions(
+            "reconstructions", found.astype(np.float32), outputs, "float32", spec
+        )
+        assert judged.passed is passes
+
+
+def test_a_check_takes_as_many_images_as_fit_its_seconds_and_at_least_four():
+    small, large = families.post(), families.residual((3, 256, 256), downsample=8, num_codes=16384)
+    assert budget.images_within(small) == 64
+    assert budget.images_within(small, most=5) == 5
+    assert budget.images_within(large) == 4
+    assert budget.images_within(large, most=2) == 2
+    middle = families.residual((3, 64, 64))
+    fits = budget.images_within(middle)
+    assert 4 < fits < 64
+    assert fits * budget.seconds_per_image(middle) <= budget.SECONDS
 
 
 def swap(stage: str, corrupt):
@@ -88,7 +191,9 @@ def row_of_the_codebook(damaged: int):
     def corrupted(backend: Backend) -> Backend:
         def quantizer(latents):
             indices, quantized = backend.quantizer(latents)
-            return indices, np.where((indices == damaged)[..., None], quantized + np.float32(1e-3), quantized)
+            return indices, np.where(
+                (indices == damaged)[..., None], quantized + np.float32(1e-3), quantized
+            )
 
         return dataclasses.replace(backend, quantizer=quantizer)
 
@@ -98,34 +203,70 @@ def row_of_the_codebook(damaged: int):
 MUTANTS = {
     "encoder off by 1e-4": ("encoder", swap("encoder", nudge)),
     "encoder transposed": ("encoder", swap("encoder", lambda x: x[::-1])),
-    "encoder in float16": ("encoder", swap("encoder", lambda x: x.astype(np.float16).astype(np.float32))),
-    "index of the next code": ("quantizer", swap("quantizer", lambda out: ((out[0] + 1) % 16, out[1]))),
-    "quantized from elsewhere": ("quantized", swap("quantizer", lambda out: (out[0], nudge(out[1], 1e-7)))),
-    "quantized in float64": ("quantized", swap("quantizer", lambda out: (out[0], out[1].astype(np.float64)))),
+    "encoder in float16": (
+        "encoder",
+        swap("encoder", lambda x: x.astype(np.float16).astype(np.float32)),
+    ),
+    "index of the next code": (
+        "quantizer",
+        swap("quantizer", lambda out: ((out[0] + 1) % 16, out[1])),
+    ),
+    "quantized from elsewhere": (
+        "quantized",
+        swap("quantizer", lambda out: (out[0], nudge(out[1], 1e-7))),
+    ),
+    "quantized in float64": (
+        "quantized",
+        swap("quantizer", lambda out: (out[0], out[1].astype(np.float64))),
+    ),
     "one damaged codebook row": ("quantized", row_of_the_codebook(5)),
-    "logits off by 1e-4": ("decoder", swap("decoder", lambda out: (nudge(out[0]), out[1]))),
-    "probabilities are logits": ("probabilities", swap("decoder", lambda out: (out[0], out[0]))),
+    "outputs off by 1e-4": ("decoder", swap("decoder", lambda out: (nudge(out[0]), out[1]))),
+    "reconstructions are outputs": (
+        "reconstructions",
+        swap("decoder", lambda out: (out[0], out[0])),
+    ),
     "tokens rolled by one image": ("tokenizer", swap("tokenizer", lambda x: np.roll(x, 1, axis=0))),
     "tokens of another order": ("tokenizer", swap("tokenizer", lambda x: x[:, ::-1].copy())),
     "detokenizer ignores positions": (
         "detokenizer",
-        lambda backend: dataclasses.replace(backend, detokenizer=lambda i: backend.detokenizer(i[:, ::-1])),
+        lambda backend: dataclasses.replace(
+            backend, detokenizer=lambda i: backend.detokenizer(i[:, ::-1])
+        ),
     ),
     "prior left out": ("losses", swap("losses", lambda x: x - np.array([0, 0, 0, x[2]]))),
-    "mean of pixels": ("losses", swap("losses", lambda x: x / np.array([784, 1, 1, 1], np.float32))),
-    "epsilon left out": ("codebook", swap("ema", lambda out: (out[2] / out[1][:, None], out[1], out[2]))),
-    "count not updated": ("ema_count", swap("ema", lambda out: (out[0], out[1] * np.float32(1.01), out[2]))),
+    "mean of pixels": (
+        "losses",
+        swap("losses", lambda x: x / np.array([784, 1, 1, 1], np.float32)),
+    ),
+    "epsilon left out": (
+        "codebook",
+        swap("ema", lambda out: (out[2] / out[1][:, None], out[1], out[2])),
+    ),
+    "count not updated": (
+        "ema_count",
+        swap("ema", lambda out: (out[0], out[1] * np.float32(1.01), out[2])),
+    ),
     "drawn from elsewhere": ("draw", swap("draw", lambda x: (x + 1) % 16)),
     "drawn without noise": (
         "draw",
-        lambda backend: dataclasses.replace(backend, draw=lambda x, gumbel, t: backend.draw(x, 0 * gumbel, t)),
+        lambda backend: dataclasses.replace(
+            backend, draw=lambda x, gumbel, t: backend.draw(x, 0 * gumbel, t)
+        ),
     ),
     "drawn at twice the temperature": (
         "draw",
-        lambda backend: dataclasses.replace(backend, draw=lambda x, gumbel, t: backend.draw(x, gumbel, 2 * t)),
+        lambda backend: dataclasses.replace(
+            backend, draw=lambda x, gumbel, t: backend.draw(x, gumbel, 2 * t)
+        ),
     ),
-    "reset leaves the count": ("reset count", swap("reset", lambda out: (out[0], out[1] + np.float32(1), out[2]))),
-    "reset leaves the means": ("reset means", swap("reset", lambda out: (out[0], out[1], out[2] * np.float32(2)))),
+    "reset leaves the count": (
+        "reset count",
+        swap("reset", lambda out: (out[0], out[1] + np.float32(1), out[2])),
+    ),
+    "reset leaves the means": (
+        "reset means",
+        swap("reset", lambda out: (out[0], out[1], out[2] * np.float32(2))),
+    ),
     "means not decayed": ("ema_means", swap("ema", lambda out: (out[0], out[1], nudge(out[2])))),
 }
 
@@ -139,4 +280,6 @@ def test_a_corrupted_backend_is_caught_at_its_stage_and_nowhere_else(model, real
 
 def test_a_stage_left_out_is_not_compared(model, real_images):
     backend = Backend("float32", encoder=honest(model, "float32").encoder)
-    assert [c.stage for c in compare(model.spec, model.params, real_images, backend).checks] == ["encoder"]
+    assert [c.stage for c in compare(model.spec, model.params, real_images, backend).checks] == [
+        "encoder"
+    ]

@@ -1,9 +1,10 @@
-"""Benchmarks: tables that are what was stored, runs in turns, workers that answer or say why not."""
+"""Benchmarks: tables of what was stored, runs in turns, workers that answer or say why not."""
 
 import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -23,16 +24,39 @@ def test_the_tables_in_readme_are_the_stored_figures():
         assert stored["figures"]
 
 
+def asked(**changes):
+    """The runner's arguments: a model, and nothing else but the changes."""
+    nothing = {"data": None, "colour": None, "grid": None, "tensorflow": None}
+    return argparse.Namespace(**{**nothing, "model": Path("m"), "short": True, **changes})
+
+
+def test_a_grid_is_judged_beside_its_images_if_both_are_given(tmp_path):
+    for name in ("emoji-train.npz", "emoji-test.npz"):
+        (tmp_path / name).touch()
+    words = commands(asked(grid=Path("g"), colour=tmp_path), [])["agreement"]
+    assert words[:3] == ["--model", "m", "g"]
+    assert words[3:5] == ["--data", str(tmp_path / "emoji-train.npz")]
+    assert "--data" not in commands(asked(grid=Path("g")), [])["agreement"]
+
+
+def test_benchmarks_whose_images_are_not_given_are_left_out():
+    without, with_data = commands(asked(), []), commands(asked(data=Path("d")), [])
+    assert set(with_data) - set(without) == {"quality"}
+    assert "grids" in commands(asked(colour=Path("c")), [])
+    assert "grids" not in with_data
+
+
 def test_every_benchmark_of_the_runner_is_a_module_with_a_table():
-    arguments = argparse.Namespace(model="m", data="d", tensorflow=None, short=True)
-    found = commands(arguments, [])
+    found = commands(asked(data=Path("d"), colour=Path("c")), [])
     assert set(found) == {match[2] for match in BLOCK.finditer(README.read_text())}
     assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in found)
 
 
 def test_runs_take_turns():
     order = []
-    found = in_turns({name: lambda n=name: order.append(n) or float(len(order)) for name in "ab"}, rounds=3)
+    found = in_turns(
+        {name: lambda n=name: order.append(n) or float(len(order)) for name in "ab"}, rounds=3
+    )
     assert order == list("ab" + "ababab")
     assert found == {"a": [3.0, 5.0, 7.0], "b": [4.0, 6.0, 8.0]}
     assert summary(found["a"])["median"] == 5.0
@@ -48,7 +72,11 @@ def test_a_worker_answers_and_one_that_cannot_says_why():
 
 
 def test_a_record_holds_what_was_printed(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmarks/nearest.py", "--rounds", "3", "--json", str(tmp_path / "x" / "r.json")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["benchmarks/nearest.py", "--rounds", "3", "--json", str(tmp_path / "x" / "r.json")],
+    )
     record = Record(argparse.Namespace(json=tmp_path / "x" / "r.json"))
     record.say("one line")
     record.figures["seconds"] = 1.5
@@ -61,6 +89,8 @@ def test_a_record_holds_what_was_printed(tmp_path, capsys, monkeypatch):
 
 def test_whole_epochs_run_on_the_processor():
     command = ["-m", "benchmarks.epochs", "--images", "128", "--epochs", "1", "--device", "cpu"]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "ours, bfloat16" in done.stdout
     assert "plain loop, DataLoader" in done.stdout

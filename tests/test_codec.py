@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from conftest import ROOT
+from support import ROOT
 
 import vqref
 from vqdeploy import Codec
-from vqref.commandline import InputError, MachineError
+from vqref.errors import InputError, MachineError
+from vqref.host.images import as_batch
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +22,22 @@ def codec(bundle) -> Codec:
     return Codec.load(bundle, device="cpu")
 
 
-def test_encode_gives_the_oracles_indices_and_decode_its_probabilities(codec, model, many_images):
-    images = (many_images[:100, None] / np.float32(255)).astype(np.float32)
-    out = vqref.forward(model.spec, model.params, images)
+@pytest.mark.parametrize(
+    ("kind", "pictures"), [("", "many_images"), ("residual_", "colour_images")], ids=str
+)
+def test_encode_gives_the_oracles_indices_and_decode_its_reconstructions(request, kind, pictures):
+    model = request.getfixturevalue(f"{kind}model")
+    codec = Codec.load(request.getfixturevalue(f"{kind}bundle"), "cpu")
+    spec, images = model.spec, request.getfixturevalue(pictures)[:100]
+    out = vqref.forward(spec, model.params, as_batch(images, spec.image_shape))
     indices = codec.encode(images)
-    assert (indices.shape, indices.dtype) == ((100, 4), np.int64)
-    np.testing.assert_array_equal(indices[out.gap.min(axis=1) > 1e-3], out.indices[out.gap.min(axis=1) > 1e-3])
+    assert (indices.shape, indices.dtype) == ((100, spec.latent_size), np.int64)
+    clear = out.gap > 1e-3
+    np.testing.assert_array_equal(indices[clear], out.indices[clear])
     assert (indices == out.indices).mean() > 0.99
-    probabilities = codec.decode(out.indices)
-    assert (probabilities.shape, probabilities.dtype) == ((100, 1, 28, 28), np.float32)
-    np.testing.assert_allclose(probabilities, out.probabilities, atol=1e-5)
+    reconstructions = codec.decode(out.indices)
+    assert (reconstructions.shape, reconstructions.dtype) == ((100, *spec.image_shape), np.float32)
+    np.testing.assert_allclose(reconstructions, out.reconstructions, atol=1e-5)
     np.testing.assert_array_equal(codec.reconstruct(images), codec.decode(indices))
 
 
@@ -67,7 +74,10 @@ def test_it_says_what_it_is_and_what_runs(codec, model):
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (np.zeros((2, 28, 27)), r"images: shape is \(2, 28, 27\), expected \(N, 28, 28\), \(N, 1, 28, 28\)"),
+        (
+            np.zeros((2, 28, 27)),
+            r"images: shape is \(2, 28, 27\), expected \(N, 28, 28\), \(N, 1, 28, 28\)",
+        ),
         (np.full((1, 28, 28), np.nan), "images: nan at"),
         (np.full((1, 28, 28), 255.0), r"values from 255 to 255, expected \[0, 1\] \(or uint8\)"),
         (np.zeros((1, 28, 28), int), "images: dtype is int64"),
@@ -93,12 +103,15 @@ def test_indices_that_it_cannot_decode_are_named_and_never_wrap(codec, indices, 
 
 
 def test_colour_images_of_another_size_in_both_layouts(tmp_path):
-    from conftest import small_model
+    from support import small_model
 
     from vqdeploy.export import export
-    from vqtrain.checkpoint import write_model
+    from vqref import families
+    from vqtrain.modelfile import write_model
 
-    model = small_model(vqref.ModelSpec((3, 16, 24), base_depth=4, latent_size=2, num_codes=8, code_size=4))
+    model = small_model(
+        families.post((3, 16, 24), base_depth=4, latent_size=2, num_codes=8, code_size=4)
+    )
     write_model(tmp_path / "m.pt", model)
     export(tmp_path / "m.pt", tmp_path / "b")
     codec = Codec.load(tmp_path / "b", device="cpu")
@@ -107,7 +120,7 @@ def test_colour_images_of_another_size_in_both_layouts(tmp_path):
     np.testing.assert_array_equal(indices, codec.encode(images.transpose(0, 3, 1, 2)))
     out = vqref.forward(model.spec, model.params, images.transpose(0, 3, 1, 2) / np.float32(255))
     np.testing.assert_array_equal(indices, out.indices)
-    np.testing.assert_allclose(codec.decode(indices), out.probabilities, atol=1e-5)
+    np.testing.assert_allclose(codec.decode(indices), out.reconstructions, atol=1e-5)
 
 
 def test_threads_share_one_codec(codec, many_images):
@@ -127,7 +140,11 @@ def test_it_is_pickled_for_a_worker_process(codec, many_images):
         (found,) = pool.map(codec.encode, [many_images[:20]])
     np.testing.assert_array_equal(found, codec.encode(many_images[:20]))
     again = pickle.loads(pickle.dumps(codec))
-    assert (again.spec, again.device, again.providers) == (codec.spec, codec.device, codec.providers)
+    assert (again.spec, again.device, again.providers) == (
+        codec.spec,
+        codec.device,
+        codec.providers,
+    )
 
 
 def test_a_closed_codec_says_so(bundle, many_images):
@@ -139,7 +156,9 @@ def test_a_closed_codec_says_so(bundle, many_images):
 
 def test_options_reach_onnxruntime(bundle, many_images):
     options = onnxruntime.SessionOptions()
-    codec = Codec.load(bundle, providers=["CPUExecutionProvider"], session_options=options, intra_op_num_threads=1)
+    codec = Codec.load(
+        bundle, providers=["CPUExecutionProvider"], session_options=options, intra_op_num_threads=1
+    )
     assert (codec.device, options.intra_op_num_threads) == ("custom", 1)
     assert codec.encode(many_images[:3]).shape == (3, 4)
     with pytest.raises(TypeError, match="session_options cannot be pickled"):
@@ -154,18 +173,24 @@ def test_a_first_provider_that_is_not_there_is_an_error(bundle):
         Codec.load(bundle, providers=["DmlExecutionProvider", "CPUExecutionProvider"])
 
 
-def test_bound_outputs_are_those_of_a_plain_run_and_batches_come_in_few_sizes(bundle, many_images, monkeypatch):
+def test_bound_outputs_are_those_of_a_plain_run_and_batches_come_in_few_sizes(
+    bundle, many_images, monkeypatch
+):
     """What a card gets, on the CPU: inputs filled up to a power of two, outputs bound."""
     codec, bound = Codec.load(bundle, "cpu"), Codec.load(bundle, "cpu")
     sizes = []
     for session in bound._sessions.values():
         monkeypatch.setattr(session, "_on_card", True)
         run = session._bound
-        monkeypatch.setattr(session, "_bound", lambda array, run=run: sizes.append(len(array)) or run(array))
+        monkeypatch.setattr(
+            session, "_bound", lambda array, run=run: sizes.append(len(array)) or run(array)
+        )
     for n in (0, 1, 3, 8, 13):
         np.testing.assert_array_equal(bound.encode(many_images[:n]), codec.encode(many_images[:n]))
     assert sizes == [0, 1, 4, 8, 16]
-    np.testing.assert_allclose(bound.reconstruct(many_images[:5]), codec.reconstruct(many_images[:5]), atol=1e-6)
+    np.testing.assert_allclose(
+        bound.reconstruct(many_images[:5]), codec.reconstruct(many_images[:5]), atol=1e-6
+    )
 
 
 def test_eight_threads_of_a_thousand_calls_agree_and_memory_does_not_grow(codec, many_images):
@@ -174,7 +199,9 @@ def test_eight_threads_of_a_thousand_calls_agree_and_memory_does_not_grow(codec,
     expected = [codec.encode(part) for part in parts]
 
     def work(_):
-        return all(np.array_equal(codec.encode(parts[i % 20]), expected[i % 20]) for i in range(1000))
+        return all(
+            np.array_equal(codec.encode(parts[i % 20]), expected[i % 20]) for i in range(1000)
+        )
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(8)))
@@ -184,7 +211,7 @@ def test_eight_threads_of_a_thousand_calls_agree_and_memory_does_not_grow(codec,
 
 
 def test_a_named_device_that_is_absent_is_an_error(bundle, monkeypatch):
-    monkeypatch.setattr("vqdeploy.sessions.cuda_devices", lambda: 0)
+    monkeypatch.setattr("vqdeploy.runtime.sessions.cuda_devices", lambda: 0)
     with pytest.raises(MachineError, match="device cuda"):
         Codec.load(bundle, device="cuda")
 
@@ -212,8 +239,10 @@ np.save(sys.argv[3], indices)
 """
 
 
-def test_a_program_with_numpy_and_onnxruntime_alone_runs_it(bundle, codec, many_images, tmp_path, run):
-    """An interpreter whose path has this project, numpy, onnxruntime and nothing else: no torch, no onnx, no scipy."""
+def test_a_program_with_numpy_and_onnxruntime_alone_runs_it(
+    bundle, codec, many_images, tmp_path, run
+):
+    """The interpreter's path has this project, numpy and onnxruntime: no torch, onnx or scipy."""
     site = tmp_path / "site"
     site.mkdir()
     for package in ("numpy", "onnxruntime"):
@@ -232,7 +261,14 @@ def test_a_program_with_numpy_and_onnxruntime_alone_runs_it(bundle, codec, many_
         *("program.py", bundle, "images.npy", "out.npy"),
     )
     assert done.returncode == 0, done.stderr
-    verified = run("-I", "-S", "-c", start + "from vqdeploy.__main__ import main; sys.exit(main())", "verify", bundle)
+    verified = run(
+        "-I",
+        "-S",
+        "-c",
+        start + "from vqdeploy.__main__ import main; sys.exit(main())",
+        "verify",
+        bundle,
+    )
     assert (verified.returncode, verified.stderr) == (0, "")
     assert verified.stdout.splitlines()[-1] == "verified: what runs is what was trained"
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), codec.encode(many_images[:10]))

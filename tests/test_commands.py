@@ -1,17 +1,25 @@
-"""The command lines as a user has them: one line for each mistake, the right exit code, and nothing lost."""
+"""The command lines as a user has them: a line per mistake, the right exit code, nothing lost."""
 
+import dataclasses
 import hashlib
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import add, sign, weight_changed
 
-from vqref.commandline import CommandError, ExitCode, InputError, MachineError, Parser, UsageError
-from vqref.commandline import run as run_command
-from vqref.report import ParityError
+from vqref import families
+from vqref.errors import CommandError, ExitCode, InputError, MachineError, ParityError, UsageError
+from vqref.families import FAMILIES
+from vqref.host.commandline import Parser
+from vqref.host.commandline import run as run_command
+from vqtrain import TrainingOptions
+from vqtrain.__main__ import build_parser
+from vqtrain.modelfile import read_model
 
 SMALL = ("--base-depth", "4", "--batch-size", "32")
 
@@ -26,24 +34,92 @@ def data(tmp_path, many_images):
 
 
 def test_train_export_verify_from_an_empty_folder(run, data, tmp_path):
-    trained = run("-m", "vqtrain", "--data", data, "--epochs", 2, "--recipe", "seed", *SMALL)
+    trained = run("-m", "vqtrain", "--data", data, "--epochs", 2, "--recipe", "post", *SMALL)
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.splitlines()[-2:] == [
-        "wrote model.pt; pictures and metrics are in runs/kmnist-seed",
+        "wrote model.pt; pictures and metrics are in runs/kmnist-post",
         "next: python -m vqdeploy export model.pt",
     ]
     assert trained.stderr == ""
     exported = run("-m", "vqdeploy", "export", "model.pt")
     assert exported.returncode == 0, exported.stderr
-    assert exported.stdout.splitlines()[-1] == "wrote model-onnx; next: python -m vqdeploy verify model-onnx"
+    assert (
+        exported.stdout.splitlines()[-1]
+        == "wrote model-onnx; next: python -m vqdeploy verify model-onnx"
+    )
     verified = run("-m", "vqdeploy", "verify", "model-onnx", "--data", data, "--limit", 50)
     assert verified.returncode == 0, verified.stderr
     assert verified.stdout.splitlines()[0] == "model-onnx on cpu, golden batch and 50 images"
     assert verified.stdout.splitlines()[-1] == "verified: what runs is what was trained"
-    assert all(len(line) <= 80 for done in (trained, exported, verified) for line in done.stdout.splitlines())
+    assert all(
+        len(line) <= 80
+        for done in (trained, exported, verified)
+        for line in done.stdout.splitlines()
+    )
     card = (tmp_path / "model-onnx" / "README.md").read_text()
     assert "kmnist-train-imgs.npz, 96 images" in card
     assert "held-out images" in card
+
+
+GRID = ("--hidden", 16, "--blocks", 1, "--block-hidden", 8, "--num-codes", 32, "--code-size", 8)
+
+
+def test_colour_images_are_trained_exported_and_verified_on_a_grid(run, tmp_path, colour_images):
+    np.save(tmp_path / "colour.npy", colour_images[:96])
+    trained = run("-m", "vqtrain", "--data", "colour.npy", "--epochs", 1, *GRID)
+    assert trained.returncode == 0, trained.stderr
+    lines = trained.stdout.splitlines()
+    assert lines[0] == "network residual: 3x16x16 images, 4x4 latents, 32 codes, gaussian"
+    assert all(len(line) <= 80 for line in lines)
+    spec = read_model(tmp_path / "model.pt").spec
+    assert spec.family == "residual"
+    assert spec.variance == pytest.approx(np.var(colour_images[:96] / 255), rel=1e-9)
+    exported = run("-m", "vqdeploy", "export", "model.pt")
+    assert exported.returncode == 0, exported.stderr
+    verified = run("-m", "vqdeploy", "verify", "model-onnx", "--data", "colour.npy", "--limit", 20)
+    assert verified.returncode == 0, verified.stderr
+
+
+def test_network_likelihood_dialect_and_checks_are_options(run, data, tmp_path):
+    done = run(
+        *("-m", "vqtrain", "--data", data, "--epochs", 2, "--batch-size", 32),
+        *("--network", "residual", *GRID, "--downsample", 2, "--depth", 2),
+        *("--likelihood", "logistic", "--recipe", "sonnet", "--dialect", "rosinality"),
+        *("--check-images", 3, "--check-every", 2, "--name", "r"),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "network residual: 1x28x28 images, 14x14x2 latents, 32 codes, logistic"
+    assert "agrees on 3 images" in lines[2]
+    assert [line.split()[-1] for line in lines[4:6]] == ["-", "agrees"]
+    found = read_model(tmp_path / "model.pt")
+    assert found.spec.output_shape == (2, 28, 28)
+    assert found.training["dialect"] == "rosinality"
+    options = tomllib.loads((tmp_path / "runs" / "r" / "options.toml").read_text())
+    assert (options["model"]["network"], options["model"]["depth"]) == ("residual", 2)
+    assert options["run"]["check_images"] == 3
+
+
+def test_every_option_of_training_and_every_size_of_a_family_is_on_the_command_line():
+    parser = {action.dest for action in build_parser()._actions}
+    sizes = {name for family in FAMILIES for name in families.sizes(family)}
+    assert parser >= sizes | {field.name for field in dataclasses.fields(TrainingOptions)}
+
+
+def test_a_size_that_the_network_lacks_is_named(refused, data, tmp_path, colour_images):
+    np.save(tmp_path / "colour.npy", colour_images)
+    line = refused(2, "-m", "vqtrain", "--data", data, "--hidden", 16)
+    assert line == "vqtrain: --hidden: network post has no such size\n"
+    line = refused(2, "-m", "vqtrain", "--data", "colour.npy", "--latent-size", 4)
+    assert line == "vqtrain: --latent-size: network residual has no such size\n"
+    line = refused(2, "-m", "vqtrain", "--data", "colour.npy", "--downsample", 6)
+    assert line == "vqtrain: downsample is 6; it must be a power of two above 1\n"
+    line = refused(3, "-m", "vqtrain", "--data", "colour.npy", "--downsample", 32)
+    assert "colour.npy: image_shape is (3, 16, 16); height and width must be divisible" in line
+    line = refused(2, "-m", "vqtrain", "--data", data, "--dialect", "tf")
+    assert "choose from 'post', 'sonnet', 'rosinality'" in line
+    line = refused(2, "-m", "vqtrain", "--data", data, "--resize", "28")
+    assert "argument --resize: '28' is not like 28x28" in line
 
 
 def test_verify_answers_programs_in_json(run, bundle):
@@ -51,14 +127,16 @@ def test_verify_answers_programs_in_json(run, bundle):
     assert done.returncode == 0
     report = json.loads(done.stdout)
     assert report["passed"] is True
-    assert {c["stage"] for c in report["checks"]} >= {"encoder", "quantizer", "decoder", "tokenizer", "detokenizer"}
+    assert {c["stage"] for c in report["checks"]} >= {
+        "encoder",
+        "quantizer",
+        "decoder",
+        "tokenizer",
+        "detokenizer",
+    }
 
 
 def test_verify_of_a_bundle_that_disagrees_exits_4_and_says_which_stage(run, bundle, tmp_path):
-    import shutil
-
-    from test_export import add, sign, weight_changed
-
     copy = shutil.copytree(bundle, tmp_path / "copy")
     weight_changed(copy, "decoder", "decoder.conv1.bias", add(0, 0.01))
     sign(copy)
@@ -88,7 +166,9 @@ def test_images_that_cannot_train_exit_3_with_one_line_and_no_file(refused, tmp_
 def test_a_missing_file_and_an_odd_size_are_refused(refused, tmp_path):
     assert "nowhere.npz: No such file" in refused(3, "-m", "vqtrain", "--data", "nowhere.npz")
     np.save(tmp_path / "x.npy", np.zeros((64, 30, 28), np.uint8))
-    assert "height and width must be divisible by 4" in refused(3, "-m", "vqtrain", "--data", "x.npy")
+    assert "height and width must be divisible by 4" in refused(
+        3, "-m", "vqtrain", "--data", "x.npy"
+    )
 
 
 def test_an_output_that_cannot_be_written_is_found_before_training(refused, data):
@@ -98,14 +178,24 @@ def test_an_output_that_cannot_be_written_is_found_before_training(refused, data
 
 
 def test_unknown_options_name_the_nearest_and_bad_values_are_usage(refused, data):
-    assert "unknown option --epoch; did you mean --epochs?" in refused(2, "-m", "vqtrain", "--data", data, "--epoch", 2)
-    assert "unknown option --dvice; did you mean --device?" in refused(2, "-m", "vqdeploy", "verify", "x", "--dvice=cpu")
+    assert "unknown option --epoch; did you mean --epochs?" in refused(
+        2, "-m", "vqtrain", "--data", data, "--epoch", 2
+    )
+    assert "unknown option --dvice; did you mean --device?" in refused(
+        2, "-m", "vqdeploy", "verify", "x", "--dvice=cpu"
+    )
     assert "unknown option --qqq" in refused(2, "-m", "vqtrain", "--data", data, "--qqq")
     assert "epochs is 0; it must be" in refused(2, "-m", "vqtrain", "--data", data, "--epochs", 0)
-    assert "num-codes is 0; it must be" in refused(2, "-m", "vqtrain", "--data", data, "--num-codes", 0)
-    assert "invalid int value: 'many'" in refused(2, "-m", "vqtrain", "--data", data, "--epochs", "many")
+    assert "num-codes is 0; it must be" in refused(
+        2, "-m", "vqtrain", "--data", data, "--num-codes", 0
+    )
+    assert "invalid int value: 'many'" in refused(
+        2, "-m", "vqtrain", "--data", data, "--epochs", "many"
+    )
     assert "did you mean --data?" in refused(2, "-m", "vqtrain", "--dta", data)
-    assert "seed is 18446744073709551616" in refused(2, "-m", "vqtrain", "--data", data, "--seed", 2**64)
+    assert "seed is 18446744073709551616" in refused(
+        2, "-m", "vqtrain", "--data", data, "--seed", 2**64
+    )
     assert "COMMAND" in refused(2, "-m", "vqdeploy")
     assert "0 is not at least 1" in refused(2, "-m", "vqdeploy", "verify", "x", "--limit", 0)
 
@@ -113,12 +203,15 @@ def test_unknown_options_name_the_nearest_and_bad_values_are_usage(refused, data
 def test_tf32_without_a_card_is_refused(refused, data):
     """On a processor it would be float32 under another name."""
     line = refused(2, "-m", "vqtrain", "--data", data, "--device", "cpu", "--precision", "tf32")
-    assert line == "vqtrain: --precision tf32: only a CUDA device has it; use float32, bfloat16 or auto\n"
+    assert (
+        line
+        == "vqtrain: --precision tf32: only a CUDA device has it; use float32, bfloat16 or auto\n"
+    )
 
 
-def test_a_checkpoint_that_is_none_exits_3_and_leaves_nothing(refused, tmp_path):
+def test_a_model_file_that_is_none_exits_3_and_leaves_nothing(refused, tmp_path):
     (tmp_path / "text.pt").write_text("hello")
-    assert "not a vqtrain checkpoint" in refused(3, "-m", "vqdeploy", "export", "text.pt")
+    assert "not a model file" in refused(3, "-m", "vqdeploy", "export", "text.pt")
     assert "nowhere.pt: No such file" in refused(3, "-m", "vqdeploy", "export", "nowhere.pt")
     torch.save({"format": "vqtrain-model", "format_version": 9}, tmp_path / "newer.pt")
     assert "format version 9 is newer" in refused(3, "-m", "vqdeploy", "export", "newer.pt")
@@ -127,12 +220,16 @@ def test_a_checkpoint_that_is_none_exits_3_and_leaves_nothing(refused, tmp_path)
 
 def test_a_bundle_that_is_none_or_exists_exits_3(refused, bundle, model_file, tmp_path):
     assert "not a bundle" in refused(3, "-m", "vqdeploy", "verify", tmp_path)
-    assert "exists already; use --replace" in refused(3, "-m", "vqdeploy", "export", model_file, "--output", bundle)
+    assert "exists already; use --replace" in refused(
+        3, "-m", "vqdeploy", "export", model_file, "--output", bundle
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_a_named_device_that_is_absent_exits_5(refused, bundle, data):
-    assert "--device cuda: PyTorch finds no CUDA device" in refused(5, "-m", "vqtrain", "--data", data, "--device", "cuda")
+    assert "--device cuda: PyTorch finds no CUDA device" in refused(
+        5, "-m", "vqtrain", "--data", data, "--device", "cuda"
+    )
     assert "device cuda:" in refused(5, "-m", "vqdeploy", "verify", bundle, "--device", "cuda")
 
 
@@ -166,17 +263,27 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_a_reader_that_closes_the_pipe_is_no_traceback(run, bundle):
-    code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-m', 'vqdeploy', 'verify', {str(bundle)!r}], "
-    code += (
-        "stdout=subprocess.PIPE, stderr=subprocess.PIPE); p.stdout.close(); print(p.stderr.read().decode()); print(p.wait())"
-    )
+    code = f"""
+import subprocess, sys
+command = [sys.executable, "-m", "vqdeploy", "verify", {str(bundle)!r}]
+p = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+p.stdout.close()
+print(p.stderr.read().decode())
+print(p.wait())
+"""
     assert run("-c", code).stdout == "\n1\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_output_that_cannot_be_written_is_one_line(run, bundle):
-    code = f"import subprocess, sys; p = subprocess.run([sys.executable, '-m', 'vqdeploy', 'verify', {str(bundle)!r}], "
-    code += "stdout=open('/dev/full', 'w'), stderr=subprocess.PIPE, text=True); print(p.stderr, end=''); print(p.returncode)"
+    code = f"""
+import subprocess, sys
+command = [sys.executable, "-m", "vqdeploy", "verify", {str(bundle)!r}]
+with open("/dev/full", "w") as full:
+    p = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+print(p.stderr, end="")
+print(p.returncode)
+"""
     assert run("-c", code).stdout == "vqdeploy: standard output: No space left on device\n5\n"
 
 
@@ -189,8 +296,11 @@ def test_abbreviations_are_not_guessed(capsys):
     assert "did you mean --epochs?" in capsys.readouterr().err
 
 
-def test_the_last_line_is_json_where_it_is_asked_for_and_event_files_are_written(run, data, tmp_path):
-    done = run("-m", "vqtrain", "--data", data, "--epochs", 1, "--name", "r", "--json", "--tensorboard", *SMALL)
+def test_the_last_line_is_json_where_it_is_asked_for_and_event_files_are_written(
+    run, data, tmp_path
+):
+    train = ("-m", "vqtrain", "--data", data, "--epochs", 1, "--name", "r")
+    done = run(*train, "--json", "--tensorboard", *SMALL)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["epoch"] == 1
@@ -198,9 +308,13 @@ def test_the_last_line_is_json_where_it_is_asked_for_and_event_files_are_written
     assert [*(tmp_path / "runs" / "r" / "tensorboard").glob("events.out.tfevents.*")]
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder here that nobody can write to")
+@pytest.mark.skipif(
+    not Path("/proc/self").exists(), reason="no folder here that nobody can write to"
+)
 def test_a_folder_for_runs_that_cannot_be_written_exits_5(refused, data):
-    assert "cannot be written" in refused(5, "-m", "vqtrain", "--data", data, "--runs", "/proc/runs", *SMALL)
+    assert "cannot be written" in refused(
+        5, "-m", "vqtrain", "--data", data, "--runs", "/proc/runs", *SMALL
+    )
 
 
 def test_samples_are_certified_in_the_bundle(run, refused, bundle, tmp_path):
@@ -211,13 +325,20 @@ def test_samples_are_certified_in_the_bundle(run, refused, bundle, tmp_path):
     assert done.stdout.splitlines()[0].endswith("copy on cpu, golden batch and 3000 latents")
     certificate = json.loads((copy / "certificate.json").read_text())
     assert certificate["verdict"] == "verified"
-    assert certificate["manifest_sha256"] == hashlib.sha256((copy / "manifest.json").read_bytes()).hexdigest()
+    assert (
+        certificate["manifest_sha256"]
+        == hashlib.sha256((copy / "manifest.json").read_bytes()).hexdigest()
+    )
     assert certificate["compared"] == {"golden_batch": True, "images": 0, "latents": 3000}
     found = {check["stage"]: check for check in certificate["report"]["checks"]}
     assert found["drawn"]["compared"] >= 1500
     assert found["bisectors"]["near_ties"] > 0
-    assert run("-m", "vqdeploy", "verify", copy).returncode == 0  # the certificate is no file of the bundle's
+    assert (
+        run("-m", "vqdeploy", "verify", copy).returncode == 0
+    )  # the certificate is no file of the bundle's
 
-    line = refused(5, "-m", "vqdeploy", "verify", copy, "--certificate", tmp_path / "none" / "c.json")
+    line = refused(
+        5, "-m", "vqdeploy", "verify", copy, "--certificate", tmp_path / "none" / "c.json"
+    )
     assert "none" in line
     refused(2, "-m", "vqdeploy", "verify", copy, "--samples", "-1")

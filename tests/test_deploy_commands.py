@@ -1,15 +1,20 @@
-"""The commands on bundles, as a user has them: what they print, what they write, and one line for each mistake."""
+"""The commands on bundles, as a user has them: what they print and write, a line per mistake."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+from cuda_stub import build as cuda_stub
 from PIL import Image
+from support import ROOT
 
 from vqdeploy import Codec
 from vqdeploy.bundle import FILES
-from vqdeploy.doctor import examine
+from vqdeploy.commands.export import ExportOptions
+from vqdeploy.graphs.build import OPSETS, TARGETS, GraphOptions
+from vqdeploy.stages import STAGES
 
 
 @pytest.fixture
@@ -45,31 +50,66 @@ def deploy(run):
 
 
 @pytest.mark.parametrize("form", ["npz", "npy", "parquet"])
-def test_tokens_go_to_a_file_and_come_back_as_images(deploy, bundle, images, many_images, tmp_path, form):
+def test_tokens_go_to_a_file_and_come_back_as_images(
+    deploy, bundle, images, many_images, tmp_path, form
+):
     codec = Codec.load(bundle, "cpu")
     indices = codec.encode(many_images[:30])
     said = deploy("encode", bundle, images, "--output", f"t.{form}", "--device", "cpu")
-    assert said == f"30 images on cpu: 120 tokens, {len(np.unique(indices))} different; wrote t.{form}\n"
+    assert (
+        said
+        == f"30 images on cpu: 120 tokens, {len(np.unique(indices))} different; wrote t.{form}\n"
+    )
     if form == "npz":
-        np.testing.assert_array_equal(np.load(tmp_path / "t.npz")["indices"], indices)
-    assert deploy("decode", bundle, f"t.{form}", "--output", "i.npz") == "30 images on cpu; wrote i.npz\n"
-    np.testing.assert_array_equal(np.load(tmp_path / "i.npz")["probabilities"], codec.decode(indices))
+        found = np.load(tmp_path / "t.npz")["indices"]
+        assert found.dtype == np.uint8  # the smallest that holds an index
+        np.testing.assert_array_equal(found, indices)
+    assert (
+        deploy("decode", bundle, f"t.{form}", "--output", "i.npz")
+        == "30 images on cpu; wrote i.npz\n"
+    )
+    np.testing.assert_array_equal(
+        np.load(tmp_path / "i.npz")["reconstructions"], codec.decode(indices)
+    )
     deploy("decode", bundle, f"t.{form}", "--output", "i.png")
     assert pixels(tmp_path / "i.png").shape[0] > 180
 
 
 @pytest.mark.parametrize("form", ["npz", "parquet"])
-def test_a_folder_of_pictures_keeps_its_names(deploy, bundle, pictures, many_images, tmp_path, form):
+def test_a_folder_of_pictures_keeps_its_names(
+    deploy, bundle, pictures, many_images, tmp_path, form
+):
     deploy("encode", bundle, pictures, "--output", f"t.{form}")
     expected = [f"{i}.png" for i in range(5)]
     if form == "npz":
         with np.load(tmp_path / "t.npz") as found:
             assert found["names"].tolist() == expected
-            np.testing.assert_array_equal(found["indices"], Codec.load(bundle, "cpu").encode(many_images[:5]))
+            np.testing.assert_array_equal(
+                found["indices"], Codec.load(bundle, "cpu").encode(many_images[:5])
+            )
     else:
         import pyarrow.parquet
 
-        assert pyarrow.parquet.read_table(tmp_path / "t.parquet")["name"].to_pylist() == expected
+        table = pyarrow.parquet.read_table(tmp_path / "t.parquet")
+        assert table["key"].to_pylist() == expected
+        assert str(table["indices"].type) == "fixed_size_list<element: uint8>[4]"
+        assert table.schema.metadata[b"latent_shape"] == b"[4]"
+        assert table.schema.metadata[b"num_codes"] == b"16"
+
+
+@pytest.mark.parametrize("form", ["npz", "npy", "parquet"])
+def test_grids_of_tokens_of_colour_images_come_back_whole(
+    deploy, residual_bundle, colour_images, tmp_path, form
+):
+    np.save(tmp_path / "c.npy", colour_images[:9].transpose(0, 2, 3, 1))
+    codec = Codec.load(residual_bundle, "cpu")
+    expected = codec.reconstruct(colour_images[:9])
+    deploy("encode", residual_bundle, "c.npy", "--output", f"t.{form}")
+    deploy("decode", residual_bundle, f"t.{form}", "--output", "i.npy")
+    np.testing.assert_array_equal(np.load(tmp_path / "i.npy"), expected)
+    deploy("reconstruct", residual_bundle, "c.npy", "--output", "r.png")
+    deploy("sample", residual_bundle, "--output", "s.png", "--number", 4)
+    assert pixels(tmp_path / "r.png").shape[2] == pixels(tmp_path / "s.png").shape[2] == 3
 
 
 def test_pictures_are_drawn_of_reconstructions_and_samples(deploy, bundle, images, tmp_path):
@@ -81,7 +121,31 @@ def test_pictures_are_drawn_of_reconstructions_and_samples(deploy, bundle, image
     assert pixels(tmp_path / "r.png").std() > 20
 
 
-def test_inspect_tells_and_checks_every_file(deploy, refused, bundle, tmp_path):
+def test_help_answers_without_a_heavy_library(run):
+    names = ("export", "verify", "inspect", "bench", "encode", "decode", "reconstruct", "sample")
+    for words in ([], *([name] for name in (*names, "doctor"))):
+        code = (
+            "import sys; from vqdeploy.__main__ import main\n"
+            f"try: main([*{words!r}, '--help'])\n"
+            "except SystemExit: print(*sys.modules)"
+        )
+        done = run("-c", code, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
+        assert words or all(name in done.stdout for name in names)
+        modules = set(done.stdout.splitlines()[-1].split())
+        assert not modules & {"torch", "onnx", "onnxruntime", "scipy", "PIL", "vqtrain"}
+
+
+def test_the_options_of_export_start_as_those_of_the_graphs_do():
+    options, graphs = ExportOptions(), GraphOptions()
+    for name in ("opset", "precision", "target", "fold"):
+        assert getattr(options, name) == getattr(graphs, name)
+    choices = ExportOptions.__dataclass_fields__["target"].metadata["choices"]
+    assert (choices, (OPSETS[0], OPSETS[-1])) == (TARGETS, (18, 20))
+
+
+def test_inspect_tells_and_checks_every_file(deploy, refused, bundle, residual_bundle, tmp_path):
+    assert "residual: images (3, 16, 16), gaussian" in deploy("inspect", residual_bundle)
     said = deploy("inspect", bundle)
     for name in (*FILES, "images float32 ['N', 1, 28, 28]", "violations", "opset 18"):
         assert name in said
@@ -92,11 +156,40 @@ def test_inspect_tells_and_checks_every_file(deploy, refused, bundle, tmp_path):
     assert "oracle.npz: damaged" in refused(3, "-m", "vqdeploy", "inspect", copy)
 
 
+def test_verify_tells_the_placement_to_programs(deploy, residual_bundle):
+    found = json.loads(deploy("verify", residual_bundle, "--json"))
+    assert (found["device"], found["passed"]) == ("cpu", True)
+    nodes = found["placement"]["tokenizer"]["CPUExecutionProvider"]
+    assert (nodes["ArgMin"], nodes["Conv"]) == (1, 6)
+
+
+@pytest.mark.skipif(cuda_stub.obstacle() is not None, reason=str(cuda_stub.obstacle()))
+def test_verify_on_cuda_prints_a_line_of_placement_for_each_graph(run, residual_bundle, tmp_path):
+    """On libraries that do nothing: the placement is the provider's own, the numbers are wrong."""
+    libraries = tmp_path / "cuda"
+    libraries.mkdir()
+    cuda_stub.build(libraries)
+    verify = ("-m", "vqdeploy", "verify", residual_bundle, "--device", "cuda")
+    done = run(*verify, "--certificate", "c.json", LD_LIBRARY_PATH=str(libraries))
+    assert (done.returncode, done.stderr) == (4, "")
+    placed = dict(re.findall(r"^(\w+) +CUDA \d+: (.*)$", done.stdout, re.M))
+    assert list(placed) == list(STAGES)
+    assert "6 Conv" in placed["tokenizer"]
+    assert not re.search("CPU|Memcpy", done.stdout)
+    certificate = json.loads((tmp_path / "c.json").read_text())
+    assert certificate["verdict"] == "refuted"
+    assert list(certificate["placement"]["decoder"]) == ["CUDAExecutionProvider"]
+
+
 def test_bench_measures_the_codec_and_torch_in_turns(deploy, bundle):
-    found = json.loads(deploy("bench", bundle, "--batch", 1, "--batch", 3, "--seconds", 0.05, "--json"))
+    found = json.loads(
+        deploy("bench", bundle, "--batch", 1, "--batch", 3, "--seconds", 0.05, "--json")
+    )
     assert (found["device"], found["providers"]) == ("cpu", ["CPUExecutionProvider"])
     rows = {(row["direction"], row["batch"], row["implementation"]): row for row in found["rows"]}
-    assert set(rows) == {(d, b, i) for d in ("encode", "decode") for b in (1, 3) for i in ("codec", "torch")}
+    assert set(rows) == {
+        (d, b, i) for d in ("encode", "decode") for b in (1, 3) for i in ("codec", "torch")
+    }
     for row in rows.values():
         assert row["calls"] >= 1
         assert 0 < row["p50_ms"] <= row["p99_ms"]
@@ -117,19 +210,24 @@ def test_doctor_says_what_there_is(deploy):
         ({}, "pip install onnxruntime-gpu (or onnxruntime)"),
     ],
 )
-def test_doctor_sees_two_runtimes_and_none(monkeypatch, installed, advice):
-    from importlib.metadata import PackageNotFoundError
-
-    def version(name):
-        if name not in installed:
-            raise PackageNotFoundError(name)
-        return installed[name]
-
-    monkeypatch.setattr("vqdeploy.doctor.version", version)
-    (finding,) = [finding for finding in examine() if finding.what == "onnxruntime"]
-    assert finding.fatal
-    assert not finding.fine
-    assert advice in finding.advice
+def test_doctor_sees_two_runtimes_and_none(run, installed, advice):
+    program = f"""
+import importlib.metadata as metadata
+def version(name):
+    if name not in {installed!r}:
+        raise metadata.PackageNotFoundError(name)
+    return {installed!r}[name]
+metadata.version = version
+from vqdeploy.__main__ import main
+raise SystemExit(main(["doctor", "--json"]))
+"""
+    done = run("-c", program, PYTHONPATH=str(ROOT))
+    assert done.returncode == 5
+    assert done.stderr == "vqdeploy: no bundle can run here: onnxruntime\n"
+    (finding,) = [each for each in json.loads(done.stdout) if each["what"] == "onnxruntime"]
+    assert finding["fatal"]
+    assert not finding["fine"]
+    assert advice in finding["advice"]
 
 
 def test_mistakes_are_one_line_each(refused, bundle, images, tmp_path):
@@ -137,12 +235,16 @@ def test_mistakes_are_one_line_each(refused, bundle, images, tmp_path):
         return refused(code, "-m", "vqdeploy", *arguments)
 
     assert "no such" in line(3, "encode", bundle, "none.npy").lower()
-    assert "must end in .npz, .npy or .parquet" in line(2, "encode", bundle, images, "--output", "t.csv")
+    assert "must end in .npz, .npy or .parquet" in line(
+        2, "encode", bundle, images, "--output", "t.csv"
+    )
     assert "must end in" in line(2, "sample", bundle, "--output", "s.gif")
     np.save(tmp_path / "wide.npy", np.zeros((2, 28, 27), np.uint8))
     assert "wide.npy: images: shape is (2, 1, 28, 27)" in line(3, "encode", bundle, "wide.npy")
     np.savez(tmp_path / "t.npz", indices=np.array([[0, 0, 0, 16]]))
-    assert "t.npz: indices: values from 0 to 16, expected 0 to 15" in line(3, "decode", bundle, "t.npz")
+    assert "t.npz: indices: values from 0 to 16, expected 0 to 15" in line(
+        3, "decode", bundle, "t.npz"
+    )
     np.savez(tmp_path / "u.npz", other=np.zeros(1))
     assert "u.npz: holds no 'indices'" in line(3, "decode", bundle, "u.npz")
     (tmp_path / "v.parquet").write_bytes(b"PAR1 not one")

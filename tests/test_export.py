@@ -1,4 +1,4 @@
-"""Bundles: deterministic, checked before they exist, whole or not at all, and refused where they are damaged."""
+"""Bundles: deterministic, checked before they exist, whole or not at all, refused if damaged."""
 
 import json
 import shutil
@@ -11,18 +11,25 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from support import add, sign, weight_changed
 
 import vqdeploy.export
 import vqref
+from vqdeploy.agreement import check_graphs
 from vqdeploy.bundle import FILES, Bundle, describe_files
 from vqdeploy.export import export
-from vqdeploy.graphs import build_graphs
-from vqdeploy.sessions import Session, open_sessions
+from vqdeploy.graphs.build import build_graphs
+from vqdeploy.proof.golden import GOLDEN_IMAGES, golden_images
+from vqdeploy.proof.measure import measured_images
+from vqdeploy.runtime.sessions import Session, open_sessions
 from vqdeploy.stages import STAGES
-from vqdeploy.verify import check_graphs, verify
-from vqref.commandline import InputError
-from vqref.parity import check
-from vqref.report import ParityError
+from vqdeploy.verify import verify
+from vqref import families
+from vqref.agreement.budget import images_within
+from vqref.agreement.parity import check
+from vqref.errors import InputError, ParityError
+from vqref.host.images import as_batch
+from vqref.spec import ModelSpec
 from vqtrain import VQVAE
 
 
@@ -30,21 +37,38 @@ def files(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
-def test_a_bundle_holds_the_files_that_its_manifest_describes(bundle, model):
-    content = files(bundle)
+@pytest.fixture(params=["", "residual_"], ids=["post", "residual"])
+def family(request):
+    """The model of a family, the bundle of it, and 100 images for it."""
+    model, path = (request.getfixturevalue(request.param + name) for name in ("model", "bundle"))
+    images = request.getfixturevalue("colour_images" if request.param else "many_images")[:100]
+    return model, path, as_batch(images, model.spec.image_shape)
+
+
+def test_a_bundle_holds_the_files_that_its_manifest_describes(family):
+    model, path, _ = family
+    content = files(path)
     manifest = json.loads(content.pop("manifest.json"))
     assert set(content) == set(FILES)
     assert manifest["files"] == describe_files(content)
-    assert vqref.ModelSpec.from_dict(manifest["spec"]) == model.spec
+    assert ModelSpec.from_dict(manifest["spec"]) == model.spec
     assert manifest["agreement"]["passed"] is True
+    shape, s = list(model.spec.image_shape), model.spec.latent_size
     assert manifest["graphs"]["tokenizer"] == {
         "file": "tokenizer.onnx",
-        "inputs": [{"name": "images", "dtype": "float32", "shape": ["N", 1, 28, 28]}],
-        "outputs": [{"name": "indices", "dtype": "int64", "shape": ["N", 4]}],
+        "inputs": [{"name": "images", "dtype": "float32", "shape": ["N", *shape]}],
+        "outputs": [{"name": "indices", "dtype": "int64", "shape": ["N", s]}],
+    }
+    found = {port["name"]: port["shape"] for port in manifest["graphs"]["decoder"]["outputs"]}
+    assert found == {
+        "outputs": ["N", *model.spec.output_shape],
+        "reconstructions": ["N", *shape],
     }
 
 
-def test_two_exports_in_two_processes_give_the_same_bytes(run, model_file, tmp_path):
+@pytest.mark.parametrize("source", ["model_file", "residual_file"])
+def test_two_exports_in_two_processes_give_the_same_bytes(run, request, tmp_path, source):
+    model_file = request.getfixturevalue(source)
     for name in ("a", "b"):
         done = run("-m", "vqdeploy", "export", model_file, "--output", name)
         assert done.returncode == 0, done.stderr
@@ -60,14 +84,27 @@ def test_graphs_agree_with_the_oracle_on_1000_images(model, many_images):
     assert counted["tokenizer"].certified > 3900
 
 
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 16, 24)])
-def test_onnx_reference_evaluator_and_onnxruntime_and_the_oracle_agree(shape):
-    """A third reading of the files: onnx's own, so that a mistake shared with onnxruntime's optimizer would show."""
-    spec = vqref.ModelSpec(shape, base_depth=2, latent_size=2, num_codes=5, code_size=3)
-    rng = np.random.default_rng(0)
+SMALL = {"num_codes": 5, "code_size": 3}
+SPECS = {
+    "post": families.post(base_depth=2, latent_size=2, **SMALL),
+    "post in colour": families.post((3, 16, 24), base_depth=2, latent_size=2, **SMALL),
+    "residual": families.residual((3, 8, 16), 4, 1, 2, **SMALL, variance=0.1),
+    "residual, deep and logistic": families.residual(
+        (1, 16, 8), 4, 2, 2, 8, 2, **SMALL, likelihood="logistic"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_onnx_reference_evaluator_and_onnxruntime_and_the_oracle_agree(name):
+    """onnx's own reading of the files, so that a mistake shared with onnxruntime would show."""
+    spec, rng = SPECS[name], np.random.default_rng(0)
+    shape = spec.image_shape
     params, images = vqref.init_params(spec, rng), rng.random((3, *shape)).astype(np.float32)
     graphs = build_graphs(spec, params)
-    evaluators = {name: ReferenceEvaluator(onnx.load_from_string(content)) for name, content in graphs.items()}
+    evaluators = {
+        name: ReferenceEvaluator(onnx.load_from_string(content)) for name, content in graphs.items()
+    }
     inputs = {name: evaluator.input_names[0] for name, evaluator in evaluators.items()}
     witness = {name: lambda x, n=name: evaluators[n].run(None, {inputs[n]: x}) for name in graphs}
     sessions, _ = open_sessions(graphs, spec, "cpu")
@@ -76,16 +113,27 @@ def test_onnx_reference_evaluator_and_onnxruntime_and_the_oracle_agree(shape):
 
 
 @pytest.mark.parametrize("stage", ["encoder", "decoder"])
-def test_pytorchs_own_exporter_makes_a_graph_of_the_module_that_computes_the_same(model, real_images, tmp_path, stage):
+def test_pytorchs_own_exporter_makes_a_graph_of_the_module_that_computes_the_same(
+    family, tmp_path, stage
+):
+    model, _, images = family
+    images = images[:16]
     module = getattr(VQVAE(model.spec, model.params), stage).eval()
-    latents = vqref.encode(model.spec, model.params, real_images).astype(np.float32)
+    exact = vqref.encode(model.spec, model.params, images)
+    latents = exact.astype(np.float32)
     x, expected = {
-        "encoder": (real_images, vqref.encode(model.spec, model.params, real_images)),
+        "encoder": (images, exact),
         "decoder": (latents, vqref.decode(model.spec, model.params, latents)),
     }[stage]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's remarks on itself and on the packages beneath it
-        torch.onnx.export(module, (torch.from_numpy(x),), tmp_path / "traced.onnx", opset_version=18, verbose=False)
+        warnings.simplefilter("ignore")  # the exporter speaks of itself and of packages beneath it
+        torch.onnx.export(
+            module,
+            (torch.from_numpy(x),),
+            tmp_path / "traced.onnx",
+            opset_version=18,
+            verbose=False,
+        )
     traced = ort.InferenceSession(tmp_path / "traced.onnx")
     (theirs,) = traced.run(None, {traced.get_inputs()[0].name: x})
     ours = Session(stage, build_graphs(model.spec, model.params)[stage], model.spec, "cpu")(x)[0]
@@ -94,53 +142,84 @@ def test_pytorchs_own_exporter_makes_a_graph_of_the_module_that_computes_the_sam
 
 
 @pytest.mark.parametrize("n", [0, 1, 7])
-def test_every_graph_takes_batches_of_any_size(bundle, model, many_images, n):
-    found = Bundle.open(bundle)
+def test_every_graph_takes_batches_of_any_size(family, n):
+    model, path, images = family
+    found = Bundle.open(path)
     sessions, _ = open_sessions({stage: found.graph(stage) for stage in STAGES}, model.spec, "cpu")
-    images = many_images[:n, None] / np.float32(255)
-    check_graphs(model.spec, model.params, images, sessions).require()
+    check_graphs(model.spec, model.params, images[:n], sessions).require()
 
 
-def test_graphs_keep_to_what_every_provider_runs(model):
-    """Opset and IR as documented, weights inside under the spec's names, transposed convolutions with symmetric pads."""
-    used = set()
+def test_graphs_keep_to_what_every_provider_runs(family):
+    """Opset and IR are as documented, weights lie inside under the spec's names, pads are equal."""
+    model, used = family[0], set()
     for name, content in build_graphs(model.spec, model.params).items():
         graph = onnx.load_from_string(content)
         assert graph.ir_version == 10
         assert [(entry.domain, entry.version) for entry in graph.opset_import] == [("", 18)]
-        assert all(tensor.data_location == onnx.TensorProto.DEFAULT for tensor in graph.graph.initializer)
-        weights = {t.name for t in graph.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-        used |= weights
-        assert weights <= {p.name for p in model.spec.parameters}, name
+        assert all(
+            tensor.data_location == onnx.TensorProto.DEFAULT for tensor in graph.graph.initializer
+        )
+        known = {p.name for p in model.spec.parameters}
+        used |= {t.name for t in graph.graph.initializer} & known
+        large = {t.name for t in graph.graph.initializer if np.prod(t.dims) > 8}
+        assert large <= known, name
         for node in graph.graph.node:
             attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
             assert "auto_pad" not in attributes
-            if node.op_type == "ConvTranspose":
+            if node.op_type in ("Conv", "ConvTranspose"):
                 top, left, bottom, right = attributes["pads"]
                 assert (top, left) == (bottom, right), node.name
-    assert {p.name for p in model.spec.parameters} - used == {"quantizer.ema_count", "quantizer.ema_means"}
+    assert {p.name for p in model.spec.parameters} - used == {
+        "quantizer.ema_count",
+        "quantizer.ema_means",
+    }
 
 
-def test_a_bundle_verifies_itself(bundle):
-    report, device = verify(Bundle.open(bundle), "cpu")
+GOLDEN_STAGES = ("latents", "indices", "gap", "rows", "outputs", "means")
+GRAPH_STAGES = ("encoder", "quantizer", "quantized", "tokenizer", "decoder")
+GRAPH_STAGES += ("reconstructions", "detokenizer")
+
+
+def test_a_bundle_verifies_itself_and_says_where_its_nodes_run(family):
+    _, path, images = family
+    report, device, placement = verify(Bundle.open(path), "cpu", images)
     assert device == "cpu"
     assert report.passed
     assert [c.stage for c in report.checks] == [
-        *(f"golden {name}" for name in ("latents", "indices", "gap", "rows", "logits", "probs")),
-        *("encoder", "quantizer", "quantized", "tokenizer", "decoder", "probabilities", "detokenizer"),
+        *(f"golden {name}" for name in GOLDEN_STAGES),
+        *GRAPH_STAGES,
     ]
+    assert report.images == 100 + len(Bundle.open(path).oracle().golden["images"])
+    assert set(placement) == set(STAGES)
+    assert all(set(providers) == {"CPUExecutionProvider"} for providers in placement.values())
+    assert placement["quantizer"]["CPUExecutionProvider"]["ArgMin"] == 1
+
+
+def test_the_golden_batch_shrinks_with_the_networks_cost():
+    small = families.residual((3, 16, 16), 4, 1, 2, **SMALL)
+    large = families.residual((3, 64, 64), 4, 1, 2, 2, num_codes=16_384, code_size=64)
+    params = vqref.init_params(large, np.random.default_rng(0))
+    assert (images_within(small, GOLDEN_IMAGES), images_within(large, GOLDEN_IMAGES)) == (32, 4)
+    assert len(golden_images(large, params)) == 4
+    assert measured_images(small) == 256
+    assert 4 <= measured_images(large) < 256
+
+
+def test_the_oracle_answers_each_question_once(family, monkeypatch):
+    """A verification asks for one pass over the images, and decodes only the probes beside."""
+    encoded, encode = [], vqref.model.encode
+    monkeypatch.setattr(
+        "vqref.model.encode", lambda *given: encoded.append(len(given[2])) or encode(*given)
+    )
+    monkeypatch.setattr("vqref.agreement.stages.encode", lambda *given: pytest.fail("asked twice"))
+    _, path, images = family
+    assert verify(Bundle.open(path), "cpu", images).report.passed
+    assert len(encoded) == 1
 
 
 @pytest.fixture
 def copy(bundle, tmp_path):
     return shutil.copytree(bundle, tmp_path / "copy")
-
-
-def sign(folder) -> None:
-    """Makes the manifest fit the files again, as a forger would."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = describe_files({name: (folder / name).read_bytes() for name in FILES})
-    (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -157,36 +236,36 @@ def test_a_cut_a_grown_and_a_missing_file_are_refused(copy):
     content = path.read_bytes()
     for damaged in (content[:-1], content + b"\0"):
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"decoder\.onnx: damaged: its size is not the \d+ bytes"):
+        with pytest.raises(
+            InputError, match=r"decoder\.onnx: damaged: its size is not the \d+ bytes"
+        ):
             verify(Bundle.open(copy), "cpu")
     path.unlink()
     with pytest.raises(InputError, match=r"decoder\.onnx: No such file"):
         verify(Bundle.open(copy), "cpu")
 
 
-def weight_changed(folder, graph: str, initializer: str, change) -> None:
-    path = folder / f"{graph}.onnx"
-    found = onnx.load(path)
-    tensor = next(t for t in found.graph.initializer if t.name == initializer)
-    array = onnx.numpy_helper.to_array(tensor).copy()
-    change(array)
-    tensor.CopyFrom(onnx.numpy_helper.from_array(array, initializer))
-    path.write_bytes(found.SerializeToString())
-
-
-def add(index, value):
-    def change(array):
-        array[index] += value
-
-    return change
-
-
 FORGERIES = {
-    "a weight of the encoder": ("encoder", "encoder.conv3.weight", add((0, 0, 2, 2), 0.01), "encoder"),
+    "a weight of the encoder": (
+        "encoder",
+        "encoder.conv3.weight",
+        add((0, 0, 2, 2), 0.01),
+        "encoder",
+    ),
     "a bias of the decoder": ("decoder", "decoder.conv1.bias", add(0, 0.01), "decoder"),
     "a code of the quantizer": ("quantizer", "quantizer.codebook", add((11, 3), 1e-4), "quantized"),
-    "a weight of the tokenizer": ("tokenizer", "encoder.dense.weight", add((0, 0), 3.0), "tokenizer"),
-    "a code of the detokenizer": ("detokenizer", "quantizer.codebook", add((11, 3), 0.5), "detokenizer"),
+    "a weight of the tokenizer": (
+        "tokenizer",
+        "encoder.dense.weight",
+        add((0, 0), 3.0),
+        "tokenizer",
+    ),
+    "a code of the detokenizer": (
+        "detokenizer",
+        "quantizer.codebook",
+        add((11, 3), 0.5),
+        "detokenizer",
+    ),
 }
 
 
@@ -195,7 +274,7 @@ def test_a_graph_that_was_changed_and_signed_again_is_caught_by_its_stage(copy, 
     graph, initializer, change, stage = FORGERIES[kind]
     weight_changed(copy, graph, initializer, change)
     sign(copy)
-    report, _ = verify(Bundle.open(copy), "cpu")
+    report = verify(Bundle.open(copy), "cpu").report
     assert stage in [c.stage for c in report.failures]
 
 
@@ -204,8 +283,8 @@ GOLDEN_DAMAGE = {
     "indices": lambda array: (array + 1) % 16,
     "gap": lambda array: array * 1.001,
     "quantized": lambda array: array + 1e-9,
-    "logits": lambda array: array + 1e-6,
-    "probabilities": lambda array: array + 1e-9,
+    "outputs": lambda array: array + 1e-6,
+    "reconstructions": lambda array: array + 1e-9,
 }
 
 
@@ -217,7 +296,7 @@ def test_a_recorded_answer_that_was_changed_and_signed_again_is_caught(copy, nam
     np.savez(copy / "oracle.npz", **arrays)
     sign(copy)
     failed = [c.stage for c in verify(Bundle.open(copy), "cpu")[0].failures]
-    shown = {"quantized": "rows", "probabilities": "probs"}.get(name, name)
+    shown = {"quantized": "rows", "reconstructions": "means"}.get(name, name)
     assert f"golden {shown}" in failed
 
 
@@ -245,18 +324,46 @@ def manifest_changed(change):
 
 
 BAD_MANIFESTS = {
-    "newer": (manifest_changed(lambda m: m.update(format_version=2)), "format version 2 is newer than 1"),
+    "newer": (
+        manifest_changed(lambda m: m.update(format_version=3)),
+        "format version 3 is newer than 2",
+    ),
+    "older": (
+        manifest_changed(lambda m: m.update(format_version=1)),
+        r"format version 1 is no longer read; export its model\.pt again, with --replace",
+    ),
     "no version": (manifest_changed(lambda m: m.pop("format_version")), "format version is None"),
-    "another format": (manifest_changed(lambda m: m.update(format="x")), "not the manifest of a bundle"),
+    "another format": (
+        manifest_changed(lambda m: m.update(format="x")),
+        "not the manifest of a bundle",
+    ),
     "no spec": (manifest_changed(lambda m: m.pop("spec")), "damaged: lacks 'spec'"),
-    "odd spec": (manifest_changed(lambda m: m["spec"].update(num_codes=0)), "damaged: num_codes is 0"),
-    "no file": (manifest_changed(lambda m: m["files"].pop("encoder.onnx")), r"damaged: lacks 'encoder\.onnx'"),
-    "odd digest": (manifest_changed(lambda m: m["files"]["README.md"].update(sha256="zz")), "damaged: non-hexadecimal"),
-    "a path": (manifest_changed(lambda m: m["files"].update({"../x": {}})), r"names files that no bundle has: \.\./x"),
-    "negative size": (manifest_changed(lambda m: m["files"]["README.md"].update(bytes=-1)), "size or sha256 of README.md"),
+    "odd spec": (
+        manifest_changed(lambda m: m["spec"].update(num_codes=0)),
+        "damaged: num_codes is 0",
+    ),
+    "no file": (
+        manifest_changed(lambda m: m["files"].pop("encoder.onnx")),
+        r"damaged: lacks 'encoder\.onnx'",
+    ),
+    "odd digest": (
+        manifest_changed(lambda m: m["files"]["README.md"].update(sha256="zz")),
+        "damaged: non-hexadecimal",
+    ),
+    "a path": (
+        manifest_changed(lambda m: m["files"].update({"../x": {}})),
+        r"names files that no bundle has: \.\./x",
+    ),
+    "negative size": (
+        manifest_changed(lambda m: m["files"]["README.md"].update(bytes=-1)),
+        "size or sha256 of README.md",
+    ),
     "deep": (lambda folder: (folder / "manifest.json").write_text("[" * 100_000), "not JSON"),
     "not JSON": (lambda folder: (folder / "manifest.json").write_text("{"), "not JSON"),
-    "gone": (lambda folder: (folder / "manifest.json").unlink(), "not a bundle: manifest.json: No such file"),
+    "gone": (
+        lambda folder: (folder / "manifest.json").unlink(),
+        "not a bundle: manifest.json: No such file",
+    ),
 }
 
 
@@ -270,13 +377,27 @@ def test_a_manifest_that_cannot_be_trusted_is_refused(copy, kind):
 
 def test_a_graph_that_disagrees_is_not_written(model_file, tmp_path, monkeypatch):
     def wrong(spec, params, options):
-        return build_graphs(spec, {**params, "decoder.conv1.bias": params["decoder.conv1.bias"] + 0.01}, options)
+        return build_graphs(
+            spec, {**params, "decoder.conv1.bias": params["decoder.conv1.bias"] + 0.01}, options
+        )
 
     monkeypatch.setattr(vqdeploy.export, "build_graphs", wrong)
-    with pytest.raises(ParityError, match=r"model\.pt: not exported: the graphs disagree with the oracle: decoder") as caught:
+    with pytest.raises(
+        ParityError, match=r"model\.pt: not exported: the graphs disagree with the oracle: decoder"
+    ) as caught:
         export(model_file, tmp_path / "out")
-    assert [c.stage for c in caught.value.report.failures] == ["decoder", "probabilities", "detokenizer"]
+    assert [c.stage for c in caught.value.report.failures] == [
+        "decoder",
+        "reconstructions",
+        "detokenizer",
+    ]
     assert not [*tmp_path.iterdir()]
+
+
+def test_a_bundle_of_an_older_version_may_be_replaced(copy, model_file):
+    manifest_changed(lambda m: m.update(format_version=1))(copy)
+    export(model_file, copy, replace=True)
+    assert verify(Bundle.open(copy), "cpu").report.passed
 
 
 def test_an_existing_bundle_is_replaced_only_when_asked(copy, model_file):
@@ -301,7 +422,9 @@ def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path, model_file):
 
 
 @pytest.mark.parametrize("renamed", [1, 2])
-def test_a_signal_between_the_renames_brings_the_old_bundle_back(copy, model_file, monkeypatch, renamed):
+def test_a_signal_between_the_renames_brings_the_old_bundle_back(
+    copy, model_file, monkeypatch, renamed
+):
     before, rename, calls = files(copy), Path.rename, []
 
     def interrupted(self, target):
@@ -319,7 +442,11 @@ def test_a_signal_between_the_renames_brings_the_old_bundle_back(copy, model_fil
 
 def test_a_publication_that_fails_halfway_leaves_the_old_bundle(copy, model_file, monkeypatch):
     before = files(copy)
-    monkeypatch.setattr(vqref.files, "_write", lambda path, content: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(
+        vqref.host.files,
+        "_write",
+        lambda path, content: (_ for _ in ()).throw(OSError(28, "No space left")),
+    )
     with pytest.raises(OSError, match="No space left"):
         export(model_file, copy, replace=True)
     assert files(copy) == before

@@ -1,11 +1,12 @@
-"""What ``vqtrain.glyphs`` promises: the same images always, ten classes, and figures near those of Kuzushiji-MNIST."""
+"""What ``vqtrain.data.glyphs`` promises: the same images always, ten classes, and figures near
+those of Kuzushiji-MNIST."""
 
 import numpy as np
 import pytest
 
 from benchmarks.glyphs import box, components, dimensions, holes, measure, stroke_widths
-from vqtrain.glyphs import CHUNK, glyphs
-from vqtrain.strokes import CLASSES
+from vqtrain.data.glyphs import CHUNK, glyphs
+from vqtrain.data.strokes import CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,9 @@ def test_no_images_are_an_empty_batch():
 
 def test_an_unseen_half_is_recognised_by_its_nearest_neighbours_in_the_other(generated):
     images, labels = generated[0].reshape(2000, -1) / 255, generated[1]
-    nearest = (images[:1000] @ images[1000:].T - (images[:1000] ** 2).sum(1, keepdims=True) / 2).argmax(0)
+    nearest = (
+        images[:1000] @ images[1000:].T - (images[:1000] ** 2).sum(1, keepdims=True) / 2
+    ).argmax(0)
     accuracy = (labels[nearest] == labels[1000:]).mean()
     assert accuracy > 0.6, f"{accuracy:.1%}; chance is 10 %"
 
@@ -68,8 +71,9 @@ def test_every_class_has_two_allographs_or_more():
     assert min(map(len, CLASSES)) >= 2
 
 
-# Genuine Kuzushiji-MNIST, 2,000 images, by the same definitions; the bands are chosen: above sampling noise,
-# and narrow enough that the prototype of the set failed them in stroke width and holes.
+# Genuine Kuzushiji-MNIST, 2,000 images, by the same definitions; the bands are chosen: above
+# sampling noise, and narrow enough that the prototype of the set failed them in stroke width and
+# holes.
 GENUINE = {
     "pixel mean": (0.185, 0.02),
     "pixel sd": (0.341, 0.02),
@@ -88,7 +92,11 @@ GENUINE = {
 def test_figures_lie_near_the_genuine_ones(generated):
     figures = measure(generated[0])
     assert figures.keys() == GENUINE.keys()
-    far = {name: figures[name] for name, (genuine, band) in GENUINE.items() if abs(figures[name] - genuine) > band}
+    far = {
+        name: figures[name]
+        for name, (genuine, band) in GENUINE.items()
+        if abs(figures[name] - genuine) > band
+    }
     assert not far
 
 
@@ -109,5 +117,7 @@ def test_the_figures_measure_what_they_say():
 @pytest.mark.parametrize("name", ["count", "seed", "start"])
 @pytest.mark.parametrize("value", [-1, 1.5, "2", True, None])
 def test_an_argument_that_is_no_natural_number_is_refused_by_name(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value!r}; it must be an integer of at least 0"):
+    with pytest.raises(
+        ValueError, match=f"{name} is {value!r}; it must be an integer of at least 0"
+    ):
         glyphs(**{"count": 1, name: value})

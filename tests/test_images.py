@@ -8,8 +8,8 @@ import zipfile
 import numpy as np
 import pytest
 
-from vqref.commandline import InputError
-from vqref.images import as_batch, load
+from vqref.errors import InputError
+from vqref.host.images import as_batch, load
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (5, 8, 12), np.uint8)
@@ -32,7 +32,8 @@ def write(path, array, form: str):
 
 
 @pytest.mark.parametrize(
-    ("form", "suffix"), [("npy", ".npy"), ("npz", ".npz"), ("named npz", ".npz"), ("idx", ""), ("gz", ".gz")]
+    ("form", "suffix"),
+    [("npy", ".npy"), ("npz", ".npz"), ("named npz", ".npz"), ("idx", ""), ("gz", ".gz")],
 )
 def test_every_file_form_gives_the_same_images(tmp_path, form, suffix):
     path = tmp_path / f"images{suffix}"
@@ -77,7 +78,9 @@ def test_a_folder_is_known_by_its_official_names(tmp_path, train, held_out, form
 def promising(shape: tuple[int, ...]) -> bytes:
     """A .npy file whose header promises far more than the 64 bytes that follow."""
     buffer = io.BytesIO()
-    np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "|u1", "fortran_order": False, "shape": shape}
+    )
     return buffer.getvalue() + bytes(64)
 
 
@@ -88,7 +91,9 @@ def bomb(path):
         archive.writestr("arr_0.npy", header)
     content = bytearray(path.read_bytes())
     directory = content.index(b"PK\x01\x02")
-    content[directory + 24 : directory + 28] = struct.pack("<I", 0xFFFFFFFF)  # the size is in a zip64 field instead
+    content[directory + 24 : directory + 28] = struct.pack(
+        "<I", 0xFFFFFFFF
+    )  # the size is in a zip64 field instead
     extra = struct.pack("<HHQ", 1, 8, len(header) + 9 * 2**30)
     content[directory + 30 : directory + 32] = struct.pack("<H", len(extra))
     name_end = directory + 46 + len("arr_0.npy")
@@ -107,19 +112,34 @@ BAD_FILES = {
     "empty": (lambda p: p.write_bytes(b""), "neither .npz, .npy nor IDX"),
     "cut npy": (lambda p: p.write_bytes(b"\x93NUMPY\x01\x00"), "not a readable image file"),
     "cut zip": (lambda p: p.write_bytes(b"PK\x03\x04"), "not a readable image file"),
-    "cut gzip": (lambda p: p.write_bytes(gzip.compress(idx(GREY))[:60]), "not a readable image file"),
+    "cut gzip": (
+        lambda p: p.write_bytes(gzip.compress(idx(GREY))[:60]),
+        "not a readable image file",
+    ),
     "cut idx": (lambda p: p.write_bytes(idx(GREY)[:-1]), "but 479 bytes follow"),
     "labels": (lambda p: p.write_bytes(idx(np.zeros(5, np.uint8))), "neither .npz, .npy nor IDX"),
     "objects": (code_in_npz, "dtype is object"),
     "npz bomb": (bomb, "holds 9.0 GiB of images, more than the 8 GiB"),
-    "npy that promises": (lambda p: p.write_bytes(promising((9, 2**30))), "header declares 9663676416 bytes, 64 are there"),
+    "npy that promises": (
+        lambda p: p.write_bytes(promising((9, 2**30))),
+        "header declares 9663676416 bytes, 64 are there",
+    ),
     "empty archive": (lambda p: zipfile.ZipFile(p, "w").close(), r"holds arrays \(none\)"),
     "integers": (lambda p: np.save(p, GREY.astype(np.int32)), "dtype is int32, expected uint8"),
     "range": (lambda p: np.save(p, GREY.astype(float)), r"values from 0 to 255, expected \[0, 1\]"),
     "nan": (lambda p: np.save(p, np.full((1, 8, 8), np.nan)), r"nan at \(0, 0, 0\)"),
-    "one axis": (lambda p: np.save(p, np.zeros(4, np.uint8)), r"shape is \(4,\), expected \(N, H, W\)"),
-    "two layouts": (lambda p: np.save(p, np.zeros((1, 4, 8, 4), np.uint8)), r"could be \(N, C, H, W\) or \(N, H, W, C\)"),
-    "two channels": (lambda p: np.save(p, np.zeros((1, 8, 8, 2), np.uint8)), r"shape is \(1, 8, 8, 2\)"),
+    "one axis": (
+        lambda p: np.save(p, np.zeros(4, np.uint8)),
+        r"shape is \(4,\), expected \(N, H, W\)",
+    ),
+    "two layouts": (
+        lambda p: np.save(p, np.zeros((1, 4, 8, 4), np.uint8)),
+        r"could be \(N, C, H, W\) or \(N, H, W, C\)",
+    ),
+    "two channels": (
+        lambda p: np.save(p, np.zeros((1, 8, 8, 2), np.uint8)),
+        r"shape is \(1, 8, 8, 2\)",
+    ),
 }
 
 
@@ -135,21 +155,28 @@ def test_a_file_that_holds_no_images_is_named_with_what_was_found(tmp_path, kind
 
 def test_an_archive_of_several_arrays_must_name_the_images(tmp_path):
     np.savez(tmp_path / "x.npz", a=GREY, b=GREY)
-    with pytest.raises(InputError, match=r"holds arrays a, b; expected one, or one named arr_0 or images"):
+    with pytest.raises(
+        InputError, match=r"holds arrays a, b; expected one, or one named arr_0 or images"
+    ):
         load(tmp_path / "x.npz")
 
 
 def test_missing_files_and_folders_without_images_are_named(tmp_path):
     with pytest.raises(InputError, match=r"nowhere\.npz: No such file"):
         load(tmp_path / "nowhere.npz")
-    with pytest.raises(InputError, match=r"the folder holds no kmnist-train-imgs\.npz or train-images"):
+    with pytest.raises(
+        InputError, match=r"the folder holds no kmnist-train-imgs\.npz or train-images"
+    ):
         load(tmp_path)
 
 
 def test_held_out_images_of_another_size_are_refused(tmp_path):
     write(tmp_path / "kmnist-train-imgs.npz", GREY, "npz")
     write(tmp_path / "kmnist-test-imgs.npz", GREY[:, :4], "npz")
-    with pytest.raises(InputError, match=r"images of \(1, 4, 12\), those of kmnist-train-imgs\.npz are \(1, 8, 12\)"):
+    with pytest.raises(
+        InputError,
+        match=r"images of \(1, 4, 12\), those of kmnist-train-imgs\.npz are \(1, 8, 12\)",
+    ):
         load(tmp_path)
 
 
@@ -170,7 +197,10 @@ def test_every_layout_of_a_batch_gives_the_same_pixels():
 @pytest.mark.parametrize(
     ("images", "message"),
     [
-        (GREY[0, :, 1:], r"shape is \(8, 11\), expected \(N, 8, 12\), \(N, 1, 8, 12\) or \(N, 8, 12, 1\)"),
+        (
+            GREY[0, :, 1:],
+            r"shape is \(8, 11\), expected \(N, 8, 12\), \(N, 1, 8, 12\) or \(N, 8, 12, 1\)",
+        ),
         (GREY[:, :4], r"shape is \(5, 4, 12\)"),
         (COLOUR, r"shape is \(5, 8, 12, 3\)"),
         (GREY.astype(np.int64), "dtype is int64"),

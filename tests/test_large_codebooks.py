@@ -1,43 +1,49 @@
-"""Graphs whose codebook is large find the nearest code by a product, and answer as the direct form does all the same."""
+"""Graphs with a large codebook find the nearest code by a product, and answer as the direct form
+does."""
 
 import json
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
-from conftest import small_model
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
+from support import small_model
 
-import vqdeploy.quantizer
+import vqdeploy.graphs.quantizer
 import vqref
 from vqdeploy import Codec
 from vqdeploy.bundle import Bundle
 from vqdeploy.export import export
-from vqdeploy.graphs import GraphOptions, build_graphs
-from vqdeploy.quantizer import takes_products
-from vqdeploy.sessions import open_sessions
+from vqdeploy.graphs.build import GraphOptions, build_graphs
+from vqdeploy.graphs.quantizer import takes_products
+from vqdeploy.runtime.sessions import open_sessions
 from vqdeploy.verify import verify
-from vqref.adversary import CASES
-from vqref.bounds import roundings
-from vqref.checks import check_quantizer
-from vqref.parity import check_indices
+from vqref.agreement.bounds import distance_error, roundings
+from vqref.agreement.parity import check_indices
+from vqref.checks.adversary import CASES
+from vqref.checks.checks import check_quantizer
+from vqref.families import post, residual
 from vqref.spec import CODEBOOK
-from vqtrain.checkpoint import write_model
+from vqtrain.modelfile import write_model
 
 K, D = 83, 7
-SPEC = vqref.ModelSpec((1, 4, 4), base_depth=1, num_codes=K, code_size=D)
-LARGE = vqref.ModelSpec((1, 28, 28), base_depth=2, latent_size=2, num_codes=1000, code_size=16)
+SPEC = post((1, 4, 4), base_depth=1, num_codes=K, code_size=D)
+LARGE = post((1, 28, 28), base_depth=2, latent_size=2, num_codes=1000, code_size=16)
+GRID = residual((3, 16, 16), hidden=16, blocks=1, block_hidden=8, num_codes=1000, code_size=16)
 
 
 @pytest.fixture
 def products(monkeypatch):
     """Small codebooks count as large ones."""
-    monkeypatch.setattr(vqdeploy.quantizer, "PRODUCT_ELEMENTS", 1)
+    monkeypatch.setattr(vqdeploy.graphs.quantizer, "PRODUCT_ELEMENTS", 1)
 
 
 def graph(codebook, spec=SPEC):
-    params = vqref.init_params(spec, np.random.default_rng(0)) | {CODEBOOK: codebook.astype(np.float32)}
+    params = vqref.init_params(spec, np.random.default_rng(0)) | {
+        CODEBOOK: codebook.astype(np.float32)
+    }
     return build_graphs(spec, params)["quantizer"]
 
 
@@ -51,7 +57,7 @@ def operators(content):
 
 def test_small_codebooks_take_the_direct_form_and_large_ones_a_product():
     assert "Gemm" not in operators(graph(np.ones((K, D))))
-    assert not takes_products(vqref.ModelSpec())
+    assert not takes_products(post())
     assert takes_products(LARGE)
     assert "Gemm" in operators(graph(np.ones((1000, 16)), LARGE))
 
@@ -69,8 +75,12 @@ def test_no_certified_index_differs_on_an_adversary(name):
 @pytest.mark.usefixtures("products")
 def test_a_graph_with_a_product_passes_the_kit():
     def quantize(latents, codebook):
-        spec = vqref.ModelSpec(
-            (1, 4, 4), base_depth=1, latent_size=latents.shape[1], num_codes=len(codebook), code_size=codebook.shape[1]
+        spec = post(
+            (1, 4, 4),
+            base_depth=1,
+            latent_size=latents.shape[1],
+            num_codes=len(codebook),
+            code_size=codebook.shape[1],
         )
         sessions, _ = open_sessions({"quantizer": graph(codebook, spec)}, spec, "cpu")
         return tuple(sessions["quantizer"](np.ascontiguousarray(latents)))
@@ -81,29 +91,37 @@ def test_a_graph_with_a_product_passes_the_kit():
 @pytest.mark.usefixtures("products")
 def test_onnx_reads_the_graph_as_onnxruntime_does():
     latents, codebook = CASES["bisector"](np.random.default_rng(2), 50, K, D, "float32")
-    witness = ReferenceEvaluator(onnx.load_from_string(graph(codebook))).run(None, {"latents": latents})
+    witness = ReferenceEvaluator(onnx.load_from_string(graph(codebook))).run(
+        None, {"latents": latents}
+    )
     found = session(codebook)(latents)
     check_indices(witness[0], latents, codebook, precision="float32").require()
     check_indices(found[0], latents, codebook, precision="float32").require()
     assert (witness[0] == found[0]).mean() > 0.9
 
 
+def by_name(content):
+    tensors = onnx.load_from_string(content).graph.initializer
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
+
+
 def in_tf32(array):
-    """Ten bits after the point, cut off as a tensor core may."""
+    """``array`` with ten bits after the point, cut off as tensor cores may do."""
     return (np.asarray(array, np.float32).view(np.int32) & ~((1 << 13) - 1)).view(np.float32)
 
 
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("margin", [True, False])
 def test_a_product_in_tf32_changes_no_certified_index_because_of_the_margin(margin):
-    """The factors of the product, and nothing else, as a card rounds them where a program leaves TF32 on."""
+    """Only the factors of the product are rounded, as on a card if a program leaves TF32 on."""
     latents, codebook = CASES["bisector"](np.random.default_rng(3), 2000, K, D, "float32")
     model = onnx.load_from_string(graph(codebook))
+    (product,) = (node for node in model.graph.node if node.op_type == "Gemm")
+    rounded = in_tf32(by_name(graph(codebook))[product.input[1]])
+    model.graph.initializer.append(numpy_helper.from_array(rounded, "rounded"))
+    product.input[1] = "rounded"
     for tensor in model.graph.initializer:
-        array = numpy_helper.to_array(tensor)
-        if tensor.name == "quantizer.codes":
-            tensor.CopyFrom(numpy_helper.from_array(in_tf32(array), tensor.name))
-        if tensor.name == "quantizer.slope" and not margin:
+        if tensor.name in ("quantizer.squares", "quantizer.products") and not margin:
             tensor.CopyFrom(numpy_helper.from_array(np.float32(0), tensor.name))
     found = ReferenceEvaluator(model).run(None, {"latents": latents})[0]
     assert check_indices(found, latents, codebook, precision="float32").passed is margin
@@ -122,13 +140,46 @@ def test_what_is_not_a_number_or_overflows_is_an_index_all_the_same():
 
 @pytest.mark.usefixtures("products")
 def test_the_margin_is_no_less_than_what_rounding_can_do():
-    """Twice D + 2 roundings of the longest possible terms: the expanded form's, without its squares of latents."""
+    """For latents of any length: the errors of two half distances by the bounds of the judge."""
     codebook = np.random.default_rng(5).normal(size=(K, D))
-    slope = next(t for t in onnx.load_from_string(graph(codebook)).graph.initializer if t.name == "quantizer.slope")
-    assert numpy_helper.to_array(slope) > roundings(D + 2, 2.0**-24) * 2 + 2.0**-10
+    constants = by_name(graph(codebook))
+    squares, products, floor, longest = (
+        float(constants[f"quantizer.{name}"])
+        for name in ("squares", "products", "floor", "longest")
+    )
+    assert squares > 2 * roundings(D + 2, 2.0**-24)
+    assert products > 4 * 2.0**-10
+    norm = np.linalg.norm(codebook, axis=1).max(keepdims=True)
+    for length in (1e-30, 1e-3, 1.0, float(norm[0]), 1e3, 1e15):
+        margin = squares * (length + longest) ** 2 + products * length * longest + floor
+        latent, farthest = np.array([[length]]), np.array([[(length + norm[0]) ** 2]])
+        expanded = distance_error(farthest, latent, norm, D, precision="tf32", form="expanded")
+        direct = distance_error(farthest, latent, norm, D, precision="float32")
+        assert margin > expanded[0, 0] + direct[0, 0]
 
 
-@pytest.mark.parametrize("options", [{}, {"precision": "fp16"}, {"precision": "int8"}, {"batch": 8}, {"opset": 20}])
+def pairs(content, latents):
+    """How many pairs of a latent and a group of codes the direct form compares."""
+    model = onnx.load_from_string(content)
+    model.graph.output.append(
+        onnx.helper.make_tensor_value_info("quantizer.pairs", onnx.TensorProto.INT64, ["P"])
+    )
+    run = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return len(run.run(["quantizer.pairs"], {"latents": latents})[0])
+
+
+@pytest.mark.parametrize("length", [0.1, 1.0, 100.0])
+def test_the_direct_form_compares_a_few_groups_whatever_the_latents_length(length):
+    """Memory follows from the pairs: a codebook at its start, latents far longer than its rows."""
+    spec = residual((3, 32, 32), num_codes=2048, code_size=32)
+    codebook = np.random.default_rng(6).uniform(-0.3, 0.3, (2048, 32))
+    latents = length * np.random.default_rng(7).normal(size=(8, 64, 32)).astype(np.float32)
+    assert pairs(graph(codebook, spec), latents) < 1.5 * 8 * 64
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "fp16"}, {"precision": "int8"}, {"batch": 8}, {"opset": 20}]
+)
 def test_a_bundle_with_a_large_codebook_verifies_itself(tmp_path, many_images, options):
     model = small_model(LARGE)
     write_model(tmp_path / "model.pt", model)
@@ -140,3 +191,13 @@ def test_a_bundle_with_a_large_codebook_verifies_itself(tmp_path, many_images, o
     equal = (tokens == vqref.quantize(latents, model.params[CODEBOOK]).indices).mean()
     assert equal > (0.3 if options.get("precision") == "int8" else 0.99)
     assert json.loads((tmp_path / "b" / "manifest.json").read_text())["agreement"]["passed"]
+
+
+def test_a_grid_of_latents_and_a_large_codebook_verify_themselves(tmp_path, colour_images):
+    model = small_model(GRID)
+    write_model(tmp_path / "model.pt", model)
+    export(tmp_path / "model.pt", tmp_path / "b")
+    verify(Bundle.open(tmp_path / "b"), "cpu", samples=2000)[0].require()
+    tokens = Codec.load(tmp_path / "b", "cpu").encode(colour_images[:20])
+    latents = vqref.encode(GRID, model.params, colour_images[:20] / 255)
+    assert (tokens == vqref.quantize(latents, model.params[CODEBOOK]).indices).mean() > 0.99

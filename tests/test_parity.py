@@ -1,4 +1,5 @@
-"""The judge: each check is shown to fail, the bound is shown to hold, and a flip is either rounding or a violation."""
+"""The judge: each check is shown to fail, the bound is shown to hold, and a flip is either rounding
+or a violation."""
 
 import json
 
@@ -8,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vqref
-from vqref import parity
-from vqref.bounds import array_dtype
-from vqref.commandline import ExitCode
-from vqref.parity import check, check_indices
-from vqref.report import ParityError, Report
+from vqref.agreement import parity
+from vqref.agreement.bounds import array_dtype
+from vqref.agreement.parity import check, check_indices
+from vqref.agreement.report import Report
+from vqref.errors import ExitCode, ParityError
 
 EXPECTED = np.array([[1.0, -2.0], [3.0, -4.0]])
 
@@ -36,7 +37,9 @@ def test_a_value_just_inside_the_tolerance_passes_and_just_outside_fails():
         assert report.max_error == pytest.approx(factor * allowed, rel=1e-3)
         assert report.rms_error == pytest.approx(factor * allowed / 2, rel=1e-3)
         assert report.worst["position"] == [1, 0]
-    with pytest.raises(ParityError, match=r"encoder \(float64\): 1 violations in 4; the worst at \(1, 0\) is 3"):
+    with pytest.raises(
+        ParityError, match=r"encoder \(float64\): 1 violations in 4; the worst at \(1, 0\) is 3"
+    ):
         report.require()
 
 
@@ -78,10 +81,15 @@ def test_every_row_of_the_tolerances_has_a_reason_and_can_fail():
 
 
 def test_an_unknown_stage_or_precision_lists_the_known_ones():
-    with pytest.raises(ValueError, match="no tolerance for stage 'encoder' in precision 'int4'; there are: encoder/float64"):
+    with pytest.raises(
+        ValueError,
+        match="no tolerance for stage 'encoder' in precision 'int4'; there are: encoder/float64",
+    ):
         check("encoder", EXPECTED, EXPECTED, precision="int4")
     with pytest.raises(ValueError, match="precision is 'int4', expected one of float64, float32"):
-        check_indices(np.zeros((1, 1), np.int64), np.zeros((1, 1, 2)), np.zeros((3, 2)), precision="int4")
+        check_indices(
+            np.zeros((1, 1), np.int64), np.zeros((1, 1, 2)), np.zeros((3, 2)), precision="int4"
+        )
 
 
 LATENTS = np.array([[[0.1, 0.0]], [[0.9, 0.0]], [[0.5, 0.0]]])
@@ -90,14 +98,22 @@ CODEBOOK = np.array([[0.0, 0.0], [1.0, 0.0], [9.0, 9.0]])
 
 def test_a_certified_index_must_be_equal():
     report = check_indices(np.array([[0], [0], [0]]), LATENTS, CODEBOOK, precision="float32")
-    assert (report.compared, report.certified, report.near_ties, report.flips, report.violations) == (3, 2, 1, 0, 1)
+    assert (
+        report.compared,
+        report.certified,
+        report.near_ties,
+        report.flips,
+        report.violations,
+    ) == (3, 2, 1, 0, 1)
     assert report.worst == {"position": [1, 0], "found": 0, "expected": 1}
     assert "farther by 0.8 than rounding explains" in str(report)
 
 
 def test_at_a_near_tie_either_code_is_right_and_a_third_is_not():
     for index, flips, violations in ((0, 0, 0), (1, 1, 0), (2, 0, 1)):
-        report = check_indices(np.array([[0], [1], [index]]), LATENTS, CODEBOOK, precision="float32")
+        report = check_indices(
+            np.array([[0], [1], [index]]), LATENTS, CODEBOOK, precision="float32"
+        )
         assert (report.flips, report.violations) == (flips, violations)
 
 
@@ -109,15 +125,24 @@ def test_an_index_outside_the_codebook_is_a_violation(index):
 
 
 def test_indices_of_another_shape_or_dtype_are_violations():
-    assert "dtype is int32" in check_indices(np.zeros((3, 1), np.int32), LATENTS, CODEBOOK, precision="float32").problem
-    assert "shape is (3,)" in check_indices(np.zeros(3, np.int64), LATENTS, CODEBOOK, precision="float32").problem
+    assert (
+        "dtype is int32"
+        in check_indices(np.zeros((3, 1), np.int32), LATENTS, CODEBOOK, precision="float32").problem
+    )
+    assert (
+        "shape is (3,)"
+        in check_indices(np.zeros(3, np.int64), LATENTS, CODEBOOK, precision="float32").problem
+    )
 
 
 def test_an_encoder_error_explains_a_flip_only_across_the_distance_it_can_move():
-    """d1 - d0 = 0.8 at the second latent, codes 1 apart: an error of 0.4 explains the flip, 0.39 does not."""
+    """d1 - d0 = 0.8 at the second latent, codes 1 apart: an error of 0.4 explains the flip, 0.39
+    does not."""
     found = np.array([[0], [0], [0]])
     assert check_indices(found, LATENTS, CODEBOOK, precision="float64", latents_error=0.4001).passed
-    assert not check_indices(found, LATENTS, CODEBOOK, precision="float64", latents_error=0.39).passed
+    assert not check_indices(
+        found, LATENTS, CODEBOOK, precision="float64", latents_error=0.39
+    ).passed
     each = np.array([[0.0], [0.4001], [0.0]])
     assert check_indices(found, LATENTS, CODEBOOK, precision="float64", latents_error=each).passed
 
@@ -131,12 +156,15 @@ def test_an_encoder_error_explains_a_flip_only_across_the_distance_it_can_move()
     offset=st.sampled_from([0.0, 1.0, 1e3]),
 )
 def test_float32_rounding_in_any_order_of_sums_is_within_the_bound(seed, d, scale, ulps, offset):
-    """Latents within a few ulps of the bisector of two codes, at every scale and far from the origin."""
+    """Latents within a few ulps of the bisector of two codes, at every scale and far from the
+    origin."""
     rng = np.random.default_rng(seed)
     codebook = as32(10**scale * (offset + rng.normal(size=(8, d))))
     pairs = codebook[rng.integers(0, 8, (64, 2))]
     latents = pairs.mean(axis=1, dtype=np.float32)[:, None]
-    latents = as32(latents * (1 + ulps * np.finfo(np.float32).eps * rng.integers(-1, 2, latents.shape)))
+    latents = as32(
+        latents * (1 + ulps * np.finfo(np.float32).eps * rng.integers(-1, 2, latents.shape))
+    )
     square = np.square(latents - codebook)  # (64, 8, d) in float32
     for distances in (
         square.sum(-1),
@@ -149,9 +177,13 @@ def test_float32_rounding_in_any_order_of_sums_is_within_the_bound(seed, d, scal
 
 
 def test_the_expanded_form_fails_where_it_cancels():
-    """x.x - 2x.c + c.c far from the origin loses the difference: the reason why the bound is of the direct form."""
+    """x.x - 2x.c + c.c far from the origin loses the difference, which is why the bound is of the
+    direct form."""
     rng = np.random.default_rng(0)
-    codebook, latents = as32(1e4 + rng.normal(size=(32, 16))), as32(1e4 + rng.normal(size=(500, 1, 16)))
+    codebook, latents = (
+        as32(1e4 + rng.normal(size=(32, 16))),
+        as32(1e4 + rng.normal(size=(500, 1, 16))),
+    )
     x = latents[:, 0]
     expanded = (x * x).sum(1)[:, None] - 2 * x @ codebook.T + (codebook * codebook).sum(1)
     report = check_indices(expanded.argmin(1)[:, None], latents, codebook, precision="float32")
@@ -162,9 +194,19 @@ def test_bfloat16_distances_called_float32_are_caught():
     rng = np.random.default_rng(0)
     codebook, latents = as32(rng.normal(size=(64, 16))), as32(rng.normal(size=(2000, 1, 16)))
     square = np.square(latents - codebook).sum(-1)
-    rounded = (square.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32)  # the upper half of a float32
-    assert check_indices(square.argmin(-1)[:, None], latents, codebook, precision="float32").violations == 0
-    assert check_indices(rounded.argmin(-1)[:, None], latents, codebook, precision="float32").violations > 0
+    rounded = (square.view(np.uint32) & np.uint32(0xFFFF0000)).view(
+        np.float32
+    )  # the upper half of a float32
+    assert (
+        check_indices(square.argmin(-1)[:, None], latents, codebook, precision="float32").violations
+        == 0
+    )
+    assert (
+        check_indices(
+            rounded.argmin(-1)[:, None], latents, codebook, precision="float32"
+        ).violations
+        > 0
+    )
 
 
 def test_distances_that_overflow_are_no_proof_of_anything():
@@ -184,7 +226,9 @@ def test_distances_that_overflow_are_no_proof_of_anything():
 @pytest.mark.parametrize("error", [np.nan, np.inf, -1.0])
 def test_an_encoder_error_that_is_no_length_is_refused(error):
     with pytest.raises(ValueError, match="latents_error: expected finite numbers of at least 0"):
-        check_indices(np.array([[2], [1], [0]]), LATENTS, CODEBOOK, precision="float64", latents_error=error)
+        check_indices(
+            np.array([[2], [1], [0]]), LATENTS, CODEBOOK, precision="float64", latents_error=error
+        )
 
 
 def test_an_empty_codebook_and_sums_without_a_bound_are_refused():
@@ -210,7 +254,9 @@ def test_a_report_prints_a_line_a_stage_within_80_columns_and_stores_as_strict_j
     head, *lines = str(report).splitlines()
     assert len(lines) == 3 + 2
     assert all(len(line) <= 80 for line in (head, *lines[:3]))
-    stored = json.loads(report.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    stored = json.loads(
+        report.to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
+    )
     assert stored["passed"] is False
     assert [c["stage"] for c in stored["checks"]] == ["encoder", "decoder", "quantizer"]
     assert stored["checks"][2]["worst"] == {"position": [1, 0], "found": 0, "expected": 1}

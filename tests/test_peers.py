@@ -5,9 +5,9 @@ import pytest
 import torch
 
 import vqref
-from vqref.checks import quantizer_checks
-from vqref.dialects import DIALECTS
-from vqref.parity import check_indices
+from vqref.agreement.parity import check_indices
+from vqref.checks.checks import quantizer_checks
+from vqref.dialects import DIALECTS, POST
 from vqref.quantizer import EMAState
 
 library = pytest.importorskip("vector_quantize_pytorch", reason="needs pip install -e '.[peers]'")
@@ -53,11 +53,16 @@ def step(state, latents, decay, epsilon):
     return indices.numpy(), quantized.numpy(), read(module)
 
 
-DISAGREES = {"mixed_scales": "its cdist takes every squared distance below 1e-8 for 1e-8, so that such codes are equally near"}
+DISAGREES = {
+    "mixed_scales": "its cdist takes every squared distance below 1e-8 for 1e-8, "
+    "so that such codes are equally near"
+}
 CHECKS = quantizer_checks(quantize, update, step, form="expanded root", dialect=DIALECT)
 
 
-@pytest.mark.parametrize("check", [check for check in CHECKS if check.name not in DISAGREES], ids=str)
+@pytest.mark.parametrize(
+    "check", [check for check in CHECKS if check.name not in DISAGREES], ids=str
+)
 def test_vector_quantize_pytorch_agrees_under_its_dialect(check):
     check.run().require()
 
@@ -70,8 +75,8 @@ def test_what_vector_quantize_pytorch_does_otherwise_is_found(check):
 @pytest.mark.parametrize("dead_below", [0, 2])
 @torch.no_grad()
 def test_a_hundred_training_steps_of_vector_quantize_pytorch_are_the_oracles(dead_below):
-    """Each side goes on from its own state. A code whose count fell below ``dead_below`` is replaced by a latent, which the
-    library draws and the oracle is told."""
+    """Each side goes on from its own state. A code whose count fell below ``dead_below`` is
+    replaced by a latent, which the library draws and the oracle is told."""
     torch.manual_seed(0)
     k, d, rng = 64, 16, np.random.default_rng(0)
     module = codebook_of(k, d, decay=0.99, threshold_ema_dead_code=dead_below).train()
@@ -90,12 +95,18 @@ def test_a_hundred_training_steps_of_vector_quantize_pytorch_are_the_oracles(dea
         if len(dead):
             rows = read(module)[0][dead]
             assert all((row == latents.reshape(-1, d)).all(axis=1).any() for row in rows)
-            state = vqref.reset_codes(state, dead, rows, np.full(len(dead), float(dead_below)), epsilon=0.0)
+            # its means are rows times the count itself: a reset without epsilon, not smoothed
+            counts = np.full(len(dead), float(dead_below))
+            state = vqref.reset_codes(state, dead, rows, counts, 0.99, epsilon=0.0, dialect=POST)
             replaced += len(dead)
         codebook, count, _ = read(module)
-        off["codebook"] = max(off["codebook"], np.abs(codebook - state.codebook).max() / np.abs(state.codebook).max())
-        off["ema_count"] = max(off["ema_count"], np.abs(count - state.ema_count).max() / state.ema_count.max())
-    print(f"largest deviation beside the largest magnitude, dead below {dead_below}, {replaced} replaced: {off}")
+        off["codebook"] = max(
+            off["codebook"], np.abs(codebook - state.codebook).max() / np.abs(state.codebook).max()
+        )
+        off["ema_count"] = max(
+            off["ema_count"], np.abs(count - state.ema_count).max() / state.ema_count.max()
+        )
+    print(f"dead below {dead_below}, {replaced} replaced; deviation over magnitude: {off}")
     assert bool(replaced) == bool(dead_below)
     assert off["codebook"] <= 1e-5
     assert off["ema_count"] <= 1e-5

@@ -1,18 +1,23 @@
-"""The oracle needs an oracle: the model in plain Python loops, sums by math.fsum and distances by exact fractions."""
+"""The oracle needs an oracle: every row, the quantizer and its averages in plain Python loops,
+sums by math.fsum and distances by exact fractions."""
 
 import math
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vqref
-from vqref.adversary import CASES
+import vqref.network
+import vqtrain.network
+from vqref.agreement.parity import check_indices
+from vqref.checks.adversary import CASES
 from vqref.dialects import DIALECTS
-from vqref.parity import check_indices
 from vqref.quantizer import EMAState
+from vqref.spec import ACTIVATIONS, KINDS, Layer
 
 
 def conv(layer, x, weight, bias):
@@ -30,13 +35,16 @@ def conv(layer, x, weight, bias):
                     for b in range(kw):
                         row, column = layer.stride * i + a - top, layer.stride * j + b - left
                         if 0 <= row < rows and 0 <= column < columns:
-                            terms += [weight[o][c][a][b] * x[c][row][column] for c in range(channels)]
+                            terms += [
+                                weight[o][c][a][b] * x[c][row][column] for c in range(channels)
+                            ]
                 y[o, i, j] = math.fsum(terms)
     return y.tolist()
 
 
 def conv_transpose(layer, x, weight, bias):
-    """Each output collects the inputs that a convolution with the same stride and pads would read it for."""
+    """Each output collects the inputs that a convolution with the same stride and pads would read
+    it for."""
     (top, _), (left, _) = layer.pads
     outputs, height, width = layer.out_shape
     channels, rows, columns = layer.in_shape
@@ -53,32 +61,94 @@ def conv_transpose(layer, x, weight, bias):
                     for b in range(kw):
                         column, left_over = divmod(j + left - b, layer.stride)
                         if not left_over and 0 <= column < columns:
-                            terms += [x[c][row][column] * weight[c][o][a][b] for c in range(channels)]
+                            terms += [
+                                x[c][row][column] * weight[c][o][a][b] for c in range(channels)
+                            ]
                 y[o, i, j] = math.fsum(terms)
     return y.tolist()
 
 
 def dense(layer, x, weight, bias):
-    return [math.fsum([b, *(w * v for w, v in zip(row, x, strict=True))]) for row, b in zip(weight, bias, strict=True)]
+    return [
+        math.fsum([b, *(w * v for w, v in zip(row, x, strict=True))])
+        for row, b in zip(weight, bias, strict=True)
+    ]
+
+
+def affine(layer, x):
+    if isinstance(x, list):
+        return [affine(layer, part) for part in x]
+    return layer.scale * x + layer.shift
+
+
+def reshape(layer, x):
+    return np.reshape(x, layer.out_shape).tolist()
+
+
+def to_vectors(layer, x):
+    """Position (i, j) of group m is vector (i*w + j)*g + m."""
+    size = layer.out_shape[1]
+    groups, (_, height, width) = layer.in_shape[0] // size, layer.in_shape
+    return [
+        [x[m * size + element][i][j] for element in range(size)]
+        for i in range(height)
+        for j in range(width)
+        for m in range(groups)
+    ]
+
+
+def to_grid(layer, x):
+    channels, height, width = layer.out_shape
+    size = layer.in_shape[1]
+    groups = channels // size
+    return [
+        [
+            [x[(i * width + j) * groups + channel // size][channel % size] for j in range(width)]
+            for i in range(height)
+        ]
+        for channel in range(channels)
+    ]
+
+
+def add(layer, x, y):
+    if isinstance(x, list):
+        return [add(layer, a, b) for a, b in zip(x, y, strict=True)]
+    return x + y
+
+
+LOOPS = {
+    "affine": affine,
+    "conv": conv,
+    "conv_transpose": conv_transpose,
+    "dense": dense,
+    "reshape": reshape,
+    "to_vectors": to_vectors,
+    "to_grid": to_grid,
+    "add": add,
+    "activation": lambda layer, x: x,
+}
+NUMBERS = {
+    "linear": lambda x: x,
+    "elu": lambda x: x if x > 0 else math.expm1(x),
+    "relu": lambda x: max(x, 0.0),
+}
 
 
 def activate(name, y):
     if isinstance(y, list):
         return [activate(name, part) for part in y]
-    return y if name == "linear" or y > 0 else math.expm1(y)
+    return NUMBERS[name](y)
 
 
 def run(layers, params, x):
-    """One image or one quantized, through the table."""
+    """One image or one quantized through the rows, every value kept."""
+    values, before = {}, x
     for layer in layers:
-        if layer.kind == "reshape":
-            x = np.reshape(x, layer.out_shape).tolist()
-            continue
-        weight, bias = (np.asarray(params[p.name], np.float64).tolist() for p in layer.parameters)
-        x = activate(layer.activation, {"conv": conv, "conv_transpose": conv_transpose, "dense": dense}[layer.kind](
-            layer, x, weight, bias
-        ))  # fmt: skip
-    return np.array(x)
+        inputs = [values[name] for name in layer.inputs] or [before]
+        arrays = [np.asarray(params[n], np.float64).tolist() for n, _ in layer.parameters]
+        before = activate(layer.activation, LOOPS[layer.kind](layer, *inputs, *arrays))
+        values[layer.name] = before
+    return np.array(before)
 
 
 def off(found, expected):
@@ -86,24 +156,86 @@ def off(found, expected):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
+ROWS = {
+    "affine": Layer("x.y", "affine", (2, 3), (2, 3), scale=-1.5, shift=0.25),
+    "conv": Layer(
+        "x.y", "conv", (2, 5, 6), (3, 3, 2), kernel=(3, 4), stride=2, pads=((1, 2), (0, 1))
+    ),
+    "conv_transpose": Layer(
+        "x.y",
+        "conv_transpose",
+        (2, 3, 4),
+        (3, 6, 8),
+        kernel=(5, 4),
+        stride=2,
+        pads=((1, 2), (2, 0)),
+    ),
+    "dense": Layer("x.y", "dense", (5,), (4,)),
+    "reshape": Layer("x.y", "reshape", (2, 3, 4), (8, 3)),
+    "to_vectors": Layer("x.y", "to_vectors", (6, 2, 3), (12, 3)),
+    "to_grid": Layer("x.y", "to_grid", (12, 3), (6, 2, 3)),
+    "add": Layer("x.y", "add", (2, 3), (2, 3), ("x.a", "x.b")),
+    "activation": Layer("x.y", "activation", (2, 3), (2, 3)),
+}
+"""A row of each kind, whose sizes all differ."""
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_loops_numpy_and_pytorch_agree_in_every_kind_and_activation(kind, activation):
+    row, rng = ROWS[kind], np.random.default_rng(0)
+    weights = [rng.normal(size=shape) for _, shape in row.parameters]
+    inputs = [rng.normal(size=(3, *row.in_shape)) for _ in range(KINDS[kind].inputs)]
+    expected = np.array(
+        [
+            activate(activation, LOOPS[kind](row, *each, *(w.tolist() for w in weights)))
+            for each in zip(*(array.tolist() for array in inputs), strict=True)
+        ]
+    )
+    found = vqref.network.KINDS[kind](row, *inputs, *weights)
+    found = vqref.network.ACTIVATIONS[activation](found)
+    tensors = [torch.from_numpy(array) for array in (*inputs, *weights)]
+    in_torch = vqtrain.network.ACTIVATIONS[activation](vqtrain.network.KINDS[kind](row, *tensors))
+    for array in (found, in_torch.numpy()):
+        assert array.shape == (3, *row.out_shape)
+        assert off(array, expected) <= 1e-12
+
+
 @pytest.fixture(scope="module")
 def looped(golden):
-    """The first image of the golden batch: its latents and logits by loops."""
+    """The first image of the golden batch: its latents and outputs by loops."""
     latents = run(golden.spec.encoder, golden.params, golden["images"][0].tolist())
     return latents, run(golden.spec.decoder, golden.params, golden["quantized"][0].tolist())
 
 
 def test_loops_oracle_and_golden_vectors_agree_in_the_networks(golden, looped):
-    latents, logits = looped
+    latents, outputs = looped
     oracle = vqref.forward(golden.spec, golden.params, golden["images"][:1])
-    for found, name in ((latents, "latents"), (logits, "logits")):
-        assert off(found, golden[name][0]) <= 1e-12
+    for found, name, recorded in (
+        (latents, "latents", "latents"),
+        (outputs, "outputs", "logits"),
+    ):
+        assert off(found, golden[recorded][0]) <= 1e-12
         assert off(found, getattr(oracle, name)[0]) <= 1e-12
+
+
+def test_loops_and_oracle_agree_in_a_residual_network(residual_model):
+    spec, params = residual_model.spec, residual_model.params
+    image = np.random.default_rng(0).random(spec.image_shape)
+    oracle = vqref.forward(spec, params, image[None])
+    assert off(run(spec.encoder, params, image.tolist()), oracle.latents[0]) <= 1e-12
+    outputs = run(spec.decoder, params, oracle.quantized[0].tolist())
+    assert off(outputs, oracle.outputs[0]) <= 1e-12
 
 
 def nearest(latent, codebook):
     """(index, gap) by exact fractions: the first of the smallest."""
-    exact = [sum((Fraction(float(x)) - Fraction(float(c))) ** 2 for x, c in zip(latent, row, strict=True)) for row in codebook]
+    exact = [
+        sum(
+            (Fraction(float(x)) - Fraction(float(c))) ** 2 for x, c in zip(latent, row, strict=True)
+        )
+        for row in codebook
+    ]
     best, second = sorted(exact)[:2]
     return exact.index(best), best, second
 
@@ -114,12 +246,20 @@ def test_loops_oracle_and_golden_vectors_agree_in_the_quantizer(golden):
         for position, latent in enumerate(latents):
             index, best, second = nearest(latent, golden.params["quantizer.codebook"])
             assert index == q.indices[image, position] == golden["indices"][image, position]
-            assert abs(q.gap[image, position] - float(second - best)) <= 1e-12 * float(best + second)
+            assert abs(q.gap[image, position] - float(second - best)) <= 1e-12 * float(
+                best + second
+            )
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=st.integers(0, 2**32 - 1), name=st.sampled_from(list(CASES)), precision=st.sampled_from(["float32", "float64"]))
-def test_the_oracles_index_is_exact_or_within_its_own_rounding_on_every_adversary(seed, name, precision):
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    name=st.sampled_from(list(CASES)),
+    precision=st.sampled_from(["float32", "float64"]),
+)
+def test_the_oracles_index_is_exact_or_within_its_own_rounding_on_every_adversary(
+    seed, name, precision
+):
     latents, codebook = CASES[name](np.random.default_rng(seed), 12, 6, 3, precision)
     q = vqref.quantize(latents, codebook)
     exact = np.array([[nearest(latent, codebook)[0]] for (latent,) in latents])
@@ -143,7 +283,9 @@ def test_loops_and_oracle_agree_in_every_dialect(dialect):
             own_latents = [flat[i] for i in range(len(flat)) if chosen[i] == code]
             count[code] = decay * count[code] + (1 - decay) * len(own_latents)
             means[code] = [
-                decay * means[code][e] + (1 - decay) * math.fsum(latent[e] for latent in own_latents) for e in range(d)
+                decay * means[code][e]
+                + (1 - decay) * math.fsum(latent[e] for latent in own_latents)
+                for e in range(d)
             ]
         share = 1 - decay**step if dialect.debiased else 1.0
         used = [c / share for c in count]
@@ -154,7 +296,9 @@ def test_loops_and_oracle_agree_in_every_dialect(dialect):
             used = [c + epsilon for c in used]
         if dialect.stores_smoothed:
             count = used
-        expected = np.array([[m / share / n for m in row] for row, n in zip(means, used, strict=True)])
+        expected = np.array(
+            [[m / share / n for m in row] for row, n in zip(means, used, strict=True)]
+        )
         assert off(state.codebook, expected) <= 1e-12
         assert off(state.ema_count, np.array(count)) <= 1e-12
         assert off(state.ema_means, np.array(means)) <= 1e-12

@@ -1,15 +1,19 @@
-"""The quantizer and its moving averages: the nearest code by exact arithmetic, and the recurrence by hand."""
+"""The quantizer and its moving averages: the nearest code by exact arithmetic, the recurrence by
+hand, and the trainer's twin in every dialect."""
 
 import tracemalloc
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vqref
-from vqref import quantizer
+from vqref import families, quantizer
+from vqref.dialects import DIALECTS, POST
+from vqtrain.quantizer import SETTLED, Quantizer, draw, reset_codes, revive_codes, update_ema
 
 SMALL = st.integers(-4, 4).map(float)
 
@@ -27,7 +31,10 @@ def test_quantize_is_the_first_nearest_code_in_exact_arithmetic(case):
     latents, codebook = case
     q = vqref.quantize(latents, codebook)
     for n, latent in enumerate(latents[:, 0]):
-        exact = [sum((Fraction(x) - Fraction(c)) ** 2 for x, c in zip(latent, row, strict=True)) for row in codebook]
+        exact = [
+            sum((Fraction(x) - Fraction(c)) ** 2 for x, c in zip(latent, row, strict=True))
+            for row in codebook
+        ]
         assert q.indices[n, 0] == exact.index(min(exact))
         best, *others = sorted(exact)
         assert q.gap[n, 0] == (float(others[0] - best) if others else np.inf)
@@ -52,7 +59,7 @@ def test_latents_cut_into_pieces_give_the_same_answer(monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_product_of_latents_and_codes():
-    """20,000 latents and 2,048 codes: a matrix of distances would take 328 MB; the working memory is tens."""
+    """A matrix of 20,000 by 2,048 distances would take 328 MB; the working memory is tens."""
     rng = np.random.default_rng(0)
     latents, codebook = rng.normal(size=(20_000, 1, 4)), rng.normal(size=(2048, 4))
     tracemalloc.start()
@@ -65,11 +72,19 @@ def test_memory_does_not_grow_with_the_product_of_latents_and_codes():
 @pytest.mark.parametrize(
     ("latents", "codebook", "message"),
     [
-        (np.zeros((2, 1, 3)), np.zeros((4, 2)), r"latents: shape is \(2, 1, 3\), expected \(N, S, 2\)"),
+        (
+            np.zeros((2, 1, 3)),
+            np.zeros((4, 2)),
+            r"latents: shape is \(2, 1, 3\), expected \(N, S, 2\)",
+        ),
         (np.zeros((2, 2)), np.zeros((4, 2)), r"latents: shape is \(2, 2\)"),
         (np.full((2, 1, 2), np.nan), np.zeros((4, 2)), r"latents: nan at \(0, 0, 0\)"),
         (np.zeros((2, 1, 2), int), np.zeros((4, 2)), "latents: dtype is int64"),
-        (np.zeros((2, 1, 2)), np.zeros((0, 2)), r"codebook: shape is \(0, 2\), expected at least one row"),
+        (
+            np.zeros((2, 1, 2)),
+            np.zeros((0, 2)),
+            r"codebook: shape is \(0, 2\), expected at least one row",
+        ),
         (np.zeros((2, 1, 2)), np.full((4, 2), np.inf), r"codebook: inf at \(0, 0\)"),
     ],
 )
@@ -80,7 +95,9 @@ def test_what_cannot_be_quantized_is_named(latents, codebook, message):
 
 def test_one_ema_step_by_hand():
     state = vqref.EMAState(np.array([[1.0], [2.0]]), np.array([0.0, 4.0]), np.array([[1.0], [8.0]]))
-    after = vqref.update_ema(state, np.array([[[3.0]], [[5.0]]]), np.array([[1], [1]]), decay=0.5, epsilon=0.25)
+    after = vqref.update_ema(
+        state, np.array([[[3.0]], [[5.0]]]), np.array([[1], [1]]), decay=0.5, epsilon=0.25
+    )
     np.testing.assert_array_equal(after.ema_count, [0.0, 3.0])
     np.testing.assert_array_equal(after.ema_means, [[0.5], [8.0]])
     np.testing.assert_array_equal(after.codebook, [[0.5 / 0.25], [8.0 / 3.25]])
@@ -102,7 +119,11 @@ def test_an_ema_step_conserves_counts_and_changes_nothing_it_was_given(decay, se
     state = vqref.EMAState(*arrays)
     after = vqref.update_ema(state, latents, indices, decay=decay)
     assert after.ema_count.sum() == pytest.approx(decay * copies[1].sum() + (1 - decay) * 8)
-    np.testing.assert_allclose(after.ema_means.sum(0), decay * copies[2].sum(0) + (1 - decay) * latents.sum((0, 1)), atol=1e-12)
+    np.testing.assert_allclose(
+        after.ema_means.sum(0),
+        decay * copies[2].sum(0) + (1 - decay) * latents.sum((0, 1)),
+        atol=1e-12,
+    )
     for array, copy in zip(arrays, copies, strict=True):
         np.testing.assert_array_equal(array, copy)
 
@@ -134,11 +155,15 @@ def test_an_ema_state_that_cannot_be_is_named():
 
 
 def test_drawn_indices_follow_the_softmax_of_distances():
-    """20,000 draws of one latent between three codes, beside the probabilities that the rule states."""
+    """20,000 draws of one latent between three codes, beside the probabilities that the rule
+    states."""
     codebook = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
     latents = np.broadcast_to([0.4, 0.1], (20_000, 1, 2))
     gumbel = np.random.default_rng(0).gumbel(size=(20_000, 1, 3))
-    found = np.bincount(vqref.draw_indices(latents, codebook, gumbel, 0.5).ravel(), minlength=3) / 20_000
+    found = (
+        np.bincount(vqref.draw_indices(latents, codebook, gumbel, 0.5).ravel(), minlength=3)
+        / 20_000
+    )
     distances = np.square(latents[0] - codebook).sum(axis=1)
     weights = np.exp(-distances / (2 * 0.5 * distances.min() / 2))
     np.testing.assert_allclose(found, weights / weights.sum(), atol=0.01)
@@ -149,7 +174,8 @@ def test_a_draw_without_temperature_is_the_nearest_code():
     latents, codebook = rng.normal(size=(50, 2, 4)), rng.normal(size=(9, 4))
     gumbel = rng.gumbel(size=(50, 2, 9))
     np.testing.assert_array_equal(
-        vqref.draw_indices(latents, codebook, gumbel, 1e-9), vqref.quantize(latents, codebook).indices
+        vqref.draw_indices(latents, codebook, gumbel, 1e-9),
+        vqref.quantize(latents, codebook).indices,
     )
 
 
@@ -176,7 +202,11 @@ def test_codes_that_are_reset_stand_where_they_were_put_after_the_next_update():
 )
 def test_a_reset_that_cannot_be_is_named(change, message):
     state = vqref.EMAState(np.zeros((5, 3)), np.zeros(5), np.zeros((5, 3)))
-    arguments = {"codes": np.array([0, 1]), "rows": np.zeros((2, 3)), "counts": np.zeros(2)} | change
+    arguments = {
+        "codes": np.array([0, 1]),
+        "rows": np.zeros((2, 3)),
+        "counts": np.zeros(2),
+    } | change
     with pytest.raises(ValueError, match=message):
         vqref.reset_codes(state, **arguments)
 
@@ -186,3 +216,147 @@ def test_a_draw_that_cannot_be_is_named():
         vqref.draw_indices(np.zeros((1, 1, 2)), np.zeros((3, 2)), np.zeros((1, 1, 3)), 0.0)
     with pytest.raises(ValueError, match=r"gumbel: shape is \(1, 1, 2\), expected \(1, 1, 3\)"):
         vqref.draw_indices(np.zeros((1, 1, 2)), np.zeros((3, 2)), np.zeros((1, 1, 2)), 1.0)
+
+
+STATE = ("codebook", "ema_count", "ema_means")
+EACH_DIALECT = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=list(DIALECTS))
+
+
+def started(dialect, rng, k=7, d=3):
+    """The oracle's state as the dialect starts it, and the trainer's quantizer beside it."""
+    own = rng.normal(size=(k, d)) if dialect.means == "own" else None
+    state = vqref.EMAState.start(rng.normal(size=(k, d)), dialect, own)
+    spec = families.post((1, 4, 4), 1, latent_size=2, num_codes=k, code_size=d)
+    module = Quantizer(spec, dialect).double()
+    for name in STATE:
+        getattr(module, name).copy_(torch.from_numpy(getattr(state, name)))
+    return state, module
+
+
+def require_same(module, state):
+    """Every array of the trainer's state within 1e-12 of the oracle's, beside its magnitudes."""
+    assert int(module.steps) == state.steps
+    for name in STATE:
+        found, expected = getattr(module, name).numpy(), getattr(state, name)
+        assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12 * np.abs(expected).max())
+
+
+def tensors(*arrays):
+    return [torch.from_numpy(np.asarray(array)) for array in arrays]
+
+
+def dead_codes(state, latents, below, decay, dialect):
+    """What the trainer calls dead: a count below that share of the mean, as far as it is data."""
+    share = 1 - decay**state.steps if dialect.debiased else 1.0
+    return np.flatnonzero(state.ema_count < below * latents / len(state.ema_count) * share)
+
+
+@EACH_DIALECT
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 9999), decay=st.floats(0, 0.999), epsilon=st.floats(1e-7, 0.1))
+def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(dialect, seed, decay, epsilon):
+    """Each side goes on from its own state, six steps of which one in three resets codes and
+    another revives dead ones."""
+    rng, how = np.random.default_rng(seed), (decay, epsilon)
+    state, module = started(dialect, rng)
+    for step in range(6):
+        latents, indices = rng.normal(size=(4, 2, 3)), rng.integers(0, 5, (4, 2))
+        module.update(*tensors(latents, indices), *how)
+        state = vqref.update_ema(state, latents, indices, *how, dialect)
+        require_same(module, state)
+        if step % 3 == 1:
+            codes, rows, counts = np.array([6, 2]), rng.normal(size=(2, 3)), rng.uniform(0, 4, 2)
+            found = reset_codes(
+                *(getattr(module, name) for name in STATE),
+                *tensors(codes, rows, counts),
+                *how,
+                dialect,
+                module.steps,
+            )
+            state = vqref.reset_codes(state, codes, rows, counts, *how, dialect)
+            for name, value in zip(STATE, found, strict=True):
+                getattr(module, name).copy_(value)
+        if step % 3 == 2:
+            order = rng.permutation(8)
+            dead = dead_codes(state, 8, 0.3, decay, dialect)[:8]
+            module.revive(*tensors(latents, order), 0.3, *how)
+            rows = latents.reshape(-1, 3)[order[: len(dead)]]
+            state = vqref.reset_codes(state, dead, rows, np.full(len(dead), 8 / 7), *how, dialect)
+        require_same(module, state)
+
+
+@EACH_DIALECT
+def test_the_order_of_updates_counts_only_for_a_debiased_dialect(dialect):
+    """``steps`` as a tensor and as a number mean the same."""
+    rng = np.random.default_rng(0)
+    _, module = started(dialect, rng)
+    latents, indices = rng.normal(size=(4, 2, 3)), rng.integers(0, 5, (4, 2))
+    arrays = module.ema_count, module.ema_means, *tensors(latents, indices), 0.9, 1e-5, dialect
+    third, same, first = (update_ema(*arrays, n) for n in (torch.tensor(2), 2, 0))
+    assert all(torch.equal(a, b) for a, b in zip(third, same, strict=True))
+    assert dialect.debiased != torch.equal(third[0], first[0])
+
+
+@EACH_DIALECT
+def test_codes_on_which_their_latents_sit_stay_after_a_start(dialect):
+    """As if training had long gone on: count and means fit the codebook, but for epsilon."""
+    rng = np.random.default_rng(0)
+    _, module = started(dialect, rng)
+    rows, counts = rng.normal(size=(7, 3)), rng.integers(1, 5, 7).astype(np.float64)
+    module.start(*tensors(rows, counts), 0.9, 1e-5)
+    assert int(module.steps) == SETTLED
+    np.testing.assert_array_equal(module.codebook.numpy(), rows)
+    np.testing.assert_array_equal(module.ema_count.numpy(), counts)
+    indices = np.repeat(np.arange(7), counts.astype(int))[None]
+    for _ in range(3):
+        module.update(*tensors(rows[indices], indices), 0.9, 1e-5)
+        np.testing.assert_allclose(module.codebook.numpy(), rows, rtol=2e-5)
+        np.testing.assert_allclose(module.ema_count.numpy(), counts, rtol=2e-5)
+
+
+@EACH_DIALECT
+def test_a_reset_before_the_first_update_is_the_oracles(dialect):
+    """The averages of a debiased dialect are empty then, and stay so."""
+    rng = np.random.default_rng(0)
+    state, module = started(dialect, rng)
+    codes, rows, counts = np.array([3, 0]), rng.normal(size=(2, 3)), np.array([2.0, 0.5])
+    arrays = (getattr(module, name) for name in STATE)
+    found = reset_codes(*arrays, *tensors(codes, rows, counts), 0.9, 1e-5, dialect, module.steps)
+    expected = vqref.reset_codes(state, codes, rows, counts, 0.9, 1e-5, dialect)
+    for name, value in zip(STATE, found, strict=True):
+        np.testing.assert_allclose(value.numpy(), getattr(expected, name), rtol=1e-12)
+
+
+@given(seed=st.integers(0, 999), latents=st.integers(1, 12), below=st.floats(0.01, 1.0))
+def test_reviving_is_the_oracles_reset_of_the_dead_codes(seed, latents, below):
+    """Some dead, none, all, and more than there are latents."""
+    rng = np.random.default_rng(seed)
+    codebook, means, rows = (rng.normal(size=(k, 3)) for k in (7, 7, latents))
+    count, order = rng.uniform(0, 2 * latents / 7, 7), rng.permutation(latents)
+    found = revive_codes(*tensors(codebook, count, means, rows, order), below, 0.99, 1e-5)
+    state = vqref.EMAState(codebook, count, means)
+    dead = dead_codes(state, latents, below, 0.99, POST)[:latents]
+    counts = np.full(len(dead), latents / 7)
+    expected = vqref.reset_codes(state, dead, rows[order[: len(dead)]], counts, 0.99, 1e-5)
+    for name, tensor in zip(STATE, found, strict=True):
+        np.testing.assert_allclose(tensor.numpy(), getattr(expected, name), rtol=0, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 9999), temperature=st.floats(0.01, 10), d=st.integers(1, 9))
+def test_the_trainer_draws_what_the_oracle_draws(seed, temperature, d):
+    """In float64 the scores are equal to rounding: a difference would be a tie that no seed of 50
+    latents shows."""
+    rng = np.random.default_rng(seed)
+    latents, codebook = rng.normal(size=(25, 2, d)), rng.normal(size=(9, d))
+    gumbel = rng.gumbel(size=(25, 2, 9))
+    found = draw(*tensors(latents, codebook, gumbel), temperature)
+    expected = vqref.draw_indices(latents, codebook, gumbel, temperature)
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def test_state_holds_the_codebook_and_its_averages_but_not_the_steps():
+    _, module = started(POST, np.random.default_rng(0))
+    assert set(module.state_dict()) == set(STATE)
+    assert not list(module.parameters())

@@ -1,4 +1,5 @@
-"""Where images come from: the network that may lie, break or not be there, the cache, folders of pictures."""
+"""Where images come from: the network that may lie, break or not be there, the cache, folders of
+pictures."""
 
 import gzip
 import hashlib
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vqref.commandline import InputError, MachineError
-from vqtrain import sources
-from vqtrain.sources import load_kmnist, load_source
+from vqref.errors import InputError, MachineError
+from vqtrain.data import sources
+from vqtrain.data.sources import load_kmnist, load_source
 
 RNG = np.random.default_rng(0)
 
@@ -22,7 +23,10 @@ def idx(array: np.ndarray) -> bytes:
     return gzip.compress(header + array.tobytes(), mtime=0)
 
 
-TRAIN, HELD_OUT = RNG.integers(0, 256, (20, 28, 28), np.uint8), RNG.integers(0, 256, (5, 28, 28), np.uint8)
+TRAIN, HELD_OUT = (
+    RNG.integers(0, 256, (20, 28, 28), np.uint8),
+    RNG.integers(0, 256, (5, 28, 28), np.uint8),
+)
 FILES = dict(zip(sources.KMNIST_FILES, (idx(TRAIN), idx(HELD_OUT)), strict=True))
 PAGE = b"<html>This site has moved</html>"
 
@@ -30,13 +34,17 @@ PAGE = b"<html>This site has moved</html>"
 @pytest.fixture(autouse=True)
 def small_kmnist(monkeypatch):
     """Two small files in the place of the official ones; their digests are what is believed."""
-    monkeypatch.setattr(sources, "KMNIST_FILES", {name: hashlib.sha256(body).hexdigest() for name, body in FILES.items()})
+    monkeypatch.setattr(
+        sources,
+        "KMNIST_FILES",
+        {name: hashlib.sha256(body).hexdigest() for name, body in FILES.items()},
+    )
     monkeypatch.setattr(sources, "RETRIES", 0)
     monkeypatch.setattr(sources, "PROBE_SECONDS", 2.0)
 
 
 class Server:
-    """A place on this machine. ``answer(name)`` gives (status, body, how many bytes of it are sent)."""
+    """A place on this machine. ``answer(name)`` gives (status, body, bytes of it that are sent)."""
 
     def __init__(self, answer) -> None:
         self.asked: list[str] = []
@@ -96,14 +104,25 @@ def test_kmnist_is_downloaded_once_and_hashed_again_when_it_is_read(tmp_path, se
     assert len(server.asked) == asked
     damaged = tmp_path / "kmnist" / "t10k-images-idx3-ubyte.gz"
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    np.testing.assert_array_equal(load_kmnist(tmp_path, silent, [server.place]).held_out[:, 0], HELD_OUT)
-    assert server.asked[asked:] == ["HEAD t10k-images-idx3-ubyte.gz", "GET t10k-images-idx3-ubyte.gz"]
+    np.testing.assert_array_equal(
+        load_kmnist(tmp_path, silent, [server.place]).held_out[:, 0], HELD_OUT
+    )
+    assert server.asked[asked:] == [
+        "HEAD t10k-images-idx3-ubyte.gz",
+        "GET t10k-images-idx3-ubyte.gz",
+    ]
 
 
 LIARS = {
     "an HTML page": (lambda name: (200, PAGE, None), "sent other bytes than the official file"),
-    "other bytes": (lambda name: (200, FILES[name][:-4] + b"abcd", None), "sent other bytes than the official file"),
-    "half a file": (lambda name: (200, FILES[name], 100), "ChunkedEncodingError|ConnectionError|sent other bytes"),
+    "other bytes": (
+        lambda name: (200, FILES[name][:-4] + b"abcd", None),
+        "sent other bytes than the official file",
+    ),
+    "half a file": (
+        lambda name: (200, FILES[name], 100),
+        "ChunkedEncodingError|ConnectionError|sent other bytes",
+    ),
     "not found": (lambda name: (404, PAGE, None), "answered 404"),
 }
 
@@ -123,13 +142,16 @@ def test_the_mirror_serves_where_the_publisher_does_not(tmp_path, serve, kind):
     np.testing.assert_array_equal(load_kmnist(tmp_path, silent, places).train[:, 0], TRAIN)
 
 
-def test_without_a_network_kmnist_is_an_error_and_auto_says_loudly_what_it_takes(tmp_path, monkeypatch):
+def test_without_a_network_kmnist_is_an_error_and_auto_says_loudly_what_it_takes(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("PORTABLE_VQVAE_CACHE", str(tmp_path))
     monkeypatch.setenv("PORTABLE_VQVAE_KMNIST_URL", "http://127.0.0.1:9/")
     monkeypatch.setattr(sources, "GLYPHS_TRAIN", 30)
     monkeypatch.setattr(sources, "GLYPHS_HELD_OUT", 10)
     with pytest.raises(
-        MachineError, match=r"Kuzushiji-MNIST is not in .* cannot be downloaded: 127\.0\.0\.1 cannot be reached"
+        MachineError,
+        match=r"Kuzushiji-MNIST is not in .* cannot be downloaded: 127\.0\.0\.1 cannot be reached",
     ):
         load_source("kmnist", silent)
     said = []
@@ -175,7 +197,9 @@ def test_pictures_of_different_sizes_are_resized_only_when_asked(tmp_path):
 
 
 def test_folders_without_pictures_and_broken_pictures_are_named(tmp_path):
-    with pytest.raises(InputError, match="the folder holds no image files and no official KMNIST files"):
+    with pytest.raises(
+        InputError, match="the folder holds no image files and no official KMNIST files"
+    ):
         load_source(str(tmp_path), silent)
     (tmp_path / "a.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(InputError, match=r"a\.png: not a readable image"):

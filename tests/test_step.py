@@ -1,4 +1,5 @@
-"""A training step: the same whether it is taken by itself or played again from a recording, and fit to be recorded."""
+"""A training step: the same whether it is taken by itself or played again from a recording, and fit
+to be recorded."""
 
 import copy
 import dataclasses
@@ -9,16 +10,23 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode
 
-import vqref
-import vqtrain.step
+import vqtrain.run.step
+from vqref import families
 from vqtrain import RECIPES, VQVAE, TrainingOptions, training_step
-from vqtrain.metrics import Meter
-from vqtrain.rules import Rules
-from vqtrain.step import WARM_UP, RecordedSteps, can_be_recorded, make_optimizer, take
+from vqtrain.run.metrics import Meter
+from vqtrain.run.recording import WARM_UP, RecordedSteps, can_be_recorded
+from vqtrain.run.rules import Rules
+from vqtrain.run.step import make_optimizer, take
 
 STEPS = 40
 EVERY_RULE = dataclasses.replace(
-    RECIPES["default"], batch_size=16, plain_steps=10, kmeans_start=False, revive_below=0.9, temperature=0.5, anneal_until=0.5
+    RECIPES["default"](families.post()),
+    batch_size=16,
+    plain_steps=10,
+    kmeans_start=False,
+    revive_below=0.9,
+    temperature=0.5,
+    anneal_until=0.5,
 )
 
 
@@ -33,14 +41,19 @@ def parts(model, options):
 
 
 def again(body):
-    """A recording that works on tensors in fixed places and plays its body: a CUDA graph but for the graph."""
+    """A recording that plays its body on tensors in fixed places, as a CUDA graph does."""
     return body
 
 
-@pytest.mark.parametrize("options", [TrainingOptions(batch_size=16), EVERY_RULE], ids=["seed", "every rule"])
+@pytest.mark.parametrize(
+    "options", [TrainingOptions(batch_size=16), EVERY_RULE], ids=["post", "every rule"]
+)
 def test_recorded_steps_are_the_steps_bit_for_bit(model, batch, options):
     module, optimizer, rules = parts(model, options)
-    alone = [training_step(module, optimizer, images, options, rules, step) for step, images in enumerate(batch)]
+    alone = [
+        training_step(module, optimizer, images, options, rules, step)
+        for step, images in enumerate(batch)
+    ]
     second, optimizer, rules = parts(model, options)
     recorded = RecordedSteps(second, optimizer, options, rules, record=again)
     for step, images in enumerate(batch):
@@ -49,7 +62,9 @@ def test_recorded_steps_are_the_steps_bit_for_bit(model, batch, options):
         assert torch.equal(indices, alone[step][1])
     for name, array in second.params().items():
         np.testing.assert_array_equal(array, module.params()[name])
-    assert all(kind.replay is not None and kind.taken == WARM_UP for kind in recorded._kinds.values())
+    assert all(
+        kind.replay is not None and kind.taken == WARM_UP for kind in recorded._kinds.values()
+    )
     assert len(recorded._kinds) == (4 if options is EVERY_RULE else 1)
 
 
@@ -65,7 +80,9 @@ def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(model, batch):
     recorded = RecordedSteps(second, optimizer, options, rules, record=refuse, say=said.append)
     for step, images in enumerate(batch[:8]):
         recorded(images, step)
-    assert said == ["steps are not recorded, but taken one operation at a time: operation not permitted"]
+    assert said == [
+        "steps are not recorded, but taken one operation at a time: operation not permitted"
+    ]
     for name, array in second.params().items():
         np.testing.assert_array_equal(array, module.params()[name])
 
@@ -86,13 +103,15 @@ def test_no_kind_of_step_waits_for_its_device(model, step):
 
 def test_a_step_that_asked_for_a_value_would_be_seen(model, monkeypatch):
     def waiting(latents, *_):
-        return torch.zeros(latents.shape[:2], dtype=torch.int64, device=latents.device) + int(latents.sum() > 0)
+        return torch.zeros(latents.shape[:2], dtype=torch.int64, device=latents.device) + int(
+            latents.sum() > 0
+        )
 
-    monkeypatch.setattr(vqtrain.step, "draw", waiting)
+    monkeypatch.setattr(vqtrain.run.step, "draw", waiting)
     with pytest.raises(DataDependentOutputException):
         test_no_kind_of_step_waits_for_its_device(model, 12)
 
 
 def test_a_large_codebook_is_searched_in_a_step_that_is_not_recorded():
-    assert can_be_recorded(vqref.ModelSpec(), TrainingOptions())
-    assert not can_be_recorded(vqref.ModelSpec(num_codes=16_384, code_size=64), TrainingOptions())
+    assert can_be_recorded(families.post(), TrainingOptions())
+    assert not can_be_recorded(families.post(num_codes=16_384, code_size=64), TrainingOptions())

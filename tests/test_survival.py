@@ -1,4 +1,5 @@
-"""What a run survives: signals in every phase, kills at any moment, damaged checkpoints, a full disk, a second run."""
+"""What a run survives: signals in every phase, kills at any moment, damaged snapshots, a full disk,
+a second run."""
 
 import dataclasses
 import os
@@ -10,20 +11,28 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
-from test_trainer import SPEC, trainer
+from support import ROOT, SPEC, Trap, trainer
 
-import vqtrain.train
-from vqref.commandline import InputError, UsageError
-from vqtrain.checkpoint import read_model
-from vqtrain.interrupts import Interrupted, Interrupts
-from vqtrain.runs import RunFolder, latest_state
-from vqtrain.state import list_states, load_state, save_state
+import vqtrain.run.trainer
+from vqref import families
+from vqref.errors import InputError, UsageError
+from vqtrain import TrainingOptions
+from vqtrain.modelfile import read_model
+from vqtrain.run.folder import RunFolder, latest_state
+from vqtrain.run.interrupts import Interrupted, Interrupts
+from vqtrain.run.snapshot import (
+    course_of,
+    differences,
+    list_states,
+    load_state,
+    require_same_course,
+    save_state,
+)
 
 RUN = (
-    sys.executable, "-m", "vqtrain", "--data", "data", "--base-depth", "2", "--batch-size", "16", "--epochs", "3",
-    "--checkpoint-steps", "2", "--name", "r", "--num-codes", "8",
-)  # fmt: skip
+    *(sys.executable, "-m", "vqtrain", "--data", "data", "--epochs", "3", "--batch-size", "16"),
+    *("--snapshot-steps", "2", "--name", "r", "--base-depth", "2", "--num-codes", "8"),
+)
 
 
 @pytest.fixture
@@ -35,7 +44,9 @@ def place(tmp_path, many_images):
 
 
 def go(place, *more: str, run=RUN) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*run, *more], cwd=place, env=environment(), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*run, *more], cwd=place, env=environment(), capture_output=True, text=True, check=False
+    )
 
 
 def environment() -> dict[str, str]:
@@ -50,15 +61,26 @@ def same(a, b) -> bool:
     return all(np.array_equal(a[name], b[name]) for name in a)
 
 
-EVERY_RULE = {"plain_steps": 1, "kmeans_start": True, "temperature": 0.3, "revive_below": 0.5, "cosine": True}
+EVERY_RULE = {
+    "plain_steps": 1,
+    "kmeans_start": True,
+    "temperature": 0.3,
+    "revive_below": 0.5,
+    "cosine": True,
+}
 
 
-@pytest.mark.parametrize("recipe", [{}, EVERY_RULE], ids=["seed", "every rule"])
+RECIPES = {"post": {}, "every rule": EVERY_RULE, "sonnet": {"dialect": "sonnet"}}
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("when", [1, 5, 7])
-def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path, many_images, monkeypatch, when, recipe):
+def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
+    tmp_path, many_images, monkeypatch, when, recipe
+):
     (tmp_path / "whole").mkdir()
     undisturbed = trainer(tmp_path / "whole", many_images, **recipe).run()
-    step, taken = vqtrain.train.training_step, []
+    step, taken = vqtrain.run.trainer.training_step, []
 
     def interrupting(*arguments):
         taken.append(1)
@@ -66,30 +88,38 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(tmp_path, many_images, mo
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*arguments)
 
-    monkeypatch.setattr(vqtrain.train, "training_step", interrupting)
+    monkeypatch.setattr(vqtrain.run.trainer, "training_step", interrupting)
     stopped = trainer(tmp_path, many_images, **recipe)
-    with stopped.work.interrupts, pytest.raises(Interrupted, match=rf"epoch {1 + (when - 1) // 5}, step") as caught:
+    with (
+        stopped.work.interrupts,
+        pytest.raises(Interrupted, match=rf"epoch {1 + (when - 1) // 5}, step") as caught,
+    ):
         stopped.run()
     assert caught.value.exit_code == 143
     stopped.work.folder.release()
     state, _, _ = latest_state(tmp_path / "run")
-    assert 5 * state["epoch"] + state["step"] == when  # the step that was being taken is finished, and none after it
+    assert (
+        5 * state["epoch"] + state["step"] == when
+    )  # the step that was being taken is finished, and none after it
     monkeypatch.undo()
     resumed = trainer(tmp_path, many_images, state=state, **recipe).run()
     assert same(resumed.params, undisturbed.params)
     drop = "images_per_second"
-    lines = [[{k: v for k, v in line.items() if k != drop} for line in m.metrics["history"]] for m in (resumed, undisturbed)]
+    lines = [
+        [{k: v for k, v in line.items() if k != drop} for line in m.metrics["history"]]
+        for m in (resumed, undisturbed)
+    ]
     assert lines[0] == lines[1]
 
 
 PHASES = {
-    "loading": ("vqtrain.command.load_source", 143, False),
-    "checking": ("vqtrain.train.check_against_oracle", 143, True),
-    "training": ("vqtrain.train.training_step", 143, True),
-    "evaluation": ("vqtrain.train.evaluate", 143, True),
-    "drawing": ("vqtrain.pictures.save_curves", 143, True),
-    "saving": ("vqtrain.train.save_state", 143, True),
-    "publishing": ("vqtrain.train.write_model", 143, True),
+    "loading": ("vqtrain.commands.train.load_source", 143, False),
+    "checking": ("vqtrain.run.trainer.check_against_oracle", 143, True),
+    "training": ("vqtrain.run.trainer.training_step", 143, True),
+    "evaluation": ("vqtrain.run.trainer.evaluate", 143, True),
+    "drawing": ("vqtrain.run.pictures.save_curves", 143, True),
+    "saving": ("vqtrain.run.trainer.save_state", 143, True),
+    "publishing": ("vqtrain.run.trainer.write_model", 143, True),
 }
 SABOTAGE = """
 import os, signal, sys
@@ -114,17 +144,19 @@ def test_sigterm_in_any_phase_saves_and_exits_143(place, phase):
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert ("and saved; the same command goes on" in done.stderr) is saved
-    assert bool(list_states(place / "runs" / "r" / "checkpoints")) is saved
+    assert bool(list_states(place / "runs" / "r" / "snapshots")) is saved
     assert go(place).returncode == 0
 
 
-def test_kills_at_random_moments_lose_no_checkpoint_and_end_at_the_same_bits(place):
+def test_kills_at_random_moments_lose_no_snapshot_and_end_at_the_same_bits(place):
     """A few here; ``python -m benchmarks.kills`` makes it as many as one likes."""
     assert go(place, "--name", "whole", "--output", "whole.pt").returncode == 0
     rng = np.random.default_rng(0)
     reached, kills = 0, 0
     for _ in range(6):
-        process = subprocess.Popen(RUN, cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            RUN, cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         time.sleep(rng.uniform(1.5, 6))
         process.kill()
         if process.wait() == 0:
@@ -153,18 +185,18 @@ def damage(path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "bit-flipped"])
-def test_a_damaged_checkpoint_falls_back_under_auto_and_stops_an_explicit_path(place, how):
+def test_a_damaged_snapshot_falls_back_under_auto_and_stops_an_explicit_path(place, how):
     assert go(place, "--epochs", "3").returncode == 0
-    newest, previous = list_states(place / "runs" / "r" / "checkpoints")
+    newest, previous = list_states(place / "runs" / "r" / "snapshots")
     damage(newest, how)
-    explicit = go(place, "--resume", f"runs/r/checkpoints/{newest.name}")
+    explicit = go(place, "--resume", f"runs/r/snapshots/{newest.name}")
     assert (explicit.returncode, len(explicit.stderr.splitlines())) == (3, 1)
     assert f"{newest.name}: damaged: its sha256" in explicit.stderr
     auto = go(place)
     assert auto.returncode == 0
-    assert f"passed over: runs/r/checkpoints/{newest.name}: damaged" in auto.stdout
-    assert f"going on from runs/r/checkpoints/{previous.name}" in auto.stdout
-    for path in list_states(place / "runs" / "r" / "checkpoints"):
+    assert f"skipped: runs/r/snapshots/{newest.name}: damaged" in auto.stdout
+    assert f"going on from runs/r/snapshots/{previous.name}" in auto.stdout
+    for path in list_states(place / "runs" / "r" / "snapshots"):
         damage(path, how)
     nothing_left = go(place)
     assert (nothing_left.returncode, len(nothing_left.stderr.splitlines())) == (3, 1)
@@ -174,7 +206,10 @@ def test_a_changed_option_is_named_and_refused(place):
     assert go(place, "--epochs", "1").returncode == 0
     changed = go(place, "--epochs", "1", "--decay", "0.9")
     assert changed.returncode == 2
-    assert changed.stderr == ("vqtrain: runs/r was begun with decay 0.985, not 0.9; use the same options, or another --name\n")
+    said = "vqtrain: runs/r was begun with decay 0.985, not 0.9"
+    assert changed.stderr == f"{said}; use the same options, or another --name\n"
+    narrower = go(place, "--epochs", "1", "--base-depth", "1")
+    assert narrower.stderr.startswith("vqtrain: runs/r was begun with base_depth 2, not 1; use")
     explicit = go(place, "--epochs", "1", "--decay", "0.9", "--resume", "runs/r")
     assert (explicit.returncode, explicit.stderr) == (2, changed.stderr)
 
@@ -182,9 +217,15 @@ def test_a_changed_option_is_named_and_refused(place):
 def test_a_finished_run_is_not_trained_again_and_never_overwritten(place):
     assert go(place, "--epochs", "1").returncode == 0
     again = go(place, "--epochs", "1")
-    assert (again.returncode, again.stderr) == (3, "vqtrain: runs/r: is finished; use another --name\n")
+    assert (again.returncode, again.stderr) == (
+        3,
+        "vqtrain: runs/r: is finished; use another --name\n",
+    )
     never = go(place, "--epochs", "1", "--resume", "never")
-    assert (never.returncode, never.stderr) == (3, "vqtrain: runs/r: exists already; use another --name\n")
+    assert (never.returncode, never.stderr) == (
+        3,
+        "vqtrain: runs/r: exists already; use another --name\n",
+    )
 
 
 def test_without_a_name_a_finished_or_different_run_gets_the_next_folder(place):
@@ -202,43 +243,51 @@ def test_two_runs_cannot_share_a_folder(place):
     folder = RunFolder(place / "runs" / "r")
     done = go(place)
     folder.release()
-    assert (done.returncode, done.stderr) == (5, "vqtrain: runs/r: another run is at work in this folder\n")
+    assert (done.returncode, done.stderr) == (
+        5,
+        "vqtrain: runs/r: another run is at work in this folder\n",
+    )
 
 
 def test_options_of_a_run_begin_the_same_run_again(place):
     assert go(place, "--epochs", "1", "--learning-rate", "0.002").returncode == 0
-    again = subprocess.run(
-        [sys.executable, "-m", "vqtrain", "--config", "runs/r/options.toml", "--name", "again", "--output", "b.pt"],
-        cwd=place, env=environment(), capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    config = ("--config", "runs/r/options.toml", "--name", "again", "--output", "b.pt")
+    again = go(place, *config, run=RUN[:3])
     assert again.returncode == 0, again.stderr
     assert same(parameters(place / "model.pt"), parameters(place / "b.pt"))
-    first, second = ((place / "runs" / name / "options.toml").read_text().splitlines() for name in ("r", "again"))
-    assert [line for line in first if "output" not in line] == [line for line in second if "output" not in line]
+    first, second = (
+        (place / "runs" / name / "options.toml").read_text().splitlines() for name in ("r", "again")
+    )
+    assert [line for line in first if "output" not in line] == [
+        line for line in second if "output" not in line
+    ]
 
 
 def test_a_config_that_names_an_unknown_option_is_refused(place):
     (place / "c.toml").write_text("[training]\nepoch = 3\n")
     done = go(place, "--config", "c.toml")
-    assert (done.returncode, done.stderr) == (3, "vqtrain: c.toml: unknown option epoch; did you mean --epochs?\n")
+    assert (done.returncode, done.stderr) == (
+        3,
+        "vqtrain: c.toml: unknown option epoch; did you mean --epochs?\n",
+    )
     (place / "c.toml").write_text("epochs = = 3")
     assert "c.toml: not TOML" in go(place, "--config", "c.toml").stderr
 
 
 def test_a_full_disk_loses_nothing(tmp_path, many_images, monkeypatch):
-    run = trainer(tmp_path, many_images, checkpoint_steps=2)
+    run = trainer(tmp_path, many_images, work={"snapshot_steps": 2})
 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    step = vqtrain.train.training_step
+    step = vqtrain.run.trainer.training_step
 
     def filling(*arguments):
-        if run.epoch == 1 and run.step == 3:
+        if (run.state.epoch, run.state.step) == (1, 3):
             monkeypatch.setattr(os, "fsync", full)
         return step(*arguments)
 
-    monkeypatch.setattr(vqtrain.train, "training_step", filling)
+    monkeypatch.setattr(vqtrain.run.trainer, "training_step", filling)
     with pytest.raises(OSError, match="No space left"):
         run.run()
     monkeypatch.undo()
@@ -251,7 +300,10 @@ def test_a_full_disk_loses_nothing(tmp_path, many_images, monkeypatch):
 def test_states_keep_the_last_two_and_read_back_what_was_saved(tmp_path):
     for step in (1, 20, 3):
         save_state(tmp_path, step, {"step": step, "x": torch.arange(3)})
-    assert [path.name for path in list_states(tmp_path)] == ["step-00000020.state", "step-00000003.state"]
+    assert [path.name for path in list_states(tmp_path)] == [
+        "step-00000020.state",
+        "step-00000003.state",
+    ]
     found = load_state(tmp_path / "step-00000020.state")
     assert found["step"] == 20
     assert torch.equal(found["x"], torch.arange(3))
@@ -260,9 +312,9 @@ def test_states_keep_the_last_two_and_read_back_what_was_saved(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not a checkpoint of vqtrain"),
-        (b"vqtrain-state 9 abc\n", "a checkpoint of another format version"),
-        (b"vqtrain-state 1 abc\nxyz", "damaged: its sha256"),
+        (b"", "not a snapshot of vqtrain"),
+        (b"vqtrain-state 1 abc\n", "a snapshot of another format version"),
+        (b"vqtrain-state 2 abc\nxyz", "damaged: its sha256"),
     ],
 )
 def test_bytes_that_are_no_state_are_refused(tmp_path, content, message):
@@ -272,10 +324,10 @@ def test_bytes_that_are_no_state_are_refused(tmp_path, content, message):
 
 
 def test_a_state_that_carries_code_is_refused_and_nothing_runs(tmp_path):
-    from test_checkpoint import Trap
-
     path = save_state(tmp_path, 1, {"trap": Trap(tmp_path / "sprung")})
-    with pytest.raises(InputError, match="refused: its payload is not plain data; nothing was executed"):
+    with pytest.raises(
+        InputError, match="refused: its payload is not plain data; nothing was executed"
+    ):
         load_state(path)
     assert not (tmp_path / "sprung").exists()
 
@@ -301,13 +353,15 @@ def test_a_signal_waits_for_the_end_of_a_hold_and_comes_once():
 def test_a_second_signal_ends_the_process_at_once():
     code = """
 import os, signal
-from vqtrain.interrupts import Interrupts
+from vqtrain.run.interrupts import Interrupts
 with Interrupts() as interrupts, interrupts.hold():
     os.kill(os.getpid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
     print("went on")
 """
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (130, "")
 
 
@@ -316,9 +370,27 @@ def test_a_resumed_state_of_another_course_is_named(tmp_path, many_images):
     run.run()
     run.work.folder.release()
     state, _, _ = latest_state(tmp_path / "run")
-    from vqtrain.runs import require_same_course
-
     require_same_course(tmp_path / "run", run.course, state)
-    other = {**run.course, **dataclasses.replace(SPEC, num_codes=9).to_dict()}
-    with pytest.raises(UsageError, match="was begun with num_codes 8, not 9"):
+    nine = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=9, code_size=4)
+    other = course_of(nine, run.options, {}, "0" * 64)
+    with pytest.raises(UsageError, match=r"was begun with num_codes 8, not 9; use"):
         require_same_course(tmp_path / "run", other, state)
+
+
+def test_a_network_whose_rows_changed_under_the_same_sizes_is_another_course():
+    """As where a family was written otherwise by another version of the toolkit."""
+    options = TrainingOptions()
+    layer = dataclasses.replace(SPEC.decoder[-1], activation="relu")
+    changed = dataclasses.replace(SPEC, decoder=(*SPEC.decoder[:-1], layer))
+    ours, theirs = (course_of(spec, options, {}, "0" * 64) for spec in (SPEC, changed))
+    assert [phrase.split()[0] for phrase in differences(ours, theirs)] == ["rows"]
+
+
+def test_a_state_holds_the_updates_that_a_debiased_average_has_had(tmp_path, many_images):
+    run = trainer(tmp_path, many_images, dialect="sonnet", work={"snapshot_steps": 2})
+    run.run()
+    run.work.folder.release()
+    (tmp_path / "b").mkdir()
+    state = load_state(list_states(tmp_path / "run" / "snapshots")[0])
+    again = trainer(tmp_path / "b", many_images, dialect="sonnet", state=state)
+    assert state["quantizer_steps"] == again.model.quantizer.steps == 10

@@ -1,171 +1,283 @@
-"""Graphs in other forms: tables, fixed batches, symmetric pads, opsets and precisions, each the model it says it is."""
+"""Graphs in other forms, tables, fixed batches, opsets, precisions: each is the model it says."""
 
+import dataclasses
 import json
 
 import numpy as np
 import onnx
 import pytest
-from conftest import small_model
+from support import small_model
 
 import vqref
 from vqdeploy import Codec
+from vqdeploy.agreement import check_graphs
 from vqdeploy.bundle import Bundle
-from vqdeploy.export import export, read_parameters
-from vqdeploy.graphs import OPSETS, GraphOptions, build_graphs
-from vqdeploy.measure import measure
-from vqdeploy.sessions import open_sessions
-from vqdeploy.verify import check_graphs, verify
-from vqref.commandline import InputError
-from vqref.spec import EMA_COUNT, EMA_MEANS
-from vqtrain.checkpoint import write_model
+from vqdeploy.card import write_card
+from vqdeploy.export import export
+from vqdeploy.graphs.build import OPSETS, GraphOptions, build_graphs
+from vqdeploy.proof.golden import Answered
+from vqdeploy.proof.measure import measure
+from vqdeploy.runtime.sessions import open_sessions
+from vqdeploy.sources import read_parameters
+from vqdeploy.verify import verify
+from vqref import families
+from vqref.agreement.report import Report
+from vqref.errors import InputError
+from vqref.host.images import as_batch
+from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
+from vqtrain.modelfile import write_model
 
-SPEC = vqref.ModelSpec((1, 28, 28), base_depth=4, latent_size=2, num_codes=16, code_size=8)
+SPEC = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=16, code_size=8)
 
 
 @pytest.fixture(scope="module")
 def small():
+    """A model of family post with so few tokens that its detokenizer may be a table."""
     return small_model(SPEC)
 
 
 @pytest.fixture(scope="module")
-def small_file(small, tmp_path_factory):
-    path = tmp_path_factory.mktemp("small") / "model.pt"
-    write_model(path, small)
-    return path
-
-
-@pytest.fixture(scope="module")
 def images(many_images):
-    return (many_images[:100, None] / np.float32(255)).astype(np.float32)
+    return as_batch(many_images[:100], SPEC.image_shape)
+
+
+@pytest.fixture(scope="module", params=["post", "residual"])
+def family(request, small, images):
+    """A model of each family, and 100 images for it."""
+    if request.param == "post":
+        return small, images
+    model = request.getfixturevalue("residual_model")
+    return model, as_batch(request.getfixturevalue("colour_images")[:100], model.spec.image_shape)
+
+
+@pytest.fixture
+def family_file(family, tmp_path):
+    write_model(tmp_path / "model.pt", family[0])
+    return tmp_path / "model.pt"
 
 
 def opened(model, **options):
     chosen = GraphOptions(**options)
-    return open_sessions(build_graphs(model.spec, model.params, chosen), model.spec, "cpu", batch=chosen.batch)[0]
+    return open_sessions(
+        build_graphs(model.spec, model.params, chosen), model.spec, "cpu", batch=chosen.batch
+    )[0]
 
 
-def test_a_table_gives_what_the_network_gives(small, images):
+def folds(model, **options):
+    return GraphOptions(**options).folds(model.spec)
+
+
+def test_a_table_gives_what_the_network_gives(small):
     table, network = opened(small), opened(small, fold=False)
-    indices = np.stack(np.meshgrid(np.arange(16), np.arange(16), indexing="ij"), axis=-1).reshape(-1, 2)
+    indices = np.stack(np.meshgrid(np.arange(16), np.arange(16), indexing="ij"), axis=-1).reshape(
+        -1, 2
+    )
     found = table["detokenizer"](indices)[0]
     assert found.dtype == np.float32
     assert np.abs(found - network["detokenizer"](indices)[0]).max() <= 1e-6
-    exact = vqref.sigmoid(vqref.decode(small.spec, small.params, small.params["quantizer.codebook"][indices]))
+    outputs = vqref.decode(small.spec, small.params, small.params[CODEBOOK][indices])
+    exact = vqref.reconstruct(small.spec, outputs)
     np.testing.assert_array_equal(found, exact.astype(np.float32))
     assert table["detokenizer"](indices[:0])[0].shape == (0, 1, 28, 28)
 
 
-def test_a_table_is_one_node_and_is_made_only_where_it_is_small(small, model):
+def test_a_table_is_one_node_and_is_made_only_if_it_is_small(small, model, residual_model):
     graph = onnx.load_from_string(build_graphs(small.spec, small.params)["detokenizer"]).graph
     assert [node.op_type for node in graph.node] == ["GatherND"]
-    assert not GraphOptions().folds(model.spec)  # 65,536 entries, but 205 MB of them
-    assert GraphOptions(fold=True).folds(model.spec)
-    assert not GraphOptions(fold=False).folds(small.spec)
-    with pytest.raises(ValueError, match=r"fold: 64\^4 entries, at most 65536 make a table"):
-        GraphOptions(fold=True).folds(vqref.ModelSpec(latent_size=4))
+    assert not folds(model)  # 65,536 entries, but 205 MB of them
+    assert folds(model, fold=True)
+    assert not folds(small, fold=False)
+    assert not folds(residual_model)
+    with pytest.raises(ValueError, match=r"fold: 64\^4 .*more than the 65536"):
+        GraphOptions(fold=True).folds(families.post(latent_size=4))
+    with pytest.raises(ValueError, match=r"fold: 32\^16 "):
+        folds(residual_model, fold=True)
 
 
 @pytest.mark.parametrize("opset", OPSETS)
-@pytest.mark.parametrize("symmetric_pads", [False, True])
-def test_opsets_and_symmetric_pads_compute_the_same(small, images, opset, symmetric_pads):
-    options = {"opset": opset, "symmetric_pads": symmetric_pads}
-    assert check_graphs(small.spec, small.params, images, opened(small, **options), folded=True).passed
-    graph = onnx.load_from_string(build_graphs(small.spec, small.params, GraphOptions(**options))["encoder"]).graph
-    pads = [list(a.ints) for node in graph.node if node.op_type == "Conv" for a in node.attribute if a.name == "pads"]
-    assert all(p[:2] == p[2:] for p in pads) == symmetric_pads
+def test_opsets_compute_the_same_with_equal_pads(family, opset):
+    model, images = family
+    found = opened(model, opset=opset)
+    assert check_graphs(model.spec, model.params, images, found, folded=folds(model)).passed
+    for content in build_graphs(model.spec, model.params, GraphOptions(opset=opset)).values():
+        for node in onnx.load_from_string(content).graph.node:
+            pads = [list(a.ints) for a in node.attribute if a.name == "pads"]
+            assert all(each[:2] == each[2:] for each in pads), node.name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_graphs_for_a_processor_compute_the_same_without_its_slow_elu(small, images, precision):
+def test_graphs_for_a_processor_compute_the_same_without_its_slow_elu(family, precision):
+    model, images = family
     chosen = {"target": "cpu", "precision": precision, "fold": False}
-    found, usual = opened(small, **chosen), opened(small, precision=precision, fold=False)
+    found, usual = opened(model, **chosen), opened(model, precision=precision, fold=False)
     reading = {"fp32": "float32", "fp16": "float16"}[precision]
-    assert check_graphs(small.spec, small.params, images, found, precision=reading).passed
+    assert check_graphs(model.spec, model.params, images, found, precision=reading).passed
     np.testing.assert_allclose(
-        found["encoder"](images)[0], usual["encoder"](images)[0], atol=1e-6 if precision == "fp32" else 1e-2
+        found["encoder"](images)[0],
+        usual["encoder"](images)[0],
+        atol=1e-6 if precision == "fp32" else 1e-2,
     )
-    for stage, content in build_graphs(small.spec, small.params, GraphOptions(**chosen)).items():
-        assert "Elu" not in {node.op_type for node in onnx.load_from_string(content).graph.node}, stage
+    for stage, content in build_graphs(model.spec, model.params, GraphOptions(**chosen)).items():
+        operators = {node.op_type for node in onnx.load_from_string(content).graph.node}
+        assert "Elu" not in operators, stage
 
 
 @pytest.mark.parametrize("batch", [1, 8])
-def test_a_graph_of_a_fixed_batch_answers_any_number_of_images(small, images, batch):
-    fixed, free = opened(small, batch=batch), opened(small)
+def test_a_graph_of_a_fixed_batch_answers_any_number_of_images(family, batch):
+    model, images = family
+    fixed, free = opened(model, batch=batch), opened(model)
     for n in (0, 1, 7, 8, 19):
-        np.testing.assert_array_equal(fixed["tokenizer"](images[:n])[0], free["tokenizer"](images[:n])[0])
-    assert check_graphs(small.spec, small.params, images, fixed, folded=True).passed
+        np.testing.assert_array_equal(
+            fixed["tokenizer"](images[:n])[0], free["tokenizer"](images[:n])[0]
+        )
+    assert check_graphs(model.spec, model.params, images, fixed, folded=folds(model)).passed
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-@pytest.mark.parametrize("fold", [True, False])
-def test_reduced_bundles_verify_and_say_what_they_lose(small, small_file, images, tmp_path, precision, fold):
-    export(small_file, tmp_path / "b", options=GraphOptions(precision=precision, fold=fold), images=lambda spec: images)
+@pytest.mark.parametrize("fold", [None, False])
+def test_reduced_bundles_verify_and_say_what_they_lose(
+    family, family_file, tmp_path, precision, fold
+):
+    model, images = family
+    options = GraphOptions(precision=precision, fold=fold)
+    export(family_file, tmp_path / "b", options=options, images=lambda spec: images)
     bundle = Bundle.open(tmp_path / "b")
-    report, _ = verify(bundle, "cpu", images)
+    report = verify(bundle, "cpu", images).report
     assert report.passed, str(report)
     found = {check.stage: check for check in report.checks}
     assert found["encoder"].max_error > 1e-5  # it is reduced
     assert found["quantizer"].precision == "float32"
-    assert (found["detokenizer"].max_error < 1e-6) == fold
-    measured = bundle.manifest["measured"]
+    assert (found["detokenizer"].max_error < 1e-6) == folds(model, fold=fold)
+    measured, card = bundle.manifest["measured"], (tmp_path / "b" / "README.md").read_text()
     assert (measured["images"], measured["of"]) == (100, "data")
     assert 0.5 < measured["equal_tokens"] <= 1
     assert abs(measured["nats_lost"]) < 5
-    assert f"Networks in {bundle.precision}" in (tmp_path / "b" / "README.md").read_text()
-    assert f"{measured['equal_tokens']:.4%} of the tokens equal" in (tmp_path / "b" / "README.md").read_text()
-    full = len(build_graphs(small.spec, small.params)["encoder"])
-    assert len(bundle.graph("encoder")) < 0.7 * full
-    assert Codec.load(tmp_path / "b", "cpu").encode(images).shape == (100, 2)
+    assert abs(measured["psnr_lost"]) < 1
+    assert f"Networks in {bundle.precision}" in card
+    assert f"{measured['equal_tokens']:.4%} of the tokens equal" in card
+    full = len(build_graphs(model.spec, model.params)["encoder"])
+    assert len(bundle.graph("encoder")) < 0.9 * full
+    codec = Codec.load(tmp_path / "b", "cpu")
+    assert codec.encode(images).shape == (100, model.spec.latent_size)
 
 
-def test_two_int8_exports_give_the_same_bytes(small_file, images, tmp_path):
+def test_two_int8_exports_give_the_same_bytes(family, family_file, tmp_path):
     for name in ("a", "b"):
-        export(small_file, tmp_path / name, options=GraphOptions(precision="int8"), images=lambda spec: images)
+        export(
+            family_file,
+            tmp_path / name,
+            options=GraphOptions(precision="int8"),
+            images=lambda spec: family[1],
+        )
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 
 
-def test_a_float16_graph_called_float32_is_refuted(small, images):
-    report = check_graphs(small.spec, small.params, images, opened(small, precision="fp16"), folded=True)
+def test_a_float16_graph_called_float32_is_refuted(family):
+    model, images = family
+    sessions = opened(model, precision="fp16")
+    report = check_graphs(model.spec, model.params, images, sessions, folded=folds(model))
     assert "encoder" in [check.stage for check in report.failures]
 
 
-def test_what_float16_cannot_hold_is_refused(small, tmp_path):
-    params = {**small.params, "encoder.conv1.bias": small.params["encoder.conv1.bias"] + np.float32(1e5)}
-    with pytest.raises(ValueError, match=r"encoder\.conv1\.bias: holds values beyond float16's 65504"):
+def test_what_float16_cannot_hold_is_refused(small):
+    params = {
+        **small.params,
+        "encoder.conv1.bias": small.params["encoder.conv1.bias"] + np.float32(1e5),
+    }
+    with pytest.raises(
+        ValueError, match=r"encoder\.conv1\.bias: holds values beyond float16's 65504"
+    ):
         build_graphs(small.spec, params, GraphOptions(precision="fp16"))
 
 
-def test_measuring_sees_tokens_and_nats_that_differ(small, images):
-    sessions = opened(small)
-    same = measure(small.spec, small.params, images, sessions)
+def test_measuring_sees_tokens_nats_and_fidelity_that_differ(family):
+    model, images = family
+    sessions, how = opened(model), {"folded": folds(model)}
+    seen = Answered.of(model.spec, model.params, images)
+    same = measure(model.spec, model.params, seen, sessions, **how)
     assert same["equal_tokens"] > 0.99
     assert abs(same["nats_lost"]) < 0.01 or same["equal_tokens"] < 1
+    error = np.square(images - seen.known.reconstructions)
+    assert same["psnr"] == pytest.approx(-10 * np.log10(error.mean()), abs=0.1)
+    assert same["nmse"] == pytest.approx(error.mean() / images.var(), rel=0.02)
+    assert same["psnr_lost"] == pytest.approx(0, abs=0.01)
 
     def zeros(batch):
-        return [np.zeros((len(batch), 2), np.int64)]
+        return [np.zeros((len(batch), model.spec.latent_size), np.int64)]
 
-    other = measure(small.spec, small.params, images, {**sessions, "tokenizer": zeros})
+    other = measure(model.spec, model.params, seen, {**sessions, "tokenizer": zeros}, **how)
     assert other["equal_tokens"] < 0.9
-    assert other["nats"] != same["nats"]
+    for lost in ("nats_lost", "nmse_lost", "psnr_lost"):
+        assert other[lost] != same[lost]
+    codes = model.params[CODEBOOK][np.zeros_like(seen.known.indices)]
+    outputs = vqref.decode(model.spec, model.params, codes)
+    exact = vqref.nats(model.spec, images, outputs).mean()
+    assert other["nats"] == pytest.approx(exact, rel=1e-5)
+
+
+def test_a_card_shows_what_was_measured_and_the_block_that_hubs_read(family, family_file, tmp_path):
+    export(family_file, tmp_path / "b")
+    manifest = dict(Bundle.open(tmp_path / "b").manifest)
+    measures = {"bound": 12.345, "bits_per_dimension": 1.5, "nmse": 0.07, "psnr": 21.9}
+    measures |= {"mean_psnr": 22.5, "ssim": 0.81, "perplexity": 9.5, "codes_used": 16}
+    manifest["metrics"] = {"bound": 13.0, "held_out": measures}
+    spec = family[0].spec
+    card = write_card(spec, manifest, Report(()))
+    block = card.split("---\n")[1]
+    assert card.startswith("---\nlibrary_name: onnx\n")
+    assert "license" not in block
+    assert "| bound, nats per image | 13.00 | 12.35 |" in card
+    assert "| mean PSNR, dB |  | 22.50 |" in card
+    assert "| codes used |  | 16 |" in card
+    assert f"{spec.likelihood} likelihood" in card
+    manifest["metrics"] = {"training_sample": measures}
+    assert "a sample of the training images |" in write_card(spec, manifest, Report(()))
+
+
+def written(path, params, spec=None):
+    """A file of parameters, with the spec as its entry if one is given."""
+    said = {} if spec is None else {"spec": json.dumps(spec.to_dict())}
+    if path.suffix == ".npz":
+        np.savez(path, **params, **{name: np.array(text) for name, text in said.items()})
+    else:
+        from safetensors.numpy import save_file
+
+        save_file(dict(params), path, said)
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("whole", [True, False])
-def test_parameters_in_a_file_make_the_same_graphs(small, tmp_path, suffix, whole):
-    params = {name: array for name, array in small.params.items() if whole or name not in (EMA_COUNT, EMA_MEANS)}
+def test_parameters_in_a_file_make_the_same_graphs(family, tmp_path, suffix, whole):
+    model = family[0]
+    params = {
+        name: array
+        for name, array in model.params.items()
+        if whole or name not in (EMA_COUNT, EMA_MEANS)
+    }
     path = tmp_path / f"p{suffix}"
-    if suffix == ".npz":
-        np.savez(path, **params)
-    else:
-        from safetensors.numpy import save_file
-
-        save_file(params, path)
-    model, _ = read_parameters(path)
-    assert model.spec == small.spec
+    written(path, params, None if model.spec.family == "post" else model.spec)
+    assert read_parameters(path)[0].spec == model.spec
     export(path, tmp_path / "b")
-    assert Bundle.open(tmp_path / "b").graph("tokenizer") == build_graphs(small.spec, small.params)["tokenizer"]
-    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["provenance"]["parameters"] == path.name
+    graphs = build_graphs(model.spec, model.params)
+    assert Bundle.open(tmp_path / "b").graph("tokenizer") == graphs["tokenizer"]
+    manifest = json.loads((tmp_path / "b" / "manifest.json").read_text())
+    assert manifest["provenance"]["parameters"] == path.name
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_parameters_whose_shapes_do_not_say_everything_need_a_spec(
+    residual_model, tmp_path, suffix
+):
+    path, params = tmp_path / f"p{suffix}", residual_model.params
+    written(path, params)
+    with pytest.raises(
+        InputError, match=rf"p\{suffix}: .* add an entry 'spec' with the spec as JSON"
+    ):
+        read_parameters(path)
+    written(path, params, dataclasses.replace(residual_model.spec, num_codes=7))
+    with pytest.raises(InputError, match=r"quantizer\.\w+: shape is"):
+        read_parameters(path)
 
 
 def test_parameters_that_are_no_model_are_named(small, tmp_path):
@@ -175,8 +287,14 @@ def test_parameters_that_are_no_model_are_named(small, tmp_path):
             read_parameters(tmp_path / "p.npz")
 
     refused(r"p\.npz: holds no quantizer\.codebook; its names are x", x=np.ones(2))
-    refused(r"encoder\.dense\.bias: shape is \(3,\), expected \(16,\)", **{**small.params, "encoder.dense.bias": np.ones(3)})
+    refused(
+        r"encoder\.dense\.bias: shape is \(3,\), expected \(16,\)",
+        **{**small.params, "encoder.dense.bias": np.ones(3)},
+    )
     refused("unknown parameters: more", **small.params, more=np.ones(1))
+    refused("the entry 'spec' is float64", **small.params, spec=np.ones(1))
+    refused("the entry 'spec' is no spec: ", **small.params, spec=np.array("{"))
+    refused("the entry 'spec' is no spec: the spec lacks", **small.params, spec=np.array("{}"))
     (tmp_path / "p.safetensors").write_bytes(b"not one")
     with pytest.raises(InputError, match="not a safetensors file"):
         read_parameters(tmp_path / "p.safetensors")

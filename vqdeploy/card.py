@@ -1,102 +1,161 @@
-"""The model card: a bundle's README.md, for whoever is handed the folder."""
+"""The model card: a bundle's README.md, for whoever is handed the folder.
+
+It begins with the metadata block that model hubs read; nothing in it is guessed, a license least of
+all.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from vqref.checkpoint import Model
-from vqref.report import Report
+from vqref.agreement.report import Report
+from vqref.spec import ModelSpec
+
+MEASURES = {
+    "bound": ("bound, nats per image", ".2f"),
+    "reconstruction": ("reconstruction, nats per image", ".2f"),
+    "bits_per_dimension": ("bits per dimension", ".4f"),
+    "nmse": ("NMSE", ".4f"),
+    "psnr": ("PSNR of the mean error, dB", ".2f"),
+    "mean_psnr": ("mean PSNR, dB", ".2f"),
+    "ssim": ("SSIM", ".4f"),
+    "perplexity": ("perplexity", ".1f"),
+    "codes_used": ("codes used", "d"),
+}
+"""The measures that a card shows: how they are called and written."""
+
+IMAGE_SETS = {"held_out": "held-out images", "training_sample": "a sample of the training images"}
+"""What a model's metrics may have been measured on after training."""
 
 
-def write_card(
-    model: Model, provenance: Mapping[str, Any], written: Mapping[str, Any], measured: Mapping[str, Any], report: Report
-) -> str:
-    """Markdown: what the model is, how to run it, what it was trained on and measured at, and the proof."""
-    spec, data = model.spec, provenance.get("data", {})
+def write_card(spec: ModelSpec, manifest: Mapping[str, Any], report: Report) -> str:
+    """Markdown: what the model is, how to run it, how it was trained and measured, and the proof.
+
+    manifest: everything that the bundle's manifest says, but for its files. report: the agreement
+    at export.
+    """
     channels, height, width = spec.image_shape
-    trained = ", ".join(f"{name} {value}" for name, value in model.training.items())
-    return f"""# A VQ-VAE tokenizer
+    provenance = manifest["provenance"]
+    return f"""---
+library_name: onnx
+pipeline_tag: image-feature-extraction
+tags:
+- image-tokenizer
+- onnx
+- vector-quantization
+- vq-vae
+---
 
-Images of {height}×{width} pixels and {channels} channel(s) to {spec.latent_size} of {spec.num_codes} tokens each, and back.
+# A VQ-VAE tokenizer
+
+Images of {height}×{width} pixels and {channels} channel(s) to {_grid(spec)} tokens, and back.
+Each token is one of {spec.num_codes}. Family {spec.family}, {spec.likelihood} likelihood.
 
     import vqdeploy
 
     codec = vqdeploy.Codec.load("this folder")
-    indices = codec.encode(images)           # uint8 or float in [0, 1] -> int64 (N, {spec.latent_size})
-    probabilities = codec.decode(indices)    # float32 (N, {channels}, {height}, {width})
+    indices = codec.encode(images)           # uint8 or in [0, 1] to int64 (N, {spec.latent_size})
+    reconstructions = codec.decode(indices)  # float32 (N, {channels}, {height}, {width})
 
-Without our package, `tokenizer.onnx` and `detokenizer.onnx` run in any onnxruntime; `manifest.json` names their inputs and
-outputs. Check on your machine that what runs is what was trained: `python -m vqdeploy verify` and this folder's name.
+Without our package, `tokenizer.onnx` and `detokenizer.onnx` run in any onnxruntime; `manifest.json`
+names their inputs and outputs. Check on your machine that what runs is what was trained:
+`python -m vqdeploy verify` and this folder's name.
 
 | file | from | to |
 |---|---|---|
 | `tokenizer.onnx` | images | indices |
-| `detokenizer.onnx` | indices | probabilities |
+| `detokenizer.onnx` | indices | reconstructions |
 | `encoder.onnx` | images | latents |
 | `quantizer.onnx` | latents | indices, quantized |
-| `decoder.onnx` | quantized | logits, probabilities |
+| `decoder.onnx` | quantized | outputs, reconstructions |
 | `oracle.npz` | | the parameters, and a golden batch with the float64 oracle's answers |
-| `manifest.json` | | sizes, names, digests, provenance, agreement |
+| `manifest.json` | | specification, names, digests, provenance, agreement |
 
 ## Training
 
-Data: {data.get("source", "not recorded")}, {data.get("images", "?")} images, sha256 `{data.get("sha256", "not recorded")}`.
-Recipe {provenance.get("recipe", "not recorded")}: {trained or "not recorded"}.
-Checkpoint: sha256 `{provenance["checkpoint_sha256"]}`.
+{_training(manifest)}
 
-{_metrics(model.metrics)}
+{_metrics(manifest["metrics"])}
 
 ## These files
 
-{_form(written)}
+{_form(manifest)}
 
-{_measured(measured)}
+{_measured(manifest["measured"])}
 
 ## Agreement with the float64 oracle
 
-At export, on the golden batch, onnxruntime {provenance["onnxruntime"]} on its CPU provider:
+At export, on a golden batch of {manifest["agreement"]["images"]} images, onnxruntime \
+{provenance["onnxruntime"]} on its CPU provider:
 
 ```
 {report}
 ```
 
-A certified index is the only one that rounding allows; at a near tie, rounding may choose between codes that are equally near.
+A certified index is the only one that rounding allows; at a near tie, rounding may choose between
+codes that are equally near.
 """
 
 
-def _form(written: Mapping[str, Any]) -> str:
+def _grid(spec: ModelSpec) -> str:
+    """How many tokens, and how they lie: 4; 8×8 = 64."""
+    sides = "×".join(map(str, spec.latent_shape))
+    return sides if len(spec.latent_shape) == 1 else f"{sides} = {spec.latent_size}"
+
+
+def _training(manifest: Mapping[str, Any]) -> str:
+    provenance, options = manifest["provenance"], manifest["training"]
+    data = provenance.get("data", {})
+    trained = ", ".join(f"{name} {value}" for name, value in options.items()) or "not recorded"
+    source = "not recorded"
+    if data:
+        counted = f"{data.get('source')}, {data.get('images', '?')} images"
+        source = f"{counted}, sha256 `{data.get('sha256', 'not recorded')}`"
+    return f"""Data: {source}.
+Recipe {provenance.get("recipe", "not recorded")}: {trained}.
+Checkpoint: sha256 `{provenance["checkpoint_sha256"]}`."""
+
+
+def _form(manifest: Mapping[str, Any]) -> str:
     """How the graphs were written, in words."""
-    words = [f"Networks in {written['precision']}, distances in float32, opset {written['opset']}."]
-    if written["detokenizer"] == "table":
-        words.append("`detokenizer.onnx` is a table of every image that tokens can mean, computed in float64.")
-    if written["batch"]:
-        words.append(f"Every graph takes batches of exactly {written['batch']}.")
-    if written["symmetric_pads"]:
-        words.append("Convolutions have symmetric pads and kernels with zeros before them.")
-    if written["target"] == "cpu":
+    precision, opset = manifest["precision"], manifest["opset"]
+    words = [f"Networks in {precision}, distances in float32, opset {opset}."]
+    if manifest["detokenizer"] == "table":
+        words.append("`detokenizer.onnx` is a table of every reconstruction, computed in float64.")
+    if manifest["batch"]:
+        words.append(f"Every graph takes batches of exactly {manifest['batch']}.")
+    if manifest["target"] == "cpu":
         words.append("They are written for onnxruntime's CPU provider; others run them, too.")
     return " ".join(words)
 
 
 def _measured(measured: Mapping[str, Any]) -> str:
-    tokens, lost = f"{measured['equal_tokens']:.4%} of the tokens equal", f"{measured['nats_lost']:+.4f} nats an image"
-    return f"Beside the float64 oracle, on {measured['images']} images ({measured['of']}): {tokens}, {lost}."
+    """What the graphs lose beside the oracle, in a sentence."""
+    lost = f"{measured['nats_lost']:+.4f} nats per image, {-measured['psnr_lost']:+.4f} dB of PSNR"
+    return (
+        f"Beside the float64 oracle, on {measured['images']} images ({measured['of']}): "
+        f"{measured['equal_tokens']:.4%} of the tokens equal, {lost}."
+    )
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
-    rows = [("last epoch of training", metrics), ("held-out images", metrics.get("held_out", {}))]
-    names = ("bound", "reconstruction", "perplexity", "codes_used")
-    found = [
-        (label, row)
-        for label, row in rows
-        if isinstance(row, dict) and all(isinstance(row.get(name), int | float) for name in names)
-    ]
-    if not found:
+    """A table of what was measured in training's last epoch and after it."""
+    columns = {"last epoch of training": metrics}
+    columns |= {label: metrics[key] for key, label in IMAGE_SETS.items() if key in metrics}
+    columns = {label: held for label, held in columns.items() if isinstance(held, dict)}
+    rows = []
+    for name, (label, form) in MEASURES.items():
+        cells = [_cell(column.get(name), form) for column in columns.values()]
+        if any(cells):
+            rows.append(f"| {' | '.join([label, *cells])} |")
+    if not rows:
         return "No metrics were recorded."
-    lines = [
-        f"| {label} | {row['bound']:.2f} | {row['reconstruction']:.2f} | {row['perplexity']:.1f} | {row['codes_used']} |"
-        for label, row in found
-    ]
-    head = "| | bound, nats an image | reconstruction, nats | perplexity | codes used |\n|---|---|---|---|---|\n"
-    return head + "\n".join(lines)
+    head = f"| | {' | '.join(columns)} |\n|{'---|' * (1 + len(columns))}\n"
+    return head + "\n".join(rows)
+
+
+def _cell(value: Any, form: str) -> str:
+    """A number as a table shows it; nothing for what is none."""
+    fits = isinstance(value, int if form == "d" else int | float) and not isinstance(value, bool)
+    return format(value, form) if fits else ""

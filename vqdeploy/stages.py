@@ -1,5 +1,7 @@
-"""The five graphs of a bundle and what enters and leaves them. Needs nothing: the exporter, the runtime and the manifest
-all read it."""
+"""The five graphs of a bundle and the arrays that enter and leave them.
+
+Exporter, runtime and manifest all read this table.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Stage:
-    """One graph: the arrays that it takes and gives, by name."""
+    """One graph: the names of the arrays that it takes and gives."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -28,24 +30,26 @@ class Stage:
 STAGES = {
     "encoder": Stage(("images",), ("latents",)),
     "quantizer": Stage(("latents",), ("indices", "quantized")),
-    "decoder": Stage(("quantized",), ("logits", "probabilities")),
+    "decoder": Stage(("quantized",), ("outputs", "reconstructions")),
     "tokenizer": Stage(("images",), ("indices",)),
-    "detokenizer": Stage(("indices",), ("probabilities",)),
+    "detokenizer": Stage(("indices",), ("reconstructions",)),
 }
-"""encoder, quantizer and decoder are one stage each; tokenizer and detokenizer are what applications run."""
+"""encoder, quantizer and decoder are one stage each; applications run tokenizer and detokenizer."""
 
 
 def ports(spec: ModelSpec, batch: int | None = None) -> dict[str, Port]:
-    """Every array that enters or leaves a graph, by name; ``batch`` is the one size of the first axis, None: any."""
+    """Every array that enters or leaves a graph, by name.
+
+    batch: the size of the first axis if graphs take one size alone, None if they take any.
+    """
     n: int | str = "N" if batch is None else batch
     latents = (n, spec.latent_size, spec.code_size)
-    images = (n, *spec.image_shape)
     found = (
-        Port("images", "float32", images),
+        Port("images", "float32", (n, *spec.image_shape)),
         Port("latents", "float32", latents),
         Port("indices", "int64", latents[:2]),
         Port("quantized", "float32", latents),
-        Port("logits", "float32", images),
-        Port("probabilities", "float32", images),
+        Port("outputs", "float32", (n, *spec.output_shape)),
+        Port("reconstructions", "float32", (n, *spec.image_shape)),
     )
     return {port.name: port for port in found}

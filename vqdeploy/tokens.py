@@ -1,27 +1,30 @@
-"""Images and tokens in files: what the commands read and write."""
+"""Images and tokens in files, as the commands read and write them."""
 
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vqref.commandline import InputError, MachineError, UsageError
-from vqref.files import write_file
-from vqref.images import OFFICIAL_NAMES, as_batch, read_npz
-from vqref.pictures import load_any, picture_names
+from vqref.errors import InputError, MachineError, UsageError
+from vqref.host.files import write_file
+from vqref.host.images import OFFICIAL_NAMES, as_batch, read_npz
+from vqref.host.pictures import load_any, picture_names
 from vqref.spec import ModelSpec
-
-Array = npt.NDArray[Any]
+from vqref.validation import Array
 
 TOKEN_FORMATS = (".npz", ".npy", ".parquet")
 
 
 def read_images(path: Path, spec: ModelSpec) -> tuple[npt.NDArray[np.float32], list[str] | None]:
-    """Images (N, C, H, W) of a file or a folder, and the names of a folder's pictures. Raises InputError."""
+    """Images (N, C, H, W) of a file or a folder, and the names of a folder's pictures.
+
+    Raises InputError.
+    """
     found = load_any(path)
     named = path.is_dir() and not any((path / train).is_file() for train, _ in OFFICIAL_NAMES)
     names = [picture.name for picture in picture_names(path)] if named else None
@@ -37,27 +40,39 @@ def require_format(path: Path, formats: tuple[str, ...]) -> None:
         raise UsageError(f"{path}: its name must end in {', '.join(formats[:-1])} or {formats[-1]}")
 
 
-def write_indices(path: Path, indices: npt.NDArray[np.int64], names: list[str] | None) -> None:
-    """Indices (N, S) as ``indices`` of an .npz, beside ``names`` where there are any; as an .npy; or as a .parquet with a
-    column for each position, index_0 on. Raises MachineError where pyarrow is not installed."""
+def write_indices(
+    path: Path, indices: npt.NDArray[np.int64], names: list[str] | None, spec: ModelSpec
+) -> None:
+    """Writes indices (N, S) in the smallest unsigned type that holds them.
+
+    .npz holds ``indices``, and ``names`` if there are any; .npy the array alone; .parquet a column
+    ``indices`` of lists of S, a column ``key`` of names if there are any, and in its metadata
+    latent_shape and num_codes. Raises MachineError if pyarrow is not installed.
+    """
+    small = indices.astype(np.min_scalar_type(spec.num_codes - 1))
     buffer = io.BytesIO()
     if path.suffix == ".npy":
-        np.save(buffer, indices, allow_pickle=False)
+        np.save(buffer, small, allow_pickle=False)
     elif path.suffix == ".npz":
-        arrays: dict[str, Array] = {"indices": indices}
+        arrays: dict[str, Array] = {"indices": small}
         if names is not None:
             arrays["names"] = np.array(names, dtype=np.str_)
         np.savez(buffer, allow_pickle=False, **arrays)
     else:
         pyarrow, parquet = _parquet(path)
-        columns: dict[str, Any] = {} if names is None else {"name": names}
-        columns |= {f"index_{position}": column for position, column in enumerate(indices.T)}
-        parquet.write_table(pyarrow.table(columns), buffer)
+        rows = pyarrow.FixedSizeListArray.from_arrays(small.ravel(), small.shape[1])
+        columns = {"indices": rows} if names is None else {"key": names, "indices": rows}
+        said = {"latent_shape": json.dumps(spec.latent_shape), "num_codes": str(spec.num_codes)}
+        table = pyarrow.table(columns).replace_schema_metadata(said)
+        parquet.write_table(table, buffer)
     write_file(path, buffer.getvalue())
 
 
 def read_indices(path: Path) -> Array:
-    """Indices (N, S) of a file that ``write_indices`` wrote, or of any .npz with ``indices``. Raises InputError."""
+    """Indices (N, S) of a file that ``write_indices`` wrote, or of any .npz with ``indices``.
+
+    Raises InputError, and MachineError if pyarrow is not installed.
+    """
     require_format(path, TOKEN_FORMATS)
     try:
         content = path.read_bytes()
@@ -66,9 +81,11 @@ def read_indices(path: Path) -> Array:
         if path.suffix == ".npz":
             return read_npz(content)["indices"]
         _, parquet = _parquet(path)
-        table = parquet.read_table(io.BytesIO(content))
-        names = [name for name in table.column_names if name.startswith("index_")]
-        return np.stack([table[f"index_{position}"].to_numpy() for position in range(len(names))], axis=1)
+        rows = parquet.read_table(io.BytesIO(content))["indices"].combine_chunks()
+        size = getattr(rows.type, "list_size", 0)
+        if not size:
+            raise ValueError(f"indices are {rows.type}, expected lists of one size")
+        return np.asarray(rows.flatten()).reshape(-1, size)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
     except KeyError as error:
@@ -77,17 +94,18 @@ def read_indices(path: Path) -> Array:
         raise InputError(f"{path}: holds no tokens: {error}") from None
 
 
-def write_probabilities(path: Path, probabilities: npt.NDArray[np.float32]) -> None:
-    """(N, C, H, W) as ``probabilities`` of an .npz, or as an .npy."""
+def write_reconstructions(path: Path, reconstructions: npt.NDArray[np.float32]) -> None:
+    """Writes (N, C, H, W) as ``reconstructions`` of an .npz, or as an .npy."""
     buffer = io.BytesIO()
     if path.suffix == ".npy":
-        np.save(buffer, probabilities, allow_pickle=False)
+        np.save(buffer, reconstructions, allow_pickle=False)
     else:
-        np.savez_compressed(buffer, allow_pickle=False, probabilities=probabilities)
+        np.savez_compressed(buffer, allow_pickle=False, reconstructions=reconstructions)
     write_file(path, buffer.getvalue())
 
 
 def _parquet(path: Path) -> tuple[Any, Any]:
+    """pyarrow and its parquet module. Raises MachineError if they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet

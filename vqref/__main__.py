@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from vqref.commandline import ExitCode, Parser, count, run
+from vqref.errors import ExitCode
+from vqref.host.commandline import Command, count, option, run, run_command
+from vqref.host.files import write_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorsOptions:
+    """Where conformance vectors go, and which."""
+
+    folder: Path = option(
+        type=Path, metavar="DIR", help="a folder; files of these names in it are replaced"
+    )
+    seed: int = option("--seed", default=0, type=count, metavar="N", help="of the random cases")
+
+
+def vectors(options: VectorsOptions) -> int:
+    """Writes the conformance vectors. Raises OSError if the folder cannot be written."""
+    from vqref.checks.vectors import conformance_vectors
+
+    files = conformance_vectors(options.seed)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_file(options.folder / name, content)
+    print(f"wrote {', '.join(files)} to {options.folder}")
+    return ExitCode.DONE
+
+
+COMMANDS = (
+    Command("vectors", "write conformance vectors as JSON and npz", VectorsOptions, vectors),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,31 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command(argv: Sequence[str] | None) -> int:
-    arguments = build_parser().parse(argv)
-    return int(arguments.run(arguments))
-
-
-def build_parser() -> Parser:
-    parser = Parser(prog="vqref", description="The oracle's answers, for implementations in any language.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    vectors = commands.add_parser("vectors", help="write conformance vectors as JSON and npz")
-    vectors.add_argument("folder", type=Path, metavar="DIR", help="a folder; files of these names in it are replaced")
-    vectors.add_argument("--seed", type=count, default=0, help="of the random cases")
-    vectors.set_defaults(run=_vectors)
-    return parser
-
-
-def _vectors(arguments: argparse.Namespace) -> int:
-    from vqref.files import write_file
-    from vqref.vectors import conformance_vectors
-
-    folder: Path = arguments.folder
-    files = conformance_vectors(arguments.seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_file(folder / name, content)
-    print(f"wrote {', '.join(files)} to {folder}")
-    return ExitCode.DONE
+    """Parses, and runs the command that is named."""
+    summary = "The oracle's answers, for implementations in any language."
+    return run_command("vqref", summary, COMMANDS, argv)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How libraries keep a codebook by moving averages: the same recurrence, with rules that differ. A table, not copies.
+"""How libraries keep a codebook by moving averages: one recurrence, and a table of how they differ.
 
 Every dialect moves the averages alike:
 
     count <- decay * count + (1 - decay) * hits
     means <- decay * means + (1 - decay) * sum of the latents that hit
 
-and differs in where they start and in what the codebook is then made of. docs/agreement.md says what that does to the first
-step and to codes that are never hit.
+They differ in where the averages start and in how the codebook is made of them. docs/agreement.md
+says what follows for the first step and for codes that are never hit.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ from typing import Literal
 class Dialect:
     """The rules of one library.
 
-    count      the value that every code's count starts from
-    means      what the means start from: the codebook, zeros, or values of their own
-    debiased   count and means are divided by 1 - decay^steps before they are used (Adam's correction)
-    smoothing  the codebook is means over count + epsilon ("epsilon"), or means over the smoothed count
-               (count + epsilon) / (n + K * epsilon) * n, n the sum of the counts ("laplace")
-    stores_smoothed  the smoothed count takes the count's place, and is averaged on
-    decay, epsilon   the library's defaults
-    source     where its formulas were read
+    count: the value from which every code's count starts.
+    means: what the means start from: the codebook, zeros, or values of their own.
+    debiased: whether count and means are divided by 1 - decay^steps before they are used, which is
+        Adam's correction.
+    smoothing: "epsilon" if the codebook is means over count + epsilon; "laplace" if it is means
+        over the smoothed count (count + epsilon) / (n + K * epsilon) * n, n the sum of the counts.
+    stores_smoothed: whether the smoothed count takes the place of the count, and is averaged on.
+    decay, epsilon: the library's defaults.
+    source: where its formulas were read.
     """
 
     name: str
@@ -79,7 +80,8 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
                 stores_smoothed=False,
                 decay=0.99,
                 epsilon=1e-5,
-                source="rosinality/vq-vae-2-pytorch, vqvae.py, at 29e36e7 (older versions start from count 0)",
+                source="rosinality/vq-vae-2-pytorch, vqvae.py, at 29e36e7 "
+                "(older versions start from count 0)",
             ),
             Dialect(
                 name="zalandoresearch",
@@ -101,7 +103,8 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
                 stores_smoothed=False,
                 decay=0.8,
                 epsilon=1e-5,
-                source="lucidrains/vector-quantize-pytorch 1.32, vector_quantize_pytorch.py, class Codebook",
+                source="lucidrains/vector-quantize-pytorch 1.32, vector_quantize_pytorch.py, "
+                "class Codebook",
             ),
         )
     }

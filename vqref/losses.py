@@ -1,4 +1,4 @@
-"""The training objective of the post, in nats an image."""
+"""The training objective, in nats per image."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from vqref.likelihoods import nats
 from vqref.spec import ModelSpec
-from vqref.validation import as_float64, as_images
+from vqref.validation import as_float64
 
 
 @dataclass(frozen=True)
 class Losses:
-    """reconstruction, prior and total in nats an image; commitment a mean of squares; ``bound`` = reconstruction + prior."""
+    """reconstruction, prior and total in nats per image; commitment a mean of squares."""
 
     reconstruction: float
     commitment: float
@@ -22,34 +23,35 @@ class Losses:
 
     @property
     def bound(self) -> float:
-        """Negative evidence lower bound in nats an image: what the model needs to send an image, indices included."""
+        """Negative evidence lower bound in nats per image: reconstruction + prior, what it takes to
+        send an image, indices included."""
         return self.reconstruction + self.prior
 
 
 def compute_losses(
     spec: ModelSpec,
     images: npt.ArrayLike,
-    logits: npt.ArrayLike,
+    outputs: npt.ArrayLike,
     latents: npt.ArrayLike,
     quantized: npt.ArrayLike,
     beta: float = 0.25,
 ) -> Losses:
-    """The four losses of images and logits (N, C, H, W), latents and quantized (N, S, D), averaged over N >= 1 images.
+    """The losses of images (N, C, H, W), outputs (N, P, H, W), latents and quantized (N, S, D),
+    averaged over N >= 1 images.
 
-    reconstruction  -sum over pixels of log Bernoulli(x; sigmoid(l)) = sum of softplus(l) - x*l, x the grey level
+    reconstruction  -log p(image; outputs) under the spec's likelihood
     commitment      mean over every element of (latents - quantized)^2
-    prior           S * ln K, the code length under the uniform prior
+    prior           S * ln K, the length of the indices under the uniform prior
     total           reconstruction + beta * commitment + prior
 
     Raises ValueError for arrays that do not fit the spec or each other.
     """
-    x = as_images(images, spec)
-    if not len(x):
+    each = nats(spec, images, outputs)
+    if not len(each):
         raise ValueError("images: shape is (0, ...), expected at least one image to average over")
-    logits = as_float64("logits", logits, x.shape)
-    latents = as_float64("latents", latents, (len(x), spec.latent_size, spec.code_size))
+    latents = as_float64("latents", latents, (len(each), spec.latent_size, spec.code_size))
     quantized = as_float64("quantized", quantized, latents.shape)
-    reconstruction = float((np.logaddexp(0.0, logits) - x * logits).sum() / len(x))
+    reconstruction = float(each.sum() / len(each))
     commitment = float(np.square(latents - quantized).mean())
     prior = spec.latent_size * float(np.log(spec.num_codes))
     return Losses(reconstruction, commitment, prior, reconstruction + beta * commitment + prior)

@@ -2,56 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
+from vqref.likelihoods import mean
 from vqref.losses import Losses, compute_losses
-from vqref.network import decode, encode, sigmoid
+from vqref.network import decode, encode
 from vqref.quantizer import quantize
-from vqref.spec import CODEBOOK, ModelSpec
+from vqref.spec import CODEBOOK, ModelSpec, Parameter
 from vqref.validation import Float64, Int64, Params, check_params
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Every stage of one pass, float64: latents and quantized (N, S, D), indices (N, S) int64, gap (N, S), logits and
-    probabilities (N, C, H, W), losses in nats an image."""
+    """Every stage of one pass, float64: latents and quantized (N, S, D), indices (N, S) int64, gap
+    (N, S), outputs (N, P, H, W), reconstructions (N, C, H, W), losses in nats per image."""
 
     latents: Float64
     indices: Int64
     gap: Float64
     quantized: Float64
-    logits: Float64
-    probabilities: Float64
+    outputs: Float64
+    reconstructions: Float64
     losses: Losses
 
 
 def init_params(spec: ModelSpec, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
-    """Fresh parameters {name: float32 array} as the spec's table says: Glorot uniform weights and codebook, zero biases."""
+    """Fresh parameters {name: float32 array}, each as ``Parameter.initial`` says."""
     params: dict[str, npt.NDArray[np.float32]] = {}
-    values: npt.NDArray[np.floating]
     for parameter in spec.parameters:
-        if parameter.initial == "glorot_uniform":
-            values = rng.uniform(-parameter.limit, parameter.limit, parameter.shape)
-        elif parameter.initial == "zeros":
-            values = np.zeros(parameter.shape)
+        if parameter.initial == "codebook":
+            params[parameter.name] = params[CODEBOOK].copy()
         else:
-            values = params[CODEBOOK]
-        params[parameter.name] = values.astype(np.float32)
+            params[parameter.name] = INITIALS[parameter.initial](parameter, rng).astype(np.float32)
     return params
+
+
+def _uniform(parameter: Parameter, rng: np.random.Generator) -> Float64:
+    return rng.uniform(-parameter.scale, parameter.scale, parameter.shape)
+
+
+def _truncated_normal(parameter: Parameter, rng: np.random.Generator) -> Float64:
+    """Values beyond two standard deviations are drawn again."""
+    values = rng.standard_normal(parameter.shape)
+    while (far := np.abs(values) > 2).any():
+        values[far] = rng.standard_normal(int(far.sum()))
+    return parameter.scale * values
+
+
+INITIALS: dict[str, Callable[[Parameter, np.random.Generator], Float64]] = {
+    "uniform": _uniform,
+    "truncated_normal": _truncated_normal,
+    "zeros": lambda parameter, rng: np.zeros(parameter.shape),
+}
 
 
 def forward(spec: ModelSpec, params: Params, images: npt.ArrayLike, beta: float = 0.25) -> Forward:
     """Images (N, C, H, W) in [0, 1], N >= 1, through encoder, quantizer, decoder and losses.
 
-    Forward, the straight-through estimator latents + stop_gradient(quantized - latents) is quantized itself.
-    Raises ValueError for parameters or images that do not fit the spec.
+    Forward, the straight-through estimator latents + stop_gradient(quantized - latents) is
+    quantized itself. Raises ValueError for parameters or images that do not fit the spec.
     """
     check_params(spec, params)
     latents = encode(spec, params, images)
     q = quantize(latents, params[CODEBOOK])
-    logits = decode(spec, params, q.quantized)
-    losses = compute_losses(spec, images, logits, latents, q.quantized, beta)
-    return Forward(latents, q.indices, q.gap, q.quantized, logits, sigmoid(logits), losses)
+    outputs = decode(spec, params, q.quantized)
+    losses = compute_losses(spec, images, outputs, latents, q.quantized, beta)
+    reconstructions = mean(spec, outputs)
+    return Forward(latents, q.indices, q.gap, q.quantized, outputs, reconstructions, losses)

@@ -19,17 +19,22 @@ from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
 from vqref.validation import Float64, Int64, Params, as_float64, as_indices
 
 DISTANCE_BYTES = 8 * 2**20
-"""Bytes of squared distances held at once. Small enough for a processor's cache; memory stays flat in N."""
-
+"""Bytes of squared distances held at once: few enough for a processor's cache, and memory stays
+flat in N."""
 
 SMALLEST_VARIANCE = 1e-12
-"""Below this the latents are the codes, and a temperature has no unit."""
+"""A mean squared distance below this says that the latents are the codes: a draw's temperature is
+then in units of this."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """indices (N, S) int64; quantized (N, S, D), rows of the codebook; gap (N, S), the second-best squared distance
-    minus the best, infinite where there is one code."""
+    """What ``quantize`` found.
+
+    indices: (N, S) int64. quantized: (N, S, D) float64, rows of the codebook.
+    gap: (N, S) float64, the second-smallest squared distance minus the smallest; infinite if there
+        is only one code.
+    """
 
     indices: Int64
     quantized: Float64
@@ -37,10 +42,15 @@ class Quantized:
 
 
 def quantize(latents: npt.ArrayLike, codebook: npt.ArrayLike) -> Quantized:
-    """Nearest codebook row (K, D) of every latent (N, S, D). Raises ValueError for shapes, dtypes or values that do not fit."""
+    """Finds the codebook row (K, D) nearest to each latent (N, S, D).
+
+    Raises ValueError for shapes, dtypes or values that do not fit.
+    """
     codebook = as_float64("codebook", codebook, ("K", "D"))
     if not codebook.size:
-        raise ValueError(f"codebook: shape is {codebook.shape}, expected at least one row and one element")
+        raise ValueError(
+            f"codebook: shape is {codebook.shape}, expected at least one row and one element"
+        )
     latents = as_float64("latents", latents, ("N", "S", codebook.shape[1]))
     n, s, d = latents.shape
     indices = np.empty(n * s, np.int64)
@@ -54,9 +64,10 @@ def quantize(latents: npt.ArrayLike, codebook: npt.ArrayLike) -> Quantized:
 
 
 def squared_distances(latents: Float64, codebook: Float64) -> Iterator[tuple[slice, Float64]]:
-    """||latent - codebook[k]||^2 in the direct form, as (rows, distances (rows, K)) for a few rows of latents (M, D) at a time.
+    """Yields ||latent - codebook[k]||^2 in the direct form for a few rows of latents (M, D) at a
+    time, as (rows, distances (rows, K)).
 
-    The array of distances is reused: it holds until the next step. Raises ValueError where a distance overflows.
+    The next step overwrites the array of distances. Raises ValueError if a distance overflows.
     """
     step = max(1, DISTANCE_BYTES // (8 * len(codebook)))
     columns = np.ascontiguousarray(codebook.T)  # (D, K)
@@ -68,18 +79,26 @@ def squared_distances(latents: Float64, codebook: Float64) -> Iterator[tuple[sli
         distances[:] = 0.0
         for element, column in zip(x.T, columns, strict=True):
             np.subtract(element[:, None], column, out=square)
-            with np.errstate(over="ignore"):  # said below
+            with np.errstate(over="ignore"):  # refused below
                 np.square(square, out=square)
                 distances += square
         if not np.isfinite(distances).all():
-            raise ValueError("latents and codebook lie so far apart that their squared distances overflow float64")
+            raise ValueError(
+                "latents and codebook lie so far apart that "
+                "their squared distances overflow float64"
+            )
         yield slice(start, start + len(x)), distances
 
 
 @dataclass(frozen=True)
 class EMAState:
-    """codebook (K, D), ema_count (K,) and ema_means (K, D), validated and held as float64; steps, how many updates they have
-    had, for a dialect that is debiased. Raises ValueError."""
+    """The codebook and its averages, validated and held as float64.
+
+    codebook, ema_means: (K, D). ema_count: (K,), at least 0.
+    steps: how many updates they have had, which a debiased dialect needs to know.
+
+    Raises ValueError for arrays that do not fit each other.
+    """
 
     codebook: Float64
     ema_count: Float64
@@ -89,23 +108,33 @@ class EMAState:
     def __post_init__(self) -> None:
         codebook = as_float64("codebook", self.codebook, ("K", "D"))
         object.__setattr__(self, "codebook", codebook)
-        object.__setattr__(self, "ema_count", as_float64("ema_count", self.ema_count, codebook.shape[:1]))
-        object.__setattr__(self, "ema_means", as_float64("ema_means", self.ema_means, codebook.shape))
+        for name, shape in (("ema_count", codebook.shape[:1]), ("ema_means", codebook.shape)):
+            object.__setattr__(self, name, as_float64(name, getattr(self, name), shape))
         if self.ema_count.size and self.ema_count.min() < 0:
-            raise ValueError(f"ema_count: the smallest is {self.ema_count.min():g}, expected counts of at least 0")
+            found = f"the smallest is {self.ema_count.min():g}"
+            raise ValueError(f"ema_count: {found}, expected counts of at least 0")
 
     @classmethod
-    def from_params(cls, params: Params) -> EMAState:
-        """The state held by a model's parameters."""
-        return cls(params[CODEBOOK], params[EMA_COUNT], params[EMA_MEANS])
+    def from_params(cls, params: Params, steps: int = 0) -> EMAState:
+        """The state held by a model's parameters, after ``steps`` updates."""
+        return cls(params[CODEBOOK], params[EMA_COUNT], params[EMA_MEANS], steps)
 
     @classmethod
-    def start(cls, codebook: npt.ArrayLike, dialect: Dialect = POST, means: npt.ArrayLike | None = None) -> EMAState:
-        """The state that a dialect starts from. means (K, D): where its means start from values of their own, those.
-        Raises ValueError where they are missing, or given and not wanted."""
+    def start(
+        cls, codebook: npt.ArrayLike, dialect: Dialect = POST, means: npt.ArrayLike | None = None
+    ) -> EMAState:
+        """The state from which a dialect starts.
+
+        means: (K, D), for a dialect whose means start from values of their own.
+        Raises ValueError if they are missing, or given to a dialect that does not want them.
+        """
         codebook = as_float64("codebook", codebook, ("K", "D"))
         if (means is not None) != (dialect.means == "own"):
-            wanted = "needs means of its own" if dialect.means == "own" else f"starts its means from {dialect.means}"
+            wanted = (
+                "needs means of its own"
+                if dialect.means == "own"
+                else f"starts its means from {dialect.means}"
+            )
             raise ValueError(f"means: {dialect.name} {wanted}")
         if means is None:
             means = codebook if dialect.means == "codebook" else np.zeros_like(codebook)
@@ -120,15 +149,17 @@ def update_ema(
     epsilon: float = 1e-5,
     dialect: Dialect = POST,
 ) -> EMAState:
-    """The state after one step that assigned latents (N, S, D) to indices (N, S). A new state; nothing mutates.
+    """The state after one step that assigned latents (N, S, D) to indices (N, S). It is a new
+    state: nothing is changed in place.
 
     count    <- decay * count + (1 - decay) * hits
     means    <- decay * means + (1 - decay) * sum of the latents that hit
     codebook <- means / (count + epsilon)
 
-    The last line is the post's; another dialect's is in ``vqref.dialects``.
-    Raises ValueError for arrays that do not fit, a decay outside [0, 1], an epsilon that is not positive, or counts from
-    which a dialect can make no codebook.
+    The last line is the post's; ``vqref.dialects`` says what other dialects do instead.
+
+    Raises ValueError for arrays that do not fit, a decay outside [0, 1], an epsilon that is not
+    positive, or counts of which a dialect can make no codebook.
     """
     k, d = state.codebook.shape
     latents = as_float64("latents", latents, ("N", "S", d))
@@ -143,7 +174,7 @@ def update_ema(
     count = decay * state.ema_count + (1 - decay) * hits
     means = decay * state.ema_means + (1 - decay) * sums
     steps = state.steps + 1
-    share = 1 - decay**steps if dialect.debiased else 1.0  # of the averages that is data and not their start
+    share = _share(decay, steps, dialect)
     if share == 0.0:
         raise ValueError(f"decay is {decay!r}: {dialect.name} divides by 1 - decay**steps")
     size = _smoothed(count / share, epsilon, dialect)
@@ -151,29 +182,44 @@ def update_ema(
     return EMAState(codebook, size if dialect.stores_smoothed else count, means, steps)
 
 
+def _share(decay: float, steps: int, dialect: Dialect) -> float:
+    """The share of the averages that is data; the rest is what they started from."""
+    return 1 - decay**steps if dialect.debiased else 1.0
+
+
 def _smoothed(count: Float64, epsilon: float, dialect: Dialect) -> Float64:
-    """What the means are divided by, (K,)."""
+    """The counts (K,) by which the means are divided."""
     if dialect.smoothing == "epsilon":
         return count + epsilon
     total = count.sum()
     if not total > 0:
-        raise ValueError(f"ema_count: no code was ever hit, and {dialect.name} divides by shares of the hits")
+        raise ValueError(
+            f"ema_count: no code was ever hit, and {dialect.name} divides by shares of the hits"
+        )
     return np.asarray((count + epsilon) / (total + len(count) * epsilon) * total)
 
 
-def draw_indices(latents: npt.ArrayLike, codebook: npt.ArrayLike, gumbel: npt.ArrayLike, temperature: float) -> Int64:
-    """Indices (N, S) drawn from softmax over k of -d_k / (2 * temperature * variance), by the Gumbel-max rule.
+def draw_indices(
+    latents: npt.ArrayLike, codebook: npt.ArrayLike, gumbel: npt.ArrayLike, temperature: float
+) -> Int64:
+    """Draws indices (N, S) from softmax over k of -d_k / (2 * temperature * variance), by the
+    Gumbel-max rule.
 
-    d_k is the squared distance of a latent (N, S, D) to codebook row k, variance the mean over all latents of the smallest
-    d_k, divided by D. gumbel (N, S, K) is the random choice: -log(-log(u)), u uniform. As the temperature falls to 0 this
-    becomes ``quantize`` (after Takida et al. 2022, SQ-VAE, whose variance is learned).
+    d_k is the squared distance of a latent (N, S, D) to codebook row k; variance is the mean over
+    all latents of the smallest d_k, divided by D. gumbel (N, S, K) is the random choice:
+    -log(-log(u)) of uniform u. As the temperature falls to 0, this becomes ``quantize`` (after
+    Takida et al. 2022, SQ-VAE, whose variance is learned).
+
     Raises ValueError for arrays that do not fit or a temperature that is not positive.
     """
     return np.asarray(draw_scores(latents, codebook, gumbel, temperature).argmax(axis=2), np.int64)
 
 
-def draw_scores(latents: npt.ArrayLike, codebook: npt.ArrayLike, gumbel: npt.ArrayLike, temperature: float) -> Float64:
-    """What ``draw_indices`` takes the largest of: gumbel - d / (2 * temperature * variance), (N, S, K)."""
+def draw_scores(
+    latents: npt.ArrayLike, codebook: npt.ArrayLike, gumbel: npt.ArrayLike, temperature: float
+) -> Float64:
+    """The scores (N, S, K) of which ``draw_indices`` takes the largest:
+    gumbel - d / (2 * temperature * variance)."""
     codebook = as_float64("codebook", codebook, ("K", "D"))
     latents = as_float64("latents", latents, ("N", "S", codebook.shape[1]))
     gumbel = as_float64("gumbel", gumbel, (*latents.shape[:2], len(codebook)))
@@ -183,16 +229,25 @@ def draw_scores(latents: npt.ArrayLike, codebook: npt.ArrayLike, gumbel: npt.Arr
     for rows, part in squared_distances(latents.reshape(-1, latents.shape[2]), codebook):
         distances[rows] = part
     variance = distances.min(axis=1).mean() / latents.shape[2]
-    scores: Float64 = gumbel - distances.reshape(gumbel.shape) / (2 * temperature * max(variance, SMALLEST_VARIANCE))
+    scores: Float64 = gumbel - distances.reshape(gumbel.shape) / (
+        2 * temperature * max(variance, SMALLEST_VARIANCE)
+    )
     return scores
 
 
 def reset_codes(
-    state: EMAState, codes: npt.ArrayLike, rows: npt.ArrayLike, counts: npt.ArrayLike, epsilon: float = 1e-5
+    state: EMAState,
+    codes: npt.ArrayLike,
+    rows: npt.ArrayLike,
+    counts: npt.ArrayLike,
+    decay: float = 0.99,
+    epsilon: float = 1e-5,
+    dialect: Dialect = POST,
 ) -> EMAState:
-    """The state in which codes (n,) stand at rows (n, D) as if each had long been hit counts (n,) times a step: codebook,
-    count and means together, so that the next update moves nothing by itself. A new state.
+    """The state in which codes (n,) stand at rows (n, D), as if each had long been hit counts (n,)
+    times per step: codebook, count and means together, so that they fit. A new state.
 
+    decay, epsilon, dialect: as in ``update_ema``.
     Raises ValueError for arrays that do not fit, a code that is named twice, or counts below 0.
     """
     k, d = state.codebook.shape
@@ -201,7 +256,9 @@ def reset_codes(
     counts = as_float64("counts", counts, (len(codes),))
     if len(np.unique(codes)) != len(codes):
         raise ValueError("codes: a code is named twice")
+    share = _share(decay, state.steps, dialect)
     codebook, count, means = state.codebook.copy(), state.ema_count.copy(), state.ema_means.copy()
-    codebook[codes], count[codes] = rows, counts
-    means[codes] = rows * (counts + epsilon)[:, None]
-    return EMAState(codebook, count, means)
+    codebook[codes], count[codes] = rows, share * counts
+    size = _smoothed(count / share, epsilon, dialect) if share else count
+    means[codes] = share * rows * size[codes, None]
+    return EMAState(codebook, count, means, state.steps)

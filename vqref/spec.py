@@ -1,247 +1,461 @@
-"""The one specification of the network, as data.
+"""The one specification of a model, as data.
 
-``ModelSpec`` turns five sizes into a table of layers, and the table into the names, shapes and initial distributions
-of every parameter. The NumPy oracle, the PyTorch trainer and the ONNX exporter are three interpreters of this table;
-no other file restates a size or a name.
-
-The network is that of Keydana, "Discrete Representation Learning with VQ-VAE and TensorFlow Probability" (2019),
-after van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning" (2017).
+A network is a table of rows. ``ModelSpec`` holds the rows of the encoder and of the decoder, and
+from them follow the names, shapes and initial values of every parameter. The NumPy oracle, the
+PyTorch trainer and the ONNX exporter are three interpreters of the same rows; no other file states
+a size or a name again. ``vqref.families`` writes the rows of known networks.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any
 
-Kind = Literal["conv", "conv_transpose", "dense", "reshape"]
-Padding = Literal["same", "valid"]
-Activation = Literal["elu", "linear"]
-Initial = Literal["glorot_uniform", "zeros", "codebook"]
+from vqref.likelihoods import output_channels
 
 SIZE_LIMIT = 2**24
-"""No single size of a ModelSpec may exceed this: it stops a damaged file from asking for the whole memory."""
+"""The largest size that a spec may state, so that a damaged file cannot ask for all memory."""
 
+ROW_LIMIT = 4096
+"""The most rows that a network may have."""
 
-@dataclass(frozen=True)
-class Parameter:
-    """One array of the model: its name in every file format, its shape and how it starts.
-
-    ``limit`` is the half-width of the Glorot uniform distribution, sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010,
-    equation 16); 0 where ``initial`` is another rule.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    initial: Initial
-    limit: float = 0.0
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One row of the table. Shapes are those of one image, without the batch axis.
-
-    kind            in_shape    out_shape   weight
-    conv            (C, H, W)   (C', H', W')  (C', C, kh, kw)
-    conv_transpose  (C, H, W)   (C', H', W')  (C, C', kh, kw)
-    dense           (F,)        (F',)         (F', F)
-    reshape         any         same size     none
-    """
-
-    name: str
-    kind: Kind
-    in_shape: tuple[int, ...]
-    out_shape: tuple[int, ...]
-    kernel: tuple[int, int] = (1, 1)
-    stride: int = 1
-    padding: Padding = "valid"
-    activation: Activation = "linear"
-
-    @property
-    def pads(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """((top, bottom), (left, right)) in pixels, by TensorFlow's rule.
-
-        "same" pads max((ceil(n / s) - 1) * s + k - n, 0) in all, the smaller half first. A transposed convolution is
-        the gradient of the convolution that maps its output to its input, so n is then the output's size and the same
-        amounts are cropped from the full result.
-        """
-        if self.padding == "valid":
-            return (0, 0), (0, 0)
-        image = self.in_shape if self.kind == "conv" else self.out_shape
-        totals = [
-            max((math.ceil(n / self.stride) - 1) * self.stride + k - n, 0) for n, k in zip(image[1:], self.kernel, strict=True)
-        ]
-        (top, bottom), (left, right) = ((total // 2, total - total // 2) for total in totals)
-        return (top, bottom), (left, right)
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """The layer's weight and bias; nothing for a reshape."""
-        if self.kind == "reshape":
-            return ()
-        fan_in, fan_out = self.in_shape[0], self.out_shape[0]
-        channels = (fan_in, fan_out) if self.kind == "conv_transpose" else (fan_out, fan_in)
-        weight = channels if self.kind == "dense" else channels + self.kernel
-        limit = math.sqrt(6.0 / ((fan_in + fan_out) * math.prod(self.kernel)))
-        return (
-            Parameter(f"{self.name}.weight", weight, "glorot_uniform", limit),
-            Parameter(f"{self.name}.bias", (fan_out,), "zeros"),
-        )
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """The sizes from which the whole network follows.
-
-    image_shape: (C, H, W); H and W divisible by 4.
-    base_depth: the number b of channels of the outer convolutions; the inner ones have 2b.
-    latent_size: the number S of latents, and so of indices, an image.
-    num_codes: the number K of rows of the codebook.
-    code_size: the number D of elements of a codebook row and of a latent.
-
-    Raises ValueError that names the field, what it was and what it must be.
-    """
-
-    image_shape: tuple[int, int, int] = (1, 28, 28)
-    base_depth: int = 32
-    latent_size: int = 1
-    num_codes: int = 64
-    code_size: int = 16
-
-    def __post_init__(self) -> None:
-        shape = tuple(self.image_shape)
-        if len(shape) != 3:
-            raise ValueError(f"image_shape is {self.image_shape!r}; it must be (channels, height, width)")
-        object.__setattr__(self, "image_shape", shape)
-        sizes = {f"image_shape[{i}]": n for i, n in enumerate(shape)} | {
-            name: getattr(self, name) for name in ("base_depth", "latent_size", "num_codes", "code_size")
-        }
-        for name, size in sizes.items():
-            if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= SIZE_LIMIT:
-                raise ValueError(f"{name} is {size!r}; it must be an integer from 1 to {SIZE_LIMIT}")
-        if shape[1] % 4 or shape[2] % 4:
-            raise ValueError(f"image_shape is {shape}; height and width must be divisible by 4")
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ModelSpec:
-        """The inverse of ``to_dict``. Raises ValueError for a missing or an unknown field."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        if missing := sorted(known - set(fields)):
-            raise ValueError(f"the spec lacks {', '.join(missing)}")
-        if unknown := sorted(set(fields) - known):
-            raise ValueError(f"the spec has unknown fields: {', '.join(unknown)}")
-        shape = fields["image_shape"]
-        if not isinstance(shape, list | tuple):
-            raise ValueError(f"image_shape is {shape!r}; it must be (channels, height, width)")
-        return cls(**{**fields, "image_shape": tuple(shape)})
-
-    @classmethod
-    def of_parameters(cls, shapes: Mapping[str, tuple[int, ...]]) -> ModelSpec:
-        """The spec whose parameters have these shapes. Raises ValueError where none has."""
-        try:
-            depth, channels = shapes["encoder.conv1.weight"][:2]
-            units, _, height, width = shapes["encoder.conv5.weight"]
-            num_codes, code_size = shapes[CODEBOOK]
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"the parameters are not those of a VQ-VAE of this kind: {error}") from None
-        spec = cls((channels, 4 * height, 4 * width), depth, units // 4, num_codes, code_size)
-        for parameter in spec.parameters:
-            found = shapes.get(parameter.name)
-            if found is None or tuple(found) != parameter.shape:
-                raise ValueError(f"{parameter.name}: shape is {found}, expected {parameter.shape}")
-        if unknown := sorted(set(shapes) - {parameter.name for parameter in spec.parameters}):
-            raise ValueError(f"unknown parameters: {', '.join(unknown[:4])}")
-        return spec
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data for JSON and checkpoints."""
-        return {**dataclasses.asdict(self), "image_shape": list(self.image_shape)}
-
-    @property
-    def encoder(self) -> tuple[Layer, ...]:
-        """The rows that map images (C, H, W) to latents (S, D)."""
-        channels, height, width = self.image_shape
-        b, s, d = self.base_depth, self.latent_size, self.code_size
-        h2, w2, h4, w4 = height // 2, width // 2, height // 4, width // 4
-        conv = Stack("encoder", "conv", (channels, height, width))
-        conv.add("conv1", (b, height, width), (5, 5))
-        conv.add("conv2", (b, h2, w2), (5, 5), stride=2)
-        conv.add("conv3", (2 * b, h2, w2), (5, 5))
-        conv.add("conv4", (2 * b, h4, w4), (5, 5), stride=2)
-        conv.add("conv5", (4 * s, 1, 1), (h4, w4), padding="valid")
-        conv.reshape("flatten", (4 * s,))
-        conv.add("dense", (s * d,), kind="dense", activation="linear")
-        conv.reshape("latents", (s, d))
-        return tuple(conv.layers)
-
-    @property
-    def decoder(self) -> tuple[Layer, ...]:
-        """The rows that map quantized (S, D) to logits (C, H, W)."""
-        channels, height, width = self.image_shape
-        b, s, d = self.base_depth, self.latent_size, self.code_size
-        h2, w2, h4, w4 = height // 2, width // 2, height // 4, width // 4
-        deconv = Stack("decoder", "conv_transpose", (s, d))
-        deconv.reshape("pixel", (s * d, 1, 1))
-        deconv.add("deconv1", (2 * b, h4, w4), (h4, w4), padding="valid")
-        deconv.add("deconv2", (2 * b, h4, w4), (5, 5))
-        deconv.add("deconv3", (2 * b, h2, w2), (5, 5), stride=2)
-        deconv.add("deconv4", (b, h2, w2), (5, 5))
-        deconv.add("deconv5", (b, height, width), (5, 5), stride=2)
-        deconv.add("deconv6", (b, height, width), (5, 5))
-        deconv.add("conv1", (channels, height, width), (5, 5), kind="conv", activation="linear")
-        return tuple(deconv.layers)
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        """The whole table: encoder, then decoder."""
-        return self.encoder + self.decoder
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """Every array of the model, in the order of the files: the layers', then the quantizer's three.
-
-        The codebook starts Glorot uniform, ``ema_count`` at 0 and ``ema_means`` as a copy of the codebook.
-        """
-        k, d = self.num_codes, self.code_size
-        of_layers = (parameter for layer in self.layers for parameter in layer.parameters)
-        return (
-            *of_layers,
-            Parameter(CODEBOOK, (k, d), "glorot_uniform", math.sqrt(6.0 / (k + d))),
-            Parameter(EMA_COUNT, (k,), "zeros"),
-            Parameter(EMA_MEANS, (k, d), "codebook"),
-        )
-
+NAME = re.compile(r"[A-Za-z]\w{0,99}(\.\w{1,99}){0,9}", re.ASCII)
+"""Names of rows and families: words separated by dots, which files and messages can hold."""
 
 CODEBOOK = "quantizer.codebook"
 EMA_COUNT = "quantizer.ema_count"
 EMA_MEANS = "quantizer.ema_means"
 
+Shape = tuple[int, ...]
+Pads = tuple[tuple[int, int], tuple[int, int]]
 
-class Stack:
-    """Writes rows one after another: each starts from the shape at which the last one ended."""
 
-    def __init__(self, prefix: str, kind: Kind, in_shape: tuple[int, ...]) -> None:
-        self.prefix, self.kind, self.shape = prefix, kind, in_shape
-        self.layers: list[Layer] = []
+@dataclass(frozen=True)
+class Parameter:
+    """One array of the model: its name in every file format, its shape, and how it starts.
 
-    def add(
-        self,
-        name: str,
-        out_shape: tuple[int, ...],
-        kernel: tuple[int, int] = (1, 1),
-        *,
-        kind: Kind | None = None,
-        stride: int = 1,
-        padding: Padding = "same",
-        activation: Activation = "elu",
-    ) -> None:
-        kind = kind or self.kind
-        name = f"{self.prefix}.{name}"
-        self.layers.append(Layer(name, kind, self.shape, out_shape, kernel, stride, padding, activation))
-        self.shape = out_shape
+    initial: "uniform" in ±``scale``, "truncated_normal" of standard deviation ``scale`` cut off at
+    two of them, "zeros", or "codebook", a copy of the codebook.
+    """
 
-    def reshape(self, name: str, out_shape: tuple[int, ...]) -> None:
-        self.layers.append(Layer(f"{self.prefix}.{name}", "reshape", self.shape, out_shape))
-        self.shape = out_shape
+    name: str
+    shape: Shape
+    initial: str
+    scale: float = 0.0
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row. Shapes are those of one image, without the batch axis.
+
+    name, kind: a unique name, and one of ``KINDS``.
+    in_shape, out_shape: of the first input and of the result.
+    inputs: names of earlier rows of the same network; () means the row before, and for the first
+        row the network's own input.
+    activation: one of ``ACTIVATIONS``, applied to the result.
+    kernel, stride, pads: of conv and conv_transpose, in pixels. pads are ((top, bottom), (left,
+        right)): zeros around a convolution's input, or what a transposed one crops from its output.
+    scale, shift: of affine, which computes scale * x + shift.
+
+    Raises ValueError that names the row and what is wrong with it.
+    """
+
+    name: str
+    kind: str
+    in_shape: Shape
+    out_shape: Shape
+    inputs: tuple[str, ...] = ()
+    activation: str = "linear"
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    pads: Pads = ((0, 0), (0, 0))
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            raise ValueError(f"a row is named {ascii(self.name)[:80]}, expected words and dots")
+        _require_types(vars(self), f"{self.name}: ")
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"{self.name}: kind is {self.kind[:40]!a}, expected {', '.join(KINDS)}"
+            )
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(
+                f"{self.name}: activation is {self.activation[:40]!a}, expected {known}"
+            )
+        for what, shape in (("in_shape", self.in_shape), ("out_shape", self.out_shape)):
+            _require_sizes(f"{self.name}: {what}", shape)
+        expected = KINDS[self.kind].out_shape(self)
+        if expected != self.out_shape:
+            raise ValueError(
+                f"{self.name}: out_shape is {self.out_shape}, a {self.kind} of these sizes gives "
+                f"{expected or 'nothing'}"
+            )
+
+    @property
+    def parameters(self) -> tuple[tuple[str, Shape], ...]:
+        """Names and shapes of the row's weight and bias; () if its kind has none."""
+        weight = KINDS[self.kind].weight(self)
+        if weight is None:
+            return ()
+        return (f"{self.name}.weight", weight), (f"{self.name}.bias", self.out_shape[:1])
+
+    @property
+    def fan_in(self) -> int:
+        """How many numbers each output adds up, at most."""
+        return self.in_shape[0] * math.prod(self.kernel)
+
+    @property
+    def fan_out(self) -> int:
+        """How many outputs each number reaches, at most."""
+        return self.out_shape[0] * math.prod(self.kernel)
+
+    @property
+    def products(self) -> int:
+        """Multiplications per image; 0 if the kind has no weight."""
+        if not self.parameters:
+            return 0
+        positions = self.in_shape if self.kind == "conv_transpose" else self.out_shape
+        return math.prod(self.parameters[0][1]) * math.prod(positions[1:])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain data, without fields that stand at their defaults."""
+        fields = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
+        return {
+            name: _listed(value) for name, (value, default) in fields.items() if value != default
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Layer:
+        """The inverse of ``to_dict``. Raises ValueError."""
+        if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+            raise ValueError(f"a row is {ascii(data)[:80]}, expected a table with a name")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        name = ascii(data["name"])[1:-1]
+        if unknown := sorted(ascii(key).strip("'") for key in data if key not in fields):
+            raise ValueError(f"{name}: unknown fields: {', '.join(unknown)[:80]}")
+        if missing := [n for n in ("kind", "in_shape", "out_shape") if n not in data]:
+            raise ValueError(f"{name}: lacks {', '.join(missing)}")
+        return cls(**{name: _tupled(value) for name, value in data.items()})
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What follows from a row of a kind: the shape of its result, () if none fits, and that of its
+    weight, None if it has none. inputs: how many it takes."""
+
+    out_shape: Callable[[Layer], Shape]
+    weight: Callable[[Layer], Shape | None] = lambda row: None
+    inputs: int = 1
+
+
+def _conv(row: Layer) -> Shape:
+    if len(row.in_shape) != 3:
+        return ()
+    spans = [n + sum(p) - k for n, p, k in zip(row.in_shape[1:], row.pads, row.kernel, strict=True)]
+    return (row.out_shape[0], *(span // row.stride + 1 for span in spans if span >= 0))
+
+
+def _conv_transpose(row: Layer) -> Shape:
+    if len(row.in_shape) != 3 or row.stride > 2:
+        return ()
+    pairs = zip(row.in_shape[1:], row.pads, row.kernel, strict=True)
+    return (row.out_shape[0], *(row.stride * (n - 1) + k - sum(p) for n, p, k in pairs))
+
+
+def _reshape(row: Layer) -> Shape:
+    return row.out_shape if math.prod(row.in_shape) == math.prod(row.out_shape) else ()
+
+
+def _to_vectors(row: Layer) -> Shape:
+    fits = len(row.in_shape) == 3 and len(row.out_shape) == 2
+    return _reshape(row) if fits and row.in_shape[0] % row.out_shape[1] == 0 else ()
+
+
+def _to_grid(row: Layer) -> Shape:
+    fits = len(row.in_shape) == 2 and len(row.out_shape) == 3
+    return _reshape(row) if fits and row.out_shape[0] % row.in_shape[1] == 0 else ()
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "affine": Kind(lambda row: row.in_shape),
+        "conv": Kind(_conv, lambda row: (row.out_shape[0], row.in_shape[0], *row.kernel)),
+        "conv_transpose": Kind(
+            _conv_transpose, lambda row: (row.in_shape[0], row.out_shape[0], *row.kernel)
+        ),
+        "dense": Kind(
+            lambda row: row.out_shape[:1] if len(row.in_shape) == 1 else (),
+            lambda row: (row.out_shape[0], row.in_shape[0]),
+        ),
+        "reshape": Kind(_reshape),
+        "to_vectors": Kind(_to_vectors),
+        "to_grid": Kind(_to_grid),
+        "add": Kind(lambda row: row.in_shape, inputs=2),
+        "activation": Kind(lambda row: row.in_shape),
+    }
+)
+"""By name:
+
+affine          scale * x + shift, of constants
+conv            weight (C', C, kh, kw), as ``torch.nn.Conv2d`` has it
+conv_transpose  weight (C, C', kh, kw), the gradient of such a convolution; stride 1 or 2
+dense           weight (F', F)
+reshape         the same elements in row-major order under another shape
+to_vectors      (g*D, h, w) to (S, D): position (i, j) of group m is vector (i*w + j)*g + m
+to_grid         its inverse
+add             the sum of two rows
+activation      an activation alone
+"""
+
+ACTIVATIONS = ("linear", "elu", "relu")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A row and where its values come from and go.
+
+    Values are numbered: 0 is the network's input, i + 1 the result of row i. sources: the values
+    that the row takes. spent: those that no later row needs, so that an interpreter may free them.
+    """
+
+    layer: Layer
+    sources: tuple[int, ...]
+    spent: tuple[int, ...]
+
+
+def plan(layers: Sequence[Layer]) -> tuple[Step, ...]:
+    """The rows in order with their sources. Raises ValueError if names or shapes do not chain."""
+    places = {layer.name: place for place, layer in enumerate(layers, 1)}
+    if len(places) != len(layers):
+        raise ValueError("two rows have one name")
+    for name in places:  # the weight of a row "a" is "a.weight", which must be no row's
+        if any(name[:end] in places for end, letter in enumerate(name) if letter == "."):
+            raise ValueError(f"{name}: lies within the name of another row")
+    shapes = [layers[0].in_shape, *(layer.out_shape for layer in layers)]
+    taken = []
+    for place, layer in enumerate(layers, 1):
+        sources = tuple(places.get(name, place) for name in layer.inputs) or (place - 1,)
+        if any(source >= place for source in sources):
+            raise ValueError(
+                f"{layer.name}: takes {', '.join(layer.inputs)}, expected earlier rows"
+            )
+        if len(sources) != KINDS[layer.kind].inputs:
+            raise ValueError(
+                f"{layer.name}: takes {len(sources)} inputs, a {layer.kind} another count"
+            )
+        if wrong := [shapes[source] for source in sources if shapes[source] != layer.in_shape]:
+            raise ValueError(f"{layer.name}: in_shape is {layer.in_shape}, its input is {wrong[0]}")
+        taken.append(sources)
+    last = {value: row for row, sources in enumerate(taken) for value in sources}
+    steps = []
+    for row, (layer, sources) in enumerate(zip(layers, taken, strict=True)):
+        spent = tuple(sorted({value for value in sources if last[value] == row}))
+        steps.append(Step(layer, sources, spent))
+    return tuple(steps)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything that the interpreters need to know of a model beside its parameters.
+
+    family: the name of the function that wrote the rows, for people.
+    image_shape: (C, H, W).
+    latent_shape: (S,), (h, w) or (h, w, g); position (i, j, m) of a grid is latent (i*w + j)*g + m.
+    num_codes, code_size: the codebook is (K, D).
+    likelihood: a name of ``vqref.likelihoods.LIKELIHOODS``.
+    encoder, decoder: the rows, from images (C, H, W) to latents (S, D), and back to outputs (P, H,
+        W), the parameters of the likelihood.
+    variance: σ² of a gaussian likelihood: that of the training images' values in [0, 1].
+    value_range: what 0 and 1 of an image are to the networks; outputs lie in the same range.
+    initial: how weights and codebook start: "glorot_uniform" (Glorot and Bengio 2010, equation 16)
+        or "fan_in", normal of variance 1 / fan-in cut off at two deviations, and a codebook uniform
+        in ±sqrt(3 / D), as Sonnet has it.
+
+    Raises ValueError that names the field, what it was and what it must be.
+    """
+
+    family: str
+    image_shape: tuple[int, int, int]
+    latent_shape: Shape
+    num_codes: int
+    code_size: int
+    likelihood: str
+    encoder: tuple[Layer, ...]
+    decoder: tuple[Layer, ...]
+    variance: float = 1.0
+    value_range: tuple[float, float] = (0.0, 1.0)
+    initial: str = "glorot_uniform"
+
+    def __post_init__(self) -> None:
+        _require_types({name: value for name, value in vars(self).items() if name not in NETWORKS})
+        if len(self.image_shape) != 3:
+            raise ValueError(
+                f"image_shape is {self.image_shape}, expected (channels, height, width)"
+            )
+        if len(self.latent_shape) not in (1, 2, 3):
+            raise ValueError(
+                f"latent_shape is {self.latent_shape}, expected (S,), (h, w) or (h, w, g)"
+            )
+        _require_sizes("image_shape", self.image_shape)
+        _require_sizes("latent_shape", self.latent_shape)
+        _require_sizes("num_codes", (self.num_codes,))
+        _require_sizes("code_size", (self.code_size,))
+        if self.initial not in ("glorot_uniform", "fan_in"):
+            raise ValueError(f"initial is {self.initial[:40]!a}, expected glorot_uniform or fan_in")
+        if not self.variance > 0:
+            raise ValueError(f"variance is {self.variance!r}, expected a positive number")
+        low, high = self.value_range
+        if not low < high:
+            raise ValueError(f"value_range is {self.value_range}, expected (low, high)")
+        vectors = (self.latent_size, self.code_size)
+        outputs = (output_channels(self.likelihood, self.image_shape[0]), *self.image_shape[1:])
+        self._require_chain("encoder", self.encoder, self.image_shape, vectors)
+        self._require_chain("decoder", self.decoder, vectors, outputs)
+
+    def _require_chain(self, name: str, rows: tuple[Layer, ...], first: Shape, last: Shape) -> None:
+        if not 1 <= len(rows) <= ROW_LIMIT:
+            raise ValueError(f"the {name} has {len(rows)} rows, expected 1 to {ROW_LIMIT}")
+        plan(rows)
+        ends = rows[0].in_shape, rows[-1].out_shape
+        if ends != (first, last):
+            raise ValueError(f"the {name} maps {ends[0]} to {ends[1]}, expected {first} to {last}")
+        if foreign := [row.name for row in rows if not row.name.startswith(f"{name}.")]:
+            raise ValueError(f"{foreign[0]}: the name of a row of the {name} begins with {name}.")
+
+    @property
+    def latent_size(self) -> int:
+        """The number S of latents, and so of indices, per image."""
+        return math.prod(self.latent_shape)
+
+    @property
+    def output_shape(self) -> Shape:
+        """(P, H, W) of the decoder's outputs."""
+        return self.decoder[-1].out_shape
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """All rows: the encoder's, then the decoder's."""
+        return self.encoder + self.decoder
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Every array of the model, in the order of the files: the rows', then the quantizer's.
+
+        ``ema_count`` starts at 0 and ``ema_means`` as a copy of the codebook.
+        """
+        k, d = self.num_codes, self.code_size
+        width = math.sqrt(6.0 / (k + d) if self.initial == "glorot_uniform" else 3.0 / d)
+        return (
+            *(parameter for layer in self.layers for parameter in self._initialised(layer)),
+            Parameter(CODEBOOK, (k, d), "uniform", width),
+            Parameter(EMA_COUNT, (k,), "zeros"),
+            Parameter(EMA_MEANS, (k, d), "codebook"),
+        )
+
+    def _initialised(self, layer: Layer) -> tuple[Parameter, ...]:
+        if not layer.parameters:
+            return ()
+        (weight, weight_shape), (bias, bias_shape) = layer.parameters
+        if self.initial == "glorot_uniform":
+            how = "uniform", math.sqrt(6.0 / (layer.fan_in + layer.fan_out))
+        else:
+            how = "truncated_normal", 1.0 / math.sqrt(layer.fan_in)
+        return Parameter(weight, weight_shape, *how), Parameter(bias, bias_shape, "zeros")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data for JSON and files."""
+        plain = {f.name: _listed(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return plain | {name: [row.to_dict() for row in getattr(self, name)] for name in NETWORKS}
+
+    @classmethod
+    def from_dict(cls, fields: Any) -> ModelSpec:
+        """The inverse of ``to_dict``. Raises ValueError for a field missing, unknown or
+        malformed."""
+        if not isinstance(fields, dict):
+            raise ValueError("the spec is no table")
+        known = {field.name for field in dataclasses.fields(cls)}
+        if missing := sorted(known - set(fields)):
+            raise ValueError(f"the spec lacks {', '.join(missing)}")
+        if unknown := sorted(ascii(name).strip("'") for name in fields if name not in known):
+            raise ValueError(f"the spec has unknown fields: {', '.join(unknown)[:80]}")
+        values = {name: _tupled(value) for name, value in fields.items() if name not in NETWORKS}
+        for name in NETWORKS:
+            if not isinstance(fields[name], list) or len(fields[name]) > ROW_LIMIT:
+                raise ValueError(f"the {name} is no list of at most {ROW_LIMIT} rows")
+            values[name] = tuple(Layer.from_dict(row) for row in fields[name])
+        return cls(**values)
+
+
+NETWORKS = ("encoder", "decoder")
+
+
+def _require_sizes(name: str, sizes: Shape) -> None:
+    for size in sizes or (None,):
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= SIZE_LIMIT:
+            raise ValueError(f"{name} is {size!r}; it must be an integer from 1 to {SIZE_LIMIT}")
+
+
+_PAIRS = ("kernel", "value_range")
+_NUMBERS = {"scale", "shift", "variance"}
+_NAMES = {"name", "kind", "activation", "family", "likelihood", "initial"}
+_TUPLES = {"in_shape", "out_shape", "inputs", "image_shape", "latent_shape", "pads", *_PAIRS}
+
+
+def _require_types(values: Mapping[str, Any], whose: str = "") -> None:
+    """Holds fields to their types and to bounds, so that a file cannot surprise. Raises
+    ValueError."""
+    for name, value in values.items():
+        wanted: tuple[type, ...] = (int,)
+        if name in _NAMES:
+            wanted = (str,)
+        elif name in _NUMBERS:
+            wanted = (int, float)
+        elif name in _TUPLES:
+            wanted = (tuple,)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            found = ascii(value)[:80]
+            raise ValueError(f"{whose}{name} is {found}, expected {wanted[-1].__name__}")
+        if name in _NUMBERS:
+            _require_number(whose + name, value)
+    for name in _PAIRS:
+        pair = values.get(name, (0, 0))
+        if len(pair) != 2:
+            raise ValueError(f"{whose}{name} is {pair!r}, expected two numbers")
+        for value in pair:
+            _require_number(whose + name, value)
+    names = (*values.get("inputs", ()), values.get("family", "x"))
+    if wrong := [n for n in names if not isinstance(n, str) or not NAME.fullmatch(n)]:
+        raise ValueError(f"{whose}{ascii(wrong[0])[:80]} is no name, expected words and dots")
+    for name in ("kernel", "stride"):
+        size = values.get(name, 1)
+        _require_sizes(whose + name, size if isinstance(size, tuple) else (size,))
+    pads = values.get("pads", ((0, 0), (0, 0)))
+    flat = [n for pair in pads if isinstance(pair, tuple) for n in pair]
+    if len(pads) != 2 or len(flat) != 4 or not all(type(n) is int and 0 <= n <= 1024 for n in flat):
+        raise ValueError(f"{whose}pads is {pads!r}, expected two pairs of pixels")
+
+
+def _require_number(name: str, value: Any) -> None:
+    fits = isinstance(value, int | float) and abs(value) <= SIZE_LIMIT  # NaN does not
+    if not fits or isinstance(value, bool):
+        limit = f"it must be a number within ±{SIZE_LIMIT}"
+        raise ValueError(f"{name} is {ascii(value)[:80]}; {limit}")
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _tupled(value: Any, depth: int = 2) -> Any:
+    """Lists as tuples, as deep as any field has them."""
+    if not depth or not isinstance(value, list):
+        return value
+    return tuple(_tupled(part, depth - 1) for part in value)

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from vqref.spec import ModelSpec
+if TYPE_CHECKING:
+    from vqref.spec import ModelSpec
 
+Array = npt.NDArray[Any]
 Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
-Params = Mapping[str, npt.NDArray[Any]]
+Params = Mapping[str, Array]
 
 
 def as_float64(name: str, array: npt.ArrayLike, shape: tuple[int | str, ...]) -> Float64:
-    """``array`` as float64, after a check of dtype (floating), shape and finiteness.
+    """``array`` as float64, once its dtype is known to be floating, its shape right, all finite.
 
-    ``shape`` holds a size, or a symbol such as "N" where any size will do.
-    Raises ValueError.
+    ``shape`` holds sizes, or a symbol such as "N" if any size will do. Raises ValueError.
     """
     values = np.asarray(array)
     if not np.issubdtype(values.dtype, np.floating):
         raise ValueError(f"{name}: dtype is {values.dtype}, expected a floating dtype")
-    _check_shape(name, values.shape, shape)
+    _require_shape(name, values.shape, shape)
     if not np.isfinite(values).all():
         position = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
         raise ValueError(f"{name}: {values[position]} at {position}, expected finite values")
@@ -35,18 +36,20 @@ def as_images(images: npt.ArrayLike, spec: ModelSpec) -> Float64:
     """Images (N, C, H, W), floating, in [0, 1], as float64. Raises ValueError."""
     values = as_float64("images", images, ("N", *spec.image_shape))
     if values.size and not (values.min() >= 0.0 and values.max() <= 1.0):
-        raise ValueError(f"images: values from {values.min():.9g} to {values.max():.9g}, expected grey levels in [0, 1]")
+        found = f"values from {values.min():.9g} to {values.max():.9g}"
+        raise ValueError(f"images: {found}, expected grey levels in [0, 1]")
     return values
 
 
 def as_indices(indices: npt.ArrayLike, shape: tuple[int | str, ...], num_codes: int) -> Int64:
-    """Indices of an integer dtype with 0 <= index < num_codes, as int64. Raises ValueError."""
+    """Indices of an integer dtype, 0 <= index < num_codes, as int64. Raises ValueError."""
     values = np.asarray(indices)
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"indices: dtype is {values.dtype}, expected an integer dtype")
-    _check_shape("indices", values.shape, shape)
+    _require_shape("indices", values.shape, shape)
     if values.size and not (values.min() >= 0 and values.max() < num_codes):
-        raise ValueError(f"indices: values from {values.min()} to {values.max()}, expected 0 to {num_codes - 1}")
+        found = f"values from {values.min()} to {values.max()}"
+        raise ValueError(f"indices: {found}, expected 0 to {num_codes - 1}")
     return values.astype(np.int64)
 
 
@@ -61,10 +64,10 @@ def check_params(spec: ModelSpec, params: Params) -> None:
         as_float64(name, params[name], shape)
 
 
-def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int | str, ...]) -> None:
+def _require_shape(name: str, found: tuple[int, ...], expected: tuple[int | str, ...]) -> None:
     fits = len(found) == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(found, expected, strict=True)
     )
     if not fits:
-        wanted = ", ".join(str(size) for size in expected) + ("," if len(expected) == 1 else "")
+        wanted = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
         raise ValueError(f"{name}: shape is {found}, expected ({wanted})")

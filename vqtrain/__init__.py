@@ -1,6 +1,7 @@
-"""The trainer: the VQ-VAE of the post in PyTorch, checked against the oracle as it runs.
+"""The trainer: a VQ model in PyTorch, checked against the oracle as it runs.
 
-Names are imported when they are first used, so that ``python -m vqtrain --help`` does not wait for PyTorch.
+Names are imported when they are first used, so that ``python -m vqtrain --help`` does not wait for
+PyTorch.
 """
 
 from importlib import import_module
@@ -9,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vqtrain.model import VQVAE, Forward
     from vqtrain.options import RECIPES, TrainingOptions
-    from vqtrain.step import training_step
-    from vqtrain.train import Trainer, evaluate
+    from vqtrain.run.metrics import evaluate
+    from vqtrain.run.step import training_step
+    from vqtrain.run.trainer import Trainer
 
 _HOMES = {
     "RECIPES": "options",
     "VQVAE": "model",
     "Forward": "model",
-    "Trainer": "train",
+    "Trainer": "run.trainer",
     "TrainingOptions": "options",
-    "evaluate": "train",
-    "training_step": "step",
+    "evaluate": "run.metrics",
+    "training_step": "run.step",
 }
 __all__ = ["RECIPES", "VQVAE", "Forward", "Trainer", "TrainingOptions", "evaluate", "training_step"]
 

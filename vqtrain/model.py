@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from vqref.dialects import POST, Dialect
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Params, check_params
 from vqtrain.nearest import nearest
@@ -18,44 +19,49 @@ from vqtrain.quantizer import Quantizer
 
 
 class Forward(NamedTuple):
-    """latents and quantized (N, S, D), indices (N, S) int64, logits (N, C, H, W)."""
+    """latents and quantized (N, S, D), indices (N, S) int64, outputs (N, P, H, W)."""
 
     latents: Tensor
     indices: Tensor
     quantized: Tensor
-    logits: Tensor
+    outputs: Tensor
 
 
 class VQVAE(nn.Module):
-    """``state_dict`` has the spec's parameter names. Values come from ``params`` (``vqref.init_params``, or a file).
+    """A model whose ``state_dict`` has the spec's parameter names.
 
+    params: values from ``vqref.init_params`` or a file. dialect: of the codebook's averages.
     Raises ValueError for parameters that do not fit the spec.
     """
 
-    def __init__(self, spec: ModelSpec, params: Params) -> None:
+    def __init__(self, spec: ModelSpec, params: Params, dialect: Dialect = POST) -> None:
         super().__init__()
         check_params(spec, params)
         self.spec = spec
         self.encoder = Network(spec.encoder)
         self.decoder = Network(spec.decoder)
-        self.quantizer = Quantizer(spec)
+        self.quantizer = Quantizer(spec, dialect)
         values = {name: torch.from_numpy(np.asarray(array)) for name, array in params.items()}
         self.to(values[CODEBOOK].dtype).load_state_dict(values)
 
-    def forward(self, images: Tensor, choose: Callable[[Tensor, Tensor], Tensor] = nearest) -> Forward:
+    def forward(
+        self, images: Tensor, choose: Callable[[Tensor, Tensor], Tensor] = nearest
+    ) -> Forward:
         """One pass; ``choose`` gives the indices for latents and codebook.
 
-        The decoder's input is quantized itself, with the gradient of latents: the straight-through estimator
-        latents + stop_gradient(quantized - latents) without its rounding.
+        The decoder's input is quantized itself with the gradient of latents: the straight-through
+        estimator latents + stop_gradient(quantized - latents) without its rounding. Under autocast
+        the networks answer in less precision; distances and losses do not.
         """
-        exact = self.quantizer.codebook.dtype  # under autocast the networks answer in less; distances and losses do not
+        exact = self.quantizer.codebook.dtype
         latents = self.encoder(images).to(exact)
         indices, quantized = self.quantizer(latents, choose)
         straight_through = quantized + (latents - latents.detach())
         return Forward(latents, indices, quantized, self.decoder(straight_through).to(exact))
 
     def plain(self, images: Tensor) -> Forward:
-        """One pass in which the decoder is fed the latents themselves, as quantized, before there is a codebook to speak of."""
+        """One pass in which the decoder is fed the latents themselves, as quantized, before there
+        is a codebook to speak of."""
         exact = self.quantizer.codebook.dtype
         latents = self.encoder(images).to(exact)
         indices, _ = self.quantizer(latents)
@@ -64,4 +70,5 @@ class VQVAE(nn.Module):
     def params(self) -> dict[str, npt.NDArray[np.floating]]:
         """A copy of every parameter as NumPy arrays, by name, in the spec's order."""
         state = self.state_dict()
-        return {parameter.name: state[parameter.name].cpu().numpy().copy() for parameter in self.spec.parameters}
+        names = [parameter.name for parameter in self.spec.parameters]
+        return {name: state[name].cpu().numpy().copy() for name in names}

@@ -1,4 +1,4 @@
-"""The PyTorch interpreter of the layer table: the same kinds under the same names as ``vqref.network``."""
+"""The PyTorch interpreter of the rows: the same kinds under the same names as ``vqref.network``."""
 
 from __future__ import annotations
 
@@ -9,39 +9,70 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqref.spec import Layer
+from vqref.spec import Layer, plan
 
 
 class Network(nn.Module):
-    """Rows of the table in order. Child modules carry the rows' names, so ``state_dict`` has the spec's parameter names."""
+    """The rows of one network. ``state_dict`` has the spec's parameter names: a row
+    ``encoder.block1.conv3`` is the module ``block1.conv3`` of the encoder."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
-        for layer in layers:
-            self.add_module(layer.name.rsplit(".", 1)[1], Row(layer))
+        self._rows: list[Row] = []
+        for step in plan(layers):
+            row = Row(step.layer)
+            row.sources, row.spent = step.sources, step.spent
+            self._rows.append(row)
+            if step.layer.parameters:
+                _place(self, step.layer.name.split(".")[1:], row)
 
     def forward(self, x: Tensor) -> Tensor:
-        for row in self.children():
-            x = row(x)
-        return x
+        values = {0: x}
+        for number, row in enumerate(self._rows, 1):
+            y = row(*[values[source] for source in row.sources])
+            for spent in row.spent:
+                del values[spent]
+            values[number] = y
+        return values[len(self._rows)]
 
 
 class Row(nn.Module):
-    """One row of the table with its weight and bias, uninitialised: values come from ``vqref.init_params`` or a file."""
+    """One row with its weight and bias, uninitialised: ``vqref.init_params`` or a file has values.
+
+    sources, spent: as in ``vqref.spec.Step``.
+    """
+
+    sources: tuple[int, ...] = ()
+    spent: tuple[int, ...] = ()
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
         self.layer = layer
-        for parameter in layer.parameters:
-            self.register_parameter(parameter.name.rsplit(".", 1)[1], nn.Parameter(torch.empty(parameter.shape)))
+        for name, shape in layer.parameters:
+            self.register_parameter(name.rsplit(".", 1)[1], nn.Parameter(torch.empty(shape)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        parameters = dict(self.named_parameters(recurse=False))
-        return ACTIVATIONS[self.layer.activation](KINDS[self.layer.kind](self.layer, x, **parameters))
+    def forward(self, *inputs: Tensor) -> Tensor:
+        y = KINDS[self.layer.kind](self.layer, *inputs, *self._parameters.values())
+        return ACTIVATIONS[self.layer.activation](y)
+
+
+def _place(parent: nn.Module, path: Sequence[str], row: Row) -> None:
+    """Makes ``row`` the module at ``path`` below ``parent``. ``add_module`` would refuse names that
+    mean something to PyTorch, such as "half", which a row may have."""
+    for name in path[:-1]:
+        inner = parent._modules.setdefault(name, nn.Module())
+        assert inner is not None
+        parent = inner
+    parent._modules[path[-1]] = row
+
+
+def affine(layer: Layer, x: Tensor) -> Tensor:
+    return layer.scale * x + layer.shift
 
 
 def conv(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """TensorFlow's "same" pads by unequal amounts at stride 2, which ``padding=`` cannot say: those are padded first."""
+    """TensorFlow's "same" may pad unequally at stride 2, which ``padding=`` cannot say: such an
+    image is padded first."""
     (top, bottom), (left, right) = layer.pads
     if (top, left) == (bottom, right):
         return F.conv2d(x, weight, bias, layer.stride, padding=(top, left))
@@ -49,29 +80,92 @@ def conv(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def conv_transpose(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """At stride 2 each of the four phases of the output (even or odd row, even or odd column) is a convolution of x with the
-    taps that meet it: one convolution to four times the channels, whose parts are then put in their places. Several times as
-    fast in bfloat16 on a processor as ``conv_transpose2d``, which has no kernel for it, and without the output's cropped
-    margin. With the channels last, phases of columns lie in their places already, and rows are copied whole."""
-    (top, _), (left, _) = layer.pads
-    if layer.stride == 1:
+    """Above stride 1, by phases: outputs s*m + p of one phase p are a convolution of x with the
+    taps that meet them. One convolution gives the channels of all phases, which are then put in
+    place. On a processor this is several times as fast in bfloat16 as ``conv_transpose2d``, which
+    has no kernel for it, and the cropped margin is never computed."""
+    (top, bottom), (left, right) = layer.pads
+    s, (channels, height, width) = layer.stride, layer.out_shape
+    if s == 1 and (top, left) == (bottom, right):
         return F.conv_transpose2d(x, weight, bias, padding=(top, left))
-    channels, height, width = layer.out_shape
-    taps = _phases(_phases(weight, 2, top), 4, left)  # (2 columns', 2 rows', C, O, 3, 3)
-    kernel = taps.permute(1, 0, 3, 2, 4, 5).reshape(4 * channels, layer.in_shape[0], 3, 3)
-    parts = F.conv2d(x, kernel, bias.repeat(4), padding=1).permute(0, 2, 3, 1)  # (N, H/2, W/2, 2 rows', 2 columns', O)
-    rows: Tensor = parts.unflatten(3, (2, 2 * channels)).transpose(2, 3)
-    return rows.reshape(x.shape[0], height, width, channels).permute(0, 3, 1, 2)
+    rows = _Phases(layer.kernel[0], s, top, layer.in_shape[1], height)
+    columns = _Phases(layer.kernel[1], s, left, layer.in_shape[2], width)
+    taps = columns.taps(rows.taps(weight, 2), 4)  # (s columns', s rows', C, O, taps, taps)
+    kernel = taps.permute(1, 0, 3, 2, 4, 5).reshape(s * s * channels, len(weight), *taps.shape[4:])
+    if rows.before == rows.after >= 0 and columns.before == columns.after >= 0:
+        padding = (rows.before, columns.before)
+    else:
+        x, padding = F.pad(x, (columns.before, columns.after, rows.before, rows.after)), (0, 0)
+    parts = F.conv2d(x, kernel, bias.repeat(s * s), padding=padding)
+    y: Tensor = Interleave.apply(parts, rows, columns, channels)  # type: ignore[no-untyped-call]
+    return y if y.shape[2:] == (height, width) else y[:, :, :height, :width]
 
 
-def _phases(weight: Tensor, dim: int, crop: int) -> Tensor:
-    """The taps of ``dim`` by phase: (2, ..., 3, ...). Output 2m + p lies crop further in the full one, to which input m + t
-    gives weight[p + crop - 2t]; t is -1, 0 or 1, and a tap outside of the kernel is zero."""
-    zero = torch.zeros_like(weight.select(dim, 0))
-    taps = [[p + crop - 2 * t for t in (-1, 0, 1)] for p in (0, 1)]
-    return torch.stack(
-        [torch.stack([weight.select(dim, a) if 0 <= a < weight.shape[dim] else zero for a in row], dim) for row in taps]
-    )
+class _Phases:
+    """One axis of a transposed convolution: output s*m + p lies ``crop`` further in the full one,
+    to which input m + t gives tap p + crop - s*t.
+
+    first: for each phase, the smallest t that counts. before, after: zeros around the input, so
+    that one window of ``size`` taps serves every phase. shift: by how many windows a phase lies
+    after the first one. count: outputs per phase.
+    """
+
+    def __init__(self, kernel: int, stride: int, crop: int, inputs: int, outputs: int) -> None:
+        self.kernel, self.stride, self.crop = kernel, stride, crop
+        self.count = -(-outputs // stride)
+        last = [(p + crop) // stride for p in range(stride)]
+        self.first = [-((kernel - 1 - p - crop) // stride) for p in range(stride)]
+        self.size = max(1, *(b - a + 1 for a, b in zip(self.first, last, strict=True)))
+        self.before = -min(self.first)
+        self.after = self.count - 1 + max(self.first) + self.size - inputs
+        self.shift = [t + self.before for t in self.first]
+
+    def taps(self, weight: Tensor, dim: int) -> Tensor:
+        """The taps of axis ``dim`` by phase, (s, ..., size, ...); a tap outside the kernel is
+        zero."""
+        zero = torch.zeros_like(weight.select(dim, 0))
+        found = []
+        for p, first in enumerate(self.first):
+            places = [p + self.crop - self.stride * (first + i) for i in range(self.size)]
+            row = [weight.select(dim, a) if 0 <= a < self.kernel else zero for a in places]
+            found.append(torch.stack(row, dim))
+        return torch.stack(found)
+
+
+class Interleave(torch.autograd.Function):
+    """Puts the phases of a transposed convolution in their places: parts (N, s*s*O, H', W') to (N,
+    O, s*H, s*W). With channels last, output (s*m + p, s*l + q) lies where a stride for each of m,
+    p, l and q leads, so one strided copy does it, and another one back."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, rows: _Phases, columns: _Phases, channels: int) -> Tensor:
+        ctx.how, ctx.shape = (rows, columns, channels), parts.shape
+        last = parts.permute(0, 2, 3, 1).contiguous()  # (N, H', W', s*s*O)
+        placed = _in_place(last, rows, columns, channels).contiguous()
+        n, height, s, width, _, _ = placed.shape
+        return placed.view(n, height * s, width * s, channels).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        rows, columns, channels = ctx.how
+        n, wide, height, width = ctx.shape
+        last = gradients[0].new_zeros(n, height, width, wide)
+        placed = _in_place(last, rows, columns, channels)
+        placed.copy_(gradients[0].permute(0, 2, 3, 1).reshape(placed.shape))
+        return last.permute(0, 3, 1, 2), None, None, None
+
+
+def _in_place(last: Tensor, rows: _Phases, columns: _Phases, channels: int) -> Tensor:
+    """The view (N, H, s, W, s, O) of parts with channels last. Phases lie evenly shifted: each
+    begins where the one before does, or one window later."""
+    s = rows.stride
+    by_image, by_row, by_column, _ = last.stride()
+    down = by_row * (rows.shift[1] - rows.shift[0]) if s > 1 else 0
+    right = by_column * (columns.shift[1] - columns.shift[0]) if s > 1 else 0
+    shape = (len(last), rows.count, s, columns.count, s, channels)
+    strides = (by_image, by_row, down + s * channels, by_column, right + channels, 1)
+    start = rows.shift[0] * by_row + columns.shift[0] * by_column
+    return last.as_strided(shape, strides, last.storage_offset() + start)
 
 
 def dense(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -82,9 +176,28 @@ def reshape(layer: Layer, x: Tensor) -> Tensor:
     return x.reshape(x.shape[0], *layer.out_shape)
 
 
+def to_vectors(layer: Layer, x: Tensor) -> Tensor:
+    size = layer.out_shape[1]
+    grid = x.permute(0, 2, 3, 1)  # (N, h, w, g*D)
+    return grid.reshape(len(x), -1, size)
+
+
+def to_grid(layer: Layer, x: Tensor) -> Tensor:
+    channels, height, width = layer.out_shape
+    return x.reshape(len(x), height, width, channels).permute(0, 3, 1, 2)
+
+
+def add(layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+    return x + y
+
+
+def activation(layer: Layer, x: Tensor) -> Tensor:
+    return x
+
+
 class Elu(torch.autograd.Function):
-    """ELU that keeps its result for the gradient, not its input: no exponential on the way back. (PyTorch's own does so in
-    place alone, where a view, such as a transposed convolution gives, costs copies.)"""
+    """ELU that keeps its result for the gradient, not its input: no exponential on the way back.
+    PyTorch's own does so in place alone, which costs copies of a view."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -108,10 +221,19 @@ def linear(x: Tensor) -> Tensor:
     return x
 
 
+def relu(x: Tensor) -> Tensor:
+    return F.relu(x)
+
+
 KINDS: dict[str, Callable[..., Tensor]] = {
+    "affine": affine,
     "conv": conv,
     "conv_transpose": conv_transpose,
     "dense": dense,
     "reshape": reshape,
+    "to_vectors": to_vectors,
+    "to_grid": to_grid,
+    "add": add,
+    "activation": activation,
 }
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"elu": elu, "linear": linear}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"linear": linear, "elu": elu, "relu": relu}

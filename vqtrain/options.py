@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
-SMALLEST, LARGEST = 1e-12, 1e6
-"""Bounds of options that are factors and divisors: float32 holds them and their products with what they meet."""
+from vqref.dialects import DIALECTS
+from vqref.precisions import PRECISIONS
+from vqref.spec import ModelSpec
 
-PRECISIONS = ("float32", "tf32", "bfloat16")
+SMALLEST, LARGEST = 1e-12, 1e6
+"""Bounds of options that multiply or divide: float32 holds them and their products."""
+
+TRAINED = tuple(name for name, precision in PRECISIONS.items() if precision.trains)
+"""Names of the precisions in which a network can be trained."""
+
+FIRST_MOMENT = 0.9
+"""The decay of Adam's mean gradient, beta1, which no option changes."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How to train; the defaults are the post's.
+    """How to train. The defaults are the post's.
 
-    epochs, batch_size: passes over the images, images a step (a last batch that is not full is dropped)
-    learning_rate: of Adam
-    second_moment: the decay of Adam's mean of squared gradients, beta2
+    epochs, batch_size: passes over the images, and images per step; a last batch that is not full
+        is dropped
+    learning_rate: Adam's
+    second_moment, adam_epsilon: Adam's decay of the mean squared gradient (beta2) and its epsilon
     beta: weight of the commitment loss
-    decay, epsilon: of the codebook's moving averages, as in ``vqref.update_ema``
+    dialect: a name of ``vqref.dialects.DIALECTS``, the rule of the codebook's moving averages
+    decay, epsilon: of these averages, as in ``vqref.update_ema``
     seed: of the initial parameters and the order of the images
-    center: start the decoder's last bias at the logit of the mean pixel, so that the first steps need not drive every latent
-        the same way to learn it
-    plain_steps: steps at the start in which the decoder is fed the latents themselves and the codebook waits
-    kmeans_start: set the codebook by k-means on the latents of all images when those steps are over
-    temperature, anneal_until: after that draw indices from softmax(-d / (2 * temperature * variance)), the temperature
-        falling linearly to 0 at that share of all steps; 0: the nearest code from the start
-    revive_below: reset a code whose ``ema_count`` is below this share of the mean to a latent of the batch; 0: never
-    cosine: let the learning rate fall to a hundredth along half a cosine, after a hundred steps of rising
-    precision: of the networks' products in training, float32, bfloat16, or tf32, which only a card has; checks and evaluation
-        are always float32
+    center: start the decoder's last bias so that the first reconstructions are the mean pixel, and
+        the first steps need not drive every latent the same way to learn it
+    plain_steps: steps at the start in which the decoder is fed the latents themselves and the
+        codebook waits
+    kmeans_start: set the codebook by k-means on the latents of all images after these steps
+    temperature, anneal_until: then draw indices from softmax(-d / (2 * temperature * variance)),
+        the temperature falling linearly to 0 at that share of all steps; 0 takes the nearest code
+        from the start
+    revive_below: reset a code whose ``ema_count`` is below this share of the mean to a latent of
+        the batch; 0 resets none
+    cosine: let the learning rate rise for a hundred steps and fall along half a cosine to a
+        hundredth
+    precision: of the networks' products in training, one of ``TRAINED``; tf32 needs a CUDA device.
+        Checks and evaluation compute in float32 whatever this is.
 
     Raises ValueError that names the field, what it was and what it must be.
     """
@@ -40,7 +57,9 @@ class TrainingOptions:
     batch_size: int = 64
     learning_rate: float = 1e-3
     second_moment: float = 0.999
+    adam_epsilon: float = 1e-7
     beta: float = 0.25
+    dialect: str = "post"
     decay: float = 0.99
     epsilon: float = 1e-5
     seed: int = 0
@@ -57,47 +76,89 @@ class TrainingOptions:
         for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0), ("plain_steps", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
-                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least} and below 2**63")
-        for name in ("learning_rate", "epsilon"):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) and SMALLEST <= value <= LARGEST):
-                raise ValueError(f"{name} is {value!r}; it must be a number from {SMALLEST:g} to {LARGEST:g}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision is {self.precision!r}; it must be one of {', '.join(PRECISIONS)}")
-        if not 0 <= self.beta <= LARGEST:
-            raise ValueError(f"beta is {self.beta!r}; it must be a number from 0 to {LARGEST:g}")
-        if not 0 <= self.temperature <= LARGEST:
-            raise ValueError(f"temperature is {self.temperature!r}; it must be a number from 0 to {LARGEST:g}")
+                raise ValueError(
+                    f"{name} is {value!r}; it must be an integer of at least {least} "
+                    "and below 2**63"
+                )
+        for names, low, high in (
+            (("learning_rate", "adam_epsilon", "epsilon"), SMALLEST, LARGEST),
+            (("beta", "temperature"), 0, LARGEST),
+            (("decay", "anneal_until", "revive_below"), 0, 1),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not (isinstance(value, int | float) and low <= value <= high):
+                    raise ValueError(
+                        f"{name} is {value!r}; it must be a number from {low:g} to {high:g}"
+                    )
         if not 0 <= self.second_moment < 1:
-            raise ValueError(f"second_moment is {self.second_moment!r}; it must be a number from 0 to below 1")
-        for name in ("decay", "anneal_until", "revive_below"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value!r}; it must be a number from 0 to 1")
+            raise ValueError(
+                f"second_moment is {self.second_moment!r}; it must be a number from 0 to below 1"
+            )
+        for name, known in (("precision", TRAINED), ("dialect", DIALECTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}"
+                )
+        if DIALECTS[self.dialect].debiased and self.decay == 1:
+            raise ValueError(f"decay is 1; {self.dialect} divides by 1 - decay**steps")
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data."""
         return dataclasses.asdict(self)
 
 
-FIRST_MOMENT, ADAM_EPSILON = 0.9, 1e-7
-"""What no option changes in Adam: the decay of the mean gradient, and epsilon, both the post's."""
+def default(spec: ModelSpec) -> TrainingOptions:
+    """What works best here: it starts, keeps alive and anneals the codebook. docs/recipes.md has
+    what it measures."""
+    if spec.family == "post":
+        return TrainingOptions(
+            batch_size=32,
+            second_moment=0.99,
+            beta=1.0,
+            decay=0.985,
+            center=True,
+            plain_steps=400,
+            kmeans_start=True,
+            temperature=0.3,
+            revive_below=0.05,
+            cosine=True,
+        )
+    return TrainingOptions(
+        batch_size=32, beta=0.25 * _squares(spec), kmeans_start=True, revive_below=0.05
+    )
 
-RECIPES = {
-    "default": TrainingOptions(
+
+def post(spec: ModelSpec) -> TrainingOptions:
+    """The post, exactly: the codebook starts Glorot uniform, with ``ema_count`` 0."""
+    return TrainingOptions()
+
+
+def sonnet(spec: ModelSpec) -> TrainingOptions:
+    """Sonnet's CIFAR-10 example, exactly, if the likelihood is gaussian.
+
+    Its loss is NMSE + commitment / 4. The gaussian likelihood's is that times CHW/2, but for a
+    constant, so beta takes the same factor; so does Adam's epsilon, which then leaves each step as
+    it was.
+    """
+    factor = _squares(spec)
+    return TrainingOptions(
         batch_size=32,
-        second_moment=0.99,
-        beta=1.0,
-        decay=0.985,
-        center=True,
-        plain_steps=400,
-        kmeans_start=True,
-        temperature=0.3,
-        revive_below=0.05,
-        cosine=True,
-    ),
-    "seed": TrainingOptions(),
-}
-"""Named sets of options. "seed" is the post, exactly: the codebook starts Glorot uniform, with ``ema_count`` 0. "default" keeps
-its network, losses and averages, and starts, keeps alive and anneals the codebook; docs/recipes.md has what it measures."""
+        learning_rate=3e-4,
+        adam_epsilon=1e-8 * factor,
+        beta=0.25 * factor,
+        dialect="sonnet",
+    )
+
+
+def _squares(spec: ModelSpec) -> float:
+    """CHW / 2: the nats per image of a gaussian likelihood for each unit of NMSE."""
+    return math.prod(spec.image_shape) / 2
+
+
+RECIPES: Mapping[str, Callable[[ModelSpec], TrainingOptions]] = MappingProxyType(
+    {"default": default, "post": post, "sonnet": sonnet}
+)
+"""Named sets of options, functions of the model's spec."""
 
 DEFAULT_RECIPE = "default"

@@ -1,15 +1,17 @@
-// Tokens of images by a bundle, without Python: after `npm install`, `node tokens.js BUNDLE IMAGES.npy` prints them as JSON.
+// Prints the tokens of images as JSON, without Python: after `npm install`,
+// `node tokens.js BUNDLE IMAGES.npy`.
 //
-// IMAGES.npy holds uint8 images (N, H, W) or (N, C, H, W). What the graph is called, takes and gives is read from the
-// bundle's manifest; its bytes are held to the manifest's sha256 before onnxruntime sees them. onnxruntime-web runs in
-// node as it does in a browser, where fetch() takes the place of readFile().
+// IMAGES.npy holds uint8 images (N, H, W) or (N, C, H, W). The bundle's manifest says what the graph
+// is called, takes and gives; its bytes are held to the manifest's sha256 before onnxruntime sees
+// them. onnxruntime-web runs in node as it does in a browser, where fetch() takes the place of
+// readFile().
 
 import { createHash } from "node:crypto";
 import { readFile } from "node:fs/promises";
 import { join } from "node:path";
 import * as ort from "onnxruntime-web";
 
-const BATCH = 64; // images a call
+const BATCH = 64; // images per call
 
 function readNpy(content) {
   if (content.subarray(0, 6).toString("latin1") !== "\x93NUMPY") throw new Error("not an .npy file");
@@ -36,15 +38,17 @@ async function main([bundle, imagesFile]) {
   const inner = input.shape.slice(1); // the first axis is the batch
   const pixels = inner.reduce((a, b) => a * b, 1);
   const count = images.shape[0];
-  if (images.data.length !== count * pixels) throw new Error(`images are ${images.shape}, expected N of ${inner}`);
+  const shape = images.shape.length === 3 ? [1, ...images.shape.slice(1)] : images.shape.slice(1);
+  if (String(shape) !== String(inner)) throw new Error(`images are ${images.shape}, expected N,${inner}`);
 
   ort.env.wasm.numThreads = 1;
   const session = await openGraph(bundle, manifest, graph);
   const tokens = [];
   for (let first = 0; first < count; first += BATCH) {
     const n = Math.min(BATCH, count - first);
-    const grey = Float32Array.from(images.data.subarray(first * pixels, (first + n) * pixels), (level) => level / 255);
-    const found = await session.run({ [input.name]: new ort.Tensor("float32", grey, [n, ...inner]) });
+    const part = images.data.subarray(first * pixels, (first + n) * pixels);
+    const levels = Float32Array.from(part, (level) => level / 255);
+    const found = await session.run({ [input.name]: new ort.Tensor("float32", levels, [n, ...inner]) });
     const indices = Array.from(found[output.name].data, Number); // int64 arrives as BigInt
     const each = indices.length / n;
     for (let i = 0; i < n; i++) tokens.push(indices.slice(i * each, (i + 1) * each));

@@ -1,0 +1,177 @@
+"""``python -m benchmarks.large``: what a large model takes: 256×256 colour, 1,024 tokens of 16,384
+codes of 64 elements.
+
+Seconds and peak memory of a training step with one, two and four images, of the k-means start, of
+``vqdeploy export``, of ``vqdeploy verify``, and of ``Codec.encode`` of 64 images. Each is a process
+of its own, whose peak is that of everything it holds, its libraries included. The images are smooth
+random fields; the network is untrained, its codebook set by k-means.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.measure import ROOT, Record, parser, timed
+from benchmarks.pictures import fields
+from vqref.families import residual
+from vqref.spec import ModelSpec
+
+DOWNSAMPLE = 8
+BATCHES, ENCODED = (1, 2, 4), 64
+STEPS = 3
+"""Steps of which the median is taken, after one that is not counted."""
+
+RUN = 3000
+"""How many steps the run would have that these begin."""
+
+
+def spec_of(pixels: int, codes: int) -> ModelSpec:
+    shape = 3, pixels, pixels
+    return residual(shape, downsample=DOWNSAMPLE, num_codes=codes, code_size=64)
+
+
+def trainer(spec: ModelSpec, count: int, batch: int) -> tuple[Any, ...]:
+    """Model, options, rules and batches of a run of the default recipe on ``count`` images."""
+    import dataclasses
+
+    import torch
+
+    from vqtrain.data.batches import Batches
+    from vqtrain.device import choose_precision, keep_freed_memory
+    from vqtrain.options import RECIPES
+    from vqtrain.run.metrics import variance_of
+    from vqtrain.run.rules import Rules
+    from vqtrain.run.start import start_model
+
+    keep_freed_memory()
+    images, cpu = fields(count, spec.image_shape), torch.device("cpu")
+    spec = dataclasses.replace(spec, variance=variance_of(images))
+    options = dataclasses.replace(
+        RECIPES["default"](spec), batch_size=batch, precision=choose_precision(cpu)
+    )
+    model = start_model(spec, options, images, cpu)
+    return model, options, Rules(options, RUN), Batches(images, batch, cpu)
+
+
+def step(spec: ModelSpec, batch: str) -> float:
+    """Seconds of a training step."""
+    from vqtrain.run.step import make_optimizer, training_step
+
+    model, options, rules, batches = trainer(spec, int(batch), int(batch))
+    optimizer, (images,) = make_optimizer(model, options), batches.in_order()
+
+    def run() -> None:
+        training_step(model, optimizer, images, options, rules, rules.plain_steps)
+
+    run()
+    return float(np.median([timed(run) for _ in range(STEPS)]))
+
+
+def start(spec: ModelSpec, path: str) -> float:
+    """Seconds of the k-means start; writes the model that it leaves."""
+    from vqref.modelfile import Model
+    from vqtrain.modelfile import write_model
+    from vqtrain.run.rules import KMEANS_LATENTS, LATENTS_PER_CODE
+
+    wanted = max(KMEANS_LATENTS, LATENTS_PER_CODE * spec.num_codes)
+    model, _, rules, batches = trainer(spec, -(-wanted // spec.latent_size), 1)
+    seconds = timed(lambda: rules.start(model, batches))
+    write_model(Path(path), Model(model.spec, model.params()))
+    return seconds
+
+
+def encode(spec: ModelSpec, bundle: str) -> float:
+    """Seconds of encoding images with an open Codec."""
+    from vqdeploy import Codec
+
+    images = fields(ENCODED, spec.image_shape)
+    with Codec.load(bundle, "cpu") as codec:
+        return timed(lambda: codec.encode(images))
+
+
+PARTS: dict[str, Callable[[ModelSpec, str], float]] = {
+    "step": step,
+    "start": start,
+    "encode": encode,
+}
+"""By the name of ``--part``; each takes one more word."""
+
+
+def run(command: Sequence[str]) -> dict[str, float]:
+    """Seconds and peak MiB of a process, which may print seconds of its own as JSON.
+
+    A child's peak is at least what its parent held when it was made: this process must stay small,
+    without PyTorch and without images.
+    """
+    begun = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as answer:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=answer)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
+        answer.seek(0)
+        words = answer.read()
+    seconds = time.perf_counter() - begun
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    if "--part" in command:
+        seconds = json.loads(words)
+    return {"seconds": seconds, "peak": usage.ru_maxrss / unit}
+
+
+def commands(sizes: Sequence[str], folder: Path) -> dict[str, list[str]]:
+    """What is measured, in this order: the later ones need the files of the earlier."""
+    model, bundle = str(folder / "model.pt"), str(folder / "bundle")
+
+    def part(name: str, word: str) -> list[str]:
+        return ["-m", "benchmarks.large", *sizes, "--part", name, word]
+
+    return {
+        **{f"training step, batch of {n}": part("step", str(n)) for n in BATCHES},
+        "k-means start": part("start", model),
+        "vqdeploy export": ["-m", "vqdeploy", "export", model, "--output", bundle],
+        "vqdeploy verify": ["-m", "vqdeploy", "verify", bundle],
+        f"Codec.encode, {ENCODED} images": part("encode", bundle),
+    }
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--pixels", type=int, default=256, help="of a side (default: %(default)s)")
+    options.add_argument("--num-codes", type=int, default=16_384, help="(default: %(default)s)")
+    options.add_argument(
+        "--part", nargs=2, metavar=("NAME", "WORD"), help="one part, in this process"
+    )
+    arguments = options.parse_args()
+    spec = spec_of(arguments.pixels, arguments.num_codes)
+    if arguments.part:
+        name, word = arguments.part
+        print(json.dumps(PARTS[name](spec, word)))
+        return
+    record = Record(arguments)
+    record.say(
+        f"{arguments.pixels}x{arguments.pixels} colour, {spec.latent_size} tokens of "
+        f"{spec.num_codes} codes of {spec.code_size}"
+    )
+    record.say(f"{'':<28}{'seconds':>10}{'peak MiB':>10}")
+    sizes = ["--pixels", str(arguments.pixels), "--num-codes", str(arguments.num_codes)]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, command in commands(sizes, Path(folder)).items():
+            found = run(command)
+            record.figures[name] = found
+            record.say(f"{name:<28}{found['seconds']:>10.2f}{found['peak']:>10.0f}")
+    record.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""What tests share beside the fixtures of ``conftest.py``: models, runs, forgeries."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import vqref
+from vqref import families
+from vqref.modelfile import Model
+from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+CPU = torch.device("cpu")
+SPEC = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=8, code_size=4)
+"""The network that ``trainer`` trains."""
+
+
+class Golden:
+    """One golden file of family post: ``spec``, ``params`` and the arrays by key."""
+
+    def __init__(self, path: Path) -> None:
+        with np.load(path) as arrays:
+            self.arrays = {key: arrays[key] for key in arrays.files}
+        latent_size, num_codes, code_size, base_depth = (int(n) for n in self.arrays["spec"])
+        self.spec = families.post((1, 28, 28), base_depth, latent_size, num_codes, code_size)
+        self.params = {p.name: self.arrays[f"param/{p.name}"] for p in self.spec.parameters}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+
+def small_model(spec: ModelSpec, seed: int = 0) -> Model:
+    """A model of random parameters whose codebook lies among its latents, so that every code is
+    near something."""
+    rng = np.random.default_rng(seed)
+    params = vqref.init_params(spec, rng)
+    for name, array in params.items():
+        if name.endswith(".bias"):
+            params[name] = rng.normal(0, 0.1, array.shape).astype(np.float32)
+    latents = vqref.encode(spec, params, rng.random((64, *spec.image_shape)))
+    rows = rng.choice(latents.reshape(-1, spec.code_size), spec.num_codes)
+    params[CODEBOOK] = (rows + rng.normal(0, 0.05, rows.shape)).astype(np.float32)
+    params[EMA_COUNT] = rng.uniform(0, 4, spec.num_codes).astype(np.float32)
+    params[EMA_MEANS] = params[CODEBOOK] * params[EMA_COUNT][:, None]
+    data = {"source": "test", "sha256": "0" * 64, "images": 1}
+    return Model(spec, params, {"epochs": 1}, {}, {"data": data})
+
+
+def trainer(
+    tmp_path: Path,
+    images: np.ndarray,
+    said: list[str] | None = None,
+    *,
+    device: torch.device = CPU,
+    state: dict[str, Any] | None = None,
+    spec: ModelSpec = SPEC,
+    held_out: int = 40,
+    work: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A ``Trainer`` on 160 images of (N, H, W) or (N, C, H, W): two epochs of five steps.
+
+    said: takes its lines. held_out: how many of the images after those are held out. work, options:
+    what ``Work`` and the post's options are changed by.
+    """
+    from vqref.host.images import ImageSet
+    from vqtrain import Trainer, TrainingOptions
+    from vqtrain.run.folder import RunFolder
+    from vqtrain.run.interrupts import Interrupts
+    from vqtrain.run.snapshot import course_of
+    from vqtrain.run.trainer import Work
+
+    images = images[:, None] if images.ndim == 3 else images
+    kept = images[160 : 160 + held_out] if held_out else None
+    source = ImageSet(images[:160], kept, "test.npz", "0" * 64)
+    chosen = dataclasses.replace(TrainingOptions(epochs=2, batch_size=32), **options)
+    say = (lambda line: None) if said is None else said.append
+    folder, output = RunFolder(tmp_path / "run"), tmp_path / "model.pt"
+    place = Work(device, folder, output, Interrupts(), **{"say": say, **(work or {})})
+    course = course_of(spec, chosen, {}, source.sha256)
+    return Trainer(spec, chosen, source, place, {"data": {"source": "test.npz"}}, course, state)
+
+
+class Trap:
+    """Unpickling it would create a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+def sign(folder: Path) -> None:
+    """Makes the manifest of a bundle fit its files again, as a forger would."""
+    from vqdeploy.bundle import FILES, describe_files
+
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = describe_files({name: (folder / name).read_bytes() for name in FILES})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def weight_changed(
+    folder: Path, graph: str, initializer: str, change: Callable[[np.ndarray], None]
+) -> None:
+    """Changes an array of a graph of a bundle in place."""
+    import onnx
+
+    path = folder / f"{graph}.onnx"
+    found = onnx.load(path)
+    tensor = next(t for t in found.graph.initializer if t.name == initializer)
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    change(array)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, initializer))
+    path.write_bytes(found.SerializeToString())
+
+
+def add(index: Any, value: float) -> Callable[[np.ndarray], None]:
+    """A change that adds to one element."""
+
+    def change(array: np.ndarray) -> None:
+        array[index] += value
+
+    return change

@@ -1,0 +1,5 @@
+"""The commands of vqdeploy, one file each: typed options, and the function that takes them.
+
+Heavy imports happen inside the functions, so that ``--help`` answers at once. ``shared`` holds what
+several commands have in common.
+"""

@@ -1,0 +1,145 @@
+"""``vqdeploy bench``: measures how fast a bundle runs here, beside PyTorch if that is installed."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vqdeploy.bundle import Bundle
+from vqdeploy.codec import Codec
+from vqdeploy.commands.shared import BundleOptions, remarks
+from vqref.errors import ExitCode
+from vqref.host.commandline import Command, option, positive
+from vqref.validation import Array, Params
+
+BATCHES = (1, 16, 256)
+WARM_UP = 3
+
+Runner = Callable[[Array], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(BundleOptions):
+    """What to measure, and for how long."""
+
+    batch: list[int] | None = option(
+        "--batch",
+        default=None,
+        type=positive,
+        action="append",
+        metavar="N",
+        help="a batch size, as often as wanted (default: 1, 16, 256)",
+    )
+    seconds: float = option(
+        "--seconds",
+        default=2.0,
+        type=float,
+        metavar="X",
+        help="for each direction, batch and implementation",
+    )
+    json: bool = option("--json", default=False, action="store_true", help="print JSON")
+
+
+def run(options: BenchOptions) -> int:
+    bundle = Bundle.open(options.bundle)
+    with remarks():
+        codec = Codec.load(options.bundle, options.device)
+    with codec:
+        rows = list(_measure(bundle, codec, options))
+    if options.json:
+        providers = list(codec.providers)
+        print(json.dumps({"device": codec.device, "providers": providers, "rows": rows}, indent=2))
+        return ExitCode.DONE
+    print(f"{options.bundle} on {codec.device}: {', '.join(codec.providers)}")
+    print("            batch          p50 ms    p99 ms    images/s    tokens/s   calls")
+    for row in rows:
+        print(
+            f"{row['direction']:<12}{row['batch']:>5}  {row['implementation']:<6}"
+            f"{row['p50_ms']:>8.3f}{row['p99_ms']:>10.3f}{row['images_per_second']:>12.0f}"
+            f"{row['tokens_per_second']:>12.0f}{row['calls']:>8}"
+        )
+    return ExitCode.DONE
+
+
+def _measure(bundle: Bundle, codec: Codec, options: BenchOptions) -> Iterator[dict[str, Any]]:
+    """A row for each direction, batch and implementation: median and 99th percentile in
+    milliseconds per call, images and tokens per second at the median."""
+    from vqdeploy.proof.samples import draw_images
+
+    params = bundle.oracle().params
+    runners = _runners(bundle, params, codec)
+    for batch in options.batch or BATCHES:
+        images = draw_images(bundle.spec, params, batch)
+        inputs: dict[str, Array] = {"encode": images, "decode": codec.encode(images)}
+        for direction, by_name in runners.items():
+            for name, taken in _alternate(by_name, inputs[direction], options.seconds).items():
+                median = float(np.median(taken))
+                yield {
+                    "direction": direction,
+                    "batch": batch,
+                    "implementation": name,
+                    "calls": len(taken),
+                    "p50_ms": 1e3 * median,
+                    "p99_ms": 1e3 * float(np.quantile(taken, 0.99)),
+                    "images_per_second": batch / median,
+                    "tokens_per_second": batch * bundle.spec.latent_size / median,
+                }
+
+
+def _alternate(
+    runners: Mapping[str, Runner], array: Array, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds of each call; implementations take turns, call by call."""
+    for run in runners.values():
+        for _ in range(WARM_UP):
+            run(array)
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    end = time.perf_counter() + seconds * len(runners)
+    while time.perf_counter() < end:
+        for name, run in runners.items():
+            start = time.perf_counter()
+            run(array)
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def _runners(bundle: Bundle, params: Params, codec: Codec) -> dict[str, dict[str, Runner]]:
+    """{direction: {implementation: function}}; torch is the trainer's module with the bundle's
+    parameters, eager, if PyTorch is installed."""
+    runners: dict[str, dict[str, Runner]] = {
+        "encode": {"codec": codec.encode},
+        "decode": {"codec": codec.decode},
+    }
+    try:
+        import torch
+
+        from vqtrain.likelihoods import mean
+        from vqtrain.model import VQVAE
+    except ModuleNotFoundError:
+        return runners
+    model = VQVAE(bundle.spec, params).to("cuda" if codec.device == "cuda" else "cpu").eval()
+    codebook = model.quantizer.codebook
+
+    @torch.no_grad()
+    def encode(images: Array) -> Any:
+        latents = model.encoder(torch.from_numpy(images).to(codebook.device))
+        return model.quantizer(latents)[0].cpu().numpy()
+
+    @torch.no_grad()
+    def decode(indices: Array) -> Any:
+        outputs = model.decoder(codebook[torch.from_numpy(indices).to(codebook.device)])
+        return mean(bundle.spec, outputs).cpu().numpy()
+
+    runners["encode"]["torch"] = encode
+    runners["decode"]["torch"] = decode
+    return runners
+
+
+COMMAND = Command(
+    "bench", "images and tokens per second, beside PyTorch if it is installed", BenchOptions, run
+)

@@ -1,0 +1,144 @@
+"""``vqdeploy export``: makes a bundle of a trained model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vqref.errors import ExitCode, UsageError
+from vqref.host.commandline import Command, option, positive
+from vqref.precisions import PRECISIONS
+from vqref.validation import Array
+
+if TYPE_CHECKING:
+    from vqdeploy.graphs.build import GraphOptions
+    from vqref.spec import ModelSpec
+
+EXPORTED = tuple(row.option for row in PRECISIONS.values() if row.exports)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What to export, how to write its graphs, and what to measure them on."""
+
+    model: Path | None = option(default=None, type=Path, help="the file that vqtrain wrote")
+    from_params: Path | None = option(
+        "--from-params",
+        default=None,
+        type=Path,
+        metavar="FILE",
+        help="parameters under the spec's names instead: .npz or .safetensors",
+    )
+    output: Path | None = option(
+        "--output",
+        default=None,
+        type=Path,
+        metavar="FOLDER",
+        help="the bundle (default: MODEL-onnx)",
+    )
+    replace: bool = option(
+        "--replace", default=False, action="store_true", help="replace the bundle if there is one"
+    )
+    opset: int = option("--opset", default=18, type=int, metavar="N", help="18 to 20")
+    precision: str = option("--precision", default="fp32", choices=EXPORTED, help="of the networks")
+    target: str = option(
+        "--target",
+        default="any",
+        choices=("any", "cpu"),
+        help="provider that the graphs are written for; all run either",
+    )
+    static_batch: int | None = option(
+        "--static-batch",
+        default=None,
+        type=positive,
+        metavar="N",
+        help="graphs that take batches of N alone",
+    )
+    fold: bool | None = option(
+        "--fold",
+        default=None,
+        action=argparse.BooleanOptionalAction,
+        help="the detokenizer as a table (default: if it has at most 65,536 entries and 64 MiB)",
+    )
+    data: Path | None = option(
+        "--data",
+        default=None,
+        type=Path,
+        metavar="PATH",
+        help="images to measure on, and to take int8's ranges from (default: drawn by the model)",
+    )
+    limit: int | None = option(
+        "--limit",
+        default=None,
+        type=positive,
+        metavar="N",
+        help="take at most N images of --data (default: as many as the oracle does in a minute, "
+        "at most 256)",
+    )
+
+
+def run(options: ExportOptions) -> int:
+    from vqdeploy.export import export
+
+    source = _source(options)
+    output = options.output or source.parent / f"{source.stem or 'model'}-onnx"
+    report = export(
+        source,
+        output,
+        options=_graph_options(options),
+        images=_images(options),
+        replace=options.replace,
+    )
+    print(f"{report}\nwrote {output}; next: python -m vqdeploy verify {output}")
+    return ExitCode.DONE
+
+
+def _images(options: ExportOptions) -> Callable[[ModelSpec], Array] | None:
+    """Reads the images of --data for a model of a given spec; None without --data."""
+    from vqdeploy.proof.measure import measured_images
+    from vqdeploy.tokens import read_images
+
+    data = options.data
+    if data is None:
+        return None
+    return lambda spec: read_images(data, spec)[0][: options.limit or measured_images(spec)]
+
+
+def _source(options: ExportOptions) -> Path:
+    """The one file to export. Raises UsageError."""
+    from vqdeploy.sources import PARAMETER_FORMATS
+    from vqdeploy.tokens import require_format
+
+    named = [path for path in (options.model, options.from_params) if path]
+    if len(named) != 1:
+        raise UsageError("export needs either a model.pt or --from-params FILE")
+    if options.from_params:
+        require_format(options.from_params, PARAMETER_FORMATS)
+    return named[0]
+
+
+def _graph_options(options: ExportOptions) -> GraphOptions:
+    """Raises UsageError for values that no graph has."""
+    from vqdeploy.graphs.build import GraphOptions
+
+    try:
+        return GraphOptions(
+            opset=options.opset,
+            precision=options.precision,
+            batch=options.static_batch,
+            fold=options.fold,
+            target=options.target,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+COMMAND = Command(
+    "export",
+    "model.pt to a bundle: the five graphs, verified before they are written",
+    ExportOptions,
+    run,
+)

@@ -1,0 +1,82 @@
+"""``vqdeploy inspect``: says what a bundle holds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vqref.errors import ExitCode
+from vqref.host.commandline import Command, option
+
+if TYPE_CHECKING:
+    from vqdeploy.bundle import Bundle
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectOptions:
+    """The bundle to look at."""
+
+    bundle: Path = option(type=Path, help="the folder that export wrote")
+    json: bool = option("--json", default=False, action="store_true", help="print the manifest")
+
+
+def run(options: InspectOptions) -> int:
+    from vqdeploy.bundle import FILES, Bundle
+
+    bundle = Bundle.open(options.bundle)
+    for name in FILES:
+        bundle.read(name)
+    if options.json:
+        print(json.dumps(bundle.manifest, indent=2))
+        return ExitCode.DONE
+    print(f"{options.bundle}: every file has the size and sha256 of the manifest")
+    for line in (*_model(bundle), *_files(bundle.manifest), *_proof(bundle.manifest)):
+        print(line)
+    return ExitCode.DONE
+
+
+def _model(bundle: Bundle) -> list[str]:
+    """What the networks are, and how the graphs were written."""
+    spec, manifest = bundle.spec, bundle.manifest
+    tokens = f"{spec.latent_shape} tokens of {spec.num_codes} kinds, codes of {spec.code_size}"
+    form = f"{manifest['precision']}, opset {manifest['opset']}, batch {bundle.batch or 'free'}"
+    return [
+        f"model       {spec.family}: images {spec.image_shape}, {spec.likelihood} likelihood",
+        f"            {tokens}",
+        f"graphs      {form}, detokenizer a {'table' if bundle.folded else 'network'}",
+    ]
+
+
+def _files(manifest: Mapping[str, Any]) -> list[str]:
+    """What the graphs take and give, and every file's size and digest."""
+    lines = []
+    for name, graph in manifest["graphs"].items():
+        lines.append(f"  {name}")
+        for before, ports in (("    ", graph["inputs"]), ("    -> ", graph["outputs"])):
+            lines += [f"{before}{port['name']} {port['dtype']} {port['shape']}" for port in ports]
+    for name, entry in manifest["files"].items():
+        lines.append(f"  {name:<18}{entry['bytes']:>10} bytes  sha256 {entry['sha256'][:16]}…")
+    return lines
+
+
+def _proof(manifest: Mapping[str, Any]) -> list[str]:
+    """Where the model came from, and how its graphs agreed with the oracle."""
+    provenance, agreement = manifest["provenance"], manifest["agreement"]
+    source = (provenance.get("data") or {}).get("source", "not recorded")
+    wrong = sum(check["violations"] for check in agreement["checks"])
+    measured = manifest["measured"]
+    lost = f"{measured['nats_lost']:+.4f} nats per image, {-measured['psnr_lost']:+.4f} dB"
+    return [
+        f"trained on  {source}, recipe {provenance.get('recipe', 'not recorded')}",
+        f"checkpoint  sha256 {provenance['checkpoint_sha256'][:16]}…",
+        f"agreement   {wrong} violations on {agreement['images']} images, {agreement['provider']}",
+        f"measured    {measured['equal_tokens']:.4%} of the tokens of {measured['images']} images "
+        "equal,",
+        f"            {lost}",
+    ]
+
+
+COMMAND = Command("inspect", "say what a bundle holds, its digests checked", InspectOptions, run)

@@ -1,0 +1,195 @@
+"""The five graphs of a bundle, built from the rows: the same model gives the same bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper
+
+import vqref
+import vqref.likelihoods
+from vqdeploy.graphs import likelihoods, quantizer
+from vqdeploy.graphs.network import GraphBuilder
+from vqdeploy.stages import STAGES, ports
+from vqref.precisions import PRECISIONS
+from vqref.spec import CODEBOOK, ModelSpec
+from vqref.validation import Params, check_params
+
+OPSETS = (18, 19, 20)
+"""onnxruntime's CUDA provider has every kernel that these graphs need below 22."""
+
+IR_VERSION = 10
+"""onnx writes a newer one by default, which onnxruntime refuses."""
+
+TARGETS = ("any", "cpu")
+"""The providers that graphs are written for: any, or onnxruntime's CPU provider, on which they are
+then faster; other providers run them too."""
+
+TABLE_ENTRIES = 2**16
+"""The most rows of indices that a table may have."""
+
+TABLE_BYTES = 64 * 2**20
+"""The most that a table may take unless it is asked for: a larger one outweighs most networks."""
+
+
+@dataclass(frozen=True)
+class GraphOptions:
+    """How graphs are written.
+
+    opset: one of ``OPSETS``.
+    precision: of the networks, by the option of a row of ``vqref.precisions`` that can be exported;
+        the quantizer is always float32.
+    batch: the one batch size that every graph takes, or None if they take any.
+    fold: whether the detokenizer is a table of all reconstructions; None: if the table is small.
+    target: one of ``TARGETS``.
+
+    Raises ValueError that names the field.
+    """
+
+    opset: int = OPSETS[0]
+    precision: str = "fp32"
+    batch: int | None = None
+    fold: bool | None = None
+    target: str = TARGETS[0]
+
+    def __post_init__(self) -> None:
+        exported = [row.option for row in PRECISIONS.values() if row.exports]
+        known = {"opset": OPSETS, "precision": exported, "target": TARGETS}
+        for field, values in known.items():
+            if (found := getattr(self, field)) not in values:
+                expected = ", ".join(map(str, values))
+                raise ValueError(f"{field} is {found!r}, expected one of {expected}")
+        if self.batch is not None and self.batch < 1:
+            raise ValueError(f"batch is {self.batch}, expected at least 1")
+
+    def folds(self, spec: ModelSpec) -> bool:
+        """Returns whether the detokenizer of a model of ``spec`` is a table.
+
+        Raises ValueError if it should be, but would be too large.
+        """
+        entries = _table_entries(spec)
+        if self.fold is None:
+            return entries is not None and 4 * entries * math.prod(spec.image_shape) <= TABLE_BYTES
+        if self.fold and entries is None:
+            raise ValueError(
+                f"fold: {spec.num_codes}^{spec.latent_size} different rows of indices are more "
+                f"than the {TABLE_ENTRIES} that a table may have"
+            )
+        return self.fold
+
+
+def _table_entries(spec: ModelSpec) -> int | None:
+    """K^S, or None if a table may not have so many entries, or so many axes."""
+    if spec.latent_size > math.log2(TABLE_ENTRIES):
+        return None
+    entries: int = spec.num_codes**spec.latent_size
+    return entries if entries <= TABLE_ENTRIES else None
+
+
+def _encoder(builder: GraphBuilder, spec: ModelSpec) -> None:
+    builder.run(spec.encoder, "images", "latents")
+
+
+def _quantizer(builder: GraphBuilder, spec: ModelSpec) -> None:
+    quantizer.nearest(builder, spec, "latents", "indices")
+    quantizer.lookup(builder, "indices", "quantized")
+
+
+def _decoder(builder: GraphBuilder, spec: ModelSpec) -> None:
+    builder.run(spec.decoder, "quantized", "outputs")
+    likelihoods.mean(builder, spec, "outputs", "reconstructions")
+
+
+def _tokenizer(builder: GraphBuilder, spec: ModelSpec) -> None:
+    _encoder(builder, spec)
+    quantizer.nearest(builder, spec, "latents", "indices")
+
+
+def _detokenizer(builder: GraphBuilder, spec: ModelSpec) -> None:
+    quantizer.lookup(builder, "indices", "quantized")
+    _decoder(builder, spec)
+
+
+BUILDERS: dict[str, Callable[[GraphBuilder, ModelSpec], None]] = {
+    "encoder": _encoder,
+    "quantizer": _quantizer,
+    "decoder": _decoder,
+    "tokenizer": _tokenizer,
+    "detokenizer": _detokenizer,
+}
+
+
+def build_graphs(
+    spec: ModelSpec, params: Params, options: GraphOptions | None = None
+) -> dict[str, bytes]:
+    """Returns {stage: bytes of its ONNX file}, weights inside, checked by onnx.
+
+    For int8 the graphs are float32: ``vqdeploy.graphs.int8`` quantizes them.
+
+    Raises ValueError for parameters that do not fit the spec or the precision, and for graphs that
+    an ONNX file cannot hold.
+    """
+    options = options or GraphOptions()
+    check_params(spec, params)
+    graphs = {}
+    for stage in STAGES:
+        builder = GraphBuilder(
+            params, half=options.precision == "fp16", for_processor=options.target == "cpu"
+        )
+        if stage == "detokenizer" and options.folds(spec):
+            builder.constant("table", fold(spec, params))
+            builder.node("GatherND", ["table", "indices"], "reconstructions")
+        else:
+            BUILDERS[stage](builder, spec)
+        graphs[stage] = _serialized(stage, spec, builder, options)
+    return graphs
+
+
+def fold(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
+    """Returns the oracle's reconstructions of every row of indices, rounded to float32: (K, ..., K,
+    C, H, W) with S axes of K."""
+    axes = [np.arange(spec.num_codes)] * spec.latent_size
+    rows = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)  # (K, ..., K, S)
+    indices = rows.reshape(-1, spec.latent_size)
+    table = np.empty((len(indices), *spec.image_shape), np.float32)
+    codebook = np.asarray(params[CODEBOOK], np.float32)
+    for start in range(0, len(indices), 1024):
+        part = slice(start, start + 1024)
+        outputs = vqref.decode(spec, params, codebook[indices[part]])
+        table[part] = vqref.likelihoods.mean(spec, outputs)
+    return table.reshape(*rows.shape[:-1], *spec.image_shape)
+
+
+def _serialized(stage: str, spec: ModelSpec, builder: GraphBuilder, options: GraphOptions) -> bytes:
+    infos = {
+        port.name: helper.make_tensor_value_info(
+            port.name, helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype)), port.shape
+        )
+        for port in ports(spec, options.batch).values()
+    }
+    graph = helper.make_graph(
+        builder.nodes,
+        stage,
+        [infos[port] for port in STAGES[stage].inputs],
+        [infos[port] for port in STAGES[stage].outputs],
+        list(builder.initializers.values()),
+    )
+    model = helper.make_model(
+        graph,
+        ir_version=IR_VERSION,
+        opset_imports=[helper.make_opsetid("", options.opset)],
+        producer_name="portable-vqvae",
+    )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (
+        onnx.checker.ValidationError
+    ) as error:  # such as rows whose names clash with others' nodes
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{stage}: its rows make no valid ONNX graph: {reason}") from None
+    return bytes(model.SerializeToString(deterministic=True))

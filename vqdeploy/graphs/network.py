@@ -1,0 +1,246 @@
+"""The ONNX interpreter of the rows: the same kinds under the same names as ``vqref.network``.
+
+Each function appends the nodes that compute a row and returns the name of its value. Weights become
+initializers under the spec's parameter names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from vqref.spec import Layer, plan
+from vqref.validation import Array, Params
+
+GRAPH_BYTES = 2**31 - 2**20
+"""The most that weights may take: protobuf's 2 GiB, less what the nodes need."""
+
+
+class GraphBuilder:
+    """Nodes and initializers in the order in which they are added; values and nodes are named after
+    their rows.
+
+    half: compute rows in float16, between casts; everything else stays float32.
+    for_processor: choose the nodes that onnxruntime computes faster on a CPU than its usual ones.
+    """
+
+    def __init__(self, params: Params, *, half: bool = False, for_processor: bool = False) -> None:
+        self.params = params
+        self.half, self.for_processor = half, for_processor
+        self.nodes: list[NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self.bytes = 0
+
+    def parameter(self, name: str) -> str:
+        """Adds a parameter as a float32 initializer and returns its name."""
+        return self.constant(name, np.asarray(self.params[name], np.float32))
+
+    def weights(self, layer: Layer) -> list[str]:
+        """Adds weight and bias of a row in the precision of rows and returns their names.
+
+        Raises ValueError if float16 cannot hold a value.
+        """
+        return [
+            self.constant(name, self.rounded(name, self.params[name]))
+            for name, _ in layer.parameters
+        ]
+
+    def rounded(self, name: str, array: npt.ArrayLike) -> Array:
+        """Returns an array in the precision of rows.
+
+        Raises ValueError if float16 cannot hold a value.
+        """
+        values = np.asarray(array, np.float32)
+        if self.half:
+            with np.errstate(over="ignore"):
+                values = values.astype(np.float16)
+            if not np.isfinite(values).all():
+                raise ValueError(f"{name}: holds values beyond float16's 65504")
+        return values
+
+    def constant(self, name: str, array: npt.ArrayLike) -> str:
+        """Adds an initializer, unless there is one of this name, and returns the name.
+
+        Raises ValueError if the graph would outgrow protobuf.
+        """
+        if name not in self.initializers:
+            values = np.asarray(array, order="C")
+            self.bytes += values.nbytes
+            if self.bytes > GRAPH_BYTES:
+                raise ValueError(
+                    f"{name}: its graph would hold {self.bytes / 2**30:.2f} GiB of weights, more "
+                    f"than the 2 GiB that an ONNX file can"
+                )
+            self.initializers[name] = numpy_helper.from_array(values, name)
+        return name
+
+    def integers(self, name: str, values: Sequence[int]) -> str:
+        """Adds an initializer of int64 values (axes, shapes, bounds) and returns its name."""
+        return self.constant(name, np.array(values, np.int64))
+
+    def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Adds a node with one output, which also names the node, and returns the output."""
+        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        return output
+
+    def run(self, layers: Sequence[Layer], x: str, output: str) -> str:
+        """Adds the rows of one network, from value ``x`` to value ``output``."""
+        last = f"{output}.half" if self.half else output
+        if self.half:
+            x = self.node("Cast", [x], f"{layers[0].name}.half", to=TensorProto.FLOAT16)
+        values = [x]
+        for step in plan(layers):
+            name = last if step.layer is layers[-1] else step.layer.name
+            values.append(self._row(step.layer, name, [values[i] for i in step.sources]))
+        return self.node("Cast", [last], output, to=TensorProto.FLOAT) if self.half else last
+
+    def _row(self, layer: Layer, output: str, inputs: list[str]) -> str:
+        if layer.activation == "linear":
+            return KINDS[layer.kind](self, layer, output, *inputs)
+        before = KINDS[layer.kind](self, layer, f"{output}.linear", *inputs)
+        return ACTIVATIONS[layer.activation](self, output, before)
+
+
+def affine(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    scale, shift = (builder.rounded(layer.name, value) for value in (layer.scale, layer.shift))
+    return scaled(builder, output, x, scale, shift)
+
+
+def scaled(builder: GraphBuilder, output: str, x: str, scale: Array, shift: Array) -> str:
+    """scale * x + shift, of constants in the precision of ``x``."""
+    x = builder.node("Mul", [x, builder.constant(f"{output}.scale", scale)], f"{output}.scaled")
+    return builder.node("Add", [x, builder.constant(f"{output}.shift", shift)], output)
+
+
+def conv(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    """A convolution whose pads are equal at both ends of an axis, since cuDNN may have no engine
+    for others. If the row's differ: the smallest equal pads whose windows include the row's, and a
+    Slice of these. The windows hold the same products in the same order: the bits are the same."""
+    equal, starts = zip(*(_equal_pads(*pads, layer.stride) for pads in layer.pads), strict=True)
+    spans = [n + 2 * p - k for n, p, k in zip(layer.in_shape[1:], equal, layer.kernel, strict=True)]
+    exact = tuple(span // layer.stride + 1 for span in spans) == layer.out_shape[1:]
+    full = output if exact else f"{output}.full"
+    builder.node(
+        "Conv",
+        [x, *builder.weights(layer)],
+        full,
+        kernel_shape=layer.kernel,
+        strides=[layer.stride, layer.stride],
+        pads=[*equal, *equal],
+    )
+    return output if exact else _window(builder, layer, output, full, starts)
+
+
+def _equal_pads(begin: int, end: int, stride: int) -> tuple[int, int]:
+    """The smallest pad >= both that equals ``begin`` modulo the stride, and by how many windows it
+    starts before ``begin`` does."""
+    windows = max(0, -(-(end - begin) // stride))
+    return begin + windows * stride, windows
+
+
+def conv_transpose(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    """A transposed convolution that crops both ends of an axis by the smaller of the row's amounts,
+    and a Slice if they differ: onnxruntime's CUDA provider takes no others."""
+    equal = [min(pads) for pads in layer.pads]
+    starts = [begin - pad for (begin, _), pad in zip(layer.pads, equal, strict=True)]
+    exact = all(begin == end for begin, end in layer.pads)
+    full = output if exact else f"{output}.full"
+    builder.node(
+        "ConvTranspose",
+        [x, *builder.weights(layer)],
+        full,
+        kernel_shape=layer.kernel,
+        strides=[layer.stride, layer.stride],
+        pads=[*equal, *equal],
+    )
+    return output if exact else _window(builder, layer, output, full, starts)
+
+
+def _window(builder: GraphBuilder, layer: Layer, output: str, x: str, starts: Sequence[int]) -> str:
+    """The height and width of the row, from ``starts`` on."""
+    ends = [start + size for start, size in zip(starts, layer.out_shape[1:], strict=True)]
+    bounds = [
+        builder.integers(f"{layer.name}.starts", starts),
+        builder.integers(f"{layer.name}.ends", ends),
+        builder.integers("spatial_axes", [2, 3]),
+    ]
+    return builder.node("Slice", [x, *bounds], output)
+
+
+def dense(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    return builder.node("Gemm", [x, *builder.weights(layer)], output, transB=1)
+
+
+def reshape(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    return _reshaped(builder, f"{layer.name}.shape", output, x, layer.out_shape)
+
+
+def to_vectors(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    """(N, g*D, h, w) as (N, g, D, h*w), transposed to (N, h*w, g, D), as (N, S, D)."""
+    code_size = layer.out_shape[1]
+    groups = layer.in_shape[0] // code_size
+    grid = (groups, code_size, layer.in_shape[1] * layer.in_shape[2])
+    x = _reshaped(builder, f"{layer.name}.groups_shape", f"{output}.groups", x, grid)
+    x = builder.node("Transpose", [x], f"{output}.places", perm=[0, 3, 1, 2])
+    return reshape(builder, layer, output, x)
+
+
+def to_grid(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    """(N, S, D) as (N, h*w, g, D), transposed to (N, g, D, h*w), as (N, g*D, h, w)."""
+    code_size = layer.in_shape[1]
+    groups = layer.out_shape[0] // code_size
+    places = (layer.out_shape[1] * layer.out_shape[2], groups, code_size)
+    x = _reshaped(builder, f"{layer.name}.places_shape", f"{output}.places", x, places)
+    x = builder.node("Transpose", [x], f"{output}.groups", perm=[0, 2, 3, 1])
+    return reshape(builder, layer, output, x)
+
+
+def _reshaped(builder: GraphBuilder, name: str, output: str, x: str, shape: Sequence[int]) -> str:
+    """0 keeps the batch axis, even an empty one, from which -1 could not be computed."""
+    return builder.node("Reshape", [x, builder.integers(name, [0, *shape])], output)
+
+
+def add(builder: GraphBuilder, layer: Layer, output: str, x: str, y: str) -> str:
+    return builder.node("Add", [x, y], output)
+
+
+def activation(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    """Nothing but the activation that follows."""
+    return x if layer.activation != "linear" else builder.node("Identity", [x], output)
+
+
+KINDS: dict[str, Callable[..., str]] = {
+    "affine": affine,
+    "conv": conv,
+    "conv_transpose": conv_transpose,
+    "dense": dense,
+    "reshape": reshape,
+    "to_vectors": to_vectors,
+    "to_grid": to_grid,
+    "add": add,
+    "activation": activation,
+}
+
+
+def elu(builder: GraphBuilder, output: str, x: str) -> str:
+    """One node; or, for a CPU, r + (exp(x - r) - 1) with r = max(x, 0). This rounds as Elu does in
+    onnxruntime, whose exponential takes three times as long as these five nodes."""
+    if not builder.for_processor:
+        return builder.node("Elu", [x], output)
+    one = builder.constant("one", builder.rounded("one", 1.0))
+    positive = builder.node("Relu", [x], f"{output}.positive")
+    negative = builder.node("Sub", [x, positive], f"{output}.negative")
+    power = builder.node("Exp", [negative], f"{output}.power")
+    below = builder.node("Sub", [power, one], f"{output}.below")
+    return builder.node("Add", [positive, below], output)
+
+
+def relu(builder: GraphBuilder, output: str, x: str) -> str:
+    return builder.node("Relu", [x], output)
+
+
+ACTIVATIONS: dict[str, Callable[..., str]] = {"elu": elu, "relu": relu}

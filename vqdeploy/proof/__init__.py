@@ -1,0 +1,1 @@
+"""What a bundle proves itself with, and what was proved."""

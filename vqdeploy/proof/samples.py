@@ -1,0 +1,98 @@
+"""Latents by the million for the quantizer to answer: where a model's own latents lie, and where
+its codes are equally near."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+import vqref
+from vqdeploy.agreement import Sessions
+from vqref.agreement.budget import images_within
+from vqref.agreement.report import Check, merge
+from vqref.agreement.stages import check_quantized
+from vqref.checks.adversary import around_bisectors
+from vqref.spec import CODEBOOK, EMA_COUNT, ModelSpec
+from vqref.validation import Array, Params
+
+OWN_LATENTS = 512
+"""The model's own latents come from as many images as one check may take, and are at least so
+many; further ones lie on lines between them."""
+
+LATENTS_AT_ONCE = 65_536
+
+
+def check_samples(
+    spec: ModelSpec, params: Params, sessions: Sessions, samples: int, seed: int = 0
+) -> tuple[Check, Check]:
+    """The quantizer graph on ``samples`` latents, half of them drawn from the model's own
+    distribution, half around the bisectors of its codes.
+
+    Each index is judged as ``vqref.agreement.check_indices`` does.
+    """
+    rng = np.random.default_rng(seed)
+    codebook, quantizer = params[CODEBOOK], sessions["quantizer"]
+    own = own_latents(spec, params, sessions)  # (M, D)
+
+    def drawn(count: int) -> Array:
+        first, second = own[rng.integers(0, len(own), (2, count))]
+        return np.asarray(first + rng.random((count, 1), np.float32) * (second - first))
+
+    def bisecting(count: int) -> Array:
+        return around_bisectors(rng, codebook, count, "float32")[:, 0]
+
+    def judged(name: str, draw: Callable[[int], Array], count: int) -> Check:
+        return merge(name, "float32", tuple(_judge(spec, codebook, quantizer, draw, count)))
+
+    return (
+        judged("drawn", drawn, samples - samples // 2),
+        judged("bisectors", bisecting, samples // 2),
+    )
+
+
+def draw_indices(
+    spec: ModelSpec, params: Params, rng: np.random.Generator, count: int
+) -> npt.NDArray[np.int64]:
+    """Indices (count, S), each code drawn as often as training hit it; uniform if it never did."""
+    hits = np.asarray(params[EMA_COUNT], np.float64)
+    share = hits / hits.sum() if hits.sum() > 0 else None
+    return rng.choice(spec.num_codes, (count, spec.latent_size), p=share)
+
+
+def draw_images(
+    spec: ModelSpec, params: Params, count: int, seed: int = 0
+) -> npt.NDArray[np.float32]:
+    """Images (count, C, H, W) that the model draws: the oracle's reconstructions of drawn indices,
+    every second one under noise."""
+    rng = np.random.default_rng(seed)
+    indices = draw_indices(spec, params, rng, count)
+    distinct, back = np.unique(indices, axis=0, return_inverse=True)
+    outputs = vqref.decode(spec, params, params[CODEBOOK][distinct])
+    drawn = vqref.reconstruct(spec, outputs)[back]
+    drawn[1::2] = 0.8 * drawn[1::2] + 0.2 * rng.random(drawn[1::2].shape)
+    return drawn.astype(np.float32)
+
+
+def own_latents(spec: ModelSpec, params: Params, sessions: Sessions) -> Array:
+    """Latents (M, D) of images that the model draws."""
+    needed = -(-OWN_LATENTS // spec.latent_size)
+    images = draw_images(spec, params, max(needed, images_within(spec, most=OWN_LATENTS)))
+    return np.asarray(sessions["encoder"](images)[0]).reshape(-1, spec.code_size)
+
+
+def _judge(
+    spec: ModelSpec,
+    codebook: Array,
+    quantizer: Callable[[Array], list[Array]],
+    draw: Callable[[int], Array],
+    count: int,
+) -> Iterator[Check]:
+    """Judges ``count`` latents a part at a time; the last image is filled up with latents again."""
+    for start in range(0, count, LATENTS_AT_ONCE):
+        latents = draw(min(LATENTS_AT_ONCE, count - start))
+        images = -(-len(latents) // spec.latent_size)
+        latents = np.resize(latents, (images, spec.latent_size, spec.code_size))
+        indices, quantized = quantizer(latents)
+        yield from check_quantized(indices, quantized, latents, codebook, precision="float32")

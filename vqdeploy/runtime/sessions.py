@@ -1,0 +1,361 @@
+"""onnxruntime sessions on the device that was asked for, and no other."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vqdeploy.runtime.protobuf import require_plain
+from vqdeploy.stages import STAGES, Port, ports
+from vqref.errors import InputError, MachineError
+from vqref.spec import Layer, ModelSpec, plan
+from vqref.validation import Array
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+"""onnxruntime's names of the providers."""
+
+PROVIDERS: dict[str, dict[str, dict[str, str]]] = {
+    "cpu": {CPU: {}},
+    "cuda": {CUDA: {"use_tf32": "0"}},
+}
+"""Devices, and onnxruntime's providers with their options on each; see ``Session`` for TF32."""
+
+DEVICES = ("auto", *PROVIDERS)
+
+WORK_BYTES = 256 * 2**20
+"""Roughly what one call may take for intermediate arrays; larger inputs are cut, so that memory
+stays flat."""
+
+LARGEST_BATCH = 256
+"""More images at once were no faster."""
+
+CACHE_BYTES = 2 * 2**20
+"""What the widest row of a network may take per core of a CPU. More does not fit the caches: a
+batch of 256 in one piece took up to a quarter longer, depending on what else the machine did."""
+
+NETWORK_OPERATORS = frozenset({"Conv", "ConvTranspose"})
+"""Operators that only graphs with a network hold."""
+
+HALF_OPERATOR, INT8_OPERATOR = "Cast", "QuantizeLinear"
+"""Operators that only graphs with a float16 or an int8 network hold."""
+
+DIRECT_OPERATOR, PRODUCT_OPERATOR = "ArgMin", "NonZero"
+"""Operators of every search for the nearest code, and of searches by products alone."""
+
+SCORE_BYTES, PAIR_BYTES = 6, 512
+"""What a search by products takes per latent and code, for scores, and per latent and element, for
+a few pairs of a latent and a group of codes. At S 1,024, K 16,384 and D 64 the two make 128 MiB per
+image, where 101 MiB were measured."""
+
+_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How onnxruntime is to run, beyond the device.
+
+    providers: onnxruntime's own list, of names or (name, options), in place of the device's.
+    session_options: an onnxruntime.SessionOptions to begin with.
+    intra_op_num_threads: threads within an operator, or None for onnxruntime's choice.
+    """
+
+    providers: Sequence[Any] | None = None
+    session_options: Any = None
+    intra_op_num_threads: int | None = None
+
+
+class Session:
+    """One graph of a bundle in onnxruntime. Calls are thread-safe, as onnxruntime's are.
+
+    stage: one of ``STAGES``.
+    content: the bytes of its ONNX file.
+    device: "cpu" or "cuda".
+    batch: the one size that the graph takes, to which smaller inputs are padded, or None if it
+        takes any.
+
+    On CUDA a node that would run on the CPU is an error, and the session runs once when it opens,
+    since cuDNN says only then whether it has an engine for each layer.
+
+    TF32 is off for float32 graphs. That is strict for matrix products but only a preference for
+    convolutions: if cuDNN has no other plan, it takes tensor cores all the same, silently. The
+    environment variable NVIDIA_TF32_OVERRIDE=0 is the harder switch. Graphs with float16 networks
+    leave TF32 on, without which float16 loses its tensor cores, too. Their float32 part is the
+    quantizer: its direct form holds no product, and its margin by products allows for TF32.
+
+    Raises InputError for bytes that are not that stage of a model of ``spec``, MachineError if the
+    device, or the first of the providers, cannot be used.
+    """
+
+    def __init__(
+        self,
+        stage: str,
+        content: bytes,
+        spec: ModelSpec,
+        device: str,
+        *,
+        batch: int | None = None,
+        runtime: Runtime | None = None,
+    ) -> None:
+        self._name = f"{stage}.onnx"
+        self._input, self._outputs = STAGES[stage].inputs[0], STAGES[stage].outputs
+        self._fixed = batch
+        operators = require_plain(self._name, content)
+        self._open(content, operators, device, runtime or Runtime())
+        self._require_ports(ports(spec, batch))
+        self._largest = batch or batch_size(spec, operators, self._cores)
+        if self._on_card:
+            self._warm_up(ports(spec)[self._input])
+
+    def _open(
+        self, content: bytes, operators: frozenset[str], device: str, runtime: Runtime
+    ) -> None:
+        import onnxruntime as ort
+
+        options = runtime.session_options or ort.SessionOptions()
+        if runtime.session_options is None:
+            options.log_severity_level = 4  # errors reach us as exceptions, the caller as one line
+        if runtime.intra_op_num_threads is not None:
+            options.intra_op_num_threads = runtime.intra_op_num_threads
+        if runtime.providers is None:
+            providers = _providers(device, operators)
+        else:
+            providers = list(runtime.providers)
+        wanted = [given if isinstance(given, str) else given[0] for given in providers]
+        self._on_card = wanted[:1] == [CUDA]
+        for entry, value in _config(operators, device, runtime, on_card=self._on_card).items():
+            options.add_session_config_entry(entry, value)
+        try:
+            self._session = ort.InferenceSession(content, options, providers=providers)
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            reason = (
+                f"{self._name}: onnxruntime cannot run it on {', '.join(wanted)}: {_line(error)}"
+            )
+            raise (InputError if wanted == [CPU] else MachineError)(reason) from None
+        self._session.disable_fallback()
+        self.providers: tuple[str, ...] = tuple(self._session.get_providers())
+        if wanted and self.providers[0] != wanted[0]:
+            raise MachineError(
+                f"{self._name}: asked for {wanted[0]}, onnxruntime chose {self.providers[0]}"
+            )
+        on_cpu = self.providers[0] == CPU and operators & NETWORK_OPERATORS
+        self._cores = (options.intra_op_num_threads or os.cpu_count() or 1) if on_cpu else 0
+
+    def _warm_up(self, port: Port) -> None:
+        """Runs once. Raises MachineError if that fails."""
+        try:
+            self._call(np.zeros([1, *map(int, port.shape[1:])], port.dtype))
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            raise MachineError(
+                f"{self._name}: its first run on {CUDA} failed: {_line(error)}"
+            ) from None
+
+    def placement(self) -> dict[str, dict[str, int]]:
+        """Returns {provider: {operator: how many of its nodes run there}}, after onnxruntime's own
+        changes of the graph."""
+        found: dict[str, dict[str, int]] = {}
+        for part in self._session.get_provider_graph_assignment_info():
+            counts = Counter(found.get(part.ep_name, {}))
+            counts.update(node.op_type for node in part.get_nodes())
+            found[part.ep_name] = dict(sorted(counts.items()))
+        return found
+
+    def __call__(self, array: Array) -> list[Array]:
+        """Returns the graph's outputs for its one input, in their order.
+
+        Large inputs are run a few images at a time.
+        """
+        if len(array) <= self._largest:
+            return self._call(array)
+        parts = [
+            self._call(array[start : start + self._largest])
+            for start in range(0, len(array), self._largest)
+        ]
+        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+
+    def _call(self, array: Array) -> list[Array]:
+        """Pads the batch with zeros, runs the graph, and crops the outputs.
+
+        A fixed graph takes one size; on a card sizes are powers of two, since cuDNN looks for its
+        algorithms again at each new one.
+        """
+        count = len(array)
+        size = self._fixed or count
+        if self._on_card and not self._fixed and count:
+            size = 1 << (count - 1).bit_length()
+        if size != count:
+            array = np.concatenate([array, np.zeros((size - count, *array.shape[1:]), array.dtype)])
+        if self._on_card:
+            found = self._bound(array)
+        else:
+            found = self._session.run(None, {self._input: array})
+        return [np.asarray(output)[:count] for output in found]
+
+    def _bound(self, array: Array) -> list[Array]:
+        """Runs with bound outputs: onnxruntime copies each once, after the last node."""
+        binding = self._session.io_binding()
+        binding.bind_cpu_input(self._input, np.ascontiguousarray(array))
+        for name in self._outputs:
+            binding.bind_output(name)
+        self._session.run_with_iobinding(binding)
+        return list(binding.copy_outputs_to_cpu())
+
+    def _require_ports(self, expected: Mapping[str, Port]) -> None:
+        """Raises InputError unless the graph's inputs and outputs are those of its stage."""
+        for way, names, found in (
+            ("inputs", (self._input,), self._session.get_inputs()),
+            ("outputs", self._outputs, self._session.get_outputs()),
+        ):
+            wanted = [
+                (name, _TYPES[expected[name].dtype], list(expected[name].shape)) for name in names
+            ]
+            given = [(port.name, port.type, list(port.shape)) for port in found]
+            if given != wanted:
+                raise InputError(
+                    f"{self._name}: its {way} are {given}, those of the manifest's model {wanted}"
+                )
+
+
+def _providers(device: str, operators: frozenset[str]) -> list[Any]:
+    """Returns the device's providers with the options that a graph of ``operators`` needs."""
+    half = HALF_OPERATOR in operators
+    tf32 = {"use_tf32": "1"} if half and device == "cuda" else {}
+    return [(name, {**options, **tf32}) for name, options in PROVIDERS[device].items()]
+
+
+def _config(
+    operators: frozenset[str], device: str, runtime: Runtime, *, on_card: bool
+) -> dict[str, str]:
+    """Returns onnxruntime's session configuration."""
+    entries = {"session.record_ep_graph_assignment_info": "1"}  # for placement()
+    if device == "cuda" and runtime.providers is None:
+        entries["session.disable_cpu_ep_fallback"] = "1"
+    if on_card and INT8_OPERATOR in operators:
+        # Biases are int32, for which the CUDA provider has no DequantizeLinear. onnxruntime folds
+        # these nodes into float32 biases unless it looks for int8 kernels, which there are not.
+        entries["session.disable_quant_qdq"] = "1"
+    return entries
+
+
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def batch_size(spec: ModelSpec, operators: frozenset[str], cores: int = 0) -> int:
+    """Returns how many images go through a graph of ``operators`` at once.
+
+    What the graph holds at a time stays within WORK_BYTES: the values of its network that are still
+    needed, or the arrays of its search. On a CPU of so many cores, the widest row of a network
+    stays within CACHE_BYTES per core. cores: 0 if that does not matter.
+    """
+    k, d, held = spec.num_codes, spec.code_size, 1
+    if operators & NETWORK_OPERATORS:
+        held = 4 * max(_most_values(spec.encoder), _most_values(spec.decoder))
+    if DIRECT_OPERATOR in operators:
+        per_latent = 8 * k * d  # differences and their squares, float32
+        if PRODUCT_OPERATOR in operators:
+            per_latent = SCORE_BYTES * k + PAIR_BYTES * d
+        held = max(held, spec.latent_size * per_latent)
+    largest = min(LARGEST_BATCH, WORK_BYTES // held)
+    if cores:
+        widest = max(math.prod(layer.out_shape) for layer in spec.layers)
+        largest = min(largest, cores * CACHE_BYTES // (4 * widest))
+    return max(1, largest)
+
+
+def _most_values(layers: Sequence[Layer]) -> int:
+    """The most numbers per image that are needed at once."""
+    sizes = [math.prod(shape) for shape in (layers[0].in_shape, *(row.out_shape for row in layers))]
+    needed, most = {0}, 0
+    for number, step in enumerate(plan(layers), 1):
+        needed.add(number)
+        most = max(most, sum(sizes[i] for i in needed))
+        needed -= set(step.spent)
+    return most
+
+
+def open_sessions(
+    graphs: Mapping[str, bytes],
+    spec: ModelSpec,
+    device: str,
+    *,
+    batch: int | None = None,
+    runtime: Runtime | None = None,
+) -> tuple[dict[str, Session], str]:
+    """Returns a session for each {stage: bytes} and the device that they run on, "custom" if the
+    caller gives providers.
+
+    "auto" takes CUDA if there is a card. If the card cannot be used after all, it warns
+    (RuntimeWarning) and takes the CPU.
+
+    Raises ValueError for another device, or for one beside providers, and what Session raises.
+    """
+
+    def opened(chosen: str) -> dict[str, Session]:
+        return {
+            stage: Session(stage, content, spec, chosen, batch=batch, runtime=runtime)
+            for stage, content in graphs.items()
+        }
+
+    if runtime is not None and runtime.providers is not None:
+        if device != "auto":
+            raise ValueError(f"device is {device!r} and providers are given; give one of the two")
+        return opened("cpu"), "custom"
+    chosen = resolve_device(device)
+    try:
+        return opened(chosen), chosen
+    except MachineError as error:
+        if device != "auto":
+            raise
+        warnings.warn(
+            f"there is a CUDA device, but it cannot be used: {error}; running on the CPU",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return opened("cpu"), "cpu"
+
+
+def resolve_device(device: str) -> str:
+    """Returns "cpu" or "cuda"; "auto" is CUDA if there is a card and onnxruntime has the provider.
+
+    Raises ValueError for another name, MachineError for "cuda" if it cannot be used.
+    """
+    if device not in DEVICES:
+        raise ValueError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
+    if device == "cpu":
+        return "cpu"
+    import onnxruntime as ort
+
+    obstacle = None
+    if CUDA not in ort.get_available_providers():
+        obstacle = (
+            "this onnxruntime has no CUDA provider; install onnxruntime-gpu in place of onnxruntime"
+        )
+    elif not cuda_devices():
+        obstacle = "the NVIDIA driver reports no device"
+    if obstacle and device == "cuda":
+        raise MachineError(f"device cuda: {obstacle}; use device cpu or auto")
+    return "cpu" if obstacle else "cuda"
+
+
+def cuda_devices() -> int:
+    """Returns how many CUDA devices the NVIDIA driver reports, 0 without a driver.
+
+    Loads nothing but the driver's library.
+    """
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value

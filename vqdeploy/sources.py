@@ -1,0 +1,112 @@
+"""What an export starts from: a model.pt, or a file of parameters under the spec's names.
+
+This is the one place where deployment needs torch, and safetensors, each for its files alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import vqref.modelfile
+from vqref import families
+from vqref.errors import InputError, MachineError
+from vqref.host.images import read_npz
+from vqref.modelfile import Model
+from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
+from vqref.validation import Array, check_params
+
+PARAMETER_FORMATS = (".npz", ".safetensors")
+
+SPEC = "spec"
+"""The entry of a parameter file that holds the spec as JSON: a string array of an .npz, a metadata
+key of a .safetensors file."""
+
+
+def read_source(path: Path) -> tuple[Model, str]:
+    """The model in a ``model.pt``, .npz or .safetensors file, and the file's sha256.
+
+    Raises InputError, and MachineError if the library that the file needs is not installed.
+    """
+    if path.suffix in PARAMETER_FORMATS:
+        return read_parameters(path)
+    import torch
+
+    return vqref.modelfile.read(
+        path, lambda file: torch.load(file, map_location="cpu", weights_only=True)
+    )
+
+
+def read_parameters(path: Path) -> tuple[Model, str]:
+    """The model made of the parameters in a file, and the file's sha256.
+
+    The spec is the file's entry ``spec`` if there is one, else what the shapes say, which only
+    those of family post do. Without ``quantizer.ema_count`` and ``quantizer.ema_means`` each code
+    counts once. Raises InputError, and MachineError if safetensors is not installed.
+    """
+    try:
+        content = path.read_bytes()
+        read = _read_npz if path.suffix == ".npz" else _read_safetensors
+        params, written = read(path, content)
+        model = _model(path, params, written)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    return model, hashlib.sha256(content).hexdigest()
+
+
+def _model(path: Path, params: dict[str, Array], written: str | None) -> Model:
+    """Raises ValueError for parameters that are not those of a model."""
+    if CODEBOOK not in params:
+        raise ValueError(f"holds no {CODEBOOK}; its names are {', '.join(sorted(params)[:4])}, …")
+    codebook = np.asarray(params[CODEBOOK], np.float32)
+    count = np.ones(len(codebook), np.float32)
+    params = {EMA_COUNT: count, EMA_MEANS: codebook, **params}
+    params = {name: np.asarray(array, np.float32) for name, array in params.items()}
+    spec = _spec(params, written)
+    check_params(spec, params)
+    return Model(spec, params, provenance={"parameters": path.name})
+
+
+def _spec(params: dict[str, Array], written: str | None) -> ModelSpec:
+    if written is None:
+        try:
+            return families.of_parameters({name: array.shape for name, array in params.items()})
+        except ValueError as error:
+            raise ValueError(
+                f"{error}; if it is another network, add an entry {SPEC!r} with the spec as JSON"
+            ) from None
+    try:
+        return ModelSpec.from_dict(json.loads(written))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the entry {SPEC!r} is no spec: {error}") from None
+
+
+def _read_npz(path: Path, content: bytes) -> tuple[dict[str, Array], str | None]:
+    """The arrays of an .npz and its entry ``spec``."""
+    params = read_npz(content)
+    written = params.pop(SPEC, None)
+    if written is not None and (written.shape != () or written.dtype.kind != "U"):
+        raise ValueError(f"the entry {SPEC!r} is {written.dtype} {written.shape}, expected text")
+    return params, None if written is None else str(written)
+
+
+def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Array], str | None]:
+    """The arrays of a safetensors file and the entry ``spec`` of its metadata."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+    except ModuleNotFoundError:
+        raise MachineError(f"{path}: reading it needs pip install safetensors") from None
+    try:
+        params = load(content)
+    except (SafetensorError, KeyError, TypeError) as error:  # damaged, or a dtype NumPy lacks
+        raise ValueError(f"not a safetensors file: {error}") from None
+    size = int.from_bytes(content[:8], "little")  # of the JSON header, which load has validated
+    header: dict[str, Any] = json.loads(content[8 : 8 + size])
+    return params, header.get("__metadata__", {}).get(SPEC)

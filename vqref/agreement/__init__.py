@@ -1,0 +1,27 @@
+"""The judge: whether an implementation agrees with the oracle, and what rounding may explain."""
+
+from vqref.agreement.parity import (
+    TOLERANCES,
+    Tolerance,
+    allowed_error,
+    check,
+    check_indices,
+    tolerance,
+)
+from vqref.agreement.report import Check, Report, merge
+from vqref.agreement.stages import Backend, check_reconstructions, compare
+
+__all__ = [
+    "TOLERANCES",
+    "Backend",
+    "Check",
+    "Report",
+    "Tolerance",
+    "allowed_error",
+    "check",
+    "check_indices",
+    "check_reconstructions",
+    "compare",
+    "merge",
+    "tolerance",
+]

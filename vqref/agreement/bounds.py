@@ -1,0 +1,180 @@
+"""What rounding can do to a squared distance: the bounds behind a certified index.
+
+Terms: u the unit roundoff; g(n) = n*u / (1 - n*u), which bounds the relative error of n roundings
+in a row (Higham 2002, Accuracy and Stability of Numerical Algorithms, lemma 3.1); tiny the smallest
+normal number, below which a value may be flushed to zero; x a latent, c a code, d = ||x - c||^2, D
+the code_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqref.precisions import arithmetic
+from vqref.validation import Float64
+
+
+def array_dtype(precision: str) -> np.dtype[np.floating[Any]]:
+    """The dtype of arrays that hold results of a precision: float64 for float64, float32 for every
+    other."""
+    return np.dtype(np.float64 if precision == "float64" else np.float32)
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to compute a squared distance.
+
+    expanded: as x.x - 2 x.c + c.c, which cancels if norms are large beside the distance; otherwise
+        as the sum of (x - c)^2.
+    rooted: whether its square root is compared, which is itself rounded.
+    """
+
+    expanded: bool
+    rooted: bool
+
+
+FORMS: Mapping[str, Form] = MappingProxyType(
+    {
+        "direct": Form(expanded=False, rooted=False),
+        "direct root": Form(expanded=False, rooted=True),
+        "expanded": Form(expanded=True, rooted=False),
+        "expanded root": Form(expanded=True, rooted=True),
+    }
+)
+"""By name. Ours are all "direct"; others use "expanded" for speed, and the root out of habit."""
+
+
+def require_bound(code_size: int, precision: str, form: str) -> None:
+    """Raises ValueError for an unknown precision or form, or if sums of ``code_size`` terms have no
+    bound."""
+    number = arithmetic(precision)
+    if form not in FORMS:
+        raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
+    if (code_size + 5) * number.unit >= 0.5:
+        raise ValueError(
+            f"code_size is {code_size}: sums of so many terms have no bound in {precision}"
+        )
+
+
+def roundings(count: int, unit: float) -> float:
+    """g(count): the largest relative error of ``count`` roundings in a row."""
+    return count * unit / (1 - count * unit)
+
+
+def distance_error(
+    distances: Float64,
+    latent_norms: Float64,
+    code_norms: Float64,
+    code_size: int,
+    *,
+    precision: str,
+    form: str = "direct",
+    moved: Float64 | float = 0.0,
+) -> Float64:
+    """The largest error of each computed squared distance that does not overflow, (M, K) float64.
+
+    distances: d in float64, (M, K). latent_norms, code_norms: ||x|| (M, 1) and ||c|| (K,).
+    moved: a number or (M, 1), the length by which the implementation's latents may differ from
+        these.
+
+    inputs: rounded by a relative p, x - c moves by at most e = p*(||x|| + ||c||), and by
+        2*sqrt(D)*tiny if inputs below tiny are flushed to zero. So d becomes at most
+        t = (sqrt(d) + e)^2, and moves by 2*sqrt(d)*e + e^2.
+    direct: each of D terms is a subtraction, whose rounding the square doubles, and a square; at
+        most D - 1 additions follow, in any order. These are D + 2 roundings. No term is negative,
+        so the sum is off by g(D + 2)*t (Higham, section 3.1).
+    expanded: x.x, x.c and c.c take at most D roundings each (Higham, equation 3.5), and 2 additions
+        follow; the factors of x.c are rounded by f each. |x|.|c| <= ||x||*||c||, so the result is
+        off by (1 + g) * (g*(||x|| + ||c||)^2 + 2*(2f + f^2)*||x||*||c||), g = g(D + 2), however
+        small the distance itself.
+    rooted: a root rounded by u is the root of a value that is off by g(2) more.
+    underflow: each of at most 3*D + 3 operations may lose tiny.
+    float64: the distances given here were computed by the direct form in float64, which adds
+        g(D + 2)*d.
+    """
+    number, shape = arithmetic(precision), FORMS[form]
+    norms = latent_norms + moved + code_norms  # (M, K), as all below
+    root = distances**0.5 + moved
+    shift = number.inputs * norms + 2 * code_size**0.5 * number.tiny
+    true = (root + shift) ** 2
+    each = roundings(code_size + 2, number.unit)
+    error: Float64 = (2 * root + shift) * shift + (3 * code_size + 3) * number.tiny
+    error += roundings(code_size + 2, arithmetic("float64").unit) * distances
+    if shape.expanded:
+        factors = 2 * number.factors + number.factors**2
+        error += (1 + each) * (each * norms**2 + 2 * factors * (latent_norms + moved) * code_norms)
+    else:
+        error += each * true
+    if shape.rooted:
+        error += roundings(2, number.unit) * (true + error)
+    return error
+
+
+def choices(
+    distances: Float64,
+    latents: Float64,
+    codebook: Float64,
+    *,
+    precision: str,
+    form: str = "direct",
+    moved: Float64 | float = 0.0,
+) -> tuple[npt.NDArray[np.intp], Float64]:
+    """The nearest code of each latent, (M,), and by how much each code is farther than rounding
+    explains, (M, K): at most 0 if it may be chosen, -inf for the nearest itself.
+
+    distances: (M, K) in float64, of latents (M, D) and codebook (K, D). moved: as in
+    ``distance_error``.
+    """
+    best = distances.argmin(axis=1)
+    each = np.arange(len(best))
+    wide = np.broadcast_to(moved, (len(latents), 1))
+    slack = _slack(distances, best, latents, codebook, precision, form, wide)
+    excess: Float64 = distances - distances[each, best][:, None] - slack
+    excess[each, best] = -np.inf
+    return best, excess
+
+
+def _slack(
+    distances: Float64,
+    best: npt.NDArray[np.intp],
+    latents: Float64,
+    codebook: Float64,
+    precision: str,
+    form: str,
+    moved: Float64,
+) -> Float64:
+    """Slack (M, K): code k cannot be chosen if its squared distance exceeds the smallest by more.
+
+    Code k beats the nearest code b only if the errors of both close the gap: d_k - d_b <=
+    error_k + error_b. Latents that move by e, ||e|| <= moved, change d_k - d_b by
+    -2 e.(c_k - c_b), at most 2*moved*||c_k - c_b||.
+
+    The slack is infinite if overflow decides: direct distances that overflow are all infinite, so
+    equal; inputs that overflow, and the expanded form, can give NaN, which argmin takes.
+    """
+    latent_norms = np.sqrt(np.square(latents).sum(axis=1))[:, None]
+    code_norms = np.sqrt(np.square(codebook).sum(axis=1))
+    size, chosen = codebook.shape[1], (np.arange(len(best)), best)
+    error = distance_error(
+        distances, latent_norms, code_norms, size, precision=precision, form=form, moved=moved
+    )
+    slack = error + error[chosen][:, None]
+    if moved.any():
+        for code in np.unique(best):
+            apart = np.sqrt(np.square(codebook - codebook[code]).sum(axis=1))  # (K,)
+            slack[best == code] += 2 * moved[best == code] * apart
+
+    number, norms = arithmetic(precision), latent_norms + moved + code_norms
+    infinite = np.square(np.sqrt(distances) + moved) + error >= number.largest
+    infinite &= infinite[chosen][:, None]
+    undefined = norms >= number.largest if number.inputs else np.zeros_like(infinite)
+    if FORMS[form].expanded:
+        undefined |= np.square(norms) * (1 + roundings(size + 2, number.unit)) >= number.largest
+    slack[infinite | undefined | undefined[chosen][:, None]] = np.inf
+    return slack

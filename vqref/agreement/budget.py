@@ -1,0 +1,32 @@
+"""How many images one check may take: the oracle's cost grows with the network, a check's may
+not."""
+
+from __future__ import annotations
+
+from vqref.spec import ModelSpec
+
+SECONDS = 2.0
+"""About what one check of the oracle may take on two cores."""
+
+FEWEST = 4
+"""Images that a check takes however long they take."""
+
+PRODUCTS_PER_SECOND = 4e9
+"""Of the oracle's convolutions: measured by ``python -m benchmarks.oracle``."""
+
+DIFFERENCES_PER_SECOND = 1.5e9
+"""Of its squared distances, which a check computes about three times."""
+
+
+def seconds_per_image(spec: ModelSpec) -> float:
+    """About how long one image takes in a check: through encoder and decoder, and beside every
+    code."""
+    products = sum(layer.products for layer in spec.layers)
+    differences = spec.latent_size * spec.num_codes * spec.code_size
+    return products / PRODUCTS_PER_SECOND + 3 * differences / DIFFERENCES_PER_SECOND
+
+
+def images_within(spec: ModelSpec, most: int = 64, seconds: float = SECONDS) -> int:
+    """How many images fit ``seconds``: at least FEWEST, at most ``most``. The same on every
+    machine."""
+    return max(min(FEWEST, most), min(most, int(seconds / seconds_per_image(spec))))

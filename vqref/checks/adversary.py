@@ -1,0 +1,187 @@
+"""Hard cases for a quantizer: rounding, ties, cancellation or overflow choose the index.
+
+Each case is a function of (rng, latents, codes, code_size, precision) that returns latents
+(N, 1, D) and a codebook (K, D) in the precision's dtype; ``CASES`` names them. The same rng gives
+the same case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+
+from vqref.agreement.bounds import array_dtype
+from vqref.precisions import arithmetic
+from vqref.validation import Array
+
+Case = Callable[[np.random.Generator, int, int, int, str], tuple[Array, Array]]
+
+
+NEIGHBOURS = 8
+"""Codes of which the nearest is taken for a bisector: between two that are far apart, a third may
+be nearer."""
+
+
+def decades(precision: str) -> float:
+    """How many powers of ten to each side of 1 leave most squared distances finite and normal."""
+    return 0.4 * math.log10(arithmetic(precision).largest)
+
+
+def _held(latents: Array, codebook: Array, precision: str) -> tuple[Array, Array]:
+    """Latents (N, D) as (N, 1, D) and the codebook, in the dtype, cut to what the precision
+    holds."""
+    dtype, limit = array_dtype(precision), arithmetic(precision).largest
+    held = [np.clip(array, -limit, limit).astype(dtype) for array in (latents, codebook)]
+    return held[0][:, None], held[1]
+
+
+def ordinary(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """Latents and codes normal about the origin."""
+    return _held(rng.normal(size=(n, d)), rng.normal(size=(k, d)), precision)
+
+
+def duplicates(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """Every code several times in the codebook, to the last bit."""
+    codebook = rng.normal(size=(-(-k // 3), d))[rng.integers(0, -(-k // 3), k)]
+    return _held(rng.normal(size=(n, d)), codebook, precision)
+
+
+def bisector(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """Latents on the bisector of two codes, or one, two or many ulps to either side of it."""
+    codebook = rng.normal(size=(k, d)).astype(array_dtype(precision))
+    return _held(_between(rng, codebook, n, precision), codebook, precision)
+
+
+def equidistant(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """Codes on the axes, all equally far from the origin, and latents at zero or on a diagonal."""
+    axes = np.concatenate([np.eye(d), -np.eye(d)])
+    codebook = axes[np.arange(k) % len(axes)] * 2.0 ** rng.integers(-3, 4)
+    latents = rng.integers(-1, 2, (n, d)) * 2.0 ** rng.integers(-3, 4, (n, 1))
+    return _held(latents, codebook, precision)
+
+
+def mixed_scales(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """Each latent and each code at a scale of its own, from the smallest to the largest that can be
+    squared."""
+    span = decades(precision)
+    latents = rng.normal(size=(n, d)) * 10 ** rng.uniform(-span, span, (n, 1))
+    return _held(
+        latents, rng.normal(size=(k, d)) * 10 ** rng.uniform(-span, span, (k, 1)), precision
+    )
+
+
+def overflowing(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """Values whose squares overflow the precision, beside others whose squares do not."""
+    largest = math.log10(arithmetic(precision).largest)
+    exponents = rng.uniform(0.35 * largest, 0.6 * largest, (n + k, 1))
+    if precision == "float64":  # beyond this, the oracle itself overflows
+        exponents = np.minimum(exponents, 0.49 * largest)
+    both = rng.normal(size=(n + k, d)) * 10**exponents
+    return _held(both[:n], both[n:], precision)
+
+
+def denormals(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """Values about the smallest normal number: their squares underflow, and some of the values may
+    be flushed to zero."""
+    tiny = arithmetic(precision).tiny
+    return _held(rng.normal(size=(n, d)) * tiny, rng.normal(size=(k, d)) * tiny * 4, precision)
+
+
+def far_from_origin(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """A codebook much further from the origin than it is wide: x.x - 2 x.c + c.c cancels."""
+    offset = 0.01 / arithmetic(precision).unit ** 0.5
+    latents, codebook = offset + rng.normal(size=(n, d)), offset + rng.normal(size=(k, d))
+    return _held(latents, codebook, precision)
+
+
+def flown_out(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """Codes 1e5 away, as if divided by epsilon alone, codes shrunk to almost nothing, and a few
+    live ones."""
+    codebook = rng.normal(size=(k, d))
+    far = min(1e5, 10 ** decades(precision))
+    codebook *= rng.choice([far, 1.0, 1e-6], (k, 1), p=[0.5, 0.25, 0.25])
+    return _held(rng.normal(size=(n, d)), codebook, precision)
+
+
+def on_codes(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """Latents equal to a code, to the last bit."""
+    codebook = rng.normal(size=(k, d)) * 10 ** rng.uniform(-2, 2, (k, 1))
+    return _held(codebook[rng.integers(0, k, n)], codebook, precision)
+
+
+def crowded(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """A codebook within a few ulps of one point: almost nothing can be certified."""
+    unit = arithmetic(precision).unit
+    codebook = rng.normal(size=d) * (1 + 4 * unit * rng.integers(-2, 3, (k, d)))
+    return _held(rng.normal(size=(n, d)), codebook, precision)
+
+
+def around_bisectors(rng: np.random.Generator, codebook: Array, n: int, precision: str) -> Array:
+    """Latents (n, 1, D) on the bisectors of a given codebook (K, D), and ulps to either side."""
+    return _held(_between(rng, np.asarray(codebook), n, precision), codebook, precision)[0]
+
+
+def _between(rng: np.random.Generator, codebook: Array, n: int, precision: str) -> Array:
+    """Midpoints (n, D) of two codes, the second the nearest of a few, moved along the bisector,
+    then towards one of the codes by a few ulps or not at all."""
+    k, d = codebook.shape
+    a = rng.integers(0, k, n)
+    others = (a[:, None] + rng.integers(1, max(k, 2), (n, NEIGHBOURS))) % k  # (n, NEIGHBOURS)
+    first = codebook[a].astype(np.float64)
+    nearest = (
+        np.square(codebook[others].astype(np.float64) - first[:, None]).sum(axis=2).argmin(axis=1)
+    )
+    second = codebook[others[np.arange(n), nearest]].astype(np.float64)
+    across = second - first
+    length = np.square(across).sum(axis=1, keepdims=True)
+    along = rng.normal(size=(n, d)) * np.sqrt(length) * rng.choice([0.0, 0.1, 1.0], (n, 1))
+    component = (along * across).sum(axis=1, keepdims=True)
+    along -= across * np.divide(component, length, out=np.zeros_like(length), where=length > 0)
+    ulps = rng.choice([0, 0, 1, -1, 2, -2, 30, -30], (n, 1)) * 2 * arithmetic(precision).unit
+    return np.asarray((first + second) / 2 + along + across * ulps)
+
+
+CASES: Mapping[str, Case] = MappingProxyType(
+    {
+        case.__name__: case
+        for case in (
+            ordinary,
+            duplicates,
+            bisector,
+            equidistant,
+            mixed_scales,
+            overflowing,
+            denormals,
+            far_from_origin,
+            flown_out,
+            on_codes,
+            crowded,
+        )
+    }
+)
+"""By name."""

@@ -1,0 +1,2 @@
+"""What every command line needs: options, files, images, pictures, the machine. No equation imports
+it."""

@@ -1,0 +1,145 @@
+"""What the decoder's outputs mean: how likely they make an image, and the image that they expect.
+
+A likelihood is one entry of a table. ``spec.value_range`` (low, high) is what the grey levels 0 and
+1 are to the networks; y below is an output mapped back to [0, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from vqref.validation import Float64, as_float64, as_images
+
+if TYPE_CHECKING:
+    from vqref.spec import ModelSpec
+
+LEVELS = 256
+"""Grey levels of a discretised likelihood."""
+
+SMALLEST_LOG_SCALE = -7.0
+"""Log-scales of the logistic are not taken below this: a grey level is wider by then."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A distribution of pixels given outputs.
+
+    parameters  how many outputs each value of an image has: P = parameters * C
+    nats        (spec, x (N, C, H, W), outputs (N, P, H, W)) -> -log p of each value, (N, C, H, W)
+    mean        (spec, outputs) -> the expected values (N, C, H, W), not yet clipped to [0, 1]
+    slope       (spec) -> the largest change of a mean per change of an output
+    """
+
+    parameters: int
+    nats: Callable[[ModelSpec, Float64, Float64], Float64]
+    mean: Callable[[ModelSpec, Float64], Float64]
+    slope: Callable[[ModelSpec], float]
+
+
+def nats(spec: ModelSpec, images: npt.ArrayLike, outputs: npt.ArrayLike) -> Float64:
+    """-log p(image; outputs) in nats per image, (N,), of images (N, C, H, W) in [0, 1] and outputs
+    (N, P, H, W). Raises ValueError for arrays that do not fit the spec."""
+    x = as_images(images, spec)
+    y = as_float64("outputs", outputs, (len(x), *spec.output_shape))
+    total: Float64 = LIKELIHOODS[spec.likelihood].nats(spec, x, y).sum(axis=(1, 2, 3))
+    return total
+
+
+def mean(spec: ModelSpec, outputs: npt.ArrayLike) -> Float64:
+    """Reconstructions (N, C, H, W) in [0, 1]: the mean of the likelihood, mapped back and clipped.
+
+    Raises ValueError for outputs that are not (N, P, H, W).
+    """
+    y = as_float64("outputs", outputs, ("N", *spec.output_shape))
+    return np.clip(LIKELIHOODS[spec.likelihood].mean(spec, y), 0.0, 1.0)
+
+
+def output_channels(likelihood: str, channels: int) -> int:
+    """P for images of ``channels``. Raises ValueError for an unknown likelihood."""
+    if likelihood not in LIKELIHOODS:
+        raise ValueError(f"likelihood is {likelihood[:40]!a}, expected {', '.join(LIKELIHOODS)}")
+    return LIKELIHOODS[likelihood].parameters * channels
+
+
+def sigmoid(x: npt.ArrayLike) -> Float64:
+    """1 / (1 + exp(-x)), in the form that never overflows."""
+    x = np.asarray(x, np.float64)
+    small = np.exp(-np.abs(x))
+    y: Float64 = np.where(x >= 0, 1.0, small) / (1.0 + small)
+    return y
+
+
+def softplus(x: Float64) -> Float64:
+    """log(1 + exp(x)), in the form that never overflows."""
+    return np.logaddexp(0.0, x)
+
+
+def bernoulli_nats(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
+    """softplus(l) - x*l, l the logit and x the grey level."""
+    return softplus(outputs) - x * outputs
+
+
+def bernoulli_mean(spec: ModelSpec, outputs: Float64) -> Float64:
+    """The probability of white."""
+    return sigmoid(outputs)
+
+
+def gaussian_nats(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
+    """(x - y)^2 / (2 σ²) + ln(2πσ²) / 2, σ² the spec's ``variance``."""
+    squares = np.square(x - gaussian_mean(spec, outputs))
+    terms: Float64 = squares / (2 * spec.variance) + 0.5 * np.log(2 * np.pi * spec.variance)
+    return terms
+
+
+def gaussian_mean(spec: ModelSpec, outputs: Float64) -> Float64:
+    """y: the outputs themselves, mapped back."""
+    low, high = spec.value_range
+    y: Float64 = (outputs - low) / (high - low)
+    return y
+
+
+def logistic_nats(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
+    """-log of the probability of grey level k of 0 to 255, k = round(255 x), under a logistic
+    distribution cut into levels (Salimans et al. 2017, PixelCNN++, equation 2).
+
+    With the edges a = (k + 1/2)/255 and b = (k - 1/2)/255, from the mean and in units of the
+    scale, p = σ(a) - σ(b) = σ(a) σ(-b) (1 - exp(b - a)), which never cancels. The first level has
+    all below its a, the last all above its b.
+    """
+    y, log_scale = logistic_mean(spec, outputs), outputs[:, x.shape[1] :]
+    low, high = spec.value_range
+    scale = np.exp(np.maximum(log_scale, SMALLEST_LOG_SCALE)) / (high - low)
+    level = np.rint(x * (LEVELS - 1))
+    width = 1 / ((LEVELS - 1) * scale)
+    a = ((level + 0.5) / (LEVELS - 1) - y) / scale
+    b = a - width
+    below_a = np.where(level < LEVELS - 1, softplus(-a), 0.0)
+    above_b = np.where(level > 0, softplus(b), 0.0)
+    inner = (level > 0) & (level < LEVELS - 1)
+    return below_a + above_b - np.where(inner, np.log(-np.expm1(-width)), 0.0)
+
+
+def logistic_mean(spec: ModelSpec, outputs: Float64) -> Float64:
+    """The distribution's centre: the first half of the channels, mapped back."""
+    return gaussian_mean(spec, outputs[:, : outputs.shape[1] // 2])
+
+
+def _range_slope(spec: ModelSpec) -> float:
+    low, high = spec.value_range
+    return 1 / (high - low)
+
+
+LIKELIHOODS: Mapping[str, Likelihood] = MappingProxyType(
+    {
+        "bernoulli": Likelihood(1, bernoulli_nats, bernoulli_mean, lambda spec: 0.25),
+        "gaussian": Likelihood(1, gaussian_nats, gaussian_mean, _range_slope),
+        "logistic": Likelihood(2, logistic_nats, logistic_mean, _range_slope),
+    }
+)
+"""By name. bernoulli takes grey levels as probabilities of white."""

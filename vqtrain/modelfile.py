@@ -1,0 +1,29 @@
+"""``model.pt``: written whole or not at all, and read without executing anything."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vqref.host.files import write_file
+from vqref.modelfile import Model, read
+
+
+def read_model(path: Path) -> Model:
+    """The model in a file that ``write_model`` wrote. Raises InputError."""
+    model, _ = read(path, lambda file: torch.load(file, map_location="cpu", weights_only=True))
+    return model
+
+
+def write_model(path: Path, model: Model) -> None:
+    """Publishes the model at ``path``. Raises OSError; ``path`` is then as it was."""
+    plain = model.to_plain()
+    plain["parameters"] = {
+        name: torch.from_numpy(np.asarray(array)) for name, array in model.params.items()
+    }
+    content = io.BytesIO()
+    torch.save(plain, content)
+    write_file(path, content.getbuffer())

@@ -1,0 +1,1 @@
+"""One training run: its steps, its rules, and what it leaves behind."""

@@ -1,0 +1,191 @@
+"""A run is a folder: options, metrics, pictures, snapshots and model, and a lock, so that no two
+processes share it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from vqref.errors import InputError, MachineError
+from vqref.host.files import write_file
+from vqtrain.run.snapshot import (
+    Course,
+    differences,
+    list_states,
+    load_state,
+    require_same_course,
+)
+
+OPTIONS, METRICS, MODEL, SNAPSHOTS, PICTURES = (
+    "options.toml",
+    "metrics.jsonl",
+    "model.pt",
+    "snapshots",
+    "pictures",
+)
+
+State = dict[str, Any]
+Say = Callable[[str], None]
+
+
+class RunFolder:
+    """``runs/NAME`` while this process trains in it.
+
+    options.toml   the resolved options, which ``--config`` reads back
+    metrics.jsonl  a line per epoch
+    pictures/      PNGs of every epoch
+    snapshots/     the last two states
+    model.pt       the model after the last full epoch
+
+    Raises MachineError if another process holds it or it cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from filelock import FileLock, Timeout
+
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / PICTURES).mkdir(exist_ok=True)
+            self._lock = FileLock(path / ".lock")
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise MachineError(f"{path}: another run is at work in this folder") from None
+        except OSError as error:
+            raise MachineError(f"{path}: cannot be written: {error.strerror}") from None
+
+    def release(self) -> None:
+        """Lets another process in."""
+        self._lock.release()
+
+    @property
+    def snapshots(self) -> Path:
+        return self.path / SNAPSHOTS
+
+    def picture(self, epoch: int, what: str) -> Path:
+        """Where a picture of an epoch goes."""
+        return self.path / PICTURES / f"epoch-{epoch:03d}-{what}.png"
+
+    def write_options(self, options: Mapping[str, Mapping[str, Any]]) -> None:
+        """Writes the resolved options as TOML, a table per group."""
+        import tomli_w
+
+        write_file(self.path / OPTIONS, tomli_w.dumps(options).encode())
+
+    def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Writes all epochs so far, a JSON object per line; all of them, so that a resumed run
+        repeats none."""
+        lines = "".join(json.dumps(line) + "\n" for line in history)
+        write_file(self.path / METRICS, lines.encode())
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """The options of a TOML file, its tables flattened. Raises InputError."""
+    import tomllib
+
+    try:
+        tables = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+    found: dict[str, Any] = {}
+    for name, value in tables.items():
+        found |= value if isinstance(value, dict) else {name: value}
+    return found
+
+
+def latest_state(run: Path) -> tuple[State, Path, list[str]] | None:
+    """The newest sound snapshot of a run, where it is, and why newer ones were skipped; None if the
+    run has none.
+
+    Raises InputError if there are snapshots and none is sound.
+    """
+    complaints: list[str] = []
+    for path in list_states(run / SNAPSHOTS):
+        try:
+            return load_state(path), path, complaints
+        except InputError as error:
+            complaints.append(str(error))
+    if complaints:
+        raise InputError("; ".join(complaints))
+    return None
+
+
+def open_run(
+    runs: Path, name: str | None, default_name: str, resume: str, course: Course, say: Say
+) -> tuple[RunFolder, State | None]:
+    """The run's folder, held, and the state to go on from, if any.
+
+    runs: the folder of all runs. name: this one's; None takes ``default_name``, numbered so that it
+    is new, or the last of that name if it can go on. resume: "auto", "never", or the path of a
+    snapshot or a run.
+
+    Raises UsageError if a snapshot was made in another course, InputError if a run cannot go on,
+    and MachineError if another process holds its folder.
+    """
+    if resume not in ("auto", "never"):
+        return _resume_from(Path(resume), course, say)
+    if name is not None:
+        path = runs / name
+        if resume == "never" and path.exists():
+            raise InputError(f"{path}: exists already; use another --name")
+        folder = RunFolder(path)
+        return folder, _go_on(folder, course, say, named=True)
+    taken = _numbered(runs, default_name)
+    if taken and resume == "auto":
+        with suppress(MachineError):  # held by another process: then this is another run
+            folder = RunFolder(taken[-1])
+            state = _go_on(folder, course, say, named=False)
+            if state is not None:
+                return folder, state
+            folder.release()
+    numbered = default_name if not taken else f"{default_name}-{len(taken) + 1}"
+    return RunFolder(runs / numbered), None
+
+
+def _resume_from(path: Path, course: Course, say: Say) -> tuple[RunFolder, State]:
+    """An explicit snapshot, or the last one of an explicit run: it is this one or an error."""
+    if path.is_dir():
+        states = list_states(path / SNAPSHOTS)
+        if not states:
+            raise InputError(f"{path}: holds no snapshots")
+        path = states[0]
+    state = load_state(path)
+    run = path.parent.parent
+    require_same_course(run, course, state)
+    folder = RunFolder(run)
+    say(f"going on from {path}")
+    return folder, state
+
+
+def _go_on(folder: RunFolder, course: Course, say: Say, *, named: bool) -> State | None:
+    """The state of a run that is not finished and has the same course; None to begin.
+
+    A named run is held to its course.
+    """
+    found = latest_state(folder.path)
+    if found is None:
+        return None
+    state, path, complaints = found
+    for complaint in complaints:
+        say(f"skipped: {complaint}")
+    if named:
+        require_same_course(folder.path, course, state)
+        if state["finished"]:
+            raise InputError(f"{folder.path}: is finished; use another --name")
+    elif differences(course, state["course"]) or state["finished"]:
+        return None
+    say(f"going on from {path}")
+    return state
+
+
+def _numbered(runs: Path, name: str) -> list[Path]:
+    """NAME, NAME-2, NAME-3, … as far as they exist."""
+    found: list[Path] = []
+    while (path := runs / (f"{name}-{len(found) + 1}" if found else name)).exists():
+        found.append(path)
+    return found

@@ -1,0 +1,203 @@
+"""What is measured: over an epoch as it is trained, and over a whole set of images."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqref.spec import ModelSpec
+from vqref.validation import Array, Int64
+from vqtrain.data.batches import Batches
+from vqtrain.device import arithmetic
+from vqtrain.likelihoods import mean
+from vqtrain.losses import Losses, compute_losses
+from vqtrain.model import VQVAE
+from vqtrain.options import TrainingOptions
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
+SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
+"""The constants of Wang et al. (2004): the Gaussian window in pixels, and (K1 L)² and (K2 L)² for
+values of range L = 1."""
+
+AT_ONCE = 2**20
+"""Values worked on at once: SSIM takes about a dozen float64 arrays of that size."""
+
+LEAST_ERROR = 1e-10
+"""Mean squared errors below this count as this, 100 dB: a single image that is reproduced exactly,
+perhaps a white one, would make the mean PSNR infinite."""
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near reconstructions come to the images, values in [0, 1].
+
+    nmse: the mean squared error over the variance of the data.
+    psnr: of the mean squared error of the whole set, in dB. mean_psnr: the mean of the images' own.
+    ssim: structural similarity (Wang et al. 2004), per channel, its mean over images.
+    """
+
+    nmse: float
+    psnr: float
+    mean_psnr: float
+    ssim: float
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Means over images, in nats per image (commitment: a mean of squares), and the use of codes.
+
+    hits: how often each code was chosen, (K,) int64.
+    fidelity: None for an epoch, which only training steps saw.
+    """
+
+    reconstruction: float
+    commitment: float
+    prior: float
+    total: float
+    hits: Int64 = field(repr=False, compare=False)
+    fidelity: Fidelity | None = None
+
+    @property
+    def bound(self) -> float:
+        """Nats per image for everything: reconstruction + prior."""
+        return self.reconstruction + self.prior
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the entropy of the indices' frequencies, from 1 to num_codes."""
+        shares = self.hits[self.hits > 0] / self.hits.sum()
+        return float(np.exp(-(shares * np.log(shares)).sum()))
+
+    @property
+    def codes_used(self) -> int:
+        """How many codes were chosen at all."""
+        return int((self.hits > 0).sum())
+
+    def to_dict(self, spec: ModelSpec) -> dict[str, float]:
+        """Every measure by its name; ``bits_per_dimension`` is the bound per pixel and channel."""
+        names = ("reconstruction", "commitment", "prior", "total", "bound")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "bits_per_dimension": self.bound / (math.log(2) * math.prod(spec.image_shape)),
+            "perplexity": self.perplexity,
+            "codes_used": self.codes_used,
+            **(asdict(self.fidelity) if self.fidelity else {}),
+        }
+
+
+class Meter:
+    """Adds up batches on the device. Adding does not wait for the device; reading does."""
+
+    def __init__(self, spec: ModelSpec, device: torch.device) -> None:
+        self.count = 0
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.hits = torch.zeros(spec.num_codes, dtype=torch.int64, device=device)
+
+    def add(self, losses: Losses, indices: Tensor) -> None:
+        """Adds the losses of one batch and its indices (N, S)."""
+        self.count += len(indices)
+        self.sums += torch.stack(losses).detach().double() * len(indices)
+        index = indices.reshape(-1)
+        self.hits.index_add_(0, index, torch.ones_like(index))
+
+    def state(self) -> dict[str, Any]:
+        """What ``load`` needs to go on counting."""
+        return {"count": self.count, "sums": self.sums, "hits": self.hits}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        self.sums.copy_(state["sums"])
+        self.hits.copy_(state["hits"])
+
+    def read(self, fidelity: Fidelity | None = None) -> Metrics:
+        """The means over the images added so far, at least one."""
+        reconstruction, commitment, prior, total = (self.sums / self.count).tolist()
+        hits = self.hits.cpu().numpy().copy()
+        return Metrics(reconstruction, commitment, prior, total, hits, fidelity)
+
+
+@torch.no_grad()
+def evaluate(model: VQVAE, batches: Batches, options: TrainingOptions, variance: float) -> Metrics:
+    """Measures every image of ``batches``, without a step; everything is added up in float64.
+
+    variance: of the data, by which ``nmse`` divides. Memory does not grow with the number of
+    images.
+    """
+    spec, device = model.spec, model.quantizer.codebook.device
+    meter = Meter(spec, device)
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    with arithmetic("float32"):
+        for images in batches.in_order():
+            out = model(images)
+            x, outputs, latents, quantized = (
+                each.double() for each in (images, out.outputs, out.latents, out.quantized)
+            )
+            losses = compute_losses(spec, x, outputs, latents, quantized, options.beta)
+            meter.add(losses, out.indices)
+            y = mean(spec, outputs)
+            errors = (x - y).square().mean(dim=(1, 2, 3))  # (N,)
+            sums += torch.stack([errors.sum(), decibels(errors).sum(), ssim(x, y).sum()])
+    error, mean_psnr, similarity = sums / meter.count
+    nmse, psnr = picture_errors(error.item(), variance)
+    return meter.read(Fidelity(nmse, psnr, mean_psnr.item(), similarity.item()))
+
+
+def picture_errors(error: float, variance: float) -> tuple[float, float]:
+    """NMSE and PSNR of a mean squared error of values in [0, 1] of that variance."""
+    return error / max(variance, LEAST_ERROR), -10 * math.log10(max(error, LEAST_ERROR))
+
+
+def decibels(errors: Tensor) -> Tensor:
+    """PSNR of mean squared errors of values whose peak is 1."""
+    return -10 * errors.clamp(min=LEAST_ERROR).log10()
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """SSIM (N,) of pairs of float64 images (N, C, H, W) in [0, 1]: the mean over channels and over
+    the places where the whole window fits (Wang et al. 2004, equation 13).
+
+    The window is never wider or higher than the image.
+    """
+    step = max(1, AT_ONCE // images[0].numel())
+    pairs = zip(images.split(step), others.split(step), strict=True)
+    return torch.cat([_ssim(x, y) for x, y in pairs])
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    rows, columns = _windows(x.shape[2]).to(x), _windows(x.shape[3]).to(x)
+
+    def local(values: Tensor) -> Tensor:
+        return rows @ values @ columns.T
+
+    mean_x, mean_y = local(x), local(y)
+    variances = local(x * x) - mean_x**2 + local(y * y) - mean_y**2
+    covariance = local(x * y) - mean_x * mean_y
+    light = (2 * mean_x * mean_y + SSIM_C1) / (mean_x**2 + mean_y**2 + SSIM_C1)
+    shape = (2 * covariance + SSIM_C2) / (variances + SSIM_C2)
+    return (light * shape).mean(dim=(1, 2, 3))
+
+
+def _windows(size: int) -> Tensor:
+    """The Gaussian window at each place of ``size`` pixels where it fits, (places, size): the local
+    means of a column of pixels by a matrix product."""
+    width = min(SSIM_WINDOW, size)
+    offsets = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
+    window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
+    return torch.eye(size, dtype=torch.float64).unfold(0, width, 1) @ (window / window.sum())
+
+
+def variance_of(images: Array) -> float:
+    """The variance of the values of uint8 images (as grey levels in [0, 1]) or floating ones."""
+    values = images.reshape(-1)
+    unit = 255 if images.dtype == np.uint8 else 1
+    sums = np.zeros(2)
+    for start in range(0, len(values), AT_ONCE):
+        part = values[start : start + AT_ONCE].astype(np.float64) / unit
+        sums += part.sum(), part @ part
+    average, squares = sums / len(values)
+    return float(max(0.0, squares - average**2))

@@ -1,0 +1,128 @@
+"""What a run says and shows of itself: lines, pictures, event files. Nothing here changes a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqref.agreement.report import Report
+from vqref.host.pictures import save_pairs, save_square
+from vqref.spec import ModelSpec
+from vqref.validation import Array, Int64
+from vqtrain.likelihoods import mean
+from vqtrain.model import VQVAE
+from vqtrain.run import pictures
+from vqtrain.run.folder import RunFolder
+
+SHOWN_IMAGES, SHOWN_SAMPLES, SHOWN_CODES = 32, 64, 1024
+"""The most images of each kind that a picture shows."""
+
+SHOWN_VALUES = 2**22
+"""The most values of the images that a picture shows: large images are shown in smaller numbers."""
+
+Line = Mapping[str, Any]
+"""An epoch of ``metrics.jsonl``."""
+
+
+def say(line: str) -> None:
+    """Prints a line at once, so that a log that is followed, or whose process is killed, has it."""
+    print(line, flush=True)
+
+
+def kind_of_set(line: Line) -> str:
+    """What the measured images of an epoch are: "held_out", or "training_sample"."""
+    return "held_out" if "held_out" in line else "training_sample"
+
+
+class Narrator:
+    """Tells how a run goes.
+
+    say: takes each line. folder: the run's, for pictures. writer: a TensorBoard SummaryWriter, or
+    None. seed: of the codes that pictures of samples are drawn with.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, folder: RunFolder, say: Callable[[str], None], writer: Any, seed: int
+    ) -> None:
+        self.spec, self.folder, self.say, self.writer, self.seed = spec, folder, say, writer, seed
+        self.shown_images = self._at_most(SHOWN_IMAGES)
+
+    def agrees(self, report: Report, count: int, when: str) -> None:
+        """Says that a check against the oracle on ``count`` images passed, and by how much."""
+        worst = f"{report.worst_error_over_allowed:.0%} of allowed"
+        self.say(f"oracle: agrees on {count} images, {when} (worst error {worst})")
+
+    def heading(self) -> None:
+        """Says what the columns of ``epoch`` are."""
+        self.say("epoch     bound  held out  PSNR  commitment  perplexity  codes  images/s  oracle")
+
+    def epoch(self, line: Line) -> None:
+        """Says an epoch in one line, and writes it to the event files."""
+        measured = line[kind_of_set(line)]
+        held_out = _nats(measured["bound"]) if "held_out" in line else "-"
+        self.say(
+            f"{line['epoch']:>5}{_nats(line['bound']):>10}{held_out:>10}{measured['psnr']:>6.2f}"
+            f"{line['commitment']:>12.4f}{line['perplexity']:>12.1f}{line['codes_used']:>7}"
+            f"{line['images_per_second']:>10.0f}{'agrees' if 'oracle' in line else '-':>8}"
+        )
+        if self.writer is not None:
+            self._write_events(line)
+
+    def _write_events(self, line: Line) -> None:
+        groups = {"training": line, kind_of_set(line): line[kind_of_set(line)]}
+        for group, values in groups.items():
+            for name, value in values.items():
+                if isinstance(value, int | float) and name != "epoch":
+                    self.writer.add_scalar(f"{group}/{name}", value, line["epoch"])
+        self.writer.flush()
+
+    @torch.no_grad()
+    def draw(self, model: VQVAE, images: Array, hits: Int64, history: Sequence[Line]) -> None:
+        """Draws the pictures of an epoch, and the curves so far.
+
+        images (N, C, H, W): shown beside their reconstructions. hits (K,): how often the epoch
+        chose each code.
+        """
+        epoch, quantizer = history[-1]["epoch"], model.quantizer
+        on_device = torch.from_numpy(images).to(quantizer.codebook.device)
+        indices = quantizer(model.encoder(on_device))[0].cpu()
+        path, decoded = self.folder.picture(epoch, "reconstructions"), self._decoded(model, indices)
+        if len(self.spec.latent_shape) == 1:
+            save_pairs(path, images, decoded)
+            self._draw_codes(model, hits, epoch)
+        else:
+            colours = pictures.code_colours(quantizer.codebook.cpu().numpy(), hits)
+            pictures.save_tokens(path, self.spec, images, decoded, indices.numpy(), colours)
+            pictures.save_use(self.folder.picture(epoch, "use"), hits)
+        pictures.save_curves(self.folder.path / "curves.png", history, self.spec.num_codes)
+
+    def _draw_codes(self, model: VQVAE, hits: Int64, epoch: int) -> None:
+        """Draws samples of the uniform prior, and each code at all places, the most used first."""
+        size, count = self.spec.latent_size, self._at_most(SHOWN_SAMPLES)
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randint(self.spec.num_codes, (count, size), generator=generator)
+        save_square(self.folder.picture(epoch, "samples"), self._decoded(model, drawn))
+        by_use = np.argsort(-hits, kind="stable")[: self._at_most(SHOWN_CODES)]
+        codes = torch.from_numpy(by_use)[:, None].expand(-1, size)
+        save_square(self.folder.picture(epoch, "codebook"), self._decoded(model, codes))
+
+    def _decoded(self, model: VQVAE, indices: Tensor) -> Array:
+        """Reconstructions (N, C, H, W) of indices (N, S), a few at a time."""
+        codebook = model.quantizer.codebook
+        parts = [
+            mean(self.spec, model.decoder(codebook[part.to(codebook.device)])).cpu().numpy()
+            for part in indices.split(SHOWN_IMAGES)
+        ]
+        return np.concatenate(parts)
+
+    def _at_most(self, count: int) -> int:
+        return max(1, min(count, SHOWN_VALUES // math.prod(self.spec.image_shape)))
+
+
+def _nats(value: float) -> str:
+    return f"{value:.2f}" if abs(value) < 1e5 else f"{value:.0f}"

@@ -1,0 +1,127 @@
+"""Training steps recorded once and played again, as a CUDA graph is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vqref.spec import ModelSpec
+from vqtrain.model import VQVAE
+from vqtrain.nearest import takes_products
+from vqtrain.options import TrainingOptions
+from vqtrain.run.rules import Choices, Rules, fits_an_array
+from vqtrain.run.step import Taken, set_learning_rate, take
+
+WARM_UP = 3
+"""Steps of a kind that are taken one operation at a time before it is recorded: libraries choose
+their kernels in them."""
+
+
+def can_be_recorded(spec: ModelSpec, options: TrainingOptions) -> bool:
+    """Whether a step never waits for its device: the search of a large codebook does, and
+    deterministic sums may."""
+    latents = torch.empty(options.batch_size * spec.latent_size, spec.code_size, device="meta")
+    large = takes_products(latents, torch.empty(spec.num_codes, spec.code_size, device="meta"))
+    fits = fits_an_array(spec, options.batch_size)  # else its noise is made as it is needed
+    return not large and fits and not torch.are_deterministic_algorithms_enabled()
+
+
+Record = Callable[[Callable[[], Taken]], Callable[[], Taken]]
+"""Makes, of a body that works on tensors in fixed places, a function that does the same again."""
+
+
+def record_graph(body: Callable[[], Taken]) -> Callable[[], Taken]:
+    """Records ``body``, without running it, as a CUDA graph.
+
+    Raises RuntimeError if it does what a graph cannot hold.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        taken = body()
+
+    def replay() -> Taken:
+        graph.replay()
+        return taken
+
+    return replay
+
+
+@dataclass
+class _Kind:
+    """The tensors in which steps of a kind find their images and choices, how many were taken, and
+    the recording, if there is one."""
+
+    images: Tensor
+    choices: Choices
+    taken: int = 0
+    replay: Callable[[], Taken] | None = None
+
+
+class RecordedSteps:
+    """``training_step`` with its model, optimizer, options and rules; each kind of step is recorded
+    after its first few.
+
+    record: ``record_graph``. say: takes the line that says why a kind could not be recorded; its
+    steps are then taken one operation at a time, as the first ones are. What a call returns holds
+    until the next.
+    """
+
+    def __init__(
+        self,
+        model: VQVAE,
+        optimizer: torch.optim.Optimizer,
+        options: TrainingOptions,
+        rules: Rules,
+        record: Record = record_graph,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.model, self.optimizer, self.options, self.rules = model, optimizer, options, rules
+        self._record: Record | None = record
+        self._say = say
+        self._kinds: dict[tuple[bool, ...], _Kind] = {}
+
+    def __call__(self, images: Tensor, step: int) -> Taken:
+        set_learning_rate(self.optimizer, self.rules.learning_rate(step))
+        kind = self._kind(images, self.rules.choices(step, self.model.spec, len(images)))
+        if kind.replay is None and kind.taken >= WARM_UP and self._record is not None:
+            try:
+                kind.replay = self._record(lambda: self._take(kind))
+            except RuntimeError as error:
+                reason = str(error).splitlines()[0]
+                self._say(f"steps are not recorded, but taken one operation at a time: {reason}")
+                self._record = None
+        if kind.replay is not None:
+            return kind.replay()
+        kind.taken += 1
+        return _aside(lambda: self._take(kind), images.device)
+
+    def _kind(self, images: Tensor, choices: Choices) -> _Kind:
+        """The kind of this step, its tensors filled with this step's images and choices."""
+        kind = self._kinds.get(choices.kind)
+        if kind is None:
+            kind = _Kind(images.clone(), choices.to(images.device, copy=True))
+            self._kinds[choices.kind] = kind
+        else:
+            kind.images.copy_(images)
+            kind.choices.fill(choices)
+        return kind
+
+    def _take(self, kind: _Kind) -> Taken:
+        return take(self.model, self.optimizer, kind.images, self.options, kind.choices)
+
+
+def _aside(body: Callable[[], Taken], device: torch.device) -> Taken:
+    """Runs ``body``, on a card on a stream of its own, as the first runs of a recording must."""
+    if device.type != "cuda":
+        return body()
+    stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        losses, indices = body()
+    current.wait_stream(stream)
+    for tensor in (*losses, indices):
+        tensor.record_stream(current)
+    return losses, indices

@@ -1,0 +1,202 @@
+"""The rules of a recipe: the learning rate step by step, and what happens to the codebook beside
+its averages.
+
+Every rule that touches the codebook has its twin in ``vqref.quantizer``, with the random choice
+passed in. Here the choice is made, by one generator whose state a snapshot holds.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vqref.spec import ModelSpec
+from vqtrain.data.batches import Batches
+from vqtrain.model import VQVAE
+from vqtrain.nearest import nearest
+from vqtrain.options import TrainingOptions
+
+RISING_STEPS = 100
+"""Steps in which a cosine schedule first rises to the learning rate."""
+
+SHORTEST_RUN = 10
+"""Plain steps take at most this part of a run, so that a short one has a codebook, too."""
+
+LAST_SHARE = 0.01
+"""The share of the learning rate at which a cosine schedule ends."""
+
+REVIVE_UNTIL = 0.9
+"""The share of all steps after which no code is revived any more: the last ones settle."""
+
+KMEANS_LATENTS, LATENTS_PER_CODE = 20_000, 4
+"""At most so many latents of the training images are clustered, or so many per code if that is
+more."""
+
+KMEANS_STEPS, LARGE_STEPS = 30, 10
+"""Rounds of k-means, and of that for a codebook whose distances do not fit one array."""
+
+CHOICE_ELEMENTS = 2**24
+"""Elements of the largest array of random choices or distances that a rule makes, 64 MiB."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the rules chose for one step, in tensors so that steps of one kind differ in them alone.
+
+    plain: the decoder is fed the latents themselves.
+    gumbel (N, S, K), or a seed for it if that is too large; temperature (): of the draw of indices,
+        None if the nearest code is taken.
+    order (N*S,): in which latents of the batch take the places of dead codes, None if none does.
+    """
+
+    plain: bool
+    gumbel: Tensor | int | None
+    temperature: Tensor | None
+    order: Tensor | None
+
+    @property
+    def kind(self) -> tuple[bool, ...]:
+        """Steps of one kind do the same operations."""
+        return self.plain, self.gumbel is not None, self.order is not None
+
+    def to(self, device: torch.device, *, copy: bool = False) -> Choices:
+        """The same on a device; with ``copy``, in tensors of its own."""
+
+        def moved(value: Tensor | int | None) -> Tensor | int | None:
+            return value.to(device, copy=copy) if isinstance(value, Tensor) else value
+
+        chosen = map(moved, (self.gumbel, self.temperature, self.order))
+        return Choices(self.plain, *chosen)  # type: ignore[arg-type]
+
+    def fill(self, other: Choices) -> None:
+        """Takes over the choices of another step of the same kind, in place."""
+        for name in ("gumbel", "temperature", "order"):
+            mine, others = getattr(self, name), getattr(other, name)
+            if isinstance(mine, Tensor):
+                mine.copy_(others)
+
+
+def fits_an_array(spec: ModelSpec, count: int) -> bool:
+    """Whether the random choices of a draw for ``count`` images may be one array."""
+    return count * spec.latent_size * spec.num_codes <= CHOICE_ELEMENTS
+
+
+class Rules:
+    """The rules of ``options`` over ``steps`` steps.
+
+    generator: makes every random choice; its state is the only state.
+    """
+
+    def __init__(self, options: TrainingOptions, steps: int) -> None:
+        self.options, self.steps = options, steps
+        self.plain_steps = min(options.plain_steps, steps // SHORTEST_RUN)
+        self.generator = torch.Generator().manual_seed(options.seed + 1)
+
+    def plain(self, step: int) -> bool:
+        """Whether the decoder is fed the latents themselves in this step (counted from 0)."""
+        return step < self.plain_steps
+
+    def starts(self, step: int) -> bool:
+        """Whether the codebook is set by k-means before this step."""
+        return self.options.kmeans_start and step == self.plain_steps
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of this step."""
+        if not self.options.cosine:
+            return self.options.learning_rate
+        fall = LAST_SHARE + (1 - LAST_SHARE) * (1 + math.cos(math.pi * step / self.steps)) / 2
+        return self.options.learning_rate * min(1.0, (step + 1) / RISING_STEPS) * fall
+
+    def temperature(self, step: int) -> float:
+        """The temperature of this step's draw of indices; 0 if the nearest code is taken."""
+        end = self.options.anneal_until * self.steps
+        return self.options.temperature * max(0.0, 1 - step / end) if end else 0.0
+
+    def revives(self, step: int) -> bool:
+        """Whether dead codes are reset after this step."""
+        early = step < REVIVE_UNTIL * self.steps
+        return self.options.revive_below > 0 and not self.plain(step) and early
+
+    def choices(self, step: int, spec: ModelSpec, count: int) -> Choices:
+        """What this step needs on ``count`` images, its random choices made."""
+        temperature = 0.0 if self.plain(step) else self.temperature(step)
+        gumbel = self._gumbel(spec, count) if temperature > 0 else None
+        order = None
+        if self.revives(step):
+            order = torch.randperm(count * spec.latent_size, generator=self.generator)
+        held = None if gumbel is None else torch.tensor(temperature)
+        return Choices(self.plain(step), gumbel, held, order)
+
+    def _gumbel(self, spec: ModelSpec, count: int) -> Tensor | int:
+        """Noise for every latent and code, or a seed of it: minus the logarithm of an exponential
+        variable is Gumbel distributed."""
+        if not fits_an_array(spec, count):
+            return self._seed()
+        noise = torch.empty(count, spec.latent_size, spec.num_codes)
+        return -noise.exponential_(generator=self.generator).log()
+
+    def _seed(self) -> int:
+        return int(torch.randint(2**31, (), generator=self.generator))
+
+    def start(self, model: VQVAE, batches: Batches) -> None:
+        """Sets the codebook by k-means on latents of the training images, without gradient."""
+        latents = self._some_latents(model, batches)
+        codes = model.spec.num_codes
+        rows, labels = kmeans(latents, codes, self._seed())
+        share = torch.bincount(labels, minlength=codes) / len(labels)
+        counts = share * self.options.batch_size * model.spec.latent_size
+        codebook, options = model.quantizer.codebook, self.options
+        arrays = rows.to(codebook), counts.to(codebook)
+        model.quantizer.start(*arrays, options.decay, options.epsilon)
+
+    @torch.no_grad()
+    def _some_latents(self, model: VQVAE, batches: Batches) -> Tensor:
+        """Latents (M, D) of as many images as k-means wants latents, in a random order."""
+        spec = model.spec
+        wanted = max(KMEANS_LATENTS, LATENTS_PER_CODE * spec.num_codes)
+        images = -(-wanted // spec.latent_size)
+        found = [model.encoder(part) for part in batches.some(images, self.generator)]
+        latents = torch.cat(found).reshape(-1, spec.code_size)
+        order = torch.randperm(len(latents), generator=self.generator)[:wanted]
+        return latents[order.to(latents.device)].float()
+
+
+def kmeans(latents: Tensor, codes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows (codes, D) of k-means on latents (M, D), and the row of each latent, (M,).
+
+    SciPy's, if its array of all distances fits; else Lloyd's alternation from latents drawn at
+    random, with the search that needs no such array. Raises ValueError for latents that are not
+    finite.
+    """
+    if not latents.isfinite().all():
+        raise ValueError("latents are not finite")
+    if len(latents) < codes:  # some codes begin at the same place
+        repeated = torch.arange(codes, device=latents.device) % len(latents)
+        return latents[repeated], torch.arange(len(latents), device=latents.device)
+    if len(latents) * codes > CHOICE_ELEMENTS:
+        return _lloyd(latents, codes, seed)
+    from scipy.cluster.vq import kmeans2
+
+    points, rng = latents.cpu().double().numpy(), np.random.default_rng(seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an empty cluster keeps its place, and may be revived
+        rows, labels = kmeans2(points, codes, iter=KMEANS_STEPS, minit="++", rng=rng)
+    return torch.from_numpy(rows), torch.from_numpy(labels).long()
+
+
+def _lloyd(latents: Tensor, codes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Begins at different latents: equal rows are near ties, which the search cannot pass over."""
+    generator, places = torch.Generator().manual_seed(seed), latents.unique(dim=0)
+    drawn = torch.randperm(len(places), generator=generator)[torch.arange(codes) % len(places)]
+    rows = places[drawn.to(latents.device)]
+    for _ in range(LARGE_STEPS):
+        labels = nearest(latents, rows)
+        counts = torch.bincount(labels, minlength=codes)[:, None]
+        sums = torch.zeros_like(rows).index_add_(0, labels, latents)
+        rows = torch.where(counts > 0, sums / counts.clamp(min=1), rows)
+    return rows, nearest(latents, rows)

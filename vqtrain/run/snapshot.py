@@ -1,0 +1,181 @@
+"""Snapshots of a run: everything that the next step depends on, sealed with a digest.
+
+The last two are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqref.errors import InputError, UsageError
+from vqref.host.files import write_file
+from vqref.spec import ModelSpec
+from vqtrain.model import VQVAE
+from vqtrain.options import TrainingOptions
+from vqtrain.run.metrics import Meter
+
+MAGIC = b"vqtrain-state 2 "
+"""First bytes of a snapshot: the format and its version. The payload's sha256 in hexadecimal and a
+newline follow."""
+
+KEPT = 2
+
+Course = Mapping[str, Any]
+"""What decides about every step of a run: two runs of the same course end at the same model."""
+
+
+def course_of(
+    spec: ModelSpec, options: TrainingOptions, sizes: Mapping[str, int], data_sha256: str
+) -> Course:
+    """The options, the network and the data of a run, as plain data.
+
+    sizes: the family's, by which people know the network. Its rows are here as a digest, last.
+    """
+    rows = json.dumps([layer.to_dict() for layer in spec.layers], sort_keys=True).encode()
+    return {
+        **options.to_dict(),
+        "network": spec.family,
+        **sizes,
+        "image_shape": list(spec.image_shape),
+        "num_codes": spec.num_codes,
+        "code_size": spec.code_size,
+        "likelihood": spec.likelihood,
+        "data_sha256": data_sha256,
+        "rows": hashlib.sha256(rows).hexdigest()[:12],
+    }
+
+
+def differences(course: Course, other: Course) -> list[str]:
+    """What differs in two courses, a phrase each; rows that follow from the rest are not named."""
+    found = [
+        f"{key} {other.get(key)!r}, not {course.get(key)!r}"
+        for key in course
+        if course[key] != other.get(key)
+    ]
+    return found[:-1] if len(found) > 1 and found[-1].startswith("rows ") else found
+
+
+def require_same_course(run: Path, course: Course, state: Mapping[str, Any]) -> None:
+    """Raises UsageError that names what changed if a snapshot was made in another course."""
+    if changed := differences(course, state["course"]):
+        raise UsageError(
+            f"{run} was begun with {', '.join(changed)}; use the same options, or another --name"
+        )
+
+
+@dataclass
+class RunState:
+    """Where a run stands. Its steps change it in place.
+
+    model, optimizer: what is trained. choices: the generator of the rules' random choices.
+    meter: what was measured since the epoch began. order: the state in which the generator of the
+    images' order was then.
+    epoch, step, seconds: whole epochs, and steps and seconds spent within the next one.
+    history: a line of metrics per epoch. finished: the last epoch is done and ``output`` written.
+    """
+
+    model: VQVAE
+    optimizer: torch.optim.Optimizer
+    choices: torch.Generator
+    meter: Meter
+    order: Tensor
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    finished: bool = False
+
+    def to_plain(self) -> dict[str, Any]:
+        """What goes into a snapshot: tensors and plain data."""
+        return {
+            "model": self.model.state_dict(),
+            "quantizer_steps": self.model.quantizer.steps,
+            "optimizer": self.optimizer.state_dict(),
+            "choices": self.choices.get_state(),
+            "meter": self.meter.state(),
+            "finished": self.finished,
+            **{name: getattr(self, name) for name in _KEPT_AS_IT_IS},
+        }
+
+    def load(self, plain: Mapping[str, Any]) -> None:
+        """Takes over what ``to_plain`` gave, to go on from there."""
+        self.model.load_state_dict(plain["model"])
+        self.model.quantizer.steps.copy_(plain["quantizer_steps"])
+        self._load_optimizer(plain["optimizer"])
+        self.choices.set_state(plain["choices"])
+        self.meter.load(plain["meter"])
+        for name in _KEPT_AS_IT_IS:
+            setattr(self, name, plain[name])
+
+    def _load_optimizer(self, plain: Mapping[str, Any]) -> None:
+        """Takes over moments and counts of steps. Where those live and how they are moved is this
+        device's own."""
+        own = [
+            {name: group[name] for name in ("lr", "fused", "capturable")}
+            for group in self.optimizer.param_groups
+        ]
+        groups = [group | mine for group, mine in zip(plain["param_groups"], own, strict=True)]
+        self.optimizer.load_state_dict({**plain, "param_groups": groups})
+
+
+_KEPT_AS_IT_IS = ("order", "epoch", "step", "seconds", "history")
+
+
+def save_state(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
+    """Writes the snapshot of ``step`` (steps since the start) and removes all but the last KEPT.
+
+    Raises OSError; the earlier snapshots are then as they were.
+    """
+    payload = io.BytesIO()
+    torch.save(state, payload)
+    content = payload.getvalue()
+    path = folder / f"step-{step:08d}.state"
+    folder.mkdir(exist_ok=True)
+    write_file(path, MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    for old in list_states(folder)[KEPT:]:
+        old.unlink()
+    return path
+
+
+def list_states(folder: Path) -> list[Path]:
+    """The snapshots in a folder, the latest first."""
+    return sorted(folder.glob("step-*.state"), reverse=True)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state in a snapshot. Executes nothing.
+
+    Raises InputError for a file that is damaged, foreign or of another version.
+    """
+    try:
+        head, _, content = path.read_bytes().partition(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if not head.startswith(MAGIC):
+        other = head.startswith(MAGIC.split(b" ")[0] + b" ")
+        what = "a snapshot of another format version" if other else "not a snapshot of vqtrain"
+        raise InputError(f"{path}: {what}")
+    if head[len(MAGIC) :] != hashlib.sha256(content).hexdigest().encode():
+        raise InputError(f"{path}: damaged: its sha256 is not the one that it was sealed with")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on a payload that is about to be refused
+            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(
+            f"{path}: refused: its payload is not plain data; nothing was executed"
+        ) from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path}: not a snapshot of vqtrain")
+    return state

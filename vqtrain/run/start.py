@@ -1,0 +1,64 @@
+"""How a model begins: its parameters, its codebook's averages, its place on a device."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+import vqref
+from vqref.dialects import DIALECTS
+from vqref.quantizer import EMAState
+from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
+from vqref.validation import Array, Float64
+from vqtrain.model import VQVAE
+from vqtrain.options import TrainingOptions
+
+WIDEST_OUTPUT = 32.0
+"""Outputs beyond ± this need not be tried for a mean pixel: a logit of 32 is white to float32."""
+
+DARKEST = 1e-3
+"""Mean pixels are kept this far from black and from white."""
+
+
+def start_model(
+    spec: ModelSpec, options: TrainingOptions, images: Array, device: torch.device
+) -> VQVAE:
+    """The model before its first step on images (N, C, H, W), uint8 or in [0, 1]."""
+    rng = np.random.default_rng(options.seed)
+    params = vqref.init_params(spec, rng)
+    if options.center:
+        bias, _ = spec.decoder[-1].parameters[1]
+        params[bias] = mean_outputs(spec, images).astype(np.float32)
+    dialect, codebook = DIALECTS[options.dialect], params[CODEBOOK]
+    means = rng.standard_normal(codebook.shape) if dialect.means == "own" else None
+    start = EMAState.start(codebook, dialect, means)
+    params[EMA_COUNT] = start.ema_count.astype(np.float32)
+    params[EMA_MEANS] = start.ema_means.astype(np.float32)
+    return prepare(VQVAE(spec, params, dialect), device)
+
+
+def prepare(model: VQVAE, device: torch.device) -> VQVAE:
+    """The model on its device, its kernels laid out with the channels last, as fast convolutions
+    want them."""
+    return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+def mean_outputs(spec: ModelSpec, images: Array) -> Float64:
+    """Outputs (P,) whose likelihood's mean is the mean pixel of each channel of ``images``.
+
+    Means rise with their outputs, so they are found by bisection, whatever the likelihood. Outputs
+    that are no means (scales) stay at 0.
+    """
+    unit = 255 if images.dtype == np.uint8 else 1
+    pixel = images.mean(axis=(0, 2, 3), dtype=np.float64) / unit  # (C,)
+    wanted = np.clip(pixel, DARKEST, 1 - DARKEST)
+    channels, (parameters, height, width) = len(wanted), spec.output_shape
+    low, high = np.full(channels, -WIDEST_OUTPUT), np.full(channels, WIDEST_OUTPUT)
+    outputs = np.zeros(parameters)
+    for _ in range(64):
+        outputs[:channels] = (low + high) / 2
+        image = np.broadcast_to(outputs[:, None, None], (1, parameters, height, width))
+        below = vqref.reconstruct(spec, image)[0, :, 0, 0] < wanted
+        low = np.where(below, outputs[:channels], low)
+        high = np.where(below, high, outputs[:channels])
+    return outputs

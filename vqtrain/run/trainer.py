@@ -1,0 +1,308 @@
+"""The training loop: steps, epochs, the checks between them, and what a signal leaves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from vqref.agreement.budget import images_within
+from vqref.agreement.report import Report
+from vqref.dialects import DIALECTS
+from vqref.errors import CommandError, InputError, ParityError
+from vqref.host.files import write_file
+from vqref.host.images import ImageSet, to_unit_interval
+from vqref.modelfile import Model
+from vqref.spec import ModelSpec
+from vqtrain.agreement import check_against_oracle
+from vqtrain.data.batches import Batches
+from vqtrain.model import VQVAE
+from vqtrain.modelfile import read_model, write_model
+from vqtrain.options import TrainingOptions
+from vqtrain.run.folder import MODEL, RunFolder
+from vqtrain.run.interrupts import Interrupted, Interrupts
+from vqtrain.run.metrics import Meter, evaluate
+from vqtrain.run.narrator import Narrator, say
+from vqtrain.run.recording import RecordedSteps, can_be_recorded
+from vqtrain.run.rules import Rules
+from vqtrain.run.snapshot import Course, RunState, save_state
+from vqtrain.run.start import prepare, start_model
+from vqtrain.run.step import Taken, make_optimizer, training_step
+
+SAMPLED_IMAGES = 1000
+"""The most training images that are measured after an epoch if none are held out."""
+
+
+def require_one_batch(images: ImageSet, options: TrainingOptions) -> None:
+    """Raises InputError if the training images do not fill one batch."""
+    if len(images.train) < options.batch_size:
+        raise InputError(
+            f"{images.source}: {len(images.train)} images, fewer than one batch of "
+            f"{options.batch_size}"
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """Where and how a run works: nothing here changes what it computes on a given device.
+
+    folder: the run's. output: where a copy of the model goes.
+    snapshot_steps: steps between snapshots within an epoch.
+    check_images: how many images a check against the oracle takes; None takes as many as it does in
+    about two seconds. check_every: epochs between checks.
+    say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
+    record: whether steps on a card are recorded as CUDA graphs, if they can be.
+    """
+
+    device: torch.device
+    folder: RunFolder
+    output: Path
+    interrupts: Interrupts
+    snapshot_steps: int = 500
+    check_images: int | None = None
+    check_every: int = 1
+    say: Callable[[str], None] = say
+    writer: Any = None
+    record: bool = True
+
+
+class Trainer:
+    """One run.
+
+    course: what ``course_of`` says of it. state: of a snapshot to go on from.
+
+    Raises InputError if the images do not fill one batch. ``run`` raises ParityError if the module
+    and the oracle disagree, CommandError if the loss is no longer finite, and Interrupted, with the
+    state saved, if a signal came.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        options: TrainingOptions,
+        images: ImageSet,
+        work: Work,
+        provenance: dict[str, Any],
+        course: Course,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        require_one_batch(images, options)
+        self.spec, self.options, self.work = spec, options, work
+        self.provenance, self.course = provenance, course
+        self.narrator = Narrator(spec, work.folder, work.say, work.writer, options.seed)
+        self._take_images(images)
+
+        self.model = start_model(spec, options, images.train, work.device)
+        self.optimizer = make_optimizer(self.model, options)
+        self.total = len(self.batches) * options.epochs
+        self.rules = Rules(options, self.total)
+        self.recorded: RecordedSteps | None = None
+        if work.device.type == "cuda" and work.record and can_be_recorded(spec, options):
+            self.recorded = RecordedSteps(
+                self.model, self.optimizer, options, self.rules, say=work.say
+            )
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.state = RunState(
+            self.model,
+            self.optimizer,
+            self.rules.generator,
+            Meter(spec, work.device),
+            self.generator.get_state(),
+        )
+        if state is not None:
+            self.state.load(state)
+
+    def _take_images(self, images: ImageSet) -> None:
+        """Chooses the images to train on, to measure after an epoch, and to check with."""
+        batch_size, device = self.options.batch_size, self.work.device
+        if images.held_out is not None and len(images.held_out):
+            self.measured_as, measured = "held_out", images.held_out
+        else:
+            apart = -(-len(images.train) // SAMPLED_IMAGES)
+            self.measured_as, measured = "training_sample", images.train[::apart]
+        count = self.work.check_images or images_within(self.spec)
+        self.batches = Batches(images.train, batch_size, device)
+        self.measured = Batches(measured, batch_size, device)
+        self.sample = to_unit_interval(images.train[:count])
+        self.measured_sample = to_unit_interval(measured[:count])
+        self.shown = to_unit_interval(measured[: self.narrator.shown_images])
+
+    def run(self) -> Model:
+        """Trains until ``options.epochs`` epochs are done. Returns what ``output`` holds."""
+        self.work.say(
+            f"{len(self.batches.images)} images, {self.total} steps of {self.options.batch_size} "
+            f"on {self.work.device}"
+        )
+        try:
+            self._require_agreement(self.model, self.sample, "before the first step", aloud=True)
+            self.narrator.heading()
+            while self.state.epoch < self.options.epochs:
+                self._epoch()
+            return self._finish()
+        except Interrupted as stop:
+            self._save()
+            raise Interrupted(
+                stop.signum,
+                f"interrupted in epoch {self.state.epoch + 1}, step {self.state.step}, and saved; "
+                "the same command goes on",
+            ) from None
+
+    def _epoch(self) -> None:
+        """Takes the rest of the epoch, then measures, checks, publishes, and tells of it."""
+        state = self.state
+        self._steps()
+        start = time.perf_counter()
+        metrics = state.meter.read()
+        state.seconds += time.perf_counter() - start  # a card was still at work
+        self._require_finite(metrics.total)
+        epoch = state.epoch + 1
+        line = {
+            "epoch": epoch,
+            **metrics.to_dict(self.spec),
+            "images_per_second": state.step * self.options.batch_size / state.seconds,
+            "data": self.provenance.get("data", {}).get("source"),
+        }
+        if epoch % self.work.check_every == 0:
+            report = self._require_agreement(self.model, self.sample, f"after epoch {epoch}")
+            line["oracle"] = report.to_dict()
+            line["oracle_error_over_allowed"] = report.worst_error_over_allowed
+        measured = evaluate(self.model, self.measured, self.options, self.spec.variance)
+        self._require_finite(measured.total)
+        line[self.measured_as] = measured.to_dict(self.spec)
+        with self.work.interrupts.hold():
+            state.history.append(line)
+            state.epoch, state.step, state.seconds = epoch, 0, 0.0
+            state.order, state.meter = (
+                self.generator.get_state(),
+                Meter(self.spec, self.work.device),
+            )
+            self._publish()
+        self.narrator.epoch(line)
+        self.narrator.draw(self.model, self.shown, metrics.hits, state.history)
+
+    def _steps(self) -> None:
+        """The rest of the epoch's steps."""
+        state = self.state
+        for images in self._with_progress():
+            start = time.perf_counter()
+            with self.work.interrupts.hold():
+                step = self._steps_taken()
+                if self.rules.starts(step):
+                    self._start_codebook()
+                state.meter.add(*self._take(images, step))
+                state.step += 1
+                state.seconds += time.perf_counter() - start
+                if state.step % self.work.snapshot_steps == 0:
+                    self._save()
+
+    def _take(self, images: Tensor, step: int) -> Taken:
+        if self.recorded is not None:
+            return self.recorded(images, step)
+        return training_step(self.model, self.optimizer, images, self.options, self.rules, step)
+
+    def _start_codebook(self) -> None:
+        try:
+            self.rules.start(self.model, self.batches)
+        except ValueError as error:  # latents that are no longer finite
+            raise CommandError(
+                f"the run diverged before the codebook's start: {error}; {self._kept()}"
+            ) from None
+
+    def _with_progress(self) -> Iterator[Tensor]:
+        """The rest of one shuffled pass behind a bar that is drawn on a terminal only.
+
+        The losses are read as often as it is drawn, every half second.
+        """
+        state = self.state
+        self.generator.set_state(state.order)
+        bar = tqdm(
+            self.batches.shuffled(self.generator, skip=state.step),
+            desc=f"epoch {state.epoch + 1}/{self.options.epochs}",
+            initial=state.step,
+            total=len(self.batches),
+            unit="step",
+            leave=False,
+            disable=None,
+            dynamic_ncols=True,
+        )
+        drawn = 0.0
+        for images in bar:
+            yield images
+            if not bar.disable and time.monotonic() - drawn > 0.5:
+                now = state.meter.read()
+                bar.set_postfix_str(
+                    f"bound {now.bound:.1f}, commitment {now.commitment:.3f}", refresh=False
+                )
+                drawn = time.monotonic()
+
+    def _finish(self) -> Model:
+        """Reads the file back, and holds what it says to the oracle on images that the run was not
+        checked on before, if there are any."""
+        path = self.work.folder.path / MODEL
+        model = read_model(path)
+        dialect = DIALECTS[self.options.dialect]
+        module = prepare(VQVAE(model.spec, model.params, dialect), self.work.device)
+        module.quantizer.steps.copy_(self.model.quantizer.steps)
+        self._require_agreement(module, self.measured_sample, f"{MODEL} read back", aloud=True)
+        with self.work.interrupts.hold():
+            write_file(self.work.output, path.read_bytes())
+            self.state.finished = True
+            self._save()
+        return model
+
+    def _publish(self) -> None:
+        """Writes the model, the metrics and a snapshot after a full epoch."""
+        history = self.state.history
+        metrics = {**history[-1], "history": history}
+        model = Model(
+            self.spec, self.model.params(), self.options.to_dict(), metrics, self.provenance
+        )
+        write_model(self.work.folder.path / MODEL, model)
+        self.work.folder.write_metrics(history)
+        self._save()
+
+    def _save(self) -> None:
+        state = {"course": self.course, **self.state.to_plain()}
+        with self.work.interrupts.hold():
+            save_state(self.work.folder.snapshots, self._steps_taken(), state)
+
+    def _steps_taken(self) -> int:
+        return self.state.epoch * len(self.batches) + self.state.step
+
+    def _require_agreement(
+        self, model: VQVAE, images: npt.NDArray[np.float32], when: str, *, aloud: bool = False
+    ) -> Report:
+        """Checks ``model`` against the oracle on images (N, C, H, W). Raises ParityError,
+        CommandError."""
+        try:
+            report = check_against_oracle(model, images, self.options)
+        except ValueError as error:  # a weight or a stage that is no longer finite
+            raise CommandError(f"the run diverged {when}: {error}; {self._kept()}") from None
+        if not report.passed:
+            raise ParityError(
+                f"the model disagrees with the oracle {when}: {report.failures[0]}; {self._kept()}",
+                report,
+            )
+        if aloud:
+            self.narrator.agrees(report, len(images), when)
+        return report
+
+    def _require_finite(self, loss: float) -> None:
+        if not np.isfinite(loss):
+            raise CommandError(
+                f"the loss is {loss} in epoch {self.state.epoch + 1}; {self._kept()}"
+            )
+
+    def _kept(self) -> str:
+        if not self.state.history:
+            return "nothing was written"
+        epoch = self.state.history[-1]["epoch"]
+        return f"{self.work.folder.path / MODEL} holds epoch {epoch}"
