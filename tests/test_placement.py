@@ -191,6 +191,20 @@ def test_a_first_run_that_fails_is_the_machines_error_and_auto_takes_the_cpu(pyt
     assert warned.startswith(f"there is a CUDA device, but it cannot be used: {line}")
 
 
+@needs_stub
+def test_a_command_whose_first_run_fails_says_so_in_one_line(libraries, bundle):
+    done = subprocess.run(
+        [sys.executable, "-m", "vqdeploy", "verify", str(bundle), "--device", "cuda"],
+        env={**os.environ, "LD_LIBRARY_PATH": str(libraries), "STUB_CUDNN_STATUS": "5000"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 5
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"vqdeploy: encoder.onnx: its first run on {CUDA} failed: ")
+
+
 ROWS = {
     "the post's": ((28, 28), (5, 5), 2, ((1, 2), (1, 2))),
     "an odd image": ((27, 28), (5, 5), 2, ((2, 2), (1, 2))),

@@ -1,4 +1,4 @@
-"""The failures that a user can meet, each with its exit code, and the codes themselves. Standard library only."""
+"""The failures that a user can meet, and the exit codes of all programs. Standard library only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class ExitCode(IntEnum):
 
 
 class CommandError(Exception):
-    """An expected failure: the message is the one line that the user reads, ``exit_code`` the process's status."""
+    """An expected failure: its message is the one line that the user reads, ``exit_code`` what the
+    process returns."""
 
     exit_code = ExitCode.FAILED
 

@@ -54,7 +54,7 @@ def as_indices(indices: npt.ArrayLike, shape: tuple[int | str, ...], num_codes: 
 
 
 def check_params(spec: ModelSpec, params: Params) -> None:
-    """Holds names, shapes, dtypes and finiteness of all parameters to the spec. Raises ValueError."""
+    """Holds names, shapes, dtypes and finiteness of parameters to the spec. Raises ValueError."""
     expected = {parameter.name: parameter.shape for parameter in spec.parameters}
     if missing := [name for name in expected if name not in params]:
         raise ValueError(f"parameters missing: {', '.join(missing)}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vqdeploy.codec import Codec
-from vqdeploy.runtime.sessions import DEVICES
+from vqdeploy.runtime.sessions import DEVICES, quiet
 from vqref.errors import InputError
 from vqref.host.commandline import option
 from vqref.host.files import require_writable
@@ -29,7 +29,8 @@ class BundleOptions:
 
 @contextmanager
 def remarks() -> Iterator[None]:
-    """Prints warnings as lines on stderr."""
+    """Prints warnings as lines on stderr, and nothing that onnxruntime would write there itself."""
+    quiet()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         yield

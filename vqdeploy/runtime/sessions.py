@@ -346,6 +346,13 @@ def resolve_device(device: str) -> str:
     return "cpu" if obstacle else "cuda"
 
 
+def quiet() -> None:
+    """Keeps onnxruntime's own lines off stderr: for programs whose errors are one line."""
+    import onnxruntime as ort
+
+    ort.set_default_logger_severity(4)
+
+
 def cuda_devices() -> int:
     """Returns how many CUDA devices the NVIDIA driver reports, 0 without a driver.
 
