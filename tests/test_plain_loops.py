@@ -131,6 +131,7 @@ NUMBERS = {
     "linear": lambda x: x,
     "elu": lambda x: x if x > 0 else math.expm1(x),
     "relu": lambda x: max(x, 0.0),
+    "silu": lambda x: x / (1 + math.exp(-x)),
 }
 
 

@@ -184,7 +184,7 @@ BAD_FIELDS = {
     "a row without a kind": (lambda f: f["encoder"][0].pop("kind"), r"encoder\.conv1: lacks kind"),
     "a row's unknown field": (lambda f: add_row(f, groups=2), r"decoder\.more: unknown fields: gr"),
     "an unknown kind": (lambda f: add_row(f, kind="norm"), r"decoder\.more: kind is 'norm'"),
-    "an unknown activation": (lambda f: add_row(f, activation="silu"), "activation is 'silu'"),
+    "an unknown activation": (lambda f: add_row(f, activation="mish"), "activation is 'mish'"),
     "a name of two lines": (lambda f: add_row(f, name="decoder.a\nb"), r"named 'decoder\.a\\nb'"),
     "an empty word": (lambda f: add_row(f, name="decoder..a"), r"named 'decoder\.\.a', expected w"),
     "a name within a row": (lambda f: add_row(f, name="decoder.conv1.weight"), "lies within the n"),

@@ -13,6 +13,7 @@ from types import MappingProxyType
 import numpy as np
 import numpy.typing as npt
 
+from vqref.likelihoods import sigmoid
 from vqref.spec import Layer, ModelSpec, plan
 from vqref.validation import Float64, Params, as_float64, as_images
 
@@ -141,6 +142,11 @@ def relu(x: Float64) -> Float64:
     return np.maximum(x, 0.0)
 
 
+def silu(x: Float64) -> Float64:
+    """x / (1 + exp(-x)) (Elfwing, Uchibe and Doya 2018)."""
+    return x * sigmoid(x)
+
+
 KINDS: Mapping[str, Callable[..., Float64]] = MappingProxyType(
     {
         "affine": affine,
@@ -155,7 +161,7 @@ KINDS: Mapping[str, Callable[..., Float64]] = MappingProxyType(
     }
 )
 ACTIVATIONS: Mapping[str, Callable[[Float64], Float64]] = MappingProxyType(
-    {"linear": linear, "elu": elu, "relu": relu}
+    {"linear": linear, "elu": elu, "relu": relu, "silu": silu}
 )
 
 

@@ -215,7 +215,7 @@ add             the sum of two rows
 activation      an activation alone
 """
 
-ACTIVATIONS = ("linear", "elu", "relu")
+ACTIVATIONS = ("linear", "elu", "relu", "silu")
 
 
 @dataclass(frozen=True)

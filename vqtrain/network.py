@@ -225,6 +225,10 @@ def relu(x: Tensor) -> Tensor:
     return F.relu(x)
 
 
+def silu(x: Tensor) -> Tensor:
+    return F.silu(x)
+
+
 KINDS: dict[str, Callable[..., Tensor]] = {
     "affine": affine,
     "conv": conv,
@@ -236,4 +240,9 @@ KINDS: dict[str, Callable[..., Tensor]] = {
     "add": add,
     "activation": activation,
 }
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"linear": linear, "elu": elu, "relu": relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": linear,
+    "elu": elu,
+    "relu": relu,
+    "silu": silu,
+}

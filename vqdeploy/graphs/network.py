@@ -243,4 +243,8 @@ def relu(builder: GraphBuilder, output: str, x: str) -> str:
     return builder.node("Relu", [x], output)
 
 
-ACTIVATIONS: dict[str, Callable[..., str]] = {"elu": elu, "relu": relu}
+def silu(builder: GraphBuilder, output: str, x: str) -> str:
+    return builder.node("Mul", [x, builder.node("Sigmoid", [x], f"{output}.gate")], output)
+
+
+ACTIVATIONS: dict[str, Callable[..., str]] = {"elu": elu, "relu": relu, "silu": silu}
