@@ -61,12 +61,12 @@ def stroke_widths(images: Images) -> npt.NDArray[np.float64]:
 
 
 def components(images: Images) -> float:
-    """The mean number of connected pieces of ink in an image."""
+    """The mean number of connected pieces of ink per image."""
     return float(np.mean([ndimage.label(ink, EIGHT)[1] for ink in images >= INK]))
 
 
 def holes(images: Images) -> float:
-    """The mean number of connected regions that the ink of an image encloses."""
+    """The mean number of connected regions per image that its ink encloses."""
     return float(
         np.mean(
             [

@@ -179,9 +179,9 @@ def all_found(arguments: argparse.Namespace) -> Iterator[Found]:
 
 def say(record: Record, title: str, which: str, found: Found) -> None:
     record.say(
-        f"{title:<30}{which:>5}{found['nmse']:>8.4f}{found['psnr']:>8.2f}{found['mean_psnr']:>11.2f}"
-        f"{found['ssim']:>8.4f}{found['perplexity']:>12.1f}{found['codes_used']:>7.0f}"
-        f"{found['seconds']:>9.0f}"
+        f"{title:<30}{which:>5}{found['nmse']:>8.4f}{found['psnr']:>8.2f}"
+        f"{found['mean_psnr']:>11.2f}{found['ssim']:>8.4f}{found['perplexity']:>12.1f}"
+        f"{found['codes_used']:>7.0f}{found['seconds']:>9.0f}"
     )
 
 

@@ -2,12 +2,17 @@
 check costs for networks of several sizes, beside what ``vqref.agreement.budget`` estimates.
 
 Peak memory is what NumPy allocated during the call (tracemalloc), beside the resident size of the
-process. A check is one of the trainer's, of as many images as it takes in a run.
+process. A check is one of the trainer's, of as many images as it takes in a run; per image is what
+further images add, fixed what none would take.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -16,7 +21,7 @@ from functools import partial
 import numpy as np
 
 import vqref
-from benchmarks.measure import Record, parser, timed
+from benchmarks.measure import ROOT, Record, parser, timed
 from vqref.agreement.budget import images_within, seconds_per_image
 from vqref.families import post, residual
 from vqref.spec import CODEBOOK, ModelSpec
@@ -53,47 +58,64 @@ CHECKED = {
     "residual 32x32": residual(),
     "residual 64x64": residual((3, 64, 64)),
     "residual 128x128": residual((3, 128, 128)),
-    "residual 128x128, 4,096": residual((3, 128, 128), num_codes=4096),
+    "residual 128x128, 4096": residual((3, 128, 128), num_codes=4096),
 }
 """Networks by the names that the table prints."""
 
 
-def measure_checks(record: Record) -> None:
-    """What a check costs per image, and the rates of which its estimate is made, all in seconds of
-    the processor: what else the machine does then matters little."""
+def measure_check(name: str) -> dict[str, float]:
+    """What a check of one network costs in seconds of the processor, whatever else the machine
+    does, and the rates of which its estimate is made."""
     from vqtrain import VQVAE, TrainingOptions
     from vqtrain.agreement import check_against_oracle
 
+    spec, rng = CHECKED[name], np.random.default_rng(0)
+    params, most = vqref.init_params(spec, rng), images_within(spec)
+    images = rng.random((most, *spec.image_shape)).astype(np.float32)
+    latents = vqref.encode(spec, params, images)
+    model, options = VQVAE(spec, params), TrainingOptions()
+
+    def taken(call: Callable[[], object]) -> float:
+        return median_seconds(call, 3, time.process_time)
+
+    few = most // 4
+    whole, part = (
+        taken(partial(check_against_oracle, model, images[:count], options))
+        for count in (most, few)
+    )
+    each = (whole - part) / (most - few)
+    passes = taken(partial(pass_through, spec, params, images, latents))
+    search = taken(partial(vqref.quantize, latents, params[CODEBOOK]))
+    return {
+        "images": most,
+        "seconds": whole,
+        "per image": each,
+        "estimated": seconds_per_image(spec),
+        "fixed": part - few * each,
+        "products per second": most * sum(row.products for row in spec.layers) / passes,
+        "differences per second": latents.size * spec.num_codes / search,
+    }
+
+
+def measure_checks(record: Record) -> None:
+    """The costs of checks, each measured in a process of one thread: threads that wait for each
+    other take processor time, too."""
     record.say(
-        f"{'one check, processor time':<26}{'images':>7}{'seconds':>9}{'per image':>11}"
+        f"{'one check, one thread':<25}{'images':>7}{'seconds':>9}{'fixed':>7}{'per image':>11}"
         f"{'estimated':>11}{'products/s':>12}{'differences/s':>15}"
     )
-    for name, spec in CHECKED.items():
-        rng = np.random.default_rng(0)
-        params, count = vqref.init_params(spec, rng), images_within(spec)
-        images = rng.random((count, *spec.image_shape)).astype(np.float32)
-        latents, network = vqref.encode(spec, params, images), sum(r.products for r in spec.layers)
-        checked = VQVAE(spec, params), images, TrainingOptions()
-        seconds, passes, search = (
-            median_seconds(call, 3, time.process_time)
-            for call in (
-                partial(check_against_oracle, *checked),
-                partial(pass_through, spec, params, images, latents),
-                partial(vqref.quantize, latents, params[CODEBOOK]),
-            )
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in CHECKED:
+        command = [sys.executable, "-m", "benchmarks.oracle", "--check", name]
+        run = subprocess.run(
+            command, cwd=ROOT, env=alone, check=True, stdout=subprocess.PIPE, text=True
         )
-        found = {
-            "images": count,
-            "seconds": seconds,
-            "estimated per image": seconds_per_image(spec),
-            "products per second": count * network / passes,
-            "differences per second": latents.size * spec.num_codes / search,
-        }
+        found = json.loads(run.stdout)
         record.figures[f"check, {name}"] = found
         record.say(
-            f"{name:<26}{count:>7}{seconds:>9.2f}{seconds / count:>11.4f}"
-            f"{found['estimated per image']:>11.4f}{found['products per second']:>12.2e}"
-            f"{found['differences per second']:>15.2e}"
+            f"{name:<25}{found['images']:>7}{found['seconds']:>9.2f}{found['fixed']:>7.2f}"
+            f"{found['per image']:>11.4f}{found['estimated']:>11.4f}"
+            f"{found['products per second']:>12.1e}{found['differences per second']:>15.1e}"
         )
 
 
@@ -142,7 +164,11 @@ def main() -> None:
         default=100_000,
         help="latents for the large quantize (default: %(default)s)",
     )
+    options.add_argument("--check", choices=tuple(CHECKED), help="one check, as JSON")
     arguments = options.parse_args()
+    if arguments.check:
+        print(json.dumps(measure_check(arguments.check)))
+        return
     record = Record(arguments)
     measure_forward(record)
     for code_size in (16, 64):

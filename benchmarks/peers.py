@@ -172,7 +172,9 @@ class Library(Peer):
         )
 
     def forward(self, images: Tensor) -> Answer:
-        quantized, indices, commitment = self.quantizer(self.encoder(images))
+        latents = self.encoder(images).float()
+        with torch.autocast(latents.device.type, enabled=False):  # which would round its averages
+            quantized, indices, commitment = self.quantizer(latents)
         return Answer(self.decoder(quantized), indices, commitment.sum())
 
     @torch.no_grad()

@@ -106,8 +106,9 @@ def graph_reports(spec: ModelSpec, params: Params, images: Array) -> Iterator[tu
     }
     for precision, form in forms.items():
         sessions, _ = open_sessions(form, spec, "cpu")
-        how = {"precision": precision, "folded": folds, "known": out}
-        report = check_graphs(spec, params, images, sessions, **how)
+        report = check_graphs(
+            spec, params, images, sessions, precision=precision, folded=folds, known=out
+        )
         yield f"onnxruntime {precision}", report
 
 

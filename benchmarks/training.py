@@ -14,6 +14,7 @@ stands beside it.
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -74,19 +75,20 @@ def layer_alone(layer: Layer, batch: int) -> float:
 def workers(record: Record, network: str, tensorflow: str | None) -> dict[str, Worker]:
     """The processes that take turns; what cannot run says why."""
     found = {name: Worker("benchmarks.steps", network, kind) for name, kind in OURS.items()}
-    wanted = [
-        (name, ("benchmarks.steps", network, kind), None) for name, kind in PEERS[network].items()
-    ]
+    wanted = {
+        name: partial(Worker, "benchmarks.steps", network, kind)
+        for name, kind in PEERS[network].items()
+    }
     if network == "post" and tensorflow:
-        wanted += [
-            (name, ("benchmarks.steps_tensorflow", kind), tensorflow)
+        wanted |= {
+            name: partial(Worker, "benchmarks.steps_tensorflow", kind, python=tensorflow)
             for name, kind in TENSORFLOW.items()
-        ]
+        }
     elif network == "post":
         record.say("TensorFlow: skipped: --tensorflow PYTHON names none")
-    for name, command, python in wanted:
+    for name, make in wanted.items():
         try:
-            found[name] = Worker(*command, python=python) if python else Worker(*command)
+            found[name] = make()
         except (RuntimeError, OSError) as error:
             record.say(f"{name}: skipped: {error}")
     record.figures["versions"] = {name: worker.said for name, worker in found.items()}
