@@ -125,16 +125,37 @@ def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
         (norm.reshape(-1) / 2, group.reshape(-1, group.shape[-1]).T.contiguous())
         for norm, group in zip(norms.split(TILE, dim=1), groups.split(TILE, dim=1), strict=True)
     ]
-    longest = norms.max().sqrt()
+    longest, choose = norms.max().sqrt(), _by_groups if len(tiles) > 1 else _by_scores
     step = _at_once(latents, max(count, GROUP * TILE, GROUP * codebook.shape[1]))
     room = latents.new_empty(min(step, len(latents)), GROUP * min(TILE, count) + count)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
     with torch.autocast(latents.device.type, enabled=False):
         for x, part in zip(latents.split(step), indices.split(step), strict=True):
-            part.copy_(
-                _by_groups(x, margin(x, longest), codebook, groups, tiles, room[: len(x)].view(-1))
-            )
+            limit, own = margin(x, longest), room[: len(x)].view(-1)
+            part.copy_(choose(x, limit, codebook, groups, tiles, own))
     return indices
+
+
+def _by_scores(
+    x: Tensor,
+    limit: Tensor,
+    codebook: Tensor,
+    groups: Tensor,
+    tiles: list[tuple[Tensor, Tensor]],
+    room: Tensor,
+) -> Tensor:
+    """What ``_by_groups`` returns, if all scores fit one tile: a latent with one score within the
+    margin has its index already, and the direct form decides for the others alone."""
+    ((half_norms, columns),) = tiles
+    scores = room[: len(x) * len(half_norms)].view(len(x), len(half_norms))
+    torch.addmm(half_norms, x, columns, alpha=-1, out=scores)  # column k is code k
+    scores = scores[:, : len(codebook)]
+    least, index = scores.min(dim=1, keepdim=True)
+    several = (scores <= least + limit).sum(dim=1) != 1  # none: a score was not a number
+    index = index[:, 0]
+    if bool(several.any()):
+        index[several] = directly(x[several], codebook)
+    return index
 
 
 def _by_groups(

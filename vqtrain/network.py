@@ -86,8 +86,9 @@ def conv_transpose(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
     has no kernel for it, and the cropped margin is never computed."""
     (top, bottom), (left, right) = layer.pads
     s, (channels, height, width) = layer.stride, layer.out_shape
-    if s == 1 and (top, left) == (bottom, right):
-        return F.conv_transpose2d(x, weight, bias, padding=(top, left))
+    whole = layer.kernel[0] % s == layer.kernel[1] % s == 0 and channels >= WIDE
+    if (s == 1 or whole) and (top, left) == (bottom, right):
+        return F.conv_transpose2d(x, weight, bias, s, padding=(top, left))
     rows = _Phases(layer.kernel[0], s, top, layer.in_shape[1], height)
     columns = _Phases(layer.kernel[1], s, left, layer.in_shape[2], width)
     taps = columns.taps(rows.taps(weight, 2), 4)  # (s columns', s rows', C, O, taps, taps)
@@ -99,6 +100,11 @@ def conv_transpose(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
     parts = F.conv2d(x, kernel, bias.repeat(s * s), padding=padding)
     y: Tensor = Interleave.apply(parts, rows, columns, channels)  # type: ignore[no-untyped-call]
     return y if y.shape[2:] == (height, width) else y[:, :, :height, :width]
+
+
+WIDE = 32
+"""Output channels from which PyTorch's transposed convolution is faster than phases, if each phase
+has as many taps."""
 
 
 class _Phases:

@@ -8,10 +8,8 @@ passed in. Here the choice is made, by one generator whose state a snapshot hold
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,11 +35,14 @@ KMEANS_LATENTS, LATENTS_PER_CODE = 20_000, 4
 """At most so many latents of the training images are clustered, or so many per code if that is
 more."""
 
+SPREAD_WORK = 2**31
+"""Differences, M*K*D, up to which k-means begins with k-means++, which computes each of them."""
+
 KMEANS_STEPS, LARGE_STEPS = 30, 10
-"""Rounds of k-means, and of that for a codebook whose distances do not fit one array."""
+"""Rounds of k-means, and those beyond SPREAD_WORK."""
 
 CHOICE_ELEMENTS = 2**24
-"""Elements of the largest array of random choices or distances that a rule makes, 64 MiB."""
+"""Elements of the largest array of random choices that a rule makes, 64 MiB."""
 
 
 @dataclass(frozen=True)
@@ -169,34 +170,42 @@ class Rules:
 def kmeans(latents: Tensor, codes: int, seed: int) -> tuple[Tensor, Tensor]:
     """Rows (codes, D) of k-means on latents (M, D), and the row of each latent, (M,).
 
-    SciPy's, if its array of all distances fits; else Lloyd's alternation from latents drawn at
-    random, with the search that needs no such array. Raises ValueError for latents that are not
-    finite.
+    Lloyd's alternation with ``nearest``, which needs no array of all distances. SciPy's makes one,
+    and its k-means++ computes every distance again for each further row.
+    Raises ValueError for latents that are not finite.
     """
     if not latents.isfinite().all():
         raise ValueError("latents are not finite")
-    if len(latents) < codes:  # some codes begin at the same place
-        repeated = torch.arange(codes, device=latents.device) % len(latents)
-        return latents[repeated], torch.arange(len(latents), device=latents.device)
-    if len(latents) * codes > CHOICE_ELEMENTS:
-        return _lloyd(latents, codes, seed)
-    from scipy.cluster.vq import kmeans2
-
-    points, rng = latents.cpu().double().numpy(), np.random.default_rng(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an empty cluster keeps its place, and may be revived
-        rows, labels = kmeans2(points, codes, iter=KMEANS_STEPS, minit="++", rng=rng)
-    return torch.from_numpy(rows), torch.from_numpy(labels).long()
-
-
-def _lloyd(latents: Tensor, codes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Begins at different latents: equal rows are near ties, which the search cannot pass over."""
-    generator, places = torch.Generator().manual_seed(seed), latents.unique(dim=0)
-    drawn = torch.randperm(len(places), generator=generator)[torch.arange(codes) % len(places)]
-    rows = places[drawn.to(latents.device)]
-    for _ in range(LARGE_STEPS):
+    generator = torch.Generator().manual_seed(seed)
+    large = latents.numel() * codes > SPREAD_WORK
+    rows = (_different_rows if large else _spread_rows)(latents, codes, generator)
+    for _ in range(LARGE_STEPS if large else KMEANS_STEPS):
         labels = nearest(latents, rows)
         counts = torch.bincount(labels, minlength=codes)[:, None]
         sums = torch.zeros_like(rows).index_add_(0, labels, latents)
         rows = torch.where(counts > 0, sums / counts.clamp(min=1), rows)
     return rows, nearest(latents, rows)
+
+
+def _spread_rows(latents: Tensor, codes: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii 2007): each row is a latent drawn with a probability that
+    grows with its squared distance to the rows before."""
+    rows = latents.new_empty(codes, latents.shape[1])
+    closest = torch.ones_like(latents[:, 0], dtype=torch.float64)
+    for k in range(codes):
+        reached = closest.cumsum(0)
+        drawn = torch.rand((), generator=generator, dtype=torch.float64).to(reached)
+        place = torch.searchsorted(reached, drawn * reached[-1]).clamp(max=len(latents) - 1)
+        rows[k] = latents[place]
+        distances = (latents - rows[k]).square().sum(dim=1).double()
+        closest = distances if k == 0 else torch.minimum(closest, distances)
+    return rows
+
+
+def _different_rows(latents: Tensor, codes: int, generator: torch.Generator) -> Tensor:
+    """Latents drawn at random, all different if there are enough: equal rows are near ties, which
+    the search cannot pass over."""
+    places = latents.unique(dim=0)
+    drawn = torch.randperm(len(places), generator=generator)[torch.arange(codes) % len(places)]
+    rows: Tensor = places[drawn.to(latents.device)]
+    return rows
