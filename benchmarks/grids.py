@@ -130,7 +130,7 @@ def measured(model: Any, images: torch.Tensor) -> Found:
     return Metrics(*nothing, hits, fidelity).to_dict(spec)
 
 
-CARE = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 0.05}
+CARE = {"kmeans_init": True, "threshold_ema_dead_code": 0.05}
 """The options with which the library keeps its codes alive."""
 
 RUNS: dict[str, tuple[str, Callable[..., Found]]] = {

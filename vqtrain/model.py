@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vqref.dialects import POST, Dialect
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Params, check_params
+from vqtrain.half import HalfCopies
 from vqtrain.nearest import nearest
 from vqtrain.network import Network
 from vqtrain.quantizer import Quantizer
@@ -41,6 +42,7 @@ class VQVAE(nn.Module):
         self.encoder = Network(spec.encoder)
         self.decoder = Network(spec.decoder)
         self.quantizer = Quantizer(spec, dialect)
+        self._half: HalfCopies | None = None
         values = {name: torch.from_numpy(np.asarray(array)) for name, array in params.items()}
         self.to(values[CODEBOOK].dtype).load_state_dict(values)
 
@@ -50,8 +52,8 @@ class VQVAE(nn.Module):
         """One pass; ``choose`` gives the indices for latents and codebook.
 
         The decoder's input is quantized itself with the gradient of latents: the straight-through
-        estimator latents + stop_gradient(quantized - latents) without its rounding. Under autocast
-        the networks answer in less precision; distances and losses do not.
+        estimator latents + stop_gradient(quantized - latents) without its rounding. The networks
+        may answer in less precision; distances and losses do not.
         """
         exact = self.quantizer.codebook.dtype
         latents = self.encoder(images).to(exact)
@@ -66,6 +68,12 @@ class VQVAE(nn.Module):
         latents = self.encoder(images).to(exact)
         indices, _ = self.quantizer(latents)
         return Forward(latents, indices, latents, self.decoder(latents).to(exact))
+
+    def in_half(self) -> HalfCopies:
+        """bfloat16 copies of the networks' parameters, on the device that these are on."""
+        if self._half is None:
+            self._half = HalfCopies((self.encoder, self.decoder))
+        return self._half
 
     def params(self) -> dict[str, npt.NDArray[np.floating]]:
         """A copy of every parameter as NumPy arrays, by name, in the spec's order."""

@@ -122,7 +122,7 @@ def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
     groups = torch.cat([codebook, copies]).reshape(GROUP, count, -1)  # code k in group k % count
     norms = groups.square().sum(dim=-1)
     tiles = [
-        (norm.reshape(-1) / 2, group.reshape(-1, group.shape[-1]).T.contiguous())
+        torch.cat([-group.flatten(0, 1).T, norm.reshape(1, -1) / 2])
         for norm, group in zip(norms.split(TILE, dim=1), groups.split(TILE, dim=1), strict=True)
     ]
     longest, choose = norms.max().sqrt(), _by_groups if len(tiles) > 1 else _by_scores
@@ -141,14 +141,14 @@ def _by_scores(
     limit: Tensor,
     codebook: Tensor,
     groups: Tensor,
-    tiles: list[tuple[Tensor, Tensor]],
+    tiles: list[Tensor],
     room: Tensor,
 ) -> Tensor:
     """What ``_by_groups`` returns, if all scores fit one tile: a latent with one score within the
     margin has its index already, and the direct form decides for the others alone."""
-    ((half_norms, columns),) = tiles
-    scores = room[: len(x) * len(half_norms)].view(len(x), len(half_norms))
-    torch.addmm(half_norms, x, columns, alpha=-1, out=scores)  # column k is code k
+    (columns,) = tiles
+    scores = room[: len(x) * columns.shape[1]].view(len(x), columns.shape[1])
+    torch.mm(_with_one(x), columns, out=scores)  # column k is code k
     scores = scores[:, : len(codebook)]
     least, index = scores.min(dim=1, keepdim=True)
     several = (scores <= least + limit).sum(dim=1) != 1  # none: a score was not a number
@@ -163,20 +163,21 @@ def _by_groups(
     limit: Tensor,
     codebook: Tensor,
     groups: Tensor,
-    tiles: list[tuple[Tensor, Tensor]],
+    tiles: list[Tensor],
     room: Tensor,
 ) -> Tensor:
     """Indices (m,) of latents x (m, D).
 
-    limit: their margins (m, 1). groups: the codes as (GROUP, count, D). tiles: half the squared
-    norms and the columns of each tile of groups. room: memory for the best score of each group and
-    the scores of a tile.
+    limit: their margins (m, 1). groups: the codes as (GROUP, count, D). tiles: the columns (D + 1,
+    codes) of each tile of groups, -c above ||c||^2 / 2, so that one product gives scores. room:
+    memory for the best score of each group and the scores of a tile.
     """
     m, count = len(x), groups.shape[1]
     best = room[: m * count].view(m, count)
-    for part, (half_norms, columns) in zip(best.split(TILE, dim=1), tiles, strict=True):
-        scores = room[m * count :][: m * len(half_norms)].view(m, len(half_norms))
-        torch.addmm(half_norms, x, columns, alpha=-1, out=scores)
+    wider = _with_one(x)
+    for part, columns in zip(best.split(TILE, dim=1), tiles, strict=True):
+        scores = room[m * count :][: m * columns.shape[1]].view(m, columns.shape[1])
+        torch.mm(wider, columns, out=scores)
         torch.amin(scores.unflatten(1, (GROUP, part.shape[1])), dim=1, out=part)
     may_hold = best <= best.amin(dim=1, keepdim=True) + limit
     row, group = may_hold.nonzero(as_tuple=True)  # (p,) each
@@ -195,6 +196,11 @@ def _by_groups(
     if not all_clear:
         index[~clear] = directly(x[~clear], codebook)
     return index
+
+
+def _with_one(x: Tensor) -> Tensor:
+    """x (m, D) with a column of ones, which adds half the squared norms to a product of scores."""
+    return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
 
 
 def margin(latents: Tensor, largest_norm: Tensor) -> Tensor:

@@ -40,10 +40,12 @@ class Row(nn.Module):
     """One row with its weight and bias, uninitialised: ``vqref.init_params`` or a file has values.
 
     sources, spent: as in ``vqref.spec.Step``.
+    copies: of the parameters in another precision, which take their place as long as they are set.
     """
 
     sources: tuple[int, ...] = ()
     spent: tuple[int, ...] = ()
+    copies: Sequence[Tensor] = ()
 
     def __init__(self, layer: Layer) -> None:
         super().__init__()
@@ -52,7 +54,10 @@ class Row(nn.Module):
             self.register_parameter(name.rsplit(".", 1)[1], nn.Parameter(torch.empty(shape)))
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        y = KINDS[self.layer.kind](self.layer, *inputs, *self._parameters.values())
+        if self.copies:
+            inputs = tuple(x.to(self.copies[0].dtype) for x in inputs)
+        weights = self.copies or self._parameters.values()
+        y = KINDS[self.layer.kind](self.layer, *inputs, *weights)
         return ACTIVATIONS[self.layer.activation](y)
 
 

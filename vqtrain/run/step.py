@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -76,19 +77,17 @@ def take(
     It never waits for that device, and all that differs between two steps of a kind is in tensors:
     ``images``, ``choices``, the learning rate.
     """
+    half = model.in_half() if options.precision == "bfloat16" else None
     with arithmetic(options.precision, one_size=True):
-        with torch.autocast(
-            images.device.type,
-            torch.bfloat16,
-            enabled=options.precision == "bfloat16",
-            cache_enabled=False,
-        ):
+        with half.in_place() if half else nullcontext():
             out = model.plain(images) if choices.plain else model(images, *_rule(choices))
         losses = compute_losses(
             model.spec, images, out.outputs, out.latents, out.quantized, options.beta
         )
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
+        if half:
+            half.hand_gradients_back()
         optimizer.step()
     if not choices.plain:
         latents = out.latents.detach()

@@ -1,0 +1,52 @@
+"""Training in bfloat16: the networks' parameters cast all at once, their gradients cast back so.
+
+Autocast casts each parameter and each gradient by itself, some hundred small operations per step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from vqtrain.network import Network, Row
+
+
+class HalfCopies:
+    """bfloat16 copies of the parameters of networks, made once and filled at each step."""
+
+    def __init__(self, networks: Iterable[Network]) -> None:
+        rows = [row for network in networks for row in network.modules() if isinstance(row, Row)]
+        self._rows: list[tuple[Row, list[Tensor]]] = []
+        self._full: list[Tensor] = []
+        for row in rows:
+            own = list(row.parameters(recurse=False))
+            copies = [torch.empty_like(p, dtype=torch.bfloat16).requires_grad_() for p in own]
+            self._rows.append((row, copies))
+            self._full += own
+        self._copies = [copy for _, copies in self._rows for copy in copies]
+        self._gradients = [torch.empty_like(parameter) for parameter in self._full]
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The networks compute with the copies, as the parameters are now."""
+        with torch.no_grad():
+            torch._foreach_copy_(self._copies, self._full)
+        for copy in self._copies:
+            copy.grad = None
+        for row, copies in self._rows:
+            row.copies = copies
+        try:
+            yield
+        finally:
+            for row, _ in self._rows:
+                row.copies = ()
+
+    def hand_gradients_back(self) -> None:
+        """Gives each parameter the gradient of its copy, in its own precision."""
+        found = [torch.zeros_like(c) if c.grad is None else c.grad for c in self._copies]
+        torch._foreach_copy_(self._gradients, found)
+        for parameter, gradient in zip(self._full, self._gradients, strict=True):
+            parameter.grad = gradient
