@@ -125,7 +125,15 @@ def default(spec: ModelSpec) -> TrainingOptions:
             cosine=True,
         )
     return TrainingOptions(
-        batch_size=32, beta=0.25 * _squares(spec), kmeans_start=True, revive_below=0.05
+        batch_size=32,
+        learning_rate=3e-3,
+        second_moment=0.99,
+        beta=0.25 * _squares(spec),
+        dialect="rosinality",
+        center=True,
+        kmeans_start=True,
+        revive_below=0.3,
+        cosine=True,
     )
 
 
