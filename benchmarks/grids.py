@@ -130,8 +130,14 @@ def measured(model: Any, images: torch.Tensor) -> Found:
     return Metrics(*nothing, hits, fidelity).to_dict(spec)
 
 
-CARE = {"decay": 0.99, "kmeans_init": True, "threshold_ema_dead_code": 0.05}
-"""The options with which the library keeps its codes alive."""
+CARE = {
+    "decay": 0.99,
+    "kmeans_init": True,
+    "threshold_ema_dead_code": 0.05,
+    "rotation_trick": False,
+}
+"""The options with which the library does best here: with its default, the rotation trick, its NMSE
+is .09 in place of .066."""
 
 RUNS: dict[str, tuple[str, Callable[..., Found]]] = {
     "default": ("ours, default recipe", partial(ours, recipe="default")),

@@ -130,9 +130,10 @@ def default(spec: ModelSpec) -> TrainingOptions:
         second_moment=0.99,
         beta=0.25 * _squares(spec),
         dialect="rosinality",
+        decay=0.985,
         center=True,
         kmeans_start=True,
-        revive_below=0.3,
+        revive_below=0.5,
         cosine=True,
     )
 
