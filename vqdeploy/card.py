@@ -114,7 +114,7 @@ def _training(manifest: Mapping[str, Any]) -> str:
         source = f"{counted}, sha256 `{data.get('sha256', 'not recorded')}`"
     return f"""Data: {source}.
 Recipe {provenance.get("recipe", "not recorded")}: {trained}.
-Checkpoint: sha256 `{provenance["checkpoint_sha256"]}`."""
+Model file: sha256 `{provenance["model_sha256"]}`."""
 
 
 def _form(manifest: Mapping[str, Any]) -> str:

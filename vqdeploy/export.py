@@ -158,7 +158,7 @@ def _origin(model: Model, digest: str) -> dict[str, Any]:
         "metrics": {n: value for n, value in model.metrics.items() if n not in UNPUBLISHED},
         "provenance": {
             **model.provenance,
-            "checkpoint_sha256": digest,
+            "model_sha256": digest,
             "export": {"python": platform.python_version(), **exporter},
             "onnxruntime": str(onnxruntime.__version__),
         },

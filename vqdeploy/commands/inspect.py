@@ -71,7 +71,7 @@ def _proof(manifest: Mapping[str, Any]) -> list[str]:
     lost = f"{measured['nats_lost']:+.4f} nats per image, {-measured['psnr_lost']:+.4f} dB"
     return [
         f"trained on  {source}, recipe {provenance.get('recipe', 'not recorded')}",
-        f"checkpoint  sha256 {provenance['checkpoint_sha256'][:16]}…",
+        f"model file  sha256 {provenance['model_sha256'][:16]}…",
         f"agreement   {wrong} violations on {agreement['images']} images, {agreement['provider']}",
         f"measured    {measured['equal_tokens']:.4%} of the tokens of {measured['images']} images "
         "equal,",
