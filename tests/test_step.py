@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopy
 import vqtrain.run.step
 from vqref import families
 from vqtrain import RECIPES, VQVAE, TrainingOptions, training_step
+from vqtrain.losses import compute_losses
 from vqtrain.run.metrics import Meter
 from vqtrain.run.recording import WARM_UP, RecordedSteps, can_be_recorded
 from vqtrain.run.rules import Rules
@@ -115,3 +116,28 @@ def test_a_step_that_asked_for_a_value_would_be_seen(model, monkeypatch):
 def test_a_large_codebook_is_searched_in_a_step_that_is_not_recorded():
     assert can_be_recorded(families.post(), TrainingOptions())
     assert not can_be_recorded(families.post(num_codes=16_384, code_size=64), TrainingOptions())
+
+
+@pytest.mark.parametrize("family", ["post", "residual"])
+def test_a_step_in_bfloat16_has_the_gradients_of_autocast(family, model, residual_model):
+    """To a few roundings of bfloat16: the same products, but phases add up their bias' gradients in
+    bfloat16 here, in float32 there."""
+    of = {"post": model, "residual": residual_model}[family]
+    images = torch.rand(8, *of.spec.image_shape, generator=torch.Generator().manual_seed(0))
+
+    def gradients(half):
+        module = VQVAE(of.spec, of.params)
+        with module.in_half().in_place() if half else torch.autocast("cpu", torch.bfloat16):
+            out = module(images)
+        arrays = images, out.outputs, out.latents, out.quantized
+        compute_losses(of.spec, *arrays, beta=0.25).total.backward()
+        if half:
+            module.in_half().hand_gradients_back()
+        return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+    ours, autocast = gradients(half=True), gradients(half=False)
+    assert ours.keys() == autocast.keys()
+    for name, gradient in ours.items():
+        assert gradient.dtype == torch.float32
+        off = (gradient - autocast[name]).abs().max() / autocast[name].abs().max()
+        assert off <= 2.0**-6, name
