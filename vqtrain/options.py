@@ -128,7 +128,7 @@ def default(spec: ModelSpec) -> TrainingOptions:
         batch_size=32,
         learning_rate=3e-3,
         second_moment=0.99,
-        beta=0.25 * _squares(spec),
+        beta=0.35 * _squares(spec),
         dialect="rosinality",
         decay=0.985,
         center=True,
