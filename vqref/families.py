@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vqref.likelihoods import output_channels
-from vqref.spec import CODEBOOK, Layer, ModelSpec, Pads, Shape
+from vqref.spec import CODEBOOK, Layer, ModelSpec, Pads, Shape, require_sizes
 
 LARGEST_POST = 32
 """Height and width up to which ``choose`` takes the post's network."""
@@ -260,5 +260,4 @@ def _image(image_shape: tuple[int, int, int], factor: int) -> tuple[int, int, in
 
 def _require_sizes(named: Mapping[str, Any]) -> None:
     for name, size in named.items():
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= 2**24:
-            raise ValueError(f"{name} is {size!r}; it must be an integer from 1 to {2**24}")
+        require_sizes(name, (size,))

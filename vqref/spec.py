@@ -91,7 +91,7 @@ class Layer:
                 f"{self.name}: activation is {self.activation[:40]!a}, expected {known}"
             )
         for what, shape in (("in_shape", self.in_shape), ("out_shape", self.out_shape)):
-            _require_sizes(f"{self.name}: {what}", shape)
+            require_sizes(f"{self.name}: {what}", shape)
         expected = KINDS[self.kind].out_shape(self)
         if expected != self.out_shape:
             raise ValueError(
@@ -304,10 +304,10 @@ class ModelSpec:
             raise ValueError(
                 f"latent_shape is {self.latent_shape}, expected (S,), (h, w) or (h, w, g)"
             )
-        _require_sizes("image_shape", self.image_shape)
-        _require_sizes("latent_shape", self.latent_shape)
-        _require_sizes("num_codes", (self.num_codes,))
-        _require_sizes("code_size", (self.code_size,))
+        require_sizes("image_shape", self.image_shape)
+        require_sizes("latent_shape", self.latent_shape)
+        require_sizes("num_codes", (self.num_codes,))
+        require_sizes("code_size", (self.code_size,))
         if self.initial not in ("glorot_uniform", "fan_in"):
             raise ValueError(f"initial is {self.initial[:40]!a}, expected glorot_uniform or fan_in")
         if not self.variance > 0:
@@ -397,7 +397,8 @@ class ModelSpec:
 NETWORKS = ("encoder", "decoder")
 
 
-def _require_sizes(name: str, sizes: Shape) -> None:
+def require_sizes(name: str, sizes: Shape) -> None:
+    """Raises ValueError unless each size is an integer from 1 to SIZE_LIMIT."""
     for size in sizes or (None,):
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= SIZE_LIMIT:
             raise ValueError(f"{name} is {size!r}; it must be an integer from 1 to {SIZE_LIMIT}")
@@ -436,7 +437,7 @@ def _require_types(values: Mapping[str, Any], whose: str = "") -> None:
         raise ValueError(f"{whose}{ascii(wrong[0])[:80]} is no name, expected words and dots")
     for name in ("kernel", "stride"):
         size = values.get(name, 1)
-        _require_sizes(whose + name, size if isinstance(size, tuple) else (size,))
+        require_sizes(whose + name, size if isinstance(size, tuple) else (size,))
     pads = values.get("pads", ((0, 0), (0, 0)))
     flat = [n for pair in pads if isinstance(pair, tuple) for n in pair]
     if len(pads) != 2 or len(flat) != 4 or not all(type(n) is int and 0 <= n <= 1024 for n in flat):

@@ -14,7 +14,8 @@ from vqref.host.commandline import Command, count, option
 from vqref.host.images import ImageSet, to_unit_interval
 from vqref.spec import ModelSpec
 from vqref.validation import Array
-from vqtrain.data.sources import load_source, parse_size
+from vqtrain.commands.shared import SourceOptions
+from vqtrain.data.sources import load_source
 from vqtrain.run.floor import clustering_floor, patch_floor, patch_grid
 
 if TYPE_CHECKING:
@@ -50,24 +51,10 @@ LARGEST_VARIANCE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
+class EvaluateOptions(SourceOptions):
     """What is measured, on which images, and where."""
 
     model: Path = option(type=Path, help="the file that vqtrain wrote")
-    data: str = option(
-        "--data",
-        default="auto",
-        metavar="SOURCE",
-        help="kmnist; glyphs, a generated set; auto, kmnist if it can be had, else glyphs; or a "
-        "path: .npz, .npy, IDX, a folder of images or of the official files",
-    )
-    resize: tuple[int, int] | None = option(
-        "--resize",
-        default=None,
-        type=parse_size,
-        metavar="HxW",
-        help="bring the images of a folder to this size",
-    )
     device: str = option(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute"
     )

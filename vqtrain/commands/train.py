@@ -21,7 +21,8 @@ from vqref.host.files import require_writable
 from vqref.host.images import OFFICIAL_NAMES, ImageSet
 from vqref.likelihoods import LIKELIHOODS
 from vqref.spec import ModelSpec
-from vqtrain.data.sources import load_source, parse_size
+from vqtrain.commands.shared import SourceOptions
+from vqtrain.data.sources import load_source
 from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED, TrainingOptions
 
 if TYPE_CHECKING:
@@ -61,23 +62,9 @@ def _size(flag: str, help: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
+class RunOptions(SourceOptions):
     """What is trained on, where, and what is left of it."""
 
-    data: str = option(
-        "--data",
-        default="auto",
-        metavar="SOURCE",
-        help="kmnist; glyphs, a generated set; auto, kmnist if it can be had, else glyphs; or a "
-        "path: .npz, .npy, IDX, a folder of images or of the official files",
-    )
-    resize: tuple[int, int] | None = option(
-        "--resize",
-        default=None,
-        type=parse_size,
-        metavar="HxW",
-        help="bring the images of a folder to this size",
-    )
     recipe: str = option(
         "--recipe",
         default=DEFAULT_RECIPE,
