@@ -2,7 +2,7 @@
 it each time, and compares what it ends with to a run that nobody disturbed.
 
 A small network on random images, a snapshot every second step. SIGKILL, so that nothing in the
-process can help.
+process can help; ``benchmarks.hostile.signals`` sends those that a process can answer.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measure import Record, parser
+from benchmarks.measure import ROOT, Record, parser
 from vqtrain.modelfile import read_model
 from vqtrain.run.folder import SNAPSHOTS, latest_state
 from vqtrain.run.snapshot import list_states
@@ -26,6 +26,24 @@ OPTIONS = (
     *("--data", "data.npz", "--base-depth", "2", "--num-codes", "8", "--batch-size", "16"),
     *("--snapshot-steps", "2", "--device", "cpu"),
 )
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def write_images(place: Path, rng: np.random.Generator) -> None:
+    """The images that OPTIONS name, in the folder in which the runs are made."""
+    np.savez(place / "data.npz", rng.integers(0, 256, (128, 28, 28), np.uint8))
+
+
+def training(name: str, epochs: int) -> list[str]:
+    """The command of a run, which writes NAME.pt."""
+    words = [sys.executable, "-m", "vqtrain", *OPTIONS, "--epochs", str(epochs)]
+    return [*words, "--name", name, "--output", f"{name}.pt"]
+
+
+def equal(first: Path, second: Path) -> bool:
+    """Whether two models have the same parameters, bit for bit."""
+    a, b = read_model(first).params, read_model(second).params
+    return all(np.array_equal(a[name], b[name]) for name in a)
 
 
 def main() -> int:
@@ -44,19 +62,11 @@ def main() -> int:
     record = Record(arguments)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        np.savez(place / "data.npz", rng.integers(0, 256, (128, 28, 28), np.uint8))
-        command = [sys.executable, "-m", "vqtrain", *OPTIONS, "--epochs", str(arguments.epochs)]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(Path(__file__).parent.parent),
-            "OMP_NUM_THREADS": "1",
-        }
+        write_images(place, rng)
 
         def start(name: str) -> subprocess.Popen[bytes]:
-            names = ["--name", name, "--output", f"{name}.pt"]
-            return subprocess.Popen(
-                [*command, *names], cwd=place, env=environment, stdout=subprocess.DEVNULL
-            )
+            words = training(name, arguments.epochs)
+            return subprocess.Popen(words, cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
 
         if start("whole").wait() != 0:
             return 1
@@ -78,23 +88,22 @@ def main() -> int:
             furthest = max(furthest, reached)
         if process.poll() is None or not (place / "killed.pt").exists():
             start("killed").wait()
-        whole, killed = (read_model(place / f"{name}.pt").params for name in ("whole", "killed"))
-        equal = all(np.array_equal(whole[name], killed[name]) for name in whole)
+        same = equal(place / "whole.pt", place / "killed.pt")
     record.say(
         f"{kills} SIGKILLs, {restarts} of them before a new snapshot; "
         f"{lost} lost or damaged snapshots"
     )
     record.say(
-        f"final parameters {'equal' if equal else 'NOT equal'} to the undisturbed run's bit for bit"
+        f"final parameters {'equal' if same else 'NOT equal'} to the undisturbed run's bit for bit"
     )
     record.figures = {
         "kills": kills,
         "without a new snapshot": restarts,
         "lost": lost,
-        "equal": equal,
+        "equal": same,
     }
     record.write()
-    return 0 if equal and not lost else 1
+    return 0 if same and not lost else 1
 
 
 if __name__ == "__main__":

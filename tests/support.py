@@ -76,7 +76,6 @@ def trainer(
     from vqref.host.images import ImageSet
     from vqtrain import Trainer, TrainingOptions
     from vqtrain.run.folder import RunFolder
-    from vqtrain.run.interrupts import Interrupts
     from vqtrain.run.snapshot import course_of
     from vqtrain.run.trainer import Work
 
@@ -86,7 +85,7 @@ def trainer(
     chosen = dataclasses.replace(TrainingOptions(epochs=2, batch_size=32), **options)
     say = (lambda line: None) if said is None else said.append
     folder, output = RunFolder(tmp_path / "run"), tmp_path / "model.pt"
-    place = Work(device, folder, output, Interrupts(), **{"say": say, **(work or {})})
+    place = Work(device, folder, output, **{"say": say, **(work or {})})
     course = course_of(spec, chosen, {}, source.sha256)
     return Trainer(spec, chosen, source, place, {"data": {"source": "test.npz"}}, course, state)
 
@@ -101,13 +100,19 @@ class Trap:
         return os.system, (f"touch {self.path}",)
 
 
-def sign(folder: Path) -> None:
-    """Makes the manifest of a bundle fit its files again, as a forger would."""
+def sign(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:
+    """Makes the manifest of a bundle fit its files again, and seals it, as a forger would.
+
+    change: of the manifest, before that.
+    """
     from vqdeploy.bundle import FILES, describe_files
+    from vqdeploy.sealed import sealed
 
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = describe_files({name: (folder / name).read_bytes() for name in FILES})
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    change(manifest)
+    manifest.pop("sha256", None)
+    (folder / "manifest.json").write_bytes(sealed(manifest))
 
 
 def weight_changed(

@@ -3,22 +3,37 @@
 import dataclasses
 import hashlib
 import json
+import logging
+import os
 import shutil
+import subprocess
+import sys
 import tomllib
+import warnings
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import add, sign, weight_changed
+from support import ROOT, add, sign, weight_changed
 
+from benchmarks.hostile.commandlines import Line, campaign, what_is_wrong
 from vqref import families
-from vqref.errors import CommandError, ExitCode, InputError, MachineError, ParityError, UsageError
+from vqref.errors import (
+    CommandError,
+    ExitCode,
+    InputError,
+    MachineError,
+    ParityError,
+    Remark,
+    UsageError,
+)
 from vqref.families import FAMILIES
-from vqref.host.commandline import Parser
+from vqref.host.commandline import Parser, plain
 from vqref.host.commandline import run as run_command
 from vqtrain import TrainingOptions
-from vqtrain.__main__ import build_parser
+from vqtrain.__main__ import build_parser, parse_with_config
 from vqtrain.modelfile import read_model
 
 SMALL = ("--base-depth", "4", "--batch-size", "32")
@@ -243,6 +258,10 @@ def test_a_named_device_that_is_absent_exits_5(refused, bundle, data):
         (MachineError("x"), 5),
         (OSError(28, "No space left on device", "model.pt"), 5),
         (MemoryError("9 GiB"), 5),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried\nto"), 5),
+        (RecursionError("maximum recursion depth exceeded"), 3),
+        (OverflowError("int too large to convert"), 3),
+        (InputError("a name \x1b[2J of\na file, \udcff, \u202e" + 5000 * "x"), 3),
         (KeyboardInterrupt(), 130),
     ],
 )
@@ -251,7 +270,10 @@ def test_each_kind_of_failure_has_its_exit_code_and_one_line(error, code, capsys
         raise error
 
     assert run_command("tool", command, []) == code
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("tool: ")
+    assert said[:-1].isprintable()
+    assert (said[-1], len(said) < 1100) == ("\n", True)
 
 
 def test_a_bug_keeps_its_traceback():
@@ -260,6 +282,158 @@ def test_a_bug_keeps_its_traceback():
 
     with pytest.raises(KeyError):
         run_command("tool", command, [])
+
+
+def test_what_a_terminal_would_act_on_is_escaped():
+    assert plain("é × … 字") == "é × … 字"
+    assert plain("\x1b[31m\n\t\x9b\u202e\udcff") == r"\x1b[31m\n\t\x9b\u202e\udcff"
+
+
+def test_libraries_say_nothing_on_stderr_and_remarks_are_a_line_each(capsys):
+    def command(_):
+        warnings.warn("of a library", RuntimeWarning, stacklevel=1)
+        logging.getLogger("a library").warning("of a library")
+        warnings.warn(Remark("to\nthe user"), stacklevel=1)
+        return 0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert run_command("tool", command, []) == 0
+    assert capsys.readouterr().err == "tool: to the user\n"
+
+
+WRONG_VALUES = [
+    ("vqdeploy", "bench", "b", "--seconds", "nan"),
+    ("vqdeploy", "bench", "b", "--seconds=-1"),
+    ("vqdeploy", "bench", "b", "--seconds", "1e999"),
+    ("vqdeploy", "bench", "b", "--batch", 10**20),
+    ("vqdeploy", "sample", "b", "--number", 10**20),
+    ("vqdeploy", "sample", "b", "--number", ""),
+    ("vqdeploy", "sample", "b", "--seed", 2**63),
+    ("vqdeploy", "sample", "b", "--output=--"),
+    ("vqdeploy", "export", "m", "--static-batch", 10**20),
+    ("vqdeploy", "export", "m", "--opset", "9" * 5000),
+    ("vqdeploy", "verify", "b", "--samples", "1.5"),
+    ("vqtrain", "evaluate", "m", "--seed=-1", "--binarize"),
+    ("vqtrain", "evaluate", "m", "--resize", "0x0"),
+    ("vqtrain", "--name", "../elsewhere"),
+    ("vqtrain", "--snapshot-steps", 0),
+    ("vqtrain", "--seed", "9" * 5000),
+    ("vqref", "vectors", "v", "--seed=-1"),
+]
+
+
+@pytest.mark.parametrize("words", WRONG_VALUES, ids=lambda words: " ".join(map(str, words))[:40])
+def test_a_value_that_no_option_can_have_is_usage(words, capsys):
+    program = import_module(f"{words[0]}.__main__")
+    with pytest.raises(SystemExit) as caught:
+        program.main([str(word) for word in words[1:]])
+    said = capsys.readouterr().err
+    assert (caught.value.code, len(said.splitlines())) == (ExitCode.USAGE, 1)
+    assert len(said) < 1100
+
+
+WRONG_CONFIGS = {
+    "beta = [1]": "beta is a list",
+    "beta = nan": "beta is nan",
+    "a.epochs = {n = 1}": "epochs is a dict",
+    "epochs = 1979-05-27": "epochs is a date",
+    "seed = 0x1" + 9000 * "0": "seed is an integer of more than 64 bits",
+    "seed = " + 5000 * "9": "not TOML",
+    "seed = " + 3000 * "[" + 3000 * "]": "not TOML",
+    "epochs = true": "epochs is true; it must be a number or a text",
+    "cosine = 'yes'": "cosine is 'yes'; it must be true or false",
+    r'data = "a\u0000b"': r"data is 'a\x00b'; no text on a command line holds a null",
+    "help = true": "unknown option help",
+}
+
+
+@pytest.mark.parametrize("content", WRONG_CONFIGS, ids=lambda content: content[:20])
+def test_a_value_of_another_kind_in_a_config_is_named(tmp_path, content):
+    path = tmp_path / "c.toml"
+    path.write_text(content)
+    with pytest.raises(InputError) as caught:
+        parse_with_config(build_parser(), ["--config", str(path)])
+    assert str(caught.value).startswith(f"{path}: {WRONG_CONFIGS[content]}")
+
+
+def shell(redirections, *words, cwd):
+    """Runs ``python -m`` under a shell that closes or redirects its streams."""
+    script = f'exec "$@" {redirections}'
+    command = ["sh", "-c", script, "sh", sys.executable, "-m", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("redirections", [">&-", "2>&-", "<&-", ">&- 2>&- <&-"])
+def test_closed_streams_change_neither_files_nor_exit_codes(redirections, bundle, tmp_path):
+    done = shell(redirections, "vqdeploy", "sample", bundle, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG"
+    assert shell(redirections, "vqdeploy", "--help", cwd=tmp_path).returncode == 0
+    failed = shell(redirections, "vqdeploy", "inspect", "nothing", cwd=tmp_path)
+    assert failed.returncode == 3
+    assert len(failed.stderr.splitlines()) == ("2>&-" not in redirections)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_errors_that_cannot_be_written_keep_their_exit_code(tmp_path):
+    for words, code in ((("inspect", "nothing"), 3), (("inspekt",), 2), (("--seconds",), 2)):
+        assert shell("2>/dev/full", "vqdeploy", *words, cwd=tmp_path).returncode == code
+
+
+def test_help_and_errors_that_nobody_reads_are_no_traceback(tmp_path):
+    for words, code in ((["--help"], 1), (["inspect", "nothing"], 3), (["inspekt"], 2)):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vqdeploy", *words],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        process.stdout.close()
+        if code != 1:
+            process.stderr.close()
+        else:
+            assert process.stderr.read() == b""
+            process.stderr.close()
+        assert process.wait() == code
+
+
+def test_output_that_a_terminal_lacks_characters_for_is_escaped(run, bundle):
+    done = run("-m", "vqdeploy", "inspect", bundle, PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert r"\u2026" in done.stdout
+
+
+def test_paths_that_are_no_text_are_named_with_escapes(refused):
+    line = refused(3, "-m", "vqdeploy", "inspect", os.fsdecode(b"\xff\n\x1b"))
+    assert line.startswith(r"vqdeploy: \udcff \x1b")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (-1000, ""),
+        (-11, ""),
+        (1, 'Traceback (most recent call last):\n  File "x.py"\nKeyError: 1\n'),
+        (0, "vqtrain: a\nvqtrain: b\n"),
+        (3, "/site-packages/x.py:1: UserWarning: careful\n"),
+        (3, "vqtrain: \x1b[2J\n"),
+        (3, ""),
+    ],
+)
+def test_an_end_that_breaks_the_promise_is_found(code, said):
+    line = Line(("vqtrain",), "plain", "plain", "work")
+    assert what_is_wrong(line, 3, "vqtrain: x.npz: no images\n") is None
+    assert what_is_wrong(line, code, said)
+
+
+def test_command_lines_at_random_end_as_they_should():
+    """A few here; ``python -m benchmarks.hostile.commandlines`` runs as many as one likes."""
+    assert campaign(25, jobs=2).wrong == []
 
 
 def test_a_reader_that_closes_the_pipe_is_no_traceback(run, bundle):

@@ -194,7 +194,8 @@ def test_bench_measures_the_codec_and_torch_in_turns(deploy, bundle):
         assert row["calls"] >= 1
         assert 0 < row["p50_ms"] <= row["p99_ms"]
         assert row["tokens_per_second"] == pytest.approx(4 * row["images_per_second"])
-    assert "tokens/s" in deploy("bench", bundle, "--batch", 1, "--seconds", 0.01)
+    shortest = deploy("bench", bundle, "--batch", 1, "--seconds", "1e-300")  # one call of each
+    assert [line.split()[-1] for line in shortest.splitlines()[2:]] == ["1"] * 4
 
 
 def test_doctor_says_what_there_is(deploy):
@@ -253,6 +254,14 @@ def test_mistakes_are_one_line_each(refused, bundle, images, tmp_path):
     assert "is a folder" in line(5, "encode", bundle, images, "--output", "d.npz")
     assert "export needs either" in line(2, "export")
     assert "must end in .npz or .safetensors" in line(2, "export", "--from-params", "p.pt")
+    assert "--number is 85599; of images (1, 28, 28) at most 85598 fit" in line(
+        2, "sample", bundle, "--number", 85599
+    )
+    assert "--batch is 85599" in line(2, "bench", bundle, "--batch", 85599)
+    np.save(tmp_path / "many.npy", np.zeros((85599, 4), np.int64))
+    assert "85599 images are too many for a picture" in line(
+        3, "decode", bundle, "many.npy", "--output", "many.png"
+    )
     assert "opset is 17" in line(2, "export", "model.pt", "--opset", "17")
     for command in ("verify", "bench", "encode", "decode", "reconstruct", "sample"):
         more = [images] if command in ("encode", "decode", "reconstruct") else []

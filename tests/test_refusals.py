@@ -1,6 +1,5 @@
 """Bundles that must not run, from the command line: one line, exit code 3, nothing executed."""
 
-import json
 import os
 import shutil
 import signal
@@ -14,6 +13,7 @@ import pytest
 from support import ROOT, sign, weight_changed
 
 from vqdeploy.bundle import FILES, MANIFEST
+from vqdeploy.sealed import sealed, unsealed
 
 
 @pytest.fixture
@@ -22,8 +22,9 @@ def copy(bundle, tmp_path):
 
 
 def manifest_changed(folder, **changes):
-    manifest = json.loads((folder / MANIFEST).read_text())
-    (folder / MANIFEST).write_text(json.dumps(manifest | changes))
+    """Under a seal that fits again."""
+    manifest = unsealed((folder / MANIFEST).read_bytes())
+    (folder / MANIFEST).write_bytes(sealed(manifest | changes))
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
@@ -59,22 +60,32 @@ def test_weights_outside_the_file(copy, refused, tmp_path, way):
     assert "keeps weights outside the file" in refused(3, "-m", "vqdeploy", "sample", copy)
 
 
-@pytest.mark.parametrize(("field", "value"), [("op_type", "Loop"), ("domain", "com.evil")])
-def test_an_operator_or_domain_that_no_bundle_has(copy, refused, field, value):
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [("op_type", "Loop", "Loop"), ("domain", "com.evil", "an operator of another domain")],
+)
+def test_an_operator_or_domain_that_no_bundle_has(copy, refused, field, value, said):
     model = onnx.load(copy / "detokenizer.onnx")
     setattr(model.graph.node[0], field, value)
     (copy / "detokenizer.onnx").write_bytes(model.SerializeToString())
     sign(copy)
-    assert value in refused(3, "-m", "vqdeploy", "sample", copy)
+    line = refused(3, "-m", "vqdeploy", "sample", copy)
+    assert "detokenizer.onnx: refused: " in line
+    assert said in line
 
 
 def test_a_file_that_is_larger_than_it_says_and_one_that_says_too_much(copy, refused):
     with (copy / "decoder.onnx").open("ab") as file:
-        file.truncate(3 * 2**30)  # sparse: nothing of it is read but one byte too many
+        file.truncate(3 * 2**30)  # sparse: nothing of it is read
+    assert "decoder.onnx: 3221225472 bytes, more than" in refused(
+        3, "-m", "vqdeploy", "inspect", copy
+    )
+    with (copy / "decoder.onnx").open("ab") as file:
+        file.truncate(2**20)
     assert "decoder.onnx: damaged: its size" in refused(3, "-m", "vqdeploy", "inspect", copy)
-    manifest = json.loads((copy / MANIFEST).read_text())
-    manifest["files"]["decoder.onnx"]["bytes"] = 3 * 2**30
-    (copy / MANIFEST).write_text(json.dumps(manifest))
+    files = unsealed((copy / MANIFEST).read_bytes())["files"]
+    files["decoder.onnx"]["bytes"] = 3 * 2**30
+    manifest_changed(copy, files=files)
     assert "size or sha256 of decoder.onnx is malformed" in refused(
         3, "-m", "vqdeploy", "inspect", copy
     )

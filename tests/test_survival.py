@@ -16,10 +16,10 @@ from support import ROOT, SPEC, Trap, trainer
 import vqtrain.run.trainer
 from vqref import families
 from vqref.errors import InputError, UsageError
+from vqref.host.interrupts import Interrupted
 from vqtrain import TrainingOptions
 from vqtrain.modelfile import read_model
 from vqtrain.run.folder import RunFolder, latest_state
-from vqtrain.run.interrupts import Interrupted, Interrupts
 from vqtrain.run.snapshot import (
     course_of,
     differences,
@@ -90,10 +90,7 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
 
     monkeypatch.setattr(vqtrain.run.trainer, "training_step", interrupting)
     stopped = trainer(tmp_path, many_images, **recipe)
-    with (
-        stopped.work.interrupts,
-        pytest.raises(Interrupted, match=rf"epoch {1 + (when - 1) // 5}, step") as caught,
-    ):
+    with pytest.raises(Interrupted, match=rf"epoch {1 + (when - 1) // 5}, step") as caught:
         stopped.run()
     assert caught.value.exit_code == 143
     stopped.work.folder.release()
@@ -146,6 +143,14 @@ def test_sigterm_in_any_phase_saves_and_exits_143(place, phase):
     assert ("and saved; the same command goes on" in done.stderr) is saved
     assert bool(list_states(place / "runs" / "r" / "snapshots")) is saved
     assert go(place).returncode == 0
+
+
+def test_a_signal_while_the_model_is_published_does_not_promise_to_go_on(place):
+    target = "vqtrain.run.trainer.write_file"
+    done = go(place, run=(sys.executable, "-c", SABOTAGE, target, *RUN[3:]))
+    assert done.returncode == 143
+    assert done.stderr == "vqtrain: interrupted at its end; model.pt is written\n"
+    assert "is finished" in go(place).stderr
 
 
 def test_kills_at_random_moments_lose_no_snapshot_and_end_at_the_same_bits(place):
@@ -330,39 +335,6 @@ def test_a_state_that_carries_code_is_refused_and_nothing_runs(tmp_path):
     ):
         load_state(path)
     assert not (tmp_path / "sprung").exists()
-
-
-def test_a_signal_waits_for_the_end_of_a_hold_and_comes_once():
-    reached = []
-    with Interrupts() as interrupts:
-
-        def held():
-            with interrupts.hold(), interrupts.hold():
-                os.kill(os.getpid(), signal.SIGINT)
-                reached.append("the end of the hold")
-
-        with pytest.raises(Interrupted) as caught:
-            held()
-        with interrupts.hold():
-            reached.append("a save in answer")
-    assert reached == ["the end of the hold", "a save in answer"]
-    assert caught.value.exit_code == 130
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-
-
-def test_a_second_signal_ends_the_process_at_once():
-    code = """
-import os, signal
-from vqtrain.run.interrupts import Interrupts
-with Interrupts() as interrupts, interrupts.hold():
-    os.kill(os.getpid(), signal.SIGINT)
-    os.kill(os.getpid(), signal.SIGINT)
-    print("went on")
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stdout) == (130, "")
 
 
 def test_a_resumed_state_of_another_course_is_named(tmp_path, many_images):

@@ -5,37 +5,41 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from vqdeploy.commands import (
-    bench,
-    decode,
-    doctor,
-    encode,
-    export,
-    inspect,
-    reconstruct,
-    sample,
-    verify,
-)
-from vqref.host.commandline import run, run_command
-
-SUMMARY = "Export trained VQ-VAEs to ONNX bundles, and verify and run them."
-
-COMMANDS = (
-    export.COMMAND,
-    verify.COMMAND,
-    inspect.COMMAND,
-    bench.COMMAND,
-    encode.COMMAND,
-    decode.COMMAND,
-    reconstruct.COMMAND,
-    sample.COMMAND,
-    doctor.COMMAND,
-)
+from vqref.host.interrupts import guarded  # all else is imported once signals are watched
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the process's exit status."""
-    return run("vqdeploy", lambda words: run_command("vqdeploy", SUMMARY, COMMANDS, words), argv)
+    """Entry point; returns the process's exit status.
+
+    argv: the words of the command line; None takes the process's, whose end this then is.
+    """
+    return guarded("vqdeploy", lambda: _run(argv), last=argv is None)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from vqref.host.commandline import run
+
+    return run("vqdeploy", command, argv)
+
+
+def command(argv: Sequence[str] | None) -> int:
+    """Parses, and runs the command that is named."""
+    from vqdeploy.commands import (
+        bench,
+        decode,
+        doctor,
+        encode,
+        export,
+        inspect,
+        reconstruct,
+        sample,
+        verify,
+    )
+    from vqref.host.commandline import run_command
+
+    modules = (export, verify, inspect, bench, encode, decode, reconstruct, sample, doctor)
+    summary = "Export trained VQ-VAEs to ONNX bundles, and verify and run them."
+    return run_command("vqdeploy", summary, [module.COMMAND for module in modules], argv)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import numpy as np
 import vqref.modelfile
 from vqref import families
 from vqref.errors import InputError, MachineError
+from vqref.host.files import about, parsed, read_bytes
 from vqref.host.images import read_npz
+from vqref.host.streams import plain
 from vqref.modelfile import Model
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
 from vqref.validation import Array, check_params
@@ -48,29 +50,34 @@ def read_parameters(path: Path) -> tuple[Model, str]:
     those of family post do. Without ``quantizer.ema_count`` and ``quantizer.ema_means`` each code
     counts once. Raises InputError, and MachineError if safetensors is not installed.
     """
-    try:
-        content = path.read_bytes()
+    content = read_bytes(path)
+    with about(path), parsed("not a file of parameters"):
         read = _read_npz if path.suffix == ".npz" else _read_safetensors
         params, written = read(path, content)
-        model = _model(path, params, written)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from None
+        try:
+            model = _model(path, params, written)
+        except ValueError as error:
+            raise InputError(str(error)) from None
     return model, hashlib.sha256(content).hexdigest()
 
 
 def _model(path: Path, params: dict[str, Array], written: str | None) -> Model:
     """Raises ValueError for parameters that are not those of a model."""
     if CODEBOOK not in params:
-        raise ValueError(f"holds no {CODEBOOK}; its names are {', '.join(sorted(params)[:4])}, …")
+        names = plain(", ".join(sorted(params)[:4]))
+        raise ValueError(f"holds no {CODEBOOK}; its names are {names}, …")
+    for name, array in params.items():
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"the array {plain(name)} is {array.dtype}, expected numbers")
     codebook = np.asarray(params[CODEBOOK], np.float32)
+    if codebook.ndim != 2:
+        raise ValueError(f"{CODEBOOK} has shape {codebook.shape}, expected (K, D)")
     count = np.ones(len(codebook), np.float32)
     params = {EMA_COUNT: count, EMA_MEANS: codebook, **params}
     params = {name: np.asarray(array, np.float32) for name, array in params.items()}
     spec = _spec(params, written)
     check_params(spec, params)
-    return Model(spec, params, provenance={"parameters": path.name})
+    return Model(spec, params, provenance={"parameters": plain(path.name)})
 
 
 def _spec(params: dict[str, Array], written: str | None) -> ModelSpec:
@@ -99,14 +106,11 @@ def _read_npz(path: Path, content: bytes) -> tuple[dict[str, Array], str | None]
 def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Array], str | None]:
     """The arrays of a safetensors file and the entry ``spec`` of its metadata."""
     try:
-        from safetensors import SafetensorError
         from safetensors.numpy import load
     except ModuleNotFoundError:
         raise MachineError(f"{path}: reading it needs pip install safetensors") from None
-    try:
+    with parsed("not a safetensors file"):  # damaged, or a dtype that NumPy lacks
         params = load(content)
-    except (SafetensorError, KeyError, TypeError) as error:  # damaged, or a dtype NumPy lacks
-        raise ValueError(f"not a safetensors file: {error}") from None
     size = int.from_bytes(content[:8], "little")  # of the JSON header, which load has validated
     header: dict[str, Any] = json.loads(content[8 : 8 + size])
     return params, header.get("__metadata__", {}).get(SPEC)

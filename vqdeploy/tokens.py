@@ -11,13 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from vqref.errors import InputError, MachineError, UsageError
-from vqref.host.files import write_file
-from vqref.host.images import OFFICIAL_NAMES, as_batch, read_npz
+from vqref.host.files import about, is_folder, parsed, read_bytes, write_file
+from vqref.host.images import LARGEST_ARRAY, OFFICIAL_NAMES, as_batch, read_npy, read_npz
 from vqref.host.pictures import load_any, picture_names
+from vqref.host.streams import plain
 from vqref.spec import ModelSpec
 from vqref.validation import Array
 
 TOKEN_FORMATS = (".npz", ".npy", ".parquet")
+
+LARGEST_FOOTER = 2**24
+"""The longest text, and the most entries of a list, in what a parquet file says of itself."""
 
 
 def read_images(path: Path, spec: ModelSpec) -> tuple[npt.NDArray[np.float32], list[str] | None]:
@@ -26,12 +30,10 @@ def read_images(path: Path, spec: ModelSpec) -> tuple[npt.NDArray[np.float32], l
     Raises InputError.
     """
     found = load_any(path)
-    named = path.is_dir() and not any((path / train).is_file() for train, _ in OFFICIAL_NAMES)
-    names = [picture.name for picture in picture_names(path)] if named else None
-    try:
+    named = is_folder(path) and not any((path / train).is_file() for train, _ in OFFICIAL_NAMES)
+    names = [plain(picture.name) for picture in picture_names(path)] if named else None
+    with about(path):
         return as_batch(found.train, spec.image_shape), names
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
 
 
 def require_format(path: Path, formats: tuple[str, ...]) -> None:
@@ -74,24 +76,37 @@ def read_indices(path: Path) -> Array:
     Raises InputError, and MachineError if pyarrow is not installed.
     """
     require_format(path, TOKEN_FORMATS)
-    try:
-        content = path.read_bytes()
+    content = read_bytes(path)
+    with about(path), parsed("holds no tokens"):
         if path.suffix == ".npy":
-            return np.asarray(np.load(io.BytesIO(content), allow_pickle=False))
-        if path.suffix == ".npz":
-            return read_npz(content)["indices"]
-        _, parquet = _parquet(path)
-        rows = parquet.read_table(io.BytesIO(content))["indices"].combine_chunks()
-        size = getattr(rows.type, "list_size", 0)
-        if not size:
-            raise ValueError(f"indices are {rows.type}, expected lists of one size")
-        return np.asarray(rows.flatten()).reshape(-1, size)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}") from None
-    except KeyError as error:
-        raise InputError(f"{path}: holds no {error}") from None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: holds no tokens: {error}") from None
+            return read_npy(content)
+        if path.suffix == ".parquet":
+            return _read_parquet(path, content)
+        arrays = read_npz(content)
+        if "indices" not in arrays:
+            raise InputError(f"holds no 'indices', only {plain(', '.join(arrays)[:80])}")
+        return arrays["indices"]
+
+
+def _read_parquet(path: Path, content: bytes) -> Array:
+    """The column ``indices`` of a parquet file, (N, S). Raises InputError, MachineError, and what
+    pyarrow raises."""
+    pyarrow, parquet = _parquet(path)
+    with parquet.ParquetFile(
+        io.BytesIO(content),
+        thrift_string_size_limit=LARGEST_FOOTER,
+        thrift_container_size_limit=LARGEST_FOOTER,
+    ) as file:
+        kind = file.schema_arrow.field("indices").type
+        size = getattr(kind, "list_size", 0)
+        if size < 1 or not pyarrow.types.is_integer(kind.value_type):
+            raise InputError(f"indices are {kind}, expected lists of one size, of integers")
+        if file.metadata.num_rows * size * kind.value_type.bit_width // 8 > LARGEST_ARRAY:
+            raise InputError(f"holds {file.metadata.num_rows} rows, too many to be held in memory")
+        rows = file.read(["indices"], use_threads=False)["indices"].combine_chunks()
+    if rows.null_count or rows.flatten().null_count:
+        raise InputError("indices has gaps")
+    return np.asarray(rows.flatten()).reshape(-1, size)
 
 
 def write_reconstructions(path: Path, reconstructions: npt.NDArray[np.float32]) -> None:

@@ -1,12 +1,16 @@
 """The oracle: VQ models in plain NumPy and float64, written to be read beside the equations."""
 
-from vqref.likelihoods import mean as reconstruct
-from vqref.likelihoods import nats
-from vqref.losses import Losses, compute_losses
-from vqref.model import Forward, forward, init_params
-from vqref.network import decode, encode
-from vqref.quantizer import EMAState, Quantized, draw_indices, quantize, reset_codes, update_ema
-from vqref.spec import Layer, ModelSpec, Parameter
+from vqref.lazy import lazy
+
+TYPE_CHECKING = False  # as type checkers know it; typing itself takes long to import
+if TYPE_CHECKING:
+    from vqref.likelihoods import mean as reconstruct
+    from vqref.likelihoods import nats
+    from vqref.losses import Losses, compute_losses
+    from vqref.model import Forward, forward, init_params
+    from vqref.network import decode, encode
+    from vqref.quantizer import EMAState, Quantized, draw_indices, quantize, reset_codes, update_ema
+    from vqref.spec import Layer, ModelSpec, Parameter
 
 __all__ = [
     "EMAState",
@@ -28,3 +32,27 @@ __all__ = [
     "reset_codes",
     "update_ema",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__,
+    {
+        "EMAState": "quantizer.EMAState",
+        "Forward": "model.Forward",
+        "Layer": "spec.Layer",
+        "Losses": "losses.Losses",
+        "ModelSpec": "spec.ModelSpec",
+        "Parameter": "spec.Parameter",
+        "Quantized": "quantizer.Quantized",
+        "compute_losses": "losses.compute_losses",
+        "decode": "network.decode",
+        "draw_indices": "quantizer.draw_indices",
+        "encode": "network.encode",
+        "forward": "model.forward",
+        "init_params": "model.init_params",
+        "nats": "likelihoods.nats",
+        "quantize": "quantizer.quantize",
+        "reconstruct": "likelihoods.mean",
+        "reset_codes": "quantizer.reset_codes",
+        "update_ema": "quantizer.update_ema",
+    },
+)

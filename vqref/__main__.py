@@ -4,50 +4,31 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
-from vqref.errors import ExitCode
-from vqref.host.commandline import Command, count, option, run, run_command
-from vqref.host.files import write_file
-
-
-@dataclass(frozen=True, kw_only=True)
-class VectorsOptions:
-    """Where conformance vectors go, and which."""
-
-    folder: Path = option(
-        type=Path, metavar="DIR", help="a folder; files of these names in it are replaced"
-    )
-    seed: int = option("--seed", default=0, type=count, metavar="N", help="of the random cases")
-
-
-def vectors(options: VectorsOptions) -> int:
-    """Writes the conformance vectors. Raises OSError if the folder cannot be written."""
-    from vqref.checks.vectors import conformance_vectors
-
-    files = conformance_vectors(options.seed)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        write_file(options.folder / name, content)
-    print(f"wrote {', '.join(files)} to {options.folder}")
-    return ExitCode.DONE
-
-
-COMMANDS = (
-    Command("vectors", "write conformance vectors as JSON and npz", VectorsOptions, vectors),
-)
+from vqref.host.interrupts import guarded  # all else is imported once signals are watched
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the process's exit status."""
+    """Entry point; returns the process's exit status.
+
+    argv: the words of the command line; None takes the process's, whose end this then is.
+    """
+    return guarded("vqref", lambda: _run(argv), last=argv is None)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from vqref.host.commandline import run
+
     return run("vqref", command, argv)
 
 
 def command(argv: Sequence[str] | None) -> int:
     """Parses, and runs the command that is named."""
+    from vqref.commands.vectors import COMMAND
+    from vqref.host.commandline import run_command
+
     summary = "The oracle's answers, for implementations in any language."
-    return run_command("vqref", summary, COMMANDS, argv)
+    return run_command("vqref", summary, (COMMAND,), argv)
 
 
 if __name__ == "__main__":

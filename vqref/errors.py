@@ -26,6 +26,10 @@ class CommandError(Exception):
     exit_code = ExitCode.FAILED
 
 
+class Remark(RuntimeWarning):
+    """What the user of a command should know although it goes on: a line on stderr."""
+
+
 class UsageError(CommandError):
     """The command was asked for something that its options do not allow."""
 

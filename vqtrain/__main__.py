@@ -2,38 +2,59 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from typing import cast
 
-from vqref.errors import InputError
-from vqref.host.commandline import Command, Parser, fill, run
-from vqtrain.commands.train import GROUPS, TrainOptions, train
+from vqref.host.interrupts import guarded  # all else is imported once signals are watched
+
+TYPE_CHECKING = False  # as type checkers know it; typing itself takes long to import
+if TYPE_CHECKING:
+    import argparse
+
+    from vqref.host.commandline import Command, Parser
 
 COMMANDS = {"evaluate": "vqtrain.commands.evaluate"}
 """Commands beside training, which has no name, and their modules, each with a COMMAND."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the process's exit status."""
+    """Entry point; returns the process's exit status.
+
+    argv: the words of the command line; None takes the process's, whose end this then is.
+    """
+    return guarded("vqtrain", lambda: _run(argv), last=argv is None)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    from vqref.host.commandline import run
+
     return run("vqtrain", command, argv)
 
 
 def command(argv: Sequence[str] | None) -> int:
     """Parses, and runs what is asked for."""
+    from importlib import import_module
+
+    from vqref.host.commandline import Parser, fill
+
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         found: Command = import_module(COMMANDS[words[0]]).COMMAND
         parser = Parser(prog=f"vqtrain {found.name}", description=found.summary)
         parser.add_options(found.options)
         return found.run(fill(found.options, parser.parse(words[1:])))
+    from vqtrain.commands.train import TrainOptions, train
+
     return train(fill(TrainOptions, parse_with_config(build_parser(), words)))
 
 
 def build_parser() -> Parser:
     """The parser of training."""
+    from typing import cast
+
+    from vqref.host.commandline import Parser
+    from vqtrain.commands.train import GROUPS
+
     parser = Parser(
         prog="vqtrain",
         description="Train a VQ model on images, held to the NumPy oracle as it goes.",
@@ -48,25 +69,40 @@ def build_parser() -> Parser:
 def parse_with_config(parser: Parser, words: list[str]) -> argparse.Namespace:
     """The arguments, those of ``--config`` first, so that the command line has the last word.
 
-    Raises InputError for a file that is not TOML or names an unknown option.
+    Raises InputError for a file that is not TOML, names an unknown option, or has another kind of
+    value for one.
     """
     found = parser.parse(words)
     if found.config is None:
         return found
+    from vqref.errors import InputError
     from vqtrain.run.folder import read_options
 
-    known = {action.dest: action.option_strings for action in parser._actions}
+    actions = {each.dest: each for each in parser._actions if each.dest not in ("help", "config")}
     from_file: list[str] = []
     for key, value in read_options(found.config).items():
-        if key not in known:
+        if key not in actions:
             near = parser.nearest("--" + key.replace("_", "-"))
             raise InputError(f"{found.config}: unknown option {key}{near}")
-        flags = known[key]  # of a switch: what sets it, then what clears it, if anything does
+        if wrong := _what_is_wrong(actions[key], value):
+            raise InputError(f"{found.config}: {key} is {wrong}")
+        flags = actions[key].option_strings  # of a switch: what sets it, then what clears it
         if isinstance(value, bool):
             from_file += flags[:1] if value else flags[1:2]
         else:
-            from_file += [flags[0], str(value)]
+            from_file.append(f"{flags[0]}={value}")
     return parser.parse(from_file + words)
+
+
+def _what_is_wrong(action: argparse.Action, value: str | bool | float) -> str | None:
+    """What a value of a file is, and what it must be, if the command line could not have it."""
+    if action.nargs == 0 and not isinstance(value, bool):
+        return f"{value!r}; it must be true or false"
+    if action.nargs != 0 and isinstance(value, bool):
+        return f"{str(value).lower()}; it must be a number or a text"
+    if isinstance(value, str) and "\0" in value:
+        return f"{value!r}; no text on a command line holds a null"
+    return None
 
 
 if __name__ == "__main__":

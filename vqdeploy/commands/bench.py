@@ -12,13 +12,20 @@ import numpy as np
 
 from vqdeploy.bundle import Bundle
 from vqdeploy.codec import Codec
-from vqdeploy.commands.shared import BundleOptions, remarks
+from vqdeploy.commands.shared import BundleOptions, require_room
+from vqdeploy.runtime.sessions import quiet
 from vqref.errors import ExitCode
-from vqref.host.commandline import Command, option, positive
+from vqref.host.commandline import Command, option, positive, real
 from vqref.validation import Array, Params
 
 BATCHES = (1, 16, 256)
 WARM_UP = 3
+
+DIFFERENT_IMAGES = 256
+"""A larger batch repeats them: it takes as long, and the oracle draws them slowly."""
+
+LONGEST = 3600.0
+"""The most seconds that ``--seconds`` takes."""
 
 Runner = Callable[[Array], Any]
 
@@ -38,7 +45,7 @@ class BenchOptions(BundleOptions):
     seconds: float = option(
         "--seconds",
         default=2.0,
-        type=float,
+        type=real(0, LONGEST),
         metavar="X",
         help="for each direction, batch and implementation",
     )
@@ -47,8 +54,10 @@ class BenchOptions(BundleOptions):
 
 def run(options: BenchOptions) -> int:
     bundle = Bundle.open(options.bundle)
-    with remarks():
-        codec = Codec.load(options.bundle, options.device)
+    for batch in options.batch or BATCHES:
+        require_room("--batch", batch, bundle.spec)
+    quiet()
+    codec = Codec.load(options.bundle, options.device)
     with codec:
         rows = list(_measure(bundle, codec, options))
     if options.json:
@@ -74,7 +83,8 @@ def _measure(bundle: Bundle, codec: Codec, options: BenchOptions) -> Iterator[di
     params = bundle.oracle().params
     runners = _runners(bundle, params, codec)
     for batch in options.batch or BATCHES:
-        images = draw_images(bundle.spec, params, batch)
+        drawn = draw_images(bundle.spec, params, min(batch, DIFFERENT_IMAGES))
+        images = np.resize(drawn, (batch, *bundle.spec.image_shape))
         inputs: dict[str, Array] = {"encode": images, "decode": codec.encode(images)}
         for direction, by_name in runners.items():
             for name, taken in _alternate(by_name, inputs[direction], options.seconds).items():
@@ -94,18 +104,19 @@ def _measure(bundle: Bundle, codec: Codec, options: BenchOptions) -> Iterator[di
 def _alternate(
     runners: Mapping[str, Runner], array: Array, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each call; implementations take turns, call by call."""
+    """Seconds of each call, one at least; implementations take turns, call by call."""
     for run in runners.values():
         for _ in range(WARM_UP):
             run(array)
     times: dict[str, list[float]] = {name: [] for name in runners}
     end = time.perf_counter() + seconds * len(runners)
-    while time.perf_counter() < end:
+    while True:
         for name, run in runners.items():
             start = time.perf_counter()
             run(array)
             times[name].append(time.perf_counter() - start)
-    return times
+        if time.perf_counter() >= end:
+            return times
 
 
 def _runners(bundle: Bundle, params: Params, codec: Codec) -> dict[str, dict[str, Runner]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from vqdeploy.runtime.library import onnxruntime
 from vqdeploy.runtime.sessions import cuda_devices
 from vqref.errors import ExitCode, MachineError
 from vqref.host.commandline import Command, option
@@ -83,7 +84,7 @@ def examine() -> list[Finding]:
     """Looks at everything, in the order in which one thing needs the other."""
     findings = [*_machine(), _one_runtime()]
     try:
-        import onnxruntime as ort
+        ort = onnxruntime()
     except ImportError as error:
         advice = "pip install onnxruntime-gpu"
         return [*findings, Finding("import onnxruntime", str(error), False, advice, fatal=True)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vqdeploy.commands.shared import BundleOptions, draw, opened
+from vqdeploy.commands.shared import BundleOptions, draw, opened, require_room
 from vqref.errors import ExitCode
 from vqref.host.commandline import Command, count, option, positive
 
@@ -28,6 +28,7 @@ def run(options: SampleOptions) -> int:
 
     require_format(options.output, (".png", ".PNG"))
     with opened(options, options.output) as codec:
+        require_room("--number", options.number, codec.spec)
         rng = np.random.default_rng(options.seed)
         draw(options.output, codec.sample(options.number, rng=rng))
         done = f"{options.number} samples of the uniform prior on {codec.device}"

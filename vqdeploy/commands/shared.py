@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +10,14 @@ from pathlib import Path
 
 from vqdeploy.codec import Codec
 from vqdeploy.runtime.sessions import DEVICES, quiet
-from vqref.errors import InputError
+from vqref.errors import InputError, UsageError
 from vqref.host.commandline import option
 from vqref.host.files import require_writable
+from vqref.spec import ModelSpec
 from vqref.validation import Array
+
+MOST_VALUES = 2**26
+"""The most values, N·C·H·W, of the images that a picture or a batch to measure holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,31 +30,29 @@ class BundleOptions:
     )
 
 
-@contextmanager
-def remarks() -> Iterator[None]:
-    """Prints warnings as lines on stderr, and nothing that onnxruntime would write there itself."""
-    quiet()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("default")
-        yield
-    for remark in caught:
-        print(f"vqdeploy: {remark.message}", file=sys.stderr)
+def require_room(option: str, count: int, spec: ModelSpec) -> None:
+    """Raises UsageError that names the option if ``count`` images are more than MOST_VALUES."""
+    most = MOST_VALUES // math.prod(spec.image_shape)
+    if count > most:
+        raise UsageError(f"{option} is {count}; of images {spec.image_shape} at most {most} fit")
 
 
 @contextmanager
 def opened(options: BundleOptions, output: Path) -> Iterator[Codec]:
     """Opens the bundle's Codec, once it is known that ``output`` can be written."""
     require_writable(output)
-    with remarks():
-        codec = Codec.load(options.bundle, options.device)
+    quiet()
+    codec = Codec.load(options.bundle, options.device)
     with codec:
         yield codec
 
 
 def draw(path: Path, images: Array) -> None:
-    """Writes a sheet of images (N, C, H, W). Raises InputError if there are none."""
+    """Writes a sheet of images (N, C, H, W). Raises InputError if there are none, or too many."""
     from vqref.host.pictures import save_square
 
     if not len(images):
         raise InputError(f"{path}: no images to draw")
+    if images.size > MOST_VALUES:
+        raise InputError(f"{path}: {len(images)} images are too many for a picture; write .npz")
     save_square(path, images)

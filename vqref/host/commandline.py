@@ -19,13 +19,39 @@ import argparse
 import dataclasses
 import difflib
 import itertools
-import os
+import logging
+import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from vqref.errors import CommandError, ExitCode
+from vqref.errors import CommandError, ExitCode, Remark
+from vqref.host.interrupts import guarded
+from vqref.host.streams import discard, plain, prepare, tell
+
+__all__ = [
+    "MOST",
+    "Command",
+    "Parser",
+    "count",
+    "fill",
+    "option",
+    "plain",
+    "positive",
+    "real",
+    "run",
+    "run_command",
+    "whole",
+]
+
+MOST = 2**63 - 1
+"""The largest value of an option: what an int64 holds, a seed and a dimension among them."""
+
+_OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|[Ff]ailed to allocate|bad alloc")
+"""How libraries say it that raise no MemoryError."""
 
 
 def option(*flags: str, default: Any = dataclasses.MISSING, help: str, **how: Any) -> Any:
@@ -111,6 +137,8 @@ class Parser(argparse.ArgumentParser):
             option = word.split("=")[0]
             if option.startswith("--") and option not in known:
                 self.error(f"unknown option {option}{self.nearest(option, known)}")
+            if word.endswith("=--"):  # argparse would take it for the end of the options
+                self.error(f"argument {option}: '--' is no value; for a file, write ./--")
         return self.parse_args(words)
 
     def nearest(self, word: str, known: Sequence[str] | None = None) -> str:
@@ -127,69 +155,110 @@ class Parser(argparse.ArgumentParser):
                 options += action.choices[named]._known_options(words) if named else []
         return options
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """As argparse has it, but an output that cannot be written is an error."""
+        (file or sys.stdout).write(message)
+
     def error(self, message: str) -> NoReturn:
-        one_line = " ".join(message.split())
-        self.exit(ExitCode.USAGE, f"{self.prog}: {one_line} (see {self.prog} --help)\n")
+        tell(self.prog, f"{message} (see {self.prog} --help)")
+        self.exit(ExitCode.USAGE)
 
 
-def positive(text: str) -> int:
-    """The type of options that count: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+def whole(least: int, most: int = MOST) -> Callable[[str], int]:
+    """The type of options that are integers from ``least`` to ``most``."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is not at least {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is not at most {most}")
+        return value
+
+    number.__name__ = "int"  # what argparse calls it if the text is none
+    return number
 
 
-def count(text: str) -> int:
-    """The type of options that count from 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
-    return value
+def real(least: float, most: float) -> Callable[[str], float]:
+    """The type of options that are numbers from ``least`` to ``most``."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not least <= value <= most:  # as nan is
+            raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
+        return value
+
+    number.__name__ = "float"
+    return number
+
+
+positive = whole(1)
+"""The type of options that count: an integer of at least 1."""
+
+count = whole(0)
+"""The type of options that count from 0, and of seeds."""
 
 
 def run(
     prog: str, command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None
 ) -> int:
-    """Runs ``command(argv)`` and turns expected failures into one line on stderr and an
-    ``ExitCode``.
+    """Runs ``command(argv)`` and turns signals and expected failures into one line on stderr and
+    an ``ExitCode``.
 
-    Anything else is a bug and keeps its traceback.
+    Anything else is a bug and keeps its traceback. Libraries say nothing on stderr; a ``Remark`` is
+    a line.
     """
+    prepare()
+    return guarded(prog, lambda: _answer(prog, command, argv))
+
+
+def _answer(
+    prog: str, command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None
+) -> int:
     try:
         try:
-            return command(argv)
+            with _remarks(prog):
+                return command(argv)
         finally:
             sys.stdout.flush()  # here, where what goes wrong with it can still be said
     except CommandError as error:
-        return _say(prog, str(error), error.exit_code)
-    except (
-        BrokenPipeError
-    ):  # the reader of our output closed it (`| head`): nothing left to say, to anyone
-        _discard_output()
+        return _fail(prog, str(error), error.exit_code)
+    except BrokenPipeError:
+        # the reader of our output closed it (`| head`): nothing left to say, to anyone
+        discard(sys.stdout)
         return ExitCode.FAILED
     except OSError as error:  # commands check their inputs; what is left is the disk and the rights
         if error.filename is None:
-            _discard_output()
-        return _say(
-            prog,
-            f"{error.filename or 'standard output'}: {error.strerror or error}",
-            ExitCode.ENVIRONMENT,
-        )
-    except MemoryError as error:
-        return _say(prog, f"not enough memory: {error}", ExitCode.ENVIRONMENT)
-    except KeyboardInterrupt as error:  # one of ours says which signal it was and what was saved
-        return _say(
-            prog, str(error) or "interrupted", getattr(error, "exit_code", ExitCode.INTERRUPTED)
-        )
+            discard(sys.stdout)
+        what = f"{error.filename or 'standard output'}: {error.strerror or error}"
+        return _fail(prog, what, ExitCode.ENVIRONMENT)
+    except (RecursionError, OverflowError) as error:
+        return _fail(prog, f"too large, or nested too deeply: {error}", ExitCode.BAD_INPUT)
+    except Exception as error:
+        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+            return _fail(prog, f"not enough memory: {error}", ExitCode.ENVIRONMENT)
+        raise
 
 
-def _discard_output() -> None:
-    """Sends what stdout still holds nowhere, so that the interpreter's last flush has nothing to
-    complain of."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+@contextmanager
+def _remarks(prog: str) -> Iterator[None]:
+    """While a command runs, warnings that are no ``Remark`` are not shown, nor what libraries log
+    that nobody listens to."""
+    last_resort, logging.lastResort = logging.lastResort, None
+    raising, logging.raiseExceptions = logging.raiseExceptions, False
+
+    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+        if issubclass(category, Remark):
+            tell(prog, str(message))
+
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        logging.lastResort, logging.raiseExceptions = last_resort, raising
 
 
-def _say(prog: str, message: str, code: ExitCode) -> int:
-    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+def _fail(prog: str, message: str, code: ExitCode) -> int:
+    tell(prog, message)
     return code

@@ -7,15 +7,17 @@ import hashlib
 import io
 import math
 import zipfile
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vqref.errors import InputError
+from vqref.host.files import LARGEST_FILE, about, is_folder, parsed, read_bytes
+from vqref.host.streams import plain
 from vqref.validation import Array
 
 OFFICIAL_NAMES = (
@@ -24,8 +26,19 @@ OFFICIAL_NAMES = (
 )
 """File names of the Kuzushiji-MNIST distribution, (training, held out), the preferred first."""
 
-LARGEST_ARRAY = 8 * 2**30
-"""The most bytes that an array of images may have: it is held in memory."""
+LARGEST_ARRAY = LARGEST_FILE
+"""The most bytes that the arrays of a file may have together: they are held in memory."""
+
+MOST_MEMBERS = 2**14
+"""The most arrays that an archive may have."""
+
+LONGEST_HEADER = 10_000
+"""The most bytes that the header of an ``.npy`` may have, NumPy's own limit."""
+
+Stream = IO[bytes] | gzip.GzipFile
+
+_MEMBER = b"PK\x01\x02"  # begins each entry of an archive's directory
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 ARRAY_NAMES = ("arr_0", "images", "x_train")
 """Names that mark the images among the arrays of an archive."""
@@ -55,9 +68,9 @@ def load(path: str | Path) -> ImageSet:
     Raises InputError that names the file, what was found and what was expected.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not is_folder(path):
         images, digest = _read(path)
-        return ImageSet(images, None, path.name, digest)
+        return ImageSet(images, None, plain(path.name), digest)
     for train, held_out in OFFICIAL_NAMES:
         if (path / train).is_file():
             images, digest = _read(path / train)
@@ -113,106 +126,148 @@ def _layouts(image_shape: tuple[int, int, int]) -> str:
 
 def _read(path: Path) -> tuple[Array, str]:
     """The images (N, C, H, W) in a file, and the file's sha256. Raises InputError."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    try:
-        array = _parse(content)
-        images = _channels_first(_check_values(array))
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    content = read_bytes(path)
+    with about(path), parsed("not a readable image file"):
+        images = _channels_first(_check_values(_parse(content)))
     return images, hashlib.sha256(content).hexdigest()
 
 
 def _parse(content: bytes) -> Array:
-    """The images in the bytes of a file, whose form its first bytes tell. Raises InputError."""
-    try:
-        if content.startswith(b"PK"):
-            return _parse_npz(content)
-        if content.startswith(b"\x93NUMPY"):
-            return _parse_npy(io.BytesIO(content), len(content))
-        return _parse_idx(gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content)
-    except InputError:
-        raise
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"not a readable image file: {error}") from None
+    """The images in the bytes of a file, whose form its first bytes tell. Raises InputError, and
+    what parsers raise."""
+    if content.startswith(b"PK"):
+        return _parse_npz(content)
+    file = io.BytesIO(content)
+    if content.startswith(b"\x93NUMPY"):
+        return _parse_npy(file, len(content))
+    if content.startswith(b"\x1f\x8b"):
+        with gzip.open(file) as unpacked:
+            return _parse_idx(unpacked)
+    return _parse_idx(file)
 
 
 def read_npz(content: bytes) -> dict[str, Array]:
-    """Every array of an ``.npz`` by its name. Nothing is executed, and memory is given to an array
-    only once its size is checked.
+    """Every array of an ``.npz`` by its name: numbers and text. Nothing is executed, and memory is
+    given to an array only once its size is checked.
 
     Raises InputError.
     """
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            found = {}
-            for info in archive.infolist():
-                with archive.open(info) as file:
-                    found[info.filename.removesuffix(".npy")] = _parse_npy(file, info.file_size)
-            return found
-    except InputError:
-        raise
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"not a readable archive: {error}") from None
+    with parsed("not a readable archive"), _archive(content) as archive:
+        members = _members(archive)
+        total = sum(info.file_size for info in members.values())
+        _require_size(total)
+        return {name: _read_member(archive, info) for name, info in members.items()}
+
+
+def read_npy(content: bytes) -> Array:
+    """The array of an ``.npy``, as ``read_npz`` reads those of an archive. Raises InputError."""
+    with parsed("not a readable array"):
+        return _parse_npy(io.BytesIO(content), len(content))
 
 
 def _parse_npz(content: bytes) -> Array:
     """The only array of an archive, or the one that one of ARRAY_NAMES marks."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    with _archive(content) as archive:
+        members = _members(archive)
         name = next((n for n in (*ARRAY_NAMES, *members) if n in members), "")
         if not (name in ARRAY_NAMES or len(members) == 1):
-            found = ", ".join(members) or "(none)"
+            found = plain(", ".join(list(members)[:8])) or "(none)"
             raise InputError(f"holds arrays {found}; expected one, or one named arr_0 or images")
-        with archive.open(members[name]) as file:
-            return _parse_npy(file, members[name].file_size)
+        return _read_member(archive, members[name])
+
+
+def _archive(content: bytes) -> zipfile.ZipFile:
+    """The archive in ``content``. Raises InputError before its members are listed if they are more
+    than MOST_MEMBERS."""
+    if content.count(_MEMBER) > MOST_MEMBERS:
+        raise InputError(f"holds more than {MOST_MEMBERS} arrays")
+    return zipfile.ZipFile(io.BytesIO(content))
+
+
+def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
+    """The members of an archive by the names of their arrays. Raises InputError for two of a name,
+    and for what NumPy does not write."""
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in archive.infolist():
+        name = info.filename.removesuffix(".npy")
+        if name in found:
+            raise InputError(f"holds two arrays named {plain(name)}")
+        if info.flag_bits & 1 or info.compress_type not in _COMPRESSIONS:
+            raise InputError(f"the array {plain(name)} is encrypted, or compressed otherwise")
+        found[name] = info
+    return found
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
+    with archive.open(info) as file:
+        return _parse_npy(file, info.file_size)
 
 
 def _parse_npy(file: IO[bytes], size: int) -> Array:
     """The array in a ``.npy`` stream of ``size`` bytes.
 
     Its header is checked before memory is given to it: a small archive can promise, and deliver,
-    more than any machine has. Raises InputError.
+    more than any machine has. Raises InputError, and what parsers raise.
     """
-    start = file.tell()
-    major, _ = np.lib.format.read_magic(file)
-    read_header = (
-        np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-    )
-    shape, _, dtype = read_header(file)
-    declared = math.prod(shape) * dtype.itemsize
-    if dtype.hasobject:
-        raise InputError(
-            "images: dtype is object, expected uint8, or a floating dtype with values in [0, 1]"
-        )
-    if declared != size - (file.tell() - start):
-        raise InputError(
-            f"not a readable image file: its header declares {declared} bytes, "
-            f"{size - file.tell() + start} are there"
-        )
-    if declared > LARGEST_ARRAY:
-        raise InputError(
-            f"holds {declared / 2**30:.1f} GiB of images, more than the "
-            f"{LARGEST_ARRAY / 2**30:.0f} GiB read at once"
-        )
-    file.seek(start)
-    return np.asarray(np.lib.format.read_array(file, allow_pickle=False))
+    start, read_header = _npy_header(file)  # without its 8 bytes of magic
+    shape, fortran, dtype = read_header(start)
+    if dtype.kind not in "biufU":
+        raise InputError(f"an array's dtype is {dtype}, expected numbers or text")
+    declared, there = math.prod(shape) * dtype.itemsize, size - 8 - len(start.getbuffer())
+    if declared != there or min(shape, default=0) < 0:
+        raise InputError(f"an array's header declares {declared} bytes, {there} are there")
+    _require_size(declared)
+    values = np.frombuffer(_read_at_most(file, declared), dtype)
+    return values.reshape(shape, order="F" if fortran else "C")
 
 
-def _parse_idx(content: bytes) -> Array:
+def _npy_header(file: IO[bytes]) -> tuple[io.BytesIO, Callable[[IO[bytes]], Any]]:
+    """The header of a ``.npy`` stream after its magic, and what reads it. Raises InputError, and
+    what parsers raise."""
+    version = np.lib.format.read_magic(file)
+    first = version == (1, 0)
+    if not first and version not in ((2, 0), (3, 0)):
+        raise InputError(f"format version {version} of .npy is not known")
+    prefix = file.read(2 if first else 4)
+    length = int.from_bytes(prefix, "little")
+    if length > LONGEST_HEADER:
+        raise InputError(f"its header has {length} bytes, more than the {LONGEST_HEADER} expected")
+    read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+    return io.BytesIO(prefix + file.read(length)), read
+
+
+def _parse_idx(file: Stream) -> Array:
     """IDX as LeCun's MNIST page defines it: 0, 0, 8 for uint8, the number of axes, their sizes as
-    big-endian integers, the values. Raises InputError."""
-    axes = content[3] if len(content) > 4 and content[:3] == b"\0\0\x08" else 0
+    big-endian integers, the values. Raises InputError, and what parsers raise."""
+    magic = file.read(4)
+    axes = magic[3] if len(magic) == 4 and magic[:3] == b"\0\0\x08" else 0
     if axes not in (3, 4):
         raise InputError("neither .npz, .npy nor IDX images of uint8")
-    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", axes, 4))
-    start = 4 + 4 * axes
-    if len(content) - start != math.prod(shape):
-        raise InputError(f"IDX header says {shape}, but {len(content) - start} bytes follow")
-    values = np.frombuffer(content, np.uint8, offset=start)
-    return values.reshape(shape).copy()  # PyTorch wants arrays that can be written
+    shape = tuple(int(n) for n in np.frombuffer(file.read(4 * axes), ">u4", axes))
+    count = math.prod(shape)
+    _require_size(count)
+    values = _read_at_most(file, count + 1)
+    if len(values) != count:
+        more = "or more " if len(values) > count else ""
+        raise InputError(f"IDX header says {shape}, but {len(values)} bytes {more}follow")
+    return np.frombuffer(values, np.uint8).reshape(shape)
+
+
+def _read_at_most(file: Stream, limit: int) -> bytearray:
+    """Up to ``limit`` bytes of a stream, which takes memory as they come."""
+    found = bytearray()
+    while piece := file.read(min(2**20, limit - len(found))):
+        found += piece
+    return found
+
+
+def _require_size(size: int) -> None:
+    """Raises InputError for more bytes than an array may have."""
+    if size > LARGEST_ARRAY:
+        raise InputError(
+            f"holds {size / 2**30:.1f} GiB of images, more than the "
+            f"{LARGEST_ARRAY / 2**30:.0f} GiB read at once"
+        )
 
 
 def _check_values(array: Array) -> Array:
@@ -246,7 +301,7 @@ def _channels_first(array: Array) -> Array:
         )
     elif array.ndim == 4 and array.shape[3] in CHANNELS:
         array = array.transpose(0, 3, 1, 2)
-    elif array.ndim != 4 or array.shape[1] not in CHANNELS:
+    if array.ndim != 4 or array.shape[1] not in CHANNELS or 0 in array.shape[2:]:
         raise InputError(
             f"images: shape is {array.shape}, expected (N, H, W), (N, H, W, C) or (N, C, H, W), "
             "C 1, 3 or 4"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from vqref.host.streams import plain
 
 
 def describe_machine(packages: Sequence[str]) -> dict[str, str | int]:
@@ -27,9 +30,8 @@ def describe_machine(packages: Sequence[str]) -> dict[str, str | int]:
 
 def _processor() -> str:
     """The processor's name, as well as the system knows it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
+    with suppress(OSError):  # on a system that has no such file, or hides it
+        for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+                return plain(line.partition(":")[2].strip())
     return platform.processor() or platform.machine()

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import io
+import logging
 import math
+import warnings
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vqref.errors import InputError, MachineError
-from vqref.host.files import write_file
-from vqref.host.images import OFFICIAL_NAMES, ImageSet, load
+from vqref.host.files import about, is_folder, parsed, read_bytes, write_file
+from vqref.host.images import LARGEST_ARRAY, OFFICIAL_NAMES, ImageSet, load
+from vqref.host.streams import plain
 from vqref.validation import Array
 
 GAP = 2
@@ -21,6 +27,13 @@ GAP = 2
 SHEET_PIXELS, MOST_COLUMNS = 900, 16
 """About how wide a sheet is: images are enlarged by a whole factor to reach it. How many a row of
 pairs has at most."""
+
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
+"""What pictures are read, by Pillow's names. It knows others that start programs, or that nobody
+keeps images in."""
+
+LARGEST_PICTURE = 2**30
+"""The most bytes that the file of a picture may have."""
 
 BACKGROUND = 0.5
 """The grey level between images."""
@@ -32,7 +45,7 @@ def load_any(path: Path, resize: tuple[int, int] | None = None) -> ImageSet:
     resize: (H, W) to which the pictures of a folder are brought. Raises InputError if ``resize`` is
     given for another source, and what ``vqref.host.images.load`` and ``load_folder`` raise.
     """
-    if path.is_dir() and not any((path / train).is_file() for train, _ in OFFICIAL_NAMES):
+    if is_folder(path) and not any((path / train).is_file() for train, _ in OFFICIAL_NAMES):
         return load_folder(path, resize)
     if resize:
         raise InputError(f"--resize is for a folder of images; {path} is not one")
@@ -40,46 +53,62 @@ def load_any(path: Path, resize: tuple[int, int] | None = None) -> ImageSet:
 
 
 def picture_names(folder: Path) -> list[Path]:
-    """The image files of a folder, sorted by name: what ``load_folder`` reads, in its order."""
+    """The image files of a folder, sorted by name: what ``load_folder`` reads, in its order.
+
+    Raises InputError for a folder that cannot be listed.
+    """
     known = _pillow().registered_extensions()
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in known)
+    try:
+        return sorted(p for p in folder.iterdir() if known.get(p.suffix.lower()) in FORMATS)
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}") from None
 
 
 def load_folder(folder: Path, resize: tuple[int, int] | None = None) -> ImageSet:
     """The images of ``folder``, sorted by name, (N, C, H, W) uint8: grey if all are, else RGB.
 
-    Raises InputError if there are no images, if a file cannot be read, or if sizes differ and there
-    is no ``resize``; MachineError if Pillow is not installed.
+    Raises InputError if there are no images, if a file cannot be read, if sizes differ and there is
+    no ``resize``, or if they are too many to be held in memory; MachineError if Pillow is not
+    installed.
     """
-    pillow = _pillow()
     paths = picture_names(folder)
     if not paths:
         raise InputError(f"{folder}: the folder holds no image files and no official KMNIST files")
-    pictures = [_read_picture(path) for path in paths]
-    if resize:
-        size, filtered = (resize[1], resize[0]), pillow.Resampling.LANCZOS
-        pictures = [picture.resize(size, filtered) for picture in pictures]
-    sizes = {picture.size: path for path, picture in zip(paths, pictures, strict=True)}
-    if len(sizes) > 1:
-        (a, first), (b, second) = list(sizes.items())[:2]
-        raise InputError(
-            f"{second}: {b[0]}x{b[1]} pixels, {first.name} has {a[0]}x{a[1]}; use --resize HxW"
-        )
+    if resize and len(paths) * resize[0] * resize[1] > LARGEST_ARRAY:
+        raise InputError(f"{folder}: {len(paths)} images of {resize[0]}x{resize[1]} are too many")
+    pictures: list[Any] = []
+    room = LARGEST_ARRAY
+    for path in paths:
+        picture = _read_picture(path, resize)
+        if pictures and picture.size != pictures[0].size:
+            a, b = pictures[0].size, picture.size
+            raise InputError(
+                f"{path}: {b[0]}x{b[1]} pixels, {paths[0].name} has {a[0]}x{a[1]}; use --resize HxW"
+            )
+        pictures.append(picture)
+        room -= picture.width * picture.height * len(picture.getbands())
+        if room < 0:
+            raise InputError(f"{folder}: more than {LARGEST_ARRAY / 2**30:.0f} GiB of images")
     mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
     images = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
     images = images[:, None] if mode == "L" else images.transpose(0, 3, 1, 2)
     images = np.ascontiguousarray(images)
-    return ImageSet(images, None, folder.name, hashlib.sha256(images.tobytes()).hexdigest())
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    return ImageSet(images, None, plain(folder.name), digest)
 
 
-def _read_picture(path: Path) -> Any:
-    """The picture in a file, grey or RGB. Raises InputError that names the file."""
+def _read_picture(path: Path, resize: tuple[int, int] | None) -> Any:
+    """The picture in a file, grey or RGB, resized to (H, W). Raises InputError that names the
+    file."""
     pillow = _pillow()
-    try:
-        with pillow.open(path) as picture:
-            return picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB")
-    except (OSError, pillow.DecompressionBombError) as error:
-        raise InputError(f"{path}: not a readable image: {error}") from None
+    content = read_bytes(path, LARGEST_PICTURE)
+    with about(path), parsed("not a readable image"):
+        warnings.simplefilter("error", pillow.DecompressionBombWarning)
+        with pillow.open(io.BytesIO(content), formats=FORMATS) as picture:
+            found = picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB")
+        if resize:
+            found = found.resize((resize[1], resize[0]), pillow.Resampling.LANCZOS)
+        return found
 
 
 def save_sheet(path: Path, images: Array, columns: int) -> None:
@@ -135,10 +164,19 @@ def _visible(images: Array) -> Array:
     return images[:, : 3 if channels in (3, 4) else 1]
 
 
+@cache
 def _pillow() -> Any:
-    """Pillow's Image module. Raises MachineError if it is not installed."""
+    """Pillow's Image module, whose remarks on damaged pictures go nowhere. Raises MachineError if
+    it is not installed."""
     try:
-        from PIL import Image
+        from PIL import Image, _imaging
     except ModuleNotFoundError:
         raise MachineError("pictures need Pillow: pip install pillow") from None
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
+    with suppress(
+        OSError, AttributeError
+    ):  # libtiff, if it can be reached, writes to stderr itself
+        libraries = ctypes.CDLL(_imaging.__file__)
+        libraries.TIFFSetErrorHandler(None)
+        libraries.TIFFSetWarningHandler(None)
     return Image

@@ -76,20 +76,18 @@ def evaluate(options: EvaluateOptions) -> int:
     """Prints the measures. Raises CommandError for files that do not fit, and Interrupted."""
     from vqtrain.device import choose_device
     from vqtrain.modelfile import read_model
-    from vqtrain.run.interrupts import Interrupts
     from vqtrain.run.metrics import variance_of
 
     model, device = read_model(options.model), choose_device(options.device)
-    with Interrupts():
-        source = load_source(options.data, _ignore if options.json else print, options.resize)
-        train, measured = choose_images(source, model.spec)
-        if options.binarize:
-            rng = np.random.default_rng(options.seed)
-            train, measured = (_binarized(part, rng) for part in (train, measured))
-        known = model.spec.variance <= LARGEST_VARIANCE and not options.binarize
-        variance = model.spec.variance if known else variance_of(train)
-        found = _measure(model, measured, device, variance)
-        found |= floors(model.spec, train, measured, variance, options.seed)
+    source = load_source(options.data, _ignore if options.json else print, options.resize)
+    train, measured = choose_images(source, model.spec)
+    if options.binarize:
+        rng = np.random.default_rng(options.seed)
+        train, measured = (_binarized(part, rng) for part in (train, measured))
+    known = model.spec.variance <= LARGEST_VARIANCE and not options.binarize
+    variance = model.spec.variance if known else variance_of(train)
+    found = _measure(model, measured, device, variance)
+    found |= floors(model.spec, train, measured, variance, options.seed)
     if "clustering_floor" in found:
         found["above_floor"] = found["bound"] - found["clustering_floor"]
     figures = {name: found[name] for name in MEANING if name in found}

@@ -47,6 +47,13 @@ def _recipe(flag: str, help: str, **how: Any) -> Any:
     return option(flag, default=None, help=f"{help} {_by_family(defaults)}", **how)
 
 
+def _plain_name(text: str) -> str:
+    """The type of ``--name``: what names a folder in that of the runs, and nothing outside it."""
+    if text in ("", ".", "..") or "/" in text or "\\" in text or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder")
+    return text
+
+
 def _switch(flag: str, help: str) -> Any:
     return _recipe(flag, help, action=argparse.BooleanOptionalAction)
 
@@ -108,6 +115,7 @@ class FileOptions:
     name: str | None = option(
         "--name",
         default=None,
+        type=_plain_name,
         metavar="NAME",
         help="the run's folder (default: data and recipe)",
     )
@@ -274,7 +282,6 @@ def train(options: TrainOptions) -> int:
     """Trains as the options say. Raises CommandError, and Interrupted if a signal came."""
     from vqtrain.device import choose_device, keep_freed_memory, refuse_variation
     from vqtrain.run.folder import open_run
-    from vqtrain.run.interrupts import Interrupts
     from vqtrain.run.narrator import say
     from vqtrain.run.snapshot import course_of
     from vqtrain.run.trainer import Trainer, Work, require_one_batch
@@ -286,46 +293,44 @@ def train(options: TrainOptions) -> int:
         keep_freed_memory()
     if options.deterministic:
         refuse_variation()
-    with Interrupts() as interrupts:
-        images = load_source(options.data, say, options.resize)
-        spec, sizes = build_spec(options, images)
-        training = _replace(RECIPES[options.recipe](spec), changes)
-        require_one_batch(images, training)
-        say(f"network {_described(spec)}")
-        if options.precision == AUTO:
-            what = "card" if device.type == "cuda" else "processor"
-            say(f"precision {training.precision}: what this {what} multiplies fastest")
-        course = course_of(spec, training, sizes, images.sha256)
-        default_name = f"{_short_name(images.source)}-{options.recipe}"
-        folder, state = open_run(
-            options.runs, options.name, default_name, options.resume, course, say
+    images = load_source(options.data, say, options.resize)
+    spec, sizes = build_spec(options, images)
+    training = _replace(RECIPES[options.recipe](spec), changes)
+    require_one_batch(images, training)
+    say(f"network {_described(spec)}")
+    if options.precision == AUTO:
+        what = "card" if device.type == "cuda" else "processor"
+        say(f"precision {training.precision}: what this {what} multiplies fastest")
+    course = course_of(spec, training, sizes, images.sha256)
+    default_name = f"{_short_name(images.source)}-{options.recipe}"
+    folder, state = open_run(
+        options.runs, options.name, default_name, options.resume, course, say, spec
+    )
+    try:
+        folder.write_options(_resolved(options, training, spec, sizes))
+        work = Work(
+            device,
+            folder,
+            options.output,
+            options.snapshot_steps,
+            options.check_images,
+            options.check_every,
+            writer=_writer(folder) if options.tensorboard else None,
         )
-        try:
-            folder.write_options(_resolved(options, training, spec, sizes))
-            work = Work(
-                device,
-                folder,
-                options.output,
-                interrupts,
-                options.snapshot_steps,
-                options.check_images,
-                options.check_every,
-                writer=_writer(folder) if options.tensorboard else None,
-            )
-            provenance = {
-                "data": {
-                    "source": images.source,
-                    "sha256": images.sha256,
-                    "images": len(images.train),
-                },
-                "recipe": options.recipe,
-                "seed": training.seed,
-                "device": str(device),
-                "versions": _versions(),
-            }
-            model = Trainer(spec, training, images, work, provenance, course, state).run()
-        finally:
-            folder.release()
+        provenance = {
+            "data": {
+                "source": images.source,
+                "sha256": images.sha256,
+                "images": len(images.train),
+            },
+            "recipe": options.recipe,
+            "seed": training.seed,
+            "device": str(device),
+            "versions": _versions(),
+        }
+        model = Trainer(spec, training, images, work, provenance, course, state).run()
+    finally:
+        folder.release()
     say(f"wrote {options.output}; pictures and metrics are in {folder.path}")
     say(f"next: python -m vqdeploy export {options.output}")
     if options.json:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from vqref.errors import InputError, MachineError
-from vqref.host.files import write_file
+from vqref.host.files import read_bytes, write_file
 from vqref.host.images import OFFICIAL_NAMES, ImageSet, load
 from vqref.host.pictures import load_any
 
@@ -49,6 +49,9 @@ PROBE_SECONDS = 5.0
 
 RETRIES = 2
 """How often a download that broke off starts again."""
+
+LARGEST_SEAL = 1024
+"""The most bytes that the file with a digest may have."""
 
 GLYPHS_TRAIN, GLYPHS_HELD_OUT = 12_000, 2_000
 
@@ -115,7 +118,8 @@ def load_glyphs(cache: Path) -> ImageSet:
 
     path = cache / f"glyphs-{GLYPHS_TRAIN}-{GLYPHS_HELD_OUT}.npz"
     seal = path.with_suffix(".sha256")
-    if not (seal.is_file() and _holds(path, seal.read_text().strip())):
+    digest = read_bytes(seal, LARGEST_SEAL).decode(errors="replace") if seal.exists() else ""
+    if not _holds(path, digest.strip()):
         images, labels = glyphs(GLYPHS_TRAIN + GLYPHS_HELD_OUT)
         content = io.BytesIO()
         np.savez_compressed(content, images=images, labels=labels)
@@ -129,7 +133,8 @@ def load_glyphs(cache: Path) -> ImageSet:
 
 
 def _holds(path: Path, digest: str) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == digest
+    """Whether there is a file of this sha256. Raises InputError for what is no regular file."""
+    return path.exists() and hashlib.sha256(read_bytes(path)).hexdigest() == digest
 
 
 def _download(folder: Path, names: Sequence[str], places: Sequence[str], say: Say) -> None:

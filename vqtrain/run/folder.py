@@ -4,13 +4,17 @@ processes share it."""
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from vqref.errors import InputError, MachineError
-from vqref.host.files import write_file
+from vqref.host.files import about, parsed, read_bytes, write_file
+from vqref.host.streams import plain
+from vqref.spec import ModelSpec
+from vqtrain.run.fitting import require_course, require_fitting
 from vqtrain.run.snapshot import (
     Course,
     differences,
@@ -29,6 +33,11 @@ OPTIONS, METRICS, MODEL, SNAPSHOTS, PICTURES = (
 
 State = dict[str, Any]
 Say = Callable[[str], None]
+Require = Callable[[State], None]
+Option = str | bool | int | float
+
+LARGEST_OPTIONS = 2**14
+"""The most bytes that a file of options may have."""
 
 
 class RunFolder:
@@ -73,7 +82,8 @@ class RunFolder:
         """Writes the resolved options as TOML, a table per group."""
         import tomli_w
 
-        write_file(self.path / OPTIONS, tomli_w.dumps(options).encode())
+        text = tomli_w.dumps(options)
+        write_file(self.path / OPTIONS, text.encode(errors="surrogateescape"))  # paths are bytes
 
     def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Writes all epochs so far, a JSON object per line; all of them, so that a resumed run
@@ -82,32 +92,53 @@ class RunFolder:
         write_file(self.path / METRICS, lines.encode())
 
 
-def read_options(path: Path) -> dict[str, Any]:
-    """The options of a TOML file, its tables flattened. Raises InputError."""
+def read_options(path: Path) -> dict[str, Option]:
+    """The options of a TOML file, its tables flattened: text, truth values and finite numbers.
+
+    Raises InputError.
+    """
     import tomllib
 
-    try:
-        tables = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not TOML: {error}") from None
-    found: dict[str, Any] = {}
-    for name, value in tables.items():
-        found |= value if isinstance(value, dict) else {name: value}
+    content = read_bytes(path, LARGEST_OPTIONS)
+    with about(path):
+        with parsed("not TOML"):
+            tables = tomllib.loads(content.decode(errors="surrogateescape"))
+        found: dict[str, Option] = {}
+        for name, value in tables.items():
+            for key, option in value.items() if isinstance(value, dict) else [(name, value)]:
+                if key in found:
+                    raise InputError(f"{plain(key)} is there twice")
+                found[key] = _option(key, option)
     return found
 
 
-def latest_state(run: Path) -> tuple[State, Path, list[str]] | None:
+def _option(name: str, value: Any) -> Option:
+    """The value itself. Raises InputError unless it is one that an option can have."""
+    if not isinstance(value, Option):
+        raise InputError(f"{plain(name)} is a {type(value).__name__}, expected text or a number")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{plain(name)} is {value}, expected a finite number")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise InputError(f"{plain(name)} is an integer of more than 64 bits")
+    return value
+
+
+def latest_state(
+    run: Path, require: Require = require_course
+) -> tuple[State, Path, list[str]] | None:
     """The newest sound snapshot of a run, where it is, and why newer ones were skipped; None if the
     run has none.
 
-    Raises InputError if there are snapshots and none is sound.
+    require: raises InputError for a state that is not sound. Raises InputError if there are
+    snapshots and none is sound.
     """
     complaints: list[str] = []
     for path in list_states(run / SNAPSHOTS):
         try:
-            return load_state(path), path, complaints
+            state = load_state(path)
+            with about(path):
+                require(state)
+            return state, path, complaints
         except InputError as error:
             complaints.append(str(error))
     if complaints:
@@ -116,30 +147,43 @@ def latest_state(run: Path) -> tuple[State, Path, list[str]] | None:
 
 
 def open_run(
-    runs: Path, name: str | None, default_name: str, resume: str, course: Course, say: Say
+    runs: Path,
+    name: str | None,
+    default_name: str,
+    resume: str,
+    course: Course,
+    say: Say,
+    spec: ModelSpec,
 ) -> tuple[RunFolder, State | None]:
     """The run's folder, held, and the state to go on from, if any.
 
     runs: the folder of all runs. name: this one's; None takes ``default_name``, numbered so that it
     is new, or the last of that name if it can go on. resume: "auto", "never", or the path of a
-    snapshot or a run.
+    snapshot or a run. spec: of the network, which a snapshot of the same course must fit; one that
+    does not is skipped, as a damaged one is.
 
     Raises UsageError if a snapshot was made in another course, InputError if a run cannot go on,
     and MachineError if another process holds its folder.
     """
+
+    def require(state: State) -> None:
+        require_course(state)
+        if not differences(course, state["course"]):
+            require_fitting(state, spec)
+
     if resume not in ("auto", "never"):
-        return _resume_from(Path(resume), course, say)
+        return _resume_from(Path(resume), course, require, say)
     if name is not None:
         path = runs / name
         if resume == "never" and path.exists():
             raise InputError(f"{path}: exists already; use another --name")
         folder = RunFolder(path)
-        return folder, _go_on(folder, course, say, named=True)
+        return folder, _go_on(folder, course, require, say, named=True)
     taken = _numbered(runs, default_name)
     if taken and resume == "auto":
         with suppress(MachineError):  # held by another process: then this is another run
             folder = RunFolder(taken[-1])
-            state = _go_on(folder, course, say, named=False)
+            state = _go_on(folder, course, require, say, named=False)
             if state is not None:
                 return folder, state
             folder.release()
@@ -147,7 +191,7 @@ def open_run(
     return RunFolder(runs / numbered), None
 
 
-def _resume_from(path: Path, course: Course, say: Say) -> tuple[RunFolder, State]:
+def _resume_from(path: Path, course: Course, require: Require, say: Say) -> tuple[RunFolder, State]:
     """An explicit snapshot, or the last one of an explicit run: it is this one or an error."""
     if path.is_dir():
         states = list_states(path / SNAPSHOTS)
@@ -155,6 +199,8 @@ def _resume_from(path: Path, course: Course, say: Say) -> tuple[RunFolder, State
             raise InputError(f"{path}: holds no snapshots")
         path = states[0]
     state = load_state(path)
+    with about(path):
+        require(state)
     run = path.parent.parent
     require_same_course(run, course, state)
     folder = RunFolder(run)
@@ -162,12 +208,14 @@ def _resume_from(path: Path, course: Course, say: Say) -> tuple[RunFolder, State
     return folder, state
 
 
-def _go_on(folder: RunFolder, course: Course, say: Say, *, named: bool) -> State | None:
+def _go_on(
+    folder: RunFolder, course: Course, require: Require, say: Say, *, named: bool
+) -> State | None:
     """The state of a run that is not finished and has the same course; None to begin.
 
     A named run is held to its course.
     """
-    found = latest_state(folder.path)
+    found = latest_state(folder.path, require)
     if found is None:
         return None
     state, path, complaints = found

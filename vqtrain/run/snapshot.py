@@ -8,8 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import pickle
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,10 +17,11 @@ import torch
 from torch import Tensor
 
 from vqref.errors import InputError, UsageError
-from vqref.host.files import write_file
+from vqref.host.files import about, parsed, read_bytes, sweep, write_file
 from vqref.spec import ModelSpec
 from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
+from vqtrain.run.fitting import require_fitting
 from vqtrain.run.metrics import Meter
 
 MAGIC = b"vqtrain-state 2 "
@@ -109,7 +108,11 @@ class RunState:
         }
 
     def load(self, plain: Mapping[str, Any]) -> None:
-        """Takes over what ``to_plain`` gave, to go on from there."""
+        """Takes over what ``to_plain`` gave, to go on from there, all of it or nothing.
+
+        Raises InputError that names an entry which does not fit this run.
+        """
+        require_fitting(plain, self.model.spec)
         self.model.load_state_dict(plain["model"])
         self.model.quantizer.steps.copy_(plain["quantizer_steps"])
         self._load_optimizer(plain["optimizer"])
@@ -119,14 +122,10 @@ class RunState:
             setattr(self, name, plain[name])
 
     def _load_optimizer(self, plain: Mapping[str, Any]) -> None:
-        """Takes over moments and counts of steps. Where those live and how they are moved is this
-        device's own."""
-        own = [
-            {name: group[name] for name in ("lr", "fused", "capturable")}
-            for group in self.optimizer.param_groups
-        ]
-        groups = [group | mine for group, mine in zip(plain["param_groups"], own, strict=True)]
-        self.optimizer.load_state_dict({**plain, "param_groups": groups})
+        """Takes over moments and counts of steps. The rest is said by the options, and where it
+        lives and how it is moved is this device's own."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": plain["state"], "param_groups": groups})
 
 
 _KEPT_AS_IT_IS = ("order", "epoch", "step", "seconds", "history")
@@ -142,6 +141,7 @@ def save_state(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
     content = payload.getvalue()
     path = folder / f"step-{step:08d}.state"
     folder.mkdir(exist_ok=True)
+    sweep(folder, r"step-\d+\.state")
     write_file(path, MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
     for old in list_states(folder)[KEPT:]:
         old.unlink()
@@ -158,24 +158,15 @@ def load_state(path: Path) -> dict[str, Any]:
 
     Raises InputError for a file that is damaged, foreign or of another version.
     """
-    try:
-        head, _, content = path.read_bytes().partition(b"\n")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    head, _, content = read_bytes(path).partition(b"\n")
     if not head.startswith(MAGIC):
         other = head.startswith(MAGIC.split(b" ")[0] + b" ")
         what = "a snapshot of another format version" if other else "not a snapshot of vqtrain"
         raise InputError(f"{path}: {what}")
     if head[len(MAGIC) :] != hashlib.sha256(content).hexdigest().encode():
         raise InputError(f"{path}: damaged: its sha256 is not the one that it was sealed with")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on a payload that is about to be refused
-            state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(
-            f"{path}: refused: its payload is not plain data; nothing was executed"
-        ) from error
+    with about(path), parsed("refused: its payload is not plain data; nothing was executed"):
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise InputError(f"{path}: not a snapshot of vqtrain")
     return state

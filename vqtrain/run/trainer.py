@@ -20,6 +20,7 @@ from vqref.dialects import DIALECTS
 from vqref.errors import CommandError, InputError, ParityError
 from vqref.host.files import write_file
 from vqref.host.images import ImageSet, to_unit_interval
+from vqref.host.interrupts import Interrupted, hold, watched
 from vqref.modelfile import Model
 from vqref.spec import ModelSpec
 from vqtrain.agreement import check_against_oracle
@@ -28,7 +29,6 @@ from vqtrain.model import VQVAE
 from vqtrain.modelfile import read_model, write_model
 from vqtrain.options import TrainingOptions
 from vqtrain.run.folder import MODEL, RunFolder
-from vqtrain.run.interrupts import Interrupted, Interrupts
 from vqtrain.run.metrics import Meter, evaluate
 from vqtrain.run.narrator import Narrator, say
 from vqtrain.run.recording import RecordedSteps, can_be_recorded
@@ -65,7 +65,6 @@ class Work:
     device: torch.device
     folder: RunFolder
     output: Path
-    interrupts: Interrupts
     snapshot_steps: int = 500
     check_images: int | None = None
     check_every: int = 1
@@ -142,18 +141,26 @@ class Trainer:
             f"on {self.work.device}"
         )
         try:
-            self._require_agreement(self.model, self.sample, "before the first step", aloud=True)
-            self.narrator.heading()
-            while self.state.epoch < self.options.epochs:
-                self._epoch()
-            return self._finish()
+            with watched():
+                return self._run()
         except Interrupted as stop:
+            if self.state.finished:
+                done = f"interrupted at its end; {self.work.output} is written"
+                raise Interrupted(stop.signum, done) from None
             self._save()
             raise Interrupted(
                 stop.signum,
                 f"interrupted in epoch {self.state.epoch + 1}, step {self.state.step}, and saved; "
                 "the same command goes on",
             ) from None
+
+    def _run(self) -> Model:
+        """Checks, the rest of the epochs, and the end."""
+        self._require_agreement(self.model, self.sample, "before the first step", aloud=True)
+        self.narrator.heading()
+        while self.state.epoch < self.options.epochs:
+            self._epoch()
+        return self._finish()
 
     def _epoch(self) -> None:
         """Takes the rest of the epoch, then measures, checks, publishes, and tells of it."""
@@ -177,7 +184,7 @@ class Trainer:
         measured = evaluate(self.model, self.measured, self.options, self.spec.variance)
         self._require_finite(measured.total)
         line[self.measured_as] = measured.to_dict(self.spec)
-        with self.work.interrupts.hold():
+        with hold():
             state.history.append(line)
             state.epoch, state.step, state.seconds = epoch, 0, 0.0
             state.order, state.meter = (
@@ -193,7 +200,7 @@ class Trainer:
         state = self.state
         for images in self._with_progress():
             start = time.perf_counter()
-            with self.work.interrupts.hold():
+            with hold():
                 step = self._steps_taken()
                 if self.rules.starts(step):
                     self._start_codebook()
@@ -252,7 +259,7 @@ class Trainer:
         module = prepare(VQVAE(model.spec, model.params, dialect), self.work.device)
         module.quantizer.steps.copy_(self.model.quantizer.steps)
         self._require_agreement(module, self.measured_sample, f"{MODEL} read back", aloud=True)
-        with self.work.interrupts.hold():
+        with hold():
             write_file(self.work.output, path.read_bytes())
             self.state.finished = True
             self._save()
@@ -271,7 +278,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {"course": self.course, **self.state.to_plain()}
-        with self.work.interrupts.hold():
+        with hold():
             save_state(self.work.folder.snapshots, self._steps_taken(), state)
 
     def _steps_taken(self) -> int:

@@ -1,0 +1,1 @@
+"""Campaigns: damaged files, hostile graphs, signals and wrong implementations, by the thousand."""
