@@ -8,10 +8,13 @@ them.
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import, which starts it
 import onnxruntime as ort
 
 BATCH = 64  # images per call

@@ -1,13 +1,12 @@
-"""Sessions: what never reaches onnxruntime, what each device does, and batches that fit memory."""
+"""Sessions: what each device does, and batches that fit memory."""
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import pytest
 
 import vqdeploy.graphs.network
 from vqdeploy.graphs.build import GraphOptions, build_graphs
-from vqdeploy.runtime.protobuf import require_plain
+from vqdeploy.runtime.protobuf import read_graph
 from vqdeploy.runtime.sessions import (
     CPU,
     Session,
@@ -16,84 +15,8 @@ from vqdeploy.runtime.sessions import (
     resolve_device,
 )
 from vqref import init_params
-from vqref.errors import InputError, MachineError
+from vqref.errors import MachineError
 from vqref.families import post, residual
-from vqref.spec import CODEBOOK
-
-
-@pytest.mark.parametrize("content", [b"", b"not a graph", b"\x3a\x05ab", b"\xff" * 40])
-def test_a_session_refuses_bytes_that_are_no_graph(model, content):
-    with pytest.raises(InputError, match=r"encoder\.onnx: refused: not an ONNX file"):
-        Session("encoder", content, model.spec, "cpu")
-
-
-def graph_changed(change):
-    """The quantizer's file after ``change`` of its ModelProto."""
-
-    def changed(model) -> bytes:
-        proto = onnx.load_from_string(build_graphs(model.spec, model.params)["quantizer"])
-        change(proto)
-        return proto.SerializeToString()
-
-    return changed
-
-
-def outside(proto):
-    tensor = next(t for t in proto.graph.initializer if t.name == CODEBOOK)
-    onnx.external_data_helper.set_external_data(tensor, "weights.bin")
-    tensor.ClearField("raw_data")
-
-
-def renamed_operator(**fields):
-    def change(proto):
-        for name, value in fields.items():
-            setattr(proto.graph.node[0], name, value)
-
-    return change
-
-
-HOSTILE = {
-    "external data": (outside, "keeps weights outside the file"),
-    "an unknown operator": (
-        renamed_operator(op_type="Loop"),
-        "holds the operator Loop, which no bundle has",
-    ),
-    "another domain": (
-        renamed_operator(domain="com.evil"),
-        r"holds an operator of the domain com\.evil",
-    ),
-    "a function": (lambda p: p.functions.add(name="f"), "it holds functions"),
-    "a sparse tensor": (lambda p: p.graph.sparse_initializer.add(), "it holds sparse tensors"),
-    "a subgraph": (
-        lambda p: (
-            p.graph.node[0]
-            .attribute.add(name="body", type=5)
-            .g.CopyFrom(onnx.GraphProto(name="inner"))
-        ),
-        "it holds subgraphs",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_what_no_bundle_holds_never_reaches_onnxruntime(model, kind, tmp_path, monkeypatch):
-    change, message = HOSTILE[kind]
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights.bin").write_bytes(np.asarray(model.params[CODEBOOK]).tobytes())
-    with pytest.raises(InputError, match=message):
-        Session("quantizer", graph_changed(change)(model), model.spec, "cpu")
-
-
-def test_a_graph_of_another_model_or_stage_is_refused_by_its_ports(model):
-    graphs = build_graphs(model.spec, model.params)
-    with pytest.raises(InputError, match=r"tokenizer\.onnx: its outputs are .*latents"):
-        Session("tokenizer", graphs["encoder"], model.spec, "cpu")
-    other = post((1, 28, 28), base_depth=4, latent_size=5, num_codes=16, code_size=8)
-    with pytest.raises(
-        InputError, match=r"tokenizer\.onnx: its outputs are .*\['N', 4\].* \['N', 5\]"
-    ):
-        Session("tokenizer", graphs["tokenizer"], other, "cpu")
-
 
 ENCODER, DIRECT = frozenset({"Conv"}), frozenset({"ArgMin"})
 PRODUCTS = DIRECT | {"NonZero"}
@@ -118,7 +41,7 @@ def test_batches_hold_what_their_graph_needs_and_no_less():
 def test_the_operators_of_a_search_are_those_that_batches_are_measured_by():
     for spec, expected in ((post(), DIRECT), (residual(num_codes=1024), PRODUCTS)):
         graph = build_graphs(spec, init_params(spec, np.random.default_rng(0)))["quantizer"]
-        assert require_plain("quantizer.onnx", graph) & PRODUCTS == expected
+        assert read_graph("quantizer.onnx", graph).operators & PRODUCTS == expected
 
 
 def test_large_inputs_run_in_parts_and_give_the_same(model):
@@ -145,10 +68,10 @@ def test_float16_and_int8_are_known_by_operators_that_float32_graphs_lack():
         params = init_params(spec, np.random.default_rng(0))
         for target in ("any", "cpu"):
             for stage, graph in build_graphs(spec, params, GraphOptions(target=target)).items():
-                assert not require_plain(stage, graph) & {"Cast", "QuantizeLinear"}
+                assert not read_graph(stage, graph).operators & {"Cast", "QuantizeLinear"}
         half = build_graphs(spec, params, GraphOptions(precision="fp16"))
-        assert "Cast" in require_plain("encoder", half["encoder"])
-        assert "Cast" not in require_plain("quantizer", half["quantizer"])
+        assert "Cast" in read_graph("encoder", half["encoder"]).operators
+        assert "Cast" not in read_graph("quantizer", half["quantizer"]).operators
 
 
 def test_a_graph_that_onnx_files_cannot_hold_is_refused_before_it_is_written(model, monkeypatch):

@@ -15,6 +15,7 @@ from vqdeploy.bundle import Bundle
 from vqdeploy.card import write_card
 from vqdeploy.export import export
 from vqdeploy.graphs.build import OPSETS, GraphOptions, build_graphs
+from vqdeploy.graphs.int8 import quantize_graphs
 from vqdeploy.proof.golden import Answered
 from vqdeploy.proof.measure import measure
 from vqdeploy.runtime.sessions import open_sessions
@@ -171,6 +172,21 @@ def test_two_int8_exports_give_the_same_bytes(family, family_file, tmp_path):
         )
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+def test_int8_graphs_of_a_fixed_batch_give_the_tokens_of_any(family):
+    model, images = family
+    out = vqref.forward(model.spec, model.params, images[:4])
+    inputs = {"images": images[:4], "quantized": out.quantized.astype(np.float32)}
+
+    def tokens(batch):
+        options = GraphOptions(precision="int8", batch=batch, fold=False)
+        graphs = quantize_graphs(
+            build_graphs(model.spec, model.params, options), inputs, folded=False
+        )
+        return open_sessions(graphs, model.spec, "cpu", batch=batch)[0]["tokenizer"](images)[0]
+
+    np.testing.assert_array_equal(tokens(8), tokens(None))
 
 
 def test_a_float16_graph_called_float32_is_refuted(family):

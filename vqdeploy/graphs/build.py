@@ -1,4 +1,7 @@
-"""The five graphs of a bundle, built from the rows: the same model gives the same bytes."""
+"""The five graphs of a bundle, built from the rows: the same model gives the same bytes.
+
+``build_graph`` needs numpy alone, so that whoever verifies a bundle can write its graphs anew.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import onnx
-from onnx import helper
 
 import vqref
 import vqref.likelihoods
 from vqdeploy.graphs import likelihoods, quantizer
 from vqdeploy.graphs.network import GraphBuilder
+from vqdeploy.runtime.protobuf import OPSETS, Graph
 from vqdeploy.stages import STAGES, ports
 from vqref.precisions import PRECISIONS
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Params, check_params
 
-OPSETS = (18, 19, 20)
-"""onnxruntime's CUDA provider has every kernel that these graphs need below 22."""
-
-IR_VERSION = 10
-"""onnx writes a newer one by default, which onnxruntime refuses."""
+GRAPHS_VERSION = 1
+"""Raised whenever the same model would get other graphs: a bundle is verified by what wrote it."""
 
 TARGETS = ("any", "cpu")
 """The providers that graphs are written for: any, or onnxruntime's CPU provider, on which they are
@@ -127,27 +126,47 @@ BUILDERS: dict[str, Callable[[GraphBuilder, ModelSpec], None]] = {
 def build_graphs(
     spec: ModelSpec, params: Params, options: GraphOptions | None = None
 ) -> dict[str, bytes]:
-    """Returns {stage: bytes of its ONNX file}, weights inside, checked by onnx.
-
-    For int8 the graphs are float32: ``vqdeploy.graphs.int8`` quantizes them.
+    """Returns {stage: bytes of its ONNX file}, weights inside, as ``build_graph`` makes it, checked
+    by onnx.
 
     Raises ValueError for parameters that do not fit the spec or the precision, and for graphs that
     an ONNX file cannot hold.
     """
+    import onnx
+
     options = options or GraphOptions()
     check_params(spec, params)
-    graphs = {}
+    contents = {}
     for stage in STAGES:
-        builder = GraphBuilder(
-            params, half=options.precision == "fp16", for_processor=options.target == "cpu"
-        )
-        if stage == "detokenizer" and options.folds(spec):
-            builder.constant("table", fold(spec, params))
-            builder.node("GatherND", ["table", "indices"], "reconstructions")
-        else:
-            BUILDERS[stage](builder, spec)
-        graphs[stage] = _serialized(stage, spec, builder, options)
-    return graphs
+        contents[stage] = build_graph(stage, spec, params, options).to_bytes()
+        try:
+            onnx.checker.check_model(contents[stage], full_check=True)
+        except onnx.checker.ValidationError as error:  # as for rows whose names clash
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{stage}: its rows make no valid ONNX graph: {reason}") from None
+    return contents
+
+
+def build_graph(stage: str, spec: ModelSpec, params: Params, options: GraphOptions) -> Graph:
+    """Returns the graph of one of ``STAGES``.
+
+    For int8 it is float32: ``vqdeploy.graphs.int8`` quantizes it.
+
+    Raises ValueError for values that the precision does not hold, names that are not printable
+    ASCII, and graphs that an ONNX file cannot hold.
+    """
+    builder = GraphBuilder(
+        params, half=options.precision == "fp16", for_processor=options.target == "cpu"
+    )
+    if stage == "detokenizer" and options.folds(spec):
+        builder.constant("table", fold(spec, params))
+        builder.node("GatherND", ["table", "indices"], "reconstructions")
+    else:
+        BUILDERS[stage](builder, spec)
+    arrays = ports(spec, options.batch)
+    inputs = tuple(arrays[name] for name in STAGES[stage].inputs)
+    outputs = tuple(arrays[name] for name in STAGES[stage].outputs)
+    return Graph(stage, options.opset, inputs, outputs, tuple(builder.nodes), builder.tensors)
 
 
 def fold(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
@@ -163,33 +182,3 @@ def fold(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
         outputs = vqref.decode(spec, params, codebook[indices[part]])
         table[part] = vqref.likelihoods.mean(spec, outputs)
     return table.reshape(*rows.shape[:-1], *spec.image_shape)
-
-
-def _serialized(stage: str, spec: ModelSpec, builder: GraphBuilder, options: GraphOptions) -> bytes:
-    infos = {
-        port.name: helper.make_tensor_value_info(
-            port.name, helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype)), port.shape
-        )
-        for port in ports(spec, options.batch).values()
-    }
-    graph = helper.make_graph(
-        builder.nodes,
-        stage,
-        [infos[port] for port in STAGES[stage].inputs],
-        [infos[port] for port in STAGES[stage].outputs],
-        list(builder.initializers.values()),
-    )
-    model = helper.make_model(
-        graph,
-        ir_version=IR_VERSION,
-        opset_imports=[helper.make_opsetid("", options.opset)],
-        producer_name="portable-vqvae",
-    )
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except (
-        onnx.checker.ValidationError
-    ) as error:  # such as rows whose names clash with others' nodes
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{stage}: its rows make no valid ONNX graph: {reason}") from None
-    return bytes(model.SerializeToString(deterministic=True))

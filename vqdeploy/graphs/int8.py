@@ -1,6 +1,8 @@
 """Networks in int8 by onnxruntime's own quantizer.
 
-Weights are scaled per channel, activations by the ranges that they take on images.
+Weights are scaled per channel, activations by the ranges that they take on images. Encoder and
+decoder are quantized once; tokenizer and detokenizer are put together from them and the quantizer,
+node by node, as their float32 forms are.
 """
 
 from __future__ import annotations
@@ -8,18 +10,19 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import onnx
+from onnx import GraphProto, NodeProto, TensorProto, numpy_helper
 
+from vqdeploy.runtime.library import onnxruntime
 from vqdeploy.stages import STAGES
 from vqref.validation import Array
 
 OPERATORS = ("Conv", "ConvTranspose", "Gemm")
-"""The operators that are quantized: the networks' products. The search of a large codebook holds
-one, too; its nodes are known by their names, and stay."""
+"""The operators that are quantized: the networks' products."""
 
 
 def quantize_graphs(
@@ -27,19 +30,44 @@ def quantize_graphs(
 ) -> dict[str, bytes]:
     """Returns the float32 graphs of a bundle with their networks in int8.
 
-    inputs: for each name of an input in ``STAGES``, the arrays whose activations set the ranges.
+    inputs: images (N, C, H, W) and quantized (N, S, D), whose activations set the ranges.
     folded: whether the detokenizer is a table, which stays as it is.
     """
-    untouched = {"quantizer", *(["detokenizer"] if folded else [])}
-    return {
-        stage: content
-        if stage in untouched
-        else _quantize(content, STAGES[stage].inputs[0], inputs)
-        for stage, content in graphs.items()
+    encoder, decoder = (
+        _quantize(graphs[stage], STAGES[stage].inputs[0], inputs)
+        for stage in ("encoder", "decoder")
+    )
+    quantizer = onnx.load_from_string(graphs["quantizer"]).graph
+    *search, lookup = quantizer.node
+    tensors = [*encoder.initializer, *quantizer.initializer, *decoder.initializer]
+    nodes = {
+        "encoder": encoder.node,
+        "decoder": decoder.node,
+        "tokenizer": [*encoder.node, *search],
+        **({} if folded else {"detokenizer": [lookup, *decoder.node]}),
     }
+    composed = {stage: _composed(graphs[stage], nodes[stage], tensors) for stage in nodes}
+    return {**graphs, **composed}
 
 
-def _quantize(content: bytes, name: str, inputs: Mapping[str, Array]) -> bytes:
+def _composed(content: bytes, nodes: Sequence[NodeProto], tensors: Sequence[TensorProto]) -> bytes:
+    """The graph ``content`` with these nodes in place of its own, and of the tensors those that
+    they take, all in the same form."""
+    model = onnx.load_from_string(content)
+    del model.graph.node[:], model.graph.initializer[:]
+    model.graph.node.extend(nodes)
+    taken = {name for node in nodes for name in node.input}
+    kept = {tensor.name: tensor for tensor in tensors if tensor.name in taken}
+    model.graph.initializer.extend(
+        numpy_helper.from_array(numpy_helper.to_array(tensor), name)
+        for name, tensor in kept.items()
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def _quantize(content: bytes, name: str, inputs: Mapping[str, Array]) -> GraphProto:
+    onnxruntime()  # with its telemetry off
     from onnxruntime.quantization import (
         CalibrationDataReader,
         QuantFormat,
@@ -47,15 +75,19 @@ def _quantize(content: bytes, name: str, inputs: Mapping[str, Array]) -> bytes:
         quantize_static,
     )
 
+    model = onnx.load_from_string(content)
+    batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
+
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-        """Gives one image at a time, for the calibration holds every value of the graph."""
+        """Gives one image at a time, as often as the graph takes images, for the calibration holds
+        every value of the graph."""
 
         def __init__(self) -> None:
             self.images = iter(inputs[name])
 
         def get_next(self) -> dict[str, Array] | None:
             image = next(self.images, None)
-            return None if image is None else {name: np.ascontiguousarray(image[None])}
+            return None if image is None else {name: np.stack([image] * batch)}
 
     # It recommends a preparation for which graphs of these few operators have no use.
     logging.disable(logging.WARNING)
@@ -63,26 +95,16 @@ def _quantize(content: bytes, name: str, inputs: Mapping[str, Array]) -> bytes:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             output = Path(folder) / "int8.onnx"
-            model = onnx.load_from_string(content)
             quantize_static(
                 model,
                 str(output),
                 Reader(),
                 quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=list(OPERATORS),
-                nodes_to_exclude=[
-                    node.name for node in model.graph.node if node.name.startswith("quantizer.")
-                ],
                 per_channel=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
             )
-            model = onnx.load(output)
+            return onnx.load(output).graph
     finally:
         logging.disable(logging.NOTSET)
-    del model.metadata_props[:]
-    standard = [opset for opset in model.opset_import if opset.domain == ""]
-    del model.opset_import[:]
-    model.opset_import.extend(standard)
-    onnx.checker.check_model(model, full_check=True)
-    return bytes(model.SerializeToString(deterministic=True))

@@ -1,18 +1,19 @@
 """The ONNX interpreter of the rows: the same kinds under the same names as ``vqref.network``.
 
 Each function appends the nodes that compute a row and returns the name of its value. Weights become
-initializers under the spec's parameter names.
+tensors under the spec's parameter names.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from vqdeploy.runtime.protobuf import DTYPE_NUMBERS, Node, Tensor, attributes_of
 from vqref.spec import Layer, plan
 from vqref.validation import Array, Params
 
@@ -21,7 +22,7 @@ GRAPH_BYTES = 2**31 - 2**20
 
 
 class GraphBuilder:
-    """Nodes and initializers in the order in which they are added; values and nodes are named after
+    """Nodes and tensors in the order in which they are added; values and nodes are named after
     their rows.
 
     half: compute rows in float16, between casts; everything else stays float32.
@@ -31,12 +32,12 @@ class GraphBuilder:
     def __init__(self, params: Params, *, half: bool = False, for_processor: bool = False) -> None:
         self.params = params
         self.half, self.for_processor = half, for_processor
-        self.nodes: list[NodeProto] = []
-        self.initializers: dict[str, TensorProto] = {}
+        self.nodes: list[Node] = []
+        self.tensors: dict[str, Tensor] = {}
         self.bytes = 0
 
     def parameter(self, name: str) -> str:
-        """Adds a parameter as a float32 initializer and returns its name."""
+        """Adds a parameter as a float32 tensor and returns its name."""
         return self.constant(name, np.asarray(self.params[name], np.float32))
 
     def weights(self, layer: Layer) -> list[str]:
@@ -63,40 +64,43 @@ class GraphBuilder:
         return values
 
     def constant(self, name: str, array: npt.ArrayLike) -> str:
-        """Adds an initializer, unless there is one of this name, and returns the name.
+        """Adds a tensor, unless there is one of this name, and returns the name.
 
         Raises ValueError if the graph would outgrow protobuf.
         """
-        if name not in self.initializers:
+        if name not in self.tensors:
             values = np.asarray(array, order="C")
+            if sys.byteorder == "big":
+                values = values.byteswap()
             self.bytes += values.nbytes
             if self.bytes > GRAPH_BYTES:
                 raise ValueError(
                     f"{name}: its graph would hold {self.bytes / 2**30:.2f} GiB of weights, more "
                     f"than the 2 GiB that an ONNX file can"
                 )
-            self.initializers[name] = numpy_helper.from_array(values, name)
+            content = values.reshape(-1).view(np.uint8).data
+            self.tensors[name] = Tensor(values.dtype.name, values.shape, content)
         return name
 
     def integers(self, name: str, values: Sequence[int]) -> str:
-        """Adds an initializer of int64 values (axes, shapes, bounds) and returns its name."""
+        """Adds a tensor of int64 values (axes, shapes, bounds) and returns its name."""
         return self.constant(name, np.array(values, np.int64))
 
     def node(self, op: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """Adds a node with one output, which also names the node, and returns the output."""
-        self.nodes.append(helper.make_node(op, list(inputs), [output], name=output, **attributes))
+        self.nodes.append(Node(output, op, tuple(inputs), (output,), attributes_of(attributes)))
         return output
 
     def run(self, layers: Sequence[Layer], x: str, output: str) -> str:
         """Adds the rows of one network, from value ``x`` to value ``output``."""
         last = f"{output}.half" if self.half else output
         if self.half:
-            x = self.node("Cast", [x], f"{layers[0].name}.half", to=TensorProto.FLOAT16)
+            x = self.node("Cast", [x], f"{layers[0].name}.half", to=DTYPE_NUMBERS["float16"])
         values = [x]
         for step in plan(layers):
             name = last if step.layer is layers[-1] else step.layer.name
             values.append(self._row(step.layer, name, [values[i] for i in step.sources]))
-        return self.node("Cast", [last], output, to=TensorProto.FLOAT) if self.half else last
+        return self.node("Cast", [last], output, to=DTYPE_NUMBERS["float32"]) if self.half else last
 
     def _row(self, layer: Layer, output: str, inputs: list[str]) -> str:
         if layer.activation == "linear":

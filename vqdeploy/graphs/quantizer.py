@@ -38,7 +38,7 @@ def takes_products(spec: ModelSpec) -> bool:
 
 
 class Nodes:
-    """Adds nodes and initializers whose names begin with "quantizer."."""
+    """Adds nodes and tensors whose names begin with "quantizer."."""
 
     def __init__(self, builder: GraphBuilder) -> None:
         self.builder = builder

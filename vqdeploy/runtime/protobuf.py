@@ -1,157 +1,430 @@
-"""Reads ONNX bytes before onnxruntime does, without onnx, far enough to refuse what a bundle never
-holds.
+"""Reads ONNX bytes before onnxruntime does, without onnx, and writes them again.
 
-onnxruntime follows external data to any file that the process can read, even if the model came as
-bytes. The graphs of a bundle hold their weights, so external data, functions, subgraphs, sparse
-tensors, training information and operators of other domains are refused outright. Field numbers are
-those of onnx.proto.
+The tables below hold every field that the exporter writes, and nothing else is read: see
+``vqdeploy.runtime.wire``. What onnxruntime gets is written from what was read here, not the bytes
+that came. That matters, for onnxruntime follows external data to any file that the process can
+read, runs operators of other domains, and takes other formats by their first bytes. Field numbers
+are those of onnx.proto.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
+
+from vqdeploy.runtime.wire import FLOAT, INTEGER, NAME, RAW, Field, Message, malformed, read, write
+from vqdeploy.stages import Port
 from vqref.errors import InputError
+from vqref.validation import Array
 
-OPERATORS = frozenset(
-    {
-        "Add",
-        "ArgMin",
-        "Cast",
-        "Clip",
-        "Conv",
-        "ConvTranspose",
-        "DequantizeLinear",
-        "Div",
-        "Elu",
-        "Exp",
-        "Gather",
-        "GatherElements",
-        "GatherND",
-        "Gemm",
-        "Greater",
-        "Identity",
-        "Min",
-        "Mod",
-        "Mul",
-        "NonZero",
-        "Not",
-        "QuantizeLinear",
-        "ReduceL2",
-        "ReduceMin",
-        "ReduceSum",
-        "Relu",
-        "Reshape",
-        "ScatterElements",
-        "Sigmoid",
-        "Slice",
-        "Squeeze",
-        "Sub",
-        "Transpose",
-        "Unsqueeze",
-        "Where",
-    }
-)
-"""Every operator that the exporter writes."""
+IR_VERSION, PRODUCER, OPSETS = 10, "portable-vqvae", range(18, 21)
+"""What the exporter writes into every file."""
 
-_MODEL = {7: "graph", 20: "training information", 25: "functions"}
-_GRAPH = {1: "node", 5: "tensor", 15: "sparse tensors"}
-_NODE = {4: "operator", 5: "attribute", 7: "domain"}
-_ATTRIBUTE = {
-    5: "tensor",
-    10: "tensor",
-    6: "subgraphs",
-    11: "subgraphs",
-    22: "sparse tensors",
-    23: "sparse tensors",
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "Add": (),
+    "ArgMin": ("axis", "keepdims", "select_last_index"),
+    "Cast": ("to",),
+    "Clip": (),
+    "Conv": ("kernel_shape", "pads", "strides"),
+    "ConvTranspose": ("kernel_shape", "pads", "strides"),
+    "DequantizeLinear": ("axis",),
+    "Div": (),
+    "Elu": (),
+    "Exp": (),
+    "Gather": ("axis",),
+    "GatherElements": ("axis",),
+    "GatherND": (),
+    "Gemm": ("alpha", "transB"),
+    "Greater": (),
+    "Identity": (),
+    "Min": (),
+    "Mod": (),
+    "Mul": (),
+    "NonZero": (),
+    "Not": (),
+    "QuantizeLinear": (),
+    "ReduceL2": ("keepdims",),
+    "ReduceMin": ("keepdims",),
+    "ReduceSum": ("keepdims",),
+    "Relu": (),
+    "Reshape": (),
+    "ScatterElements": ("axis",),
+    "Sigmoid": (),
+    "Slice": (),
+    "Squeeze": (),
+    "Sub": (),
+    "Transpose": ("perm",),
+    "Unsqueeze": (),
+    "Where": (),
 }
-_TENSOR = {13: "external data", 14: "data location"}
+"""Every operator that the exporter writes, with its attributes."""
+
+ATTRIBUTES = {
+    "alpha": "f",
+    "axis": "i",
+    "keepdims": "i",
+    "kernel_shape": "ints",
+    "pads": "ints",
+    "perm": "ints",
+    "select_last_index": "i",
+    "strides": "ints",
+    "to": "i",
+    "transB": "i",
+}
+"""The field that holds each attribute."""
+
+ATTRIBUTE_TYPES = {"f": 1, "i": 2, "ints": 7}
+"""AttributeProto.AttributeType by that field."""
+
+DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
+"""NumPy's names of the members of TensorProto.DataType that the exporter writes."""
+
+DTYPE_NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
+DTYPE_BYTES = {dtype: np.dtype(dtype).itemsize for dtype in DTYPE_NUMBERS}
 
 
-def require_plain(name: str, content: bytes) -> frozenset[str]:
-    """Returns the operators in ``content``.
+MOST_NODES, MOST_PORTS, MOST_INPUTS, MOST_AXES = 2**17, 4, 16, 32
+"""The most nodes or tensors of a graph, inputs or outputs of it, inputs or outputs of a node, axes
+of a tensor or numbers of an attribute: more than any network of a spec has."""
 
-    Raises InputError, which says what it found, unless this is one graph of ``OPERATORS`` with its
-    weights inside.
+LARGE_BYTES = 2**14
+"""From about here on a copy takes longer than to ask where bytes lie."""
+
+ATTRIBUTE = Message(
+    "AttributeProto",
+    {
+        1: Field("name", NAME),
+        2: Field("f", FLOAT, needed=False),
+        3: Field("i", INTEGER, needed=False),
+        8: Field("ints", INTEGER, MOST_AXES, needed=False),
+        20: Field("type", INTEGER),
+    },
+    {
+        5: "holds tensors in attributes",
+        6: "holds subgraphs",
+        10: "holds tensors in attributes",
+        11: "holds subgraphs",
+        22: "holds sparse tensors",
+        23: "holds sparse tensors",
+    },
+)
+
+NODE = Message(
+    "NodeProto",
+    {
+        1: Field("input", NAME, MOST_INPUTS),
+        2: Field("output", NAME, MOST_INPUTS),
+        3: Field("name", NAME),
+        4: Field("op_type", NAME),
+        5: Field("attribute", RAW, MOST_INPUTS, needed=False),  # an ATTRIBUTE
+    },
+    {7: "holds an operator of another domain"},
+)
+
+TENSOR = Message(
+    "TensorProto",
+    {
+        1: Field("dims", INTEGER, MOST_AXES, needed=False),
+        2: Field("data_type", INTEGER),
+        8: Field("name", NAME),
+        9: Field("raw_data", RAW),
+    },
+    {13: "keeps weights outside the file", 14: "keeps weights outside the file"},
+)
+
+AXIS = Message(
+    "Dimension",
+    {
+        1: Field("dim_value", INTEGER, needed=False),
+        2: Field("dim_param", NAME, needed=False),
+    },
+)
+SHAPE = Message("TensorShapeProto", {1: Field("dim", AXIS, MOST_AXES)})
+ARRAY = Message("TypeProto.Tensor", {1: Field("elem_type", INTEGER), 2: Field("shape", SHAPE)})
+TYPE = Message("TypeProto", {1: Field("tensor_type", ARRAY)})
+PORT = Message("ValueInfoProto", {1: Field("name", NAME), 2: Field("type", TYPE)})
+
+GRAPH = Message(
+    "GraphProto",
+    {
+        1: Field("node", NODE, MOST_NODES),
+        2: Field("name", NAME),
+        5: Field("initializer", TENSOR, MOST_NODES, needed=False),
+        11: Field("input", PORT, MOST_PORTS),
+        12: Field("output", PORT, MOST_PORTS),
+    },
+    {13: "holds types of inner values", 15: "holds sparse tensors"},
+)
+
+OPSET = Message("OperatorSetIdProto", {1: Field("domain", RAW), 2: Field("version", INTEGER)})
+
+MODEL = Message(
+    "ModelProto",
+    {
+        1: Field("ir_version", INTEGER),
+        2: Field("producer_name", NAME),
+        7: Field("graph", GRAPH),
+        8: Field("opset_import", OPSET),
+    },
+    {14: "holds metadata", 20: "holds training information", 25: "holds functions"},
+)
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node. attributes: its attributes as they are written, which is one way only: nodes that
+    compute the same of the same values are ``==``."""
+
+    name: str
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: bytes
+
+    def pieces(self) -> list[bytes | memoryview]:
+        values = {
+            "input": self.inputs,
+            "output": self.outputs,
+            "name": self.name,
+            "op_type": self.operator,
+        }
+        return [b"".join([*write(NODE, values), self.attributes])]
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """One initializer. dtype: a name of ``DTYPES``. content: its values in C order, little-endian:
+    a view of the file. Tensors are ``==`` if dtypes, shapes and bits are equal."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    content: memoryview
+
+    def array(self) -> Array:
+        """The values, as a read-only view."""
+        dtype = np.dtype(self.dtype).newbyteorder("<")
+        return np.frombuffer(self.content, dtype).reshape(self.shape)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Tensor):
+            return NotImplemented
+        mine, others = (np.frombuffer(each.content, np.uint8) for each in (self, other))
+        alike = (self.dtype, self.shape) == (other.dtype, other.shape)
+        return alike and np.array_equal(mine, others)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def pieces(self, name: str) -> list[bytes | memoryview]:
+        values = {
+            "dims": self.shape,
+            "data_type": DTYPE_NUMBERS[self.dtype],
+            "name": name,
+            "raw_data": self.content,
+        }
+        return write(TENSOR, values)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """All that an ONNX file of a bundle holds.
+
+    name: the stage's. tensors: the initializers by name. Nodes come in an order in which they can
+    run, every value has one origin, and a use if it is no output.
+    """
+
+    name: str
+    opset: int
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    nodes: tuple[Node, ...]
+    tensors: Mapping[str, Tensor]
+
+    @property
+    def operators(self) -> frozenset[str]:
+        return frozenset(node.operator for node in self.nodes)
+
+    def to_bytes(self) -> bytes:
+        """The ONNX file, written from these fields alone, once."""
+        return self._written
+
+    @cached_property
+    def _written(self) -> bytes:
+        return b"".join(self.pieces())
+
+    def pieces(self) -> list[bytes | memoryview]:
+        """The pieces of the ONNX file: weights as they are held, not copied."""
+        graph = {
+            "node": [node.pieces() for node in self.nodes],
+            "name": self.name,
+            "initializer": [tensor.pieces(name) for name, tensor in self.tensors.items()],
+            "input": [_port_pieces(port) for port in self.inputs],
+            "output": [_port_pieces(port) for port in self.outputs],
+        }
+        model = {
+            "ir_version": IR_VERSION,
+            "producer_name": PRODUCER,
+            "graph": write(GRAPH, graph),
+            "opset_import": write(OPSET, {"domain": b"", "version": self.opset}),
+        }
+        return write(MODEL, model)
+
+
+def read_graph(name: str, content: bytes) -> Graph:
+    """Returns what ``content`` holds, its tensors as views of it.
+
+    Raises InputError, which begins with ``name`` and says what it found, unless this is one graph
+    of ``OPERATORS`` with its weights inside, whose ``to_bytes`` gives ``content`` again.
     """
     try:
-        return _walk(memoryview(content))
+        graph = _graph(read(MODEL, content))
+        _require_flow(graph)
+        if not _spell(graph.pieces(), content):
+            raise malformed("what was read would be written in other bytes")
     except InputError as error:
         raise InputError(f"{name}: refused: {error}") from None
-    except (IndexError, UnicodeDecodeError):
-        raise InputError(f"{name}: refused: not an ONNX file") from None
+    vars(graph)["_written"] = content  # the same bytes, so that large weights are not copied
+    return graph
 
 
-def _walk(content: memoryview) -> frozenset[str]:
-    graphs = [value for kind, value in _fields(content, _MODEL) if _allowed(kind, "graph")]
-    if len(graphs) != 1:
-        raise InputError("not an ONNX file")
-    found = set()
-    for kind, value in _fields(graphs[0], _GRAPH):
-        if _allowed(kind, "node", "tensor") == "tensor":
-            _walk_tensor(value)
-            continue
-        for part, inner in _fields(value, _NODE):
-            if part == "operator":
-                found.add(bytes(inner).decode())
-            if part == "domain" and len(inner):
-                raise InputError(f"it holds an operator of the domain {bytes(inner).decode()}")
-            if part == "attribute":
-                for piece, tensor in _fields(inner, _ATTRIBUTE):
-                    _allowed(piece, "tensor")
-                    _walk_tensor(tensor)
-    if foreign := found - OPERATORS:
-        raise InputError(f"it holds the operator {min(foreign)}, which no bundle has")
-    return frozenset(found)
+def _spell(pieces: Sequence[bytes | memoryview], content: bytes) -> bool:
+    """Whether the pieces are ``content``, one after the other. A large view of it in its own place
+    is equal without being copied and compared."""
+    start, begun, at, between = _address(content), 0, 0, list[bytes | memoryview]()
+    for piece in pieces:
+        if len(piece) > LARGE_BYTES and _address(piece) == start + at:
+            if content[begun:at] != b"".join(between):
+                return False
+            begun, between = at + len(piece), []
+        else:
+            between.append(piece)
+        at += len(piece)
+    return content[begun:] == b"".join(between)
 
 
-def _walk_tensor(content: memoryview) -> None:
-    for kind, value in _fields(content, _TENSOR):
-        if kind == "external data" or bytes(value) != b"\0":
-            raise InputError("it keeps weights outside the file")
+def _address(buffer: bytes | memoryview) -> int:
+    """Where in memory it begins."""
+    place: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
+    return place
 
 
-def _allowed(kind: str, *allowed: str) -> str:
-    if kind not in allowed:
-        raise InputError(f"it holds {kind}")
-    return kind
+def _graph(model: Mapping[str, Any]) -> Graph:
+    """Raises InputError for values that no bundle has."""
+    graph, opset = model["graph"], model["opset_import"]
+    if (model["ir_version"], model["producer_name"]) != (IR_VERSION, PRODUCER):
+        found = f"{model['producer_name'][:80]}, ir_version {model['ir_version']}"
+        raise malformed(f"its producer is {found}, expected {PRODUCER}, {IR_VERSION}")
+    if len(opset["domain"]):
+        raise InputError("its operators are of another domain, which no bundle's are")
+    if opset["version"] not in OPSETS:
+        raise InputError(f"its opset is {opset['version']}, expected one of {[*OPSETS]}")
+    tensors = dict(map(_tensor, graph["initializer"]))
+    if len(tensors) != len(graph["initializer"]):
+        raise malformed("two tensors have one name")
+    inputs, outputs = (tuple(map(_port, graph[way])) for way in ("input", "output"))
+    nodes = tuple(map(_node, graph["node"]))
+    return Graph(graph["name"], opset["version"], inputs, outputs, nodes, tensors)
 
 
-def _fields(content: memoryview, wanted: dict[int, str]) -> Iterator[tuple[str, memoryview]]:
-    """Yields the fields of one message that ``wanted`` names, a number as its bytes.
-
-    Raises IndexError if the message ends early.
-    """
-    at = 0
-    while at < len(content):
-        tag, at = _varint(content, at)
-        start = at
-        match tag & 7:
-            case 0:
-                _, at = _varint(content, at)
-            case 1:
-                at += 8
-            case 2:
-                size, start = _varint(content, at)
-                at = start + size
-            case 5:
-                at += 4
-            case _:
-                raise IndexError
-        if at > len(content):
-            raise IndexError
-        if tag >> 3 in wanted:
-            yield wanted[tag >> 3], content[start:at]
+def _node(values: Mapping[str, Any]) -> Node:
+    operator = values["op_type"]
+    allowed = OPERATORS.get(operator)
+    if allowed is None:
+        raise InputError(f"it holds the operator {operator[:80]}, which no bundle has")
+    attributes = [_attribute(bytes(content)) for content in values["attribute"]]
+    names = [name for name, _ in attributes]
+    if foreign := [name for name in names if name not in allowed]:
+        raise InputError(f"it holds a {operator} with {foreign[0][:80]}, which no bundle has")
+    if any(one >= other for one, other in pairwise(names)):
+        raise malformed(f"attributes of a {operator} repeat or are out of order")
+    written = b"".join(written for _, written in attributes)
+    inputs, outputs = tuple(values["input"]), tuple(values["output"])
+    return Node(values["name"], operator, inputs, outputs, written)
 
 
-def _varint(content: memoryview, at: int) -> tuple[int, int]:
-    """Returns a number of seven bits per byte, the lowest first, and the position after it."""
-    value = shift = 0
-    while True:
-        byte = content[at]
-        value |= (byte & 0x7F) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 0x80:
-            return value, at
-        if shift > 63:
-            raise IndexError
+@lru_cache(2**10)
+def _attribute(content: bytes) -> tuple[str, bytes]:
+    """An attribute's name, and the attribute as it is written. Most are the same in many nodes.
+
+    Raises InputError if it is unknown or not of its type."""
+    values = read(ATTRIBUTE, content)
+    name = values["name"]
+    field = ATTRIBUTES.get(name)
+    given = [other for other in ATTRIBUTE_TYPES if values.get(other, []) != []]
+    if field is None or given != [field] or values["type"] != ATTRIBUTE_TYPES[field]:
+        raise InputError(f"it holds an attribute {name[:80]} of a type that no bundle has")
+    return name, b"".join(write(NODE, {"attribute": [b"".join(write(ATTRIBUTE, values))]}))
+
+
+def attributes_of(values: Mapping[str, Any]) -> bytes:
+    """The attributes of a node with these values, ints, floats or sequences of ints, as they are
+    written."""
+    written = []
+    for name, value in sorted(values.items()):
+        field = ATTRIBUTES[name]
+        held = struct.pack("<f", value) if field == "f" else value
+        attribute = {"name": name, field: held, "type": ATTRIBUTE_TYPES[field]}
+        written.append(b"".join(write(ATTRIBUTE, attribute)))
+    return b"".join(write(NODE, {"attribute": written}))
+
+
+def _tensor(values: Mapping[str, Any]) -> tuple[str, Tensor]:
+    """The tensor with its name."""
+    name, content, shape = values["name"], values["raw_data"], tuple(values["dims"])
+    dtype = _dtype(name, values["data_type"])
+    if 0 in shape or math.prod(shape) * DTYPE_BYTES[dtype] != len(content):
+        raise malformed(f"{name[:80]} has {len(content)} bytes, which is no {dtype} of its shape")
+    return name, Tensor(dtype, shape, content)
+
+
+def _port(values: Mapping[str, Any]) -> Port:
+    array, name = values["type"]["tensor_type"], values["name"]
+    sizes: list[int | str] = []
+    for axis in array["shape"]["dim"]:
+        if len(axis) != 1:
+            raise malformed(f"an axis of {name[:80]} has not one size")
+        sizes += axis.values()
+    if wrong := [size for size in sizes if isinstance(size, int) and not 0 < size < 2**31]:
+        raise malformed(f"an axis of {name[:80]} has the size {wrong[0]}")
+    return Port(name, _dtype(name, array["elem_type"]), tuple(sizes))
+
+
+def _port_pieces(port: Port) -> list[bytes | memoryview]:
+    axes = [{"dim_param" if isinstance(n, str) else "dim_value": n} for n in port.shape]
+    shape = write(SHAPE, {"dim": [write(AXIS, axis) for axis in axes]})
+    array = write(ARRAY, {"elem_type": DTYPE_NUMBERS[port.dtype], "shape": shape})
+    return write(PORT, {"name": port.name, "type": write(TYPE, {"tensor_type": array})})
+
+
+def _dtype(name: str, number: int) -> str:
+    if number not in DTYPES:
+        raise InputError(f"{name[:80]} is of the data type {number}, which no bundle has")
+    return DTYPES[number]
+
+
+def _require_flow(graph: Graph) -> None:
+    """Raises InputError unless every value has one origin, before its first use, and a use."""
+    defined = {port.name for port in graph.inputs}
+    used = {port.name for port in graph.outputs}
+    distinct = (len(defined), len(used)) == (len(graph.inputs), len(graph.outputs))
+    if not distinct or defined & graph.tensors.keys():
+        raise malformed("two of its inputs, of its outputs or of its tensors have one name")
+    defined |= graph.tensors.keys()
+    if given := used & defined:
+        raise malformed(f"no node gives its output {min(given)[:80]}")
+    for node in graph.nodes:
+        if early := set(node.inputs) - defined:
+            raise malformed(f"{node.name[:80]} takes {min(early)[:80]} before it is there")
+        used.update(node.inputs)
+        for name in node.outputs:
+            if name in defined:
+                raise malformed(f"the value {name[:80]} has two origins")
+            defined.add(name)
+    if lost := used ^ defined:
+        raise malformed(f"the value {min(lost)[:80]} has no origin or no use")

@@ -10,13 +10,15 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from vqdeploy.runtime.protobuf import require_plain
+from vqdeploy.runtime.library import onnxruntime
+from vqdeploy.runtime.protobuf import Graph, read_graph
 from vqdeploy.stages import STAGES, Port, ports
-from vqref.errors import InputError, MachineError
+from vqref.errors import CommandError, InputError, MachineError, Remark
 from vqref.spec import Layer, ModelSpec, plan
 from vqref.validation import Array
 
@@ -56,7 +58,8 @@ SCORE_BYTES, PAIR_BYTES = 6, 512
 a few pairs of a latent and a group of codes. At S 1,024, K 16,384 and D 64 the two make 128 MiB per
 image, where 101 MiB were measured."""
 
-_TYPES = {"float32": "tensor(float)", "int64": "tensor(int64)"}
+OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
+"""Words of onnxruntime's errors if memory does not suffice."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class Session:
     """One graph of a bundle in onnxruntime. Calls are thread-safe, as onnxruntime's are.
 
     stage: one of ``STAGES``.
-    content: the bytes of its ONNX file.
+    content: the bytes of its ONNX file, or what ``read_graph`` returned for them.
     device: "cpu" or "cuda".
     batch: the one size that the graph takes, to which smaller inputs are padded, or None if it
         takes any.
@@ -98,7 +101,7 @@ class Session:
     def __init__(
         self,
         stage: str,
-        content: bytes,
+        content: bytes | Graph,
         spec: ModelSpec,
         device: str,
         *,
@@ -108,18 +111,14 @@ class Session:
         self._name = f"{stage}.onnx"
         self._input, self._outputs = STAGES[stage].inputs[0], STAGES[stage].outputs
         self._fixed = batch
-        operators = require_plain(self._name, content)
-        self._open(content, operators, device, runtime or Runtime())
-        self._require_ports(ports(spec, batch))
-        self._largest = batch or batch_size(spec, operators, self._cores)
+        graph = inspected(stage, content, spec, batch)
+        self._open(graph, device, runtime or Runtime())
+        self._largest = batch or batch_size(spec, graph.operators, self._cores)
         if self._on_card:
             self._warm_up(ports(spec)[self._input])
 
-    def _open(
-        self, content: bytes, operators: frozenset[str], device: str, runtime: Runtime
-    ) -> None:
-        import onnxruntime as ort
-
+    def _open(self, graph: Graph, device: str, runtime: Runtime) -> None:
+        ort, operators = onnxruntime(), graph.operators
         options = runtime.session_options or ort.SessionOptions()
         if runtime.session_options is None:
             options.log_severity_level = 4  # errors reach us as exceptions, the caller as one line
@@ -134,12 +133,10 @@ class Session:
         for entry, value in _config(operators, device, runtime, on_card=self._on_card).items():
             options.add_session_config_entry(entry, value)
         try:
-            self._session = ort.InferenceSession(content, options, providers=providers)
+            self._session = ort.InferenceSession(graph.to_bytes(), options, providers=providers)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            reason = (
-                f"{self._name}: onnxruntime cannot run it on {', '.join(wanted)}: {_line(error)}"
-            )
-            raise (InputError if wanted == [CPU] else MachineError)(reason) from None
+            found = f"{self._name}: onnxruntime cannot run it on {', '.join(wanted)}"
+            raise _failure(found, error, InputError if wanted == [CPU] else MachineError) from None
         self._session.disable_fallback()
         self.providers: tuple[str, ...] = tuple(self._session.get_providers())
         if wanted and self.providers[0] != wanted[0]:
@@ -154,9 +151,8 @@ class Session:
         try:
             self._call(np.zeros([1, *map(int, port.shape[1:])], port.dtype))
         except Exception as error:  # onnxruntime's exceptions share no base class
-            raise MachineError(
-                f"{self._name}: its first run on {CUDA} failed: {_line(error)}"
-            ) from None
+            found = f"{self._name}: its first run on {CUDA} failed"
+            raise _failure(found, error, MachineError) from None
 
     def placement(self) -> dict[str, dict[str, int]]:
         """Returns {provider: {operator: how many of its nodes run there}}, after onnxruntime's own
@@ -171,15 +167,21 @@ class Session:
     def __call__(self, array: Array) -> list[Array]:
         """Returns the graph's outputs for its one input, in their order.
 
-        Large inputs are run a few images at a time.
+        Large inputs are run a few images at a time. Raises InputError if the graph cannot be run on
+        the CPU, MachineError if on another provider, or if memory does not suffice.
         """
-        if len(array) <= self._largest:
-            return self._call(array)
-        parts = [
-            self._call(array[start : start + self._largest])
-            for start in range(0, len(array), self._largest)
-        ]
-        return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+        try:
+            if len(array) <= self._largest:
+                return self._call(array)
+            parts = [
+                self._call(array[start : start + self._largest])
+                for start in range(0, len(array), self._largest)
+            ]
+            return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+        except Exception as error:  # onnxruntime's exceptions share no base class
+            found = f"{self._name}: onnxruntime failed to run it on {self.providers[0]}"
+            kind = InputError if self.providers[0] == CPU else MachineError
+            raise _failure(found, error, kind) from None
 
     def _call(self, array: Array) -> list[Array]:
         """Pads the batch with zeros, runs the graph, and crops the outputs.
@@ -208,20 +210,26 @@ class Session:
         self._session.run_with_iobinding(binding)
         return list(binding.copy_outputs_to_cpu())
 
-    def _require_ports(self, expected: Mapping[str, Port]) -> None:
-        """Raises InputError unless the graph's inputs and outputs are those of its stage."""
-        for way, names, found in (
-            ("inputs", (self._input,), self._session.get_inputs()),
-            ("outputs", self._outputs, self._session.get_outputs()),
-        ):
-            wanted = [
-                (name, _TYPES[expected[name].dtype], list(expected[name].shape)) for name in names
-            ]
-            given = [(port.name, port.type, list(port.shape)) for port in found]
-            if given != wanted:
-                raise InputError(
-                    f"{self._name}: its {way} are {given}, those of the manifest's model {wanted}"
-                )
+
+def inspected(stage: str, content: bytes | Graph, spec: ModelSpec, batch: int | None) -> Graph:
+    """Returns the graph of ``stage``. Raises InputError unless it is plain, see ``read_graph``, and
+    its inputs and outputs are those of the stage of a model of ``spec``."""
+    name, known = f"{stage}.onnx", ports(spec, batch)
+    graph = content if isinstance(content, Graph) else read_graph(name, content)
+    for way, names, found in (
+        ("inputs", STAGES[stage].inputs, graph.inputs),
+        ("outputs", STAGES[stage].outputs, graph.outputs),
+    ):
+        wanted = tuple(known[port] for port in names)
+        if found != wanted:
+            given, expected = (
+                [(port.name, port.dtype, list(port.shape)) for port in each]
+                for each in (found, wanted)
+            )
+            raise InputError(
+                f"{name}: its {way} are {given}, those of the manifest's model {expected}"
+            )
+    return graph
 
 
 def _providers(device: str, operators: frozenset[str]) -> list[Any]:
@@ -235,7 +243,10 @@ def _config(
     operators: frozenset[str], device: str, runtime: Runtime, *, on_card: bool
 ) -> dict[str, str]:
     """Returns onnxruntime's session configuration."""
-    entries = {"session.record_ep_graph_assignment_info": "1"}  # for placement()
+    entries = {
+        "session.load_model_format": "ONNX",  # whatever else its first bytes may look like
+        "session.record_ep_graph_assignment_info": "1",  # for placement()
+    }
     if device == "cuda" and runtime.providers is None:
         entries["session.disable_cpu_ep_fallback"] = "1"
     if on_card and INT8_OPERATOR in operators:
@@ -245,8 +256,12 @@ def _config(
     return entries
 
 
-def _line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _failure(found: str, error: Exception, kind: type[CommandError]) -> CommandError:
+    """What onnxruntime raised as one line, of ``kind`` unless memory did not suffice."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    if isinstance(error, MemoryError) or any(words in line for words in OUT_OF_MEMORY):
+        return MachineError(f"{found}: there is too little memory: {line}")
+    return kind(f"{found}: {line}")
 
 
 def batch_size(spec: ModelSpec, operators: frozenset[str], cores: int = 0) -> int:
@@ -271,8 +286,9 @@ def batch_size(spec: ModelSpec, operators: frozenset[str], cores: int = 0) -> in
     return max(1, largest)
 
 
-def _most_values(layers: Sequence[Layer]) -> int:
-    """The most numbers per image that are needed at once."""
+@lru_cache(16)
+def _most_values(layers: tuple[Layer, ...]) -> int:
+    """The most numbers per image that are needed at once. Every session of a model asks for it."""
     sizes = [math.prod(shape) for shape in (layers[0].in_shape, *(row.out_shape for row in layers))]
     needed, most = {0}, 0
     for number, step in enumerate(plan(layers), 1):
@@ -283,26 +299,28 @@ def _most_values(layers: Sequence[Layer]) -> int:
 
 
 def open_sessions(
-    graphs: Mapping[str, bytes],
+    graphs: Mapping[str, bytes | Graph],
     spec: ModelSpec,
     device: str,
     *,
     batch: int | None = None,
     runtime: Runtime | None = None,
 ) -> tuple[dict[str, Session], str]:
-    """Returns a session for each {stage: bytes} and the device that they run on, "custom" if the
+    """Returns a session for each {stage: content} and the device that they run on, "custom" if the
     caller gives providers.
 
-    "auto" takes CUDA if there is a card. If the card cannot be used after all, it warns
-    (RuntimeWarning) and takes the CPU.
+    All graphs are inspected before onnxruntime sees the first. "auto" takes CUDA if there is a
+    card. If the card cannot be used after all, it warns (Remark) and takes the CPU.
 
     Raises ValueError for another device, or for one beside providers, and what Session raises.
     """
 
+    plain = {stage: inspected(stage, graph, spec, batch) for stage, graph in graphs.items()}
+
     def opened(chosen: str) -> dict[str, Session]:
         return {
-            stage: Session(stage, content, spec, chosen, batch=batch, runtime=runtime)
-            for stage, content in graphs.items()
+            stage: Session(stage, graph, spec, chosen, batch=batch, runtime=runtime)
+            for stage, graph in plain.items()
         }
 
     if runtime is not None and runtime.providers is not None:
@@ -317,7 +335,7 @@ def open_sessions(
             raise
         warnings.warn(
             f"there is a CUDA device, but it cannot be used: {error}; running on the CPU",
-            RuntimeWarning,
+            Remark,
             stacklevel=2,
         )
         return opened("cpu"), "cpu"
@@ -332,10 +350,8 @@ def resolve_device(device: str) -> str:
         raise ValueError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
     if device == "cpu":
         return "cpu"
-    import onnxruntime as ort
-
     obstacle = None
-    if CUDA not in ort.get_available_providers():
+    if CUDA not in onnxruntime().get_available_providers():
         obstacle = (
             "this onnxruntime has no CUDA provider; install onnxruntime-gpu in place of onnxruntime"
         )
@@ -348,9 +364,7 @@ def resolve_device(device: str) -> str:
 
 def quiet() -> None:
     """Keeps onnxruntime's own lines off stderr: for programs whose errors are one line."""
-    import onnxruntime as ort
-
-    ort.set_default_logger_severity(4)
+    onnxruntime().set_default_logger_severity(4)
 
 
 def cuda_devices() -> int:
