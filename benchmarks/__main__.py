@@ -18,7 +18,7 @@ from benchmarks.measure import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "benchmarks" / "README.md"
-BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)```\n.*?```\n", re.DOTALL)
+BLOCK = re.compile(r"(<!-- results: ([\w.]+) -->\n)```\n.*?```\n", re.DOTALL)
 """A table in README: the comment that names its benchmark, and what that printed."""
 
 
@@ -38,6 +38,7 @@ def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, li
         "tolerances": [],
         "agreement": agreement(arguments),
         "kills": ["--kills", "20"] if arguments.short else ["--epochs", "320"],
+        **hostile(arguments),
     }
     if arguments.data is not None:
         found["quality"] = ["--data", str(arguments.data)]
@@ -45,6 +46,23 @@ def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, li
         seeds = ["--seeds", "0"] if arguments.short else []
         found["grids"] = ["--data", str(arguments.colour), *seeds]
     return found
+
+
+def hostile(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """The campaigns, each with the option that says how much of it, and a tenth for --short."""
+    amounts = {
+        "flips": ("--count", 2000),
+        "inspection": ("--mutations", 100_000),
+        "readers": ("--count", 5000),
+        "commandlines": ("--count", 1000),
+        "signals": ("--count", 200),
+        "replacements": ("--kills", 200),
+    }
+    few = {
+        f"hostile.{name}": [option, str(amount // 10)] if arguments.short else []
+        for name, (option, amount) in amounts.items()
+    }
+    return {**few, "hostile.kit": []}
 
 
 def agreement(arguments: argparse.Namespace) -> list[str]:

@@ -71,12 +71,12 @@ class Record:
     def write(self) -> None:
         if self.path is None:
             return
-        module = Path(sys.argv[0]).stem
+        module = ".".join(Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").parts)
         kept = [
             Path(word).name for word in sys.argv[1:] if word not in ("--json", str(self.path))
         ]  # paths are one machine's
         content = {
-            "command": " ".join(["python -m", f"benchmarks.{module}", *kept]),
+            "command": " ".join(["python -m", module, *kept]),
             "date": self.date,
             "machine": self.machine,
             "printed": self.lines,

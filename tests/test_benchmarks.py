@@ -49,7 +49,8 @@ def test_benchmarks_whose_images_are_not_given_are_left_out():
 def test_every_benchmark_of_the_runner_is_a_module_with_a_table():
     found = commands(asked(data=Path("d"), colour=Path("c")), [])
     assert set(found) == {match[2] for match in BLOCK.finditer(README.read_text())}
-    assert all((ROOT / "benchmarks" / f"{name}.py").exists() for name in found)
+    paths = [ROOT / "benchmarks" / f"{name.replace('.', '/')}.py" for name in found]
+    assert all(path.exists() for path in paths)
 
 
 def test_runs_take_turns():

@@ -16,7 +16,7 @@ import vqref
 from vqdeploy import Codec
 from vqdeploy.bundle import Bundle
 from vqdeploy.export import export
-from vqdeploy.graphs.build import GraphOptions, build_graphs
+from vqdeploy.graphs.build import GraphOptions, build_graph
 from vqdeploy.graphs.quantizer import takes_products
 from vqdeploy.runtime.sessions import open_sessions
 from vqdeploy.verify import verify
@@ -41,10 +41,8 @@ def products(monkeypatch):
 
 
 def graph(codebook, spec=SPEC):
-    params = vqref.init_params(spec, np.random.default_rng(0)) | {
-        CODEBOOK: codebook.astype(np.float32)
-    }
-    return build_graphs(spec, params)["quantizer"]
+    params = {CODEBOOK: codebook.astype(np.float32)}
+    return build_graph("quantizer", spec, params, GraphOptions()).to_bytes()
 
 
 def session(codebook):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +72,9 @@ def test_a_pickle_that_carries_code_is_refused_and_nothing_runs(tmp_path, form):
 
 
 def rewritten(model_file: Path, path: Path, change) -> Path:
+    """Without a digest, as files written elsewhere are, so that what is wrong is named."""
     data = torch.load(model_file, weights_only=True)
+    del data["sha256"]
     change(data)
     torch.save(data, path)
     return path
@@ -113,7 +116,7 @@ DAMAGE = {
     ),
     "text": (
         lambda d: d["parameters"].update({"decoder.conv1.bias": "zero"}),
-        r"'decoder\.conv1\.bias' is <U4",
+        r"'decoder\.conv1\.bias' is str, expected float32",
     ),
     "float64": (
         lambda d: d["parameters"].update({"decoder.conv1.bias": torch.zeros(1).double()}),
@@ -166,6 +169,78 @@ def test_a_damaged_file_is_named_with_its_damage(model_file, tmp_path, kind):
     with pytest.raises(InputError, match=message) as caught:
         read_model(rewritten(model_file, tmp_path / "m.pt", change))
     assert str(caught.value).startswith(f"{tmp_path / 'm.pt'}: ")
+
+
+def flipped(content: bytes, bit: int) -> bytes:
+    changed = bytearray(content)
+    changed[bit // 8] ^= 1 << bit % 8
+    return bytes(changed)
+
+
+def test_no_flipped_bit_of_a_model_file_passes(model_file, tmp_path):
+    """Not even one of the padding between arrays, of a date, or of the seal itself."""
+    content, rng = model_file.read_bytes(), np.random.default_rng(0)
+    last = range(8 * len(content) - 8 * 110, 8 * len(content))  # the last record and the seal
+    for bit in (*rng.integers(0, 8 * len(content), 200), *last):
+        (tmp_path / "m.pt").write_bytes(flipped(content, int(bit)))
+        with pytest.raises(InputError, match=r"m\.pt: "):
+            read_model(tmp_path / "m.pt")
+
+
+CHANGES = {
+    "a weight": lambda d: d["parameters"]["encoder.dense.bias"].add_(1e-6),
+    "a number of the training": lambda d: d["training"].update(epochs=2),
+    "the digest": lambda d: d.update(sha256="0" * 64),
+    "a digest that is no text": lambda d: d.update(sha256=None),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_a_content_that_was_changed_and_saved_again_is_refused(model_file, tmp_path, kind):
+    data = torch.load(model_file, weights_only=True)
+    torch.save(data, tmp_path / "same.pt")
+    assert read_model(tmp_path / "same.pt").digested
+    CHANGES[kind](data)
+    torch.save(data, tmp_path / "m.pt")
+    with pytest.raises(InputError, match=r"m\.pt: damaged or changed: its digest is not"):
+        read_model(tmp_path / "m.pt")
+
+
+def test_an_entry_that_no_version_has_is_refused(model_file, tmp_path):
+    with pytest.raises(InputError, match=r"unknown entries: 'sha25v'"):
+        read_model(rewritten(model_file, tmp_path / "m.pt", lambda d: d.update(sha25v="0" * 64)))
+
+
+def nested(levels: int, width: int) -> list:
+    """Lists that hold those below ``width`` times: few bytes in a file, width**levels values."""
+    found: list = []
+    for _ in range(levels):
+        found = [found] * width
+    return found
+
+
+@pytest.mark.parametrize("entry", ["metrics", "spec", "parameters"])
+@pytest.mark.parametrize(("levels", "width"), [(28, 2), (100, 1)])
+def test_lists_without_end_are_refused_at_once(model_file, tmp_path, entry, levels, width):
+    path = rewritten(
+        model_file, tmp_path / "m.pt", lambda d: d[entry].update(x=nested(levels, width))
+    )
+    with pytest.raises(InputError, match=r"more than 1000000 values|nested deeper|is list, expect"):
+        read_model(path)
+
+
+def test_data_that_claim_more_than_the_file_holds_are_refused(model_file, tmp_path):
+    def huge(data):
+        data["parameters"]["encoder.dense.bias"] = torch.zeros(1).expand(2**40)
+
+    with pytest.raises(InputError, match="claim to be larger than the file"):
+        read_model(rewritten(model_file, tmp_path / "m.pt", huge))
+    packed = tmp_path / "z.pt"
+    with zipfile.ZipFile(model_file) as old, zipfile.ZipFile(packed, "w", zipfile.ZIP_LZMA) as new:
+        for member in old.infolist():
+            new.writestr(member.filename, old.read(member))
+    with pytest.raises(InputError, match="its data are compressed"):
+        read_model(packed)
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04broken", b"\x80\x02."])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from vqdeploy.stages import STAGES
+from vqdeploy.sealed import parsed, unsealed
+from vqdeploy.stages import STAGES, ports
 from vqref.errors import InputError
+from vqref.host.files import read_bytes
 from vqref.host.images import read_npz
 from vqref.precisions import PRECISIONS
 from vqref.spec import ModelSpec
-from vqref.validation import Array
+from vqref.validation import Array, check_params
 
 FORMAT = "vqdeploy-bundle"
 FORMAT_VERSION = 2
@@ -30,32 +31,67 @@ FILES = (*(f"{name}.onnx" for name in STAGES), ORACLE, CARD)
 FILE_BYTES = 2 * 2**30
 """The largest file that is read, protobuf's own limit."""
 
+MANIFEST_BYTES = 2**26
+"""The largest manifest that is read: a history of thousands of epochs is a few MiB."""
+
+GOLDEN = {
+    "images": np.float32,
+    "latents": np.float64,
+    "indices": np.int64,
+    "gap": np.float64,
+    "quantized": np.float64,
+    "outputs": np.float64,
+    "reconstructions": np.float64,
+}
+"""The arrays of a golden batch."""
+
 
 @dataclass(frozen=True)
 class Bundle:
     """A bundle's place and its manifest, which is checked here; files are checked as they are read.
 
-    manifest: the parsed ``manifest.json``. spec: the model's specification, from the manifest.
+    manifest: the parsed ``manifest.json``, without its seal. spec: the model's specification, from
+    the manifest. content: the manifest's bytes.
     """
 
     path: Path
     manifest: Mapping[str, Any]
     spec: ModelSpec
+    content: bytes
 
     @classmethod
-    def open(cls, path: str | Path) -> Bundle:
-        """Raises InputError for a folder that is not a bundle, or one of another format version."""
+    def open(cls, path: str | Path, manifest_sha256: str | None = None) -> Bundle:
+        """The bundle at ``path``.
+
+        manifest_sha256: what its ``sha256`` must be, if that is known from elsewhere.
+        Raises InputError for a folder that is not a bundle, a damaged one, one of another format
+        version, and another one than was asked for.
+        """
         path = Path(path)
-        where = path / MANIFEST
-        manifest = read_manifest(path)
-        _require_version(where, manifest.get("format_version"))
+        where, content = path / MANIFEST, _manifest_bytes(path)
+        sha256 = hashlib.sha256(content).hexdigest()
+        if manifest_sha256 is not None and sha256 != manifest_sha256.strip().lower():
+            raise InputError(f"{where}: its sha256 is {sha256}, not {manifest_sha256}")
+        _require_version(where, _parsed(where, content).get("format_version"))
         try:
+            manifest = unsealed(content)
+        except ValueError as error:
+            advice = "copy it anew, or export its model.pt again, with --replace"
+            raise InputError(f"{where}: {error}; {advice}") from None
+        try:
+            spec = ModelSpec.from_dict(manifest["spec"])
             _require_files(manifest["files"])
-            _require_form(manifest)
-            return cls(path, manifest, ModelSpec.from_dict(manifest["spec"]))
+            _require_form(manifest, spec)
+            _require_facts(manifest)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{where}: damaged: {reason}") from None
+        return cls(path, manifest, spec, content)
+
+    @property
+    def sha256(self) -> str:
+        """The digest of the manifest, which says what bundle this is: it holds the others'."""
+        return hashlib.sha256(self.content).hexdigest()
 
     @property
     def precision(self) -> str:
@@ -65,13 +101,13 @@ class Bundle:
     @property
     def batch(self) -> int | None:
         """The one batch size that every graph takes, None if they take any."""
-        batch: int | None = self.manifest.get("batch")
+        batch: int | None = self.manifest["batch"]
         return batch
 
     @property
     def folded(self) -> bool:
         """Whether the detokenizer is a table."""
-        return self.manifest.get("detokenizer") == "table"
+        return bool(self.manifest["detokenizer"] == "table")
 
     def read(self, name: str) -> bytes:
         """The bytes of one of FILES, after a check of size and sha256 against the manifest.
@@ -79,11 +115,7 @@ class Bundle:
         Raises InputError.
         """
         entry, path = self.manifest["files"][name], self.path / name
-        try:
-            with path.open("rb") as file:
-                content = file.read(entry["bytes"] + 1)
-        except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
+        content = read_bytes(path, FILE_BYTES)
         if len(content) != entry["bytes"]:
             raise InputError(
                 f"{path}: damaged: its size is not the {entry['bytes']} bytes of the manifest"
@@ -97,20 +129,63 @@ class Bundle:
         return self.read(f"{name}.onnx")
 
     def oracle(self) -> Oracle:
-        """The parameters and the golden batch. Raises InputError."""
-        return Oracle.from_bytes(self.read(ORACLE), str(self.path / ORACLE))
+        """The parameters and the golden batch, which fit ``spec``. Raises InputError."""
+        found = Oracle.from_bytes(self.read(ORACLE), str(self.path / ORACLE))
+        try:
+            found.require(self.spec)
+        except ValueError as error:
+            raise InputError(
+                f"{self.path / ORACLE}: the oracle file does not fit the manifest: {error}"
+            ) from None
+        return found
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the bundle at ``path``, of whatever version. Raises InputError."""
-    where = path / MANIFEST
+    """The manifest of the bundle at ``path``, of whatever version, sealed or not.
+
+    Raises InputError.
+    """
+    return _parsed(path / MANIFEST, _manifest_bytes(path))
+
+
+def describe_files(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """The manifest's entry for each file: size in bytes and sha256."""
+    return {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in files.items()
+    }
+
+
+def describe_graphs(spec: ModelSpec, batch: int | None) -> dict[str, dict[str, Any]]:
+    """The manifest's entry for each graph: its file, and name, dtype and shape of each port."""
+    arrays = {
+        name: {"name": name, "dtype": port.dtype, "shape": list(port.shape)}
+        for name, port in ports(spec, batch).items()
+    }
+    return {
+        name: {
+            "file": f"{name}.onnx",
+            "inputs": [arrays[port] for port in stage.inputs],
+            "outputs": [arrays[port] for port in stage.outputs],
+        }
+        for name, stage in STAGES.items()
+    }
+
+
+def _manifest_bytes(path: Path) -> bytes:
     try:
-        manifest = json.loads(where.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path}: not a bundle: {where.name}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        return read_bytes(path / MANIFEST, MANIFEST_BYTES)
+    except InputError as error:
+        raise InputError(f"{path}: not a bundle: {error}") from None
+
+
+def _parsed(where: Path, content: bytes) -> dict[str, Any]:
+    """The entries of a manifest. Raises InputError."""
+    try:
+        manifest = parsed(content)
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from None
+    if manifest.get("format") != FORMAT:
         raise InputError(f"{where}: not the manifest of a bundle")
     return manifest
 
@@ -142,24 +217,66 @@ def _require_files(files: Any) -> None:
         raise ValueError(f"names files that no bundle has: {', '.join(foreign)}")
 
 
-def _require_form(manifest: Mapping[str, Any]) -> None:
-    """Raises ValueError or KeyError for a precision or a batch that no bundle has."""
-    known = [name for name, precision in PRECISIONS.items() if precision.exports]
-    if manifest["precision"] not in known:
-        raise ValueError(
-            f"precision is {manifest['precision']!r}, expected one of {', '.join(known)}"
-        )
-    batch = manifest.get("batch")
+def _require_form(manifest: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Raises ValueError or KeyError for graphs that are described as no export writes them."""
+    known = {
+        "precision": [name for name, precision in PRECISIONS.items() if precision.exports],
+        "detokenizer": ["table", "network"],
+    }
+    for entry, names in known.items():
+        if manifest[entry] not in names:
+            found, expected = manifest[entry], ", ".join(names)
+            raise ValueError(f"{entry} is {found!r}, expected one of {expected}")
+    batch = manifest["batch"]
     if batch is not None and (type(batch) is not int or batch < 1):
         raise ValueError(f"batch is {batch!r}, expected a size or null")
+    if manifest["graphs"] != describe_graphs(spec, batch):
+        raise ValueError("inputs and outputs of the graphs are not those of the spec")
+
+
+FACTS: Mapping[str, type | tuple[type, ...]] = {
+    "opset": int,
+    "graphs_version": int,
+    "target": str,
+    "metrics": dict,
+    "training": dict,
+    "provenance": dict,
+    "provenance.model_sha256": str,
+    "provenance.model_digest": str,
+    "agreement": dict,
+    "agreement.images": int,
+    "agreement.provider": str,
+    "agreement.checks": list,
+    "measured": dict,
+    "measured.images": int,
+    "measured.equal_tokens": (int, float),
+    "measured.nats_lost": (int, float),
+    "measured.psnr_lost": (int, float),
+    "kept": dict,
+    "kept.tokens": int,
+    "kept.equal": int,
+}
+"""What a manifest tells beside, a dotted name for an entry of an entry."""
+
+
+def _require_facts(manifest: Mapping[str, Any]) -> None:
+    """Raises KeyError for one of FACTS that is missing, ValueError for one of another type."""
+    for name, kind in FACTS.items():
+        value: Any = manifest
+        for part in name.split("."):
+            value = value[part]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} is {type(value).__name__}")
+    for check in manifest["agreement"]["checks"]:
+        if not isinstance(check, dict) or type(check.get("violations")) is not int:
+            raise ValueError("agreement.checks holds what is no check")
 
 
 @dataclass(frozen=True)
 class Oracle:
     """What a bundle proves itself with: parameters, and a golden batch with the oracle's answers.
 
-    golden: images (float32), and in float64 latents, indices (int64), gap, quantized, outputs and
-    reconstructions.
+    golden: arrays by the names and dtypes of GOLDEN.
     """
 
     params: dict[str, Array]
@@ -188,10 +305,19 @@ class Oracle:
             raise InputError(f"{name}: not an oracle file: {error}") from None
         return cls(groups["param"], groups["golden"])
 
-
-def describe_files(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """The manifest's entry for each file: size in bytes and sha256."""
-    return {
-        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        for name, content in files.items()
-    }
+    def require(self, spec: ModelSpec) -> None:
+        """Raises ValueError unless these are the parameters and a golden batch of ``spec``."""
+        check_params(spec, self.params)
+        if set(self.golden) != set(GOLDEN):
+            raise ValueError(f"its golden arrays are {', '.join(self.golden) or '(none)'}")
+        shapes = {name: port.shape[1:] for name, port in ports(spec).items()}
+        shapes["gap"] = shapes["indices"]
+        count = len(self.golden["images"]) if self.golden["images"].ndim else 0
+        for name, dtype in GOLDEN.items():
+            array, shape = self.golden[name], (count, *shapes[name])
+            if array.dtype != dtype or array.shape != shape:
+                found = f"{array.dtype} {array.shape}"
+                raise ValueError(f"golden/{name} is {found}, expected {np.dtype(dtype)} {shape}")
+        for name, array in self.params.items():
+            if array.dtype != np.float32:
+                raise ValueError(f"param/{name} is {array.dtype}, expected float32")

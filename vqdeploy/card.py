@@ -86,7 +86,7 @@ names their inputs and outputs. Check on your machine that what runs is what was
 
 ## Agreement with the float64 oracle
 
-At export, on a golden batch of {manifest["agreement"]["images"]} images, onnxruntime \
+At export, on {manifest["agreement"]["images"]} images that the model draws, onnxruntime \
 {provenance["onnxruntime"]} on its CPU provider:
 
 ```

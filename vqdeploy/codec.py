@@ -56,17 +56,19 @@ class Codec:
         providers: Sequence[str | tuple[str, dict[str, Any]]] | None = None,
         session_options: Any = None,
         intra_op_num_threads: int | None = None,
+        manifest_sha256: str | None = None,
     ) -> Codec:
         """Reads a bundle, checks its files against their digests and opens it on a device.
 
         device: "cpu", "cuda", or "auto", which takes CUDA if there is a card that can be used.
         providers: onnxruntime's, instead of ``device``; the first one must be usable.
         session_options: an onnxruntime.SessionOptions. intra_op_num_threads: threads within an
-        operator.
-        Raises InputError (a ValueError) for a damaged bundle, MachineError if "cuda" or the first
-        provider cannot be used, ValueError for another device.
+        operator. manifest_sha256: the digest that the bundle's manifest must have, as ``export``
+        and ``verify`` print it.
+        Raises InputError (a ValueError) for a damaged or another bundle, MachineError if "cuda" or
+        the first provider cannot be used, ValueError for another device.
         """
-        found = Bundle.open(bundle)
+        found = Bundle.open(bundle, manifest_sha256)
         graphs = {stage: found.graph(stage) for stage in ("tokenizer", "detokenizer")}
         runtime = Runtime(providers, session_options, intra_op_num_threads)
         return cls(found.spec, graphs, device, found.batch, runtime)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import platform
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from vqdeploy.agreement import check_graphs
 from vqdeploy.bundle import (
     CARD,
     FORMAT,
@@ -20,24 +19,28 @@ from vqdeploy.bundle import (
     ORACLE,
     Oracle,
     describe_files,
+    describe_graphs,
     read_manifest,
 )
 from vqdeploy.card import write_card
-from vqdeploy.graphs.build import IR_VERSION, GraphOptions, build_graphs
+from vqdeploy.graphs.build import GRAPHS_VERSION, GraphOptions, build_graphs
 from vqdeploy.graphs.int8 import quantize_graphs
 from vqdeploy.proof.golden import Answered, golden_batch, golden_images
-from vqdeploy.proof.measure import measure, measured_images
-from vqdeploy.proof.samples import draw_images
-from vqdeploy.runtime.sessions import open_sessions
+from vqdeploy.proof.measure import kept_tokens, measure, measured_images
+from vqdeploy.proof.samples import aimed_images, draw_images
+from vqdeploy.proof.structure import check_structure
+from vqdeploy.runtime.protobuf import IR_VERSION, read_graph
+from vqdeploy.runtime.sessions import CPU, open_sessions
+from vqdeploy.sealed import sealed
 from vqdeploy.sources import read_source
-from vqdeploy.stages import STAGES, ports
+from vqdeploy.verify import Written, check_answers
 from vqref.agreement.report import Report
 from vqref.errors import InputError, ParityError
 from vqref.host.files import publish_folder, require_new_folder
 from vqref.modelfile import Model
-from vqref.precisions import PRECISIONS
+from vqref.precisions import of_option
 from vqref.spec import ModelSpec
-from vqref.validation import Array
+from vqref.validation import Array, Params
 
 UNPUBLISHED = {"history", "oracle"}
 """Metrics of every epoch, and of the training's own checks: a manifest leaves them to model.pt."""
@@ -67,39 +70,53 @@ def export(
     spec, params = model.spec, {p.name: model.params[p.name] for p in model.spec.parameters}
     given = None if images is None else images(spec)
     try:  # weights may be so large that a stage overflows, or that float16 cannot hold them
-        folded = options.folds(spec)
-        golden = Answered.of(spec, params, golden_images(spec, params))
-        graphs = build_graphs(spec, params, options)
-        seen = draw_images(spec, params, measured_images(spec)) if given is None else given
-        if not len(seen):
-            raise ValueError("there are no images to measure it on")
-        measured_on = Answered.of(spec, params, seen)
+        options = dataclasses.replace(options, fold=options.folds(spec))
+        golden = golden_images(spec, params)
+        asked = Answered.of(spec, params, np.concatenate([golden, aimed_images(spec, params)]))
+        measured_on = _measured_on(spec, params, given)
+        contents = build_graphs(spec, params, options)
     except ValueError as error:
         raise InputError(f"{source}: cannot be exported: {error}") from None
     if options.precision == "int8":
-        graphs = quantize_graphs(graphs, _stage_inputs(measured_on), folded=folded)
+        inputs = _stage_inputs(measured_on)
+        contents = quantize_graphs(contents, inputs, folded=bool(options.fold))
+    graphs = {stage: read_graph(f"{stage}.onnx", content) for stage, content in contents.items()}
     sessions, _ = open_sessions(graphs, spec, "cpu", batch=options.batch)
-    report = check_graphs(
-        spec,
-        params,
-        golden.images,
-        sessions,
-        precision=_precision(options),
-        folded=folded,
-        known=golden.known,
-    )
+    report = _agreement(source, spec, params, asked, Written(graphs, sessions, options))
+    measured = measure(spec, params, measured_on, sessions, folded=bool(options.fold))
+    facts = {
+        **_form(spec, options),
+        **_origin(model, digest),
+        "agreement": {"provider": CPU, **report.to_dict()},
+        "measured": {**measured, "of": "images that the model draws" if given is None else "data"},
+        "kept": kept_tokens(sessions["tokenizer"](asked.images)[0], asked.known.indices),
+    }
+    oracle = Oracle(params, golden_batch(asked, len(golden)))
+    publish_folder(output, _files(spec, contents, oracle, facts, report), replace=replace)
+    return report
+
+
+def _measured_on(spec: ModelSpec, params: Params, given: Array | None) -> Answered:
+    """The images to measure on, the model's own if none are given. Raises ValueError."""
+    images = draw_images(spec, params, measured_images(spec)) if given is None else given
+    if not len(images):
+        raise ValueError("there are no images to measure it on")
+    return Answered.of(spec, params, images)
+
+
+def _agreement(
+    source: Path, spec: ModelSpec, params: Params, asked: Answered, written: Written
+) -> Report:
+    """The report on what is about to be published. Raises ParityError unless all of it agrees."""
+    count, codes = len(asked.images), len(np.unique(asked.known.indices))
+    answers = check_answers(spec, params, asked, written, count)
+    checks = (*answers, *check_structure(spec, params, written.graphs, written.options))
+    report = Report(checks, count, codes)
     if not report.passed:
         raise ParityError(
             f"{source}: not exported: the graphs disagree with the oracle: {report.failures[0]}",
             report,
         )
-    measured = {
-        **measure(spec, params, measured_on, sessions, folded=folded),
-        "of": "images that the model draws" if given is None else "data",
-    }
-    facts = {**_form(spec, options), **_origin(model, digest), **_proof(report, measured)}
-    oracle = Oracle(params, golden_batch(golden))
-    publish_folder(output, _files(spec, graphs, oracle, facts, report), replace=replace)
     return report
 
 
@@ -121,36 +138,26 @@ def _files(
         **facts,
         "files": describe_files(files),
     }
-    return {**files, MANIFEST: (json.dumps(manifest, indent=2) + "\n").encode()}
+    return {**files, MANIFEST: sealed(manifest)}
 
 
 def _form(spec: ModelSpec, options: GraphOptions) -> dict[str, Any]:
     """The manifest's entries on how the graphs were written."""
-    arrays = {
-        name: {"name": name, "dtype": port.dtype, "shape": list(port.shape)}
-        for name, port in ports(spec, options.batch).items()
-    }
     return {
-        "precision": _precision(options),
+        "precision": of_option(options.precision),
         "opset": options.opset,
         "ir_version": IR_VERSION,
+        "graphs_version": GRAPHS_VERSION,
         "target": options.target,
         "batch": options.batch,
-        "detokenizer": "table" if options.folds(spec) else "network",
-        "graphs": {
-            name: {
-                "file": f"{name}.onnx",
-                "inputs": [arrays[port] for port in stage.inputs],
-                "outputs": [arrays[port] for port in stage.outputs],
-            }
-            for name, stage in STAGES.items()
-        },
+        "detokenizer": "table" if options.fold else "network",
+        "graphs": describe_graphs(spec, options.batch),
     }
 
 
 def _origin(model: Model, digest: str) -> dict[str, Any]:
     """The manifest's entries on where the model came from, and what exported it."""
-    import onnxruntime
+    from vqdeploy.runtime.library import onnxruntime
 
     exporter = {name: version(name) for name in ("portable-vqvae", "numpy", "onnx")}
     return {
@@ -159,17 +166,11 @@ def _origin(model: Model, digest: str) -> dict[str, Any]:
         "provenance": {
             **model.provenance,
             "model_sha256": digest,
+            "model_digest": "checked" if model.digested else "none",
             "export": {"python": platform.python_version(), **exporter},
-            "onnxruntime": str(onnxruntime.__version__),
+            "onnxruntime": str(onnxruntime().__version__),
         },
     }
-
-
-def _proof(report: Report, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's entries on agreement with the oracle."""
-    provider = "CPUExecutionProvider"
-    agreement = {"provider": provider, "images": report.images, **report.to_dict()}
-    return {"agreement": agreement, "measured": measured}
 
 
 def require_replaceable(output: Path, *, replace: bool) -> None:
@@ -190,8 +191,3 @@ def _stage_inputs(seen: Answered) -> dict[str, Array]:
     """What enters each graph when images go through the oracle."""
     quantized = seen.known.quantized.astype(np.float32)
     return {"images": seen.images, "indices": seen.known.indices, "quantized": quantized}
-
-
-def _precision(options: GraphOptions) -> str:
-    """The name in PRECISIONS of the precision that the options name."""
-    return next(name for name, row in PRECISIONS.items() if row.option == options.precision)

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-import vqref
 from vqdeploy.agreement import check_graphs
-from vqdeploy.bundle import FILES, ORACLE, Bundle, Oracle
-from vqdeploy.proof.golden import check_recorded
-from vqdeploy.proof.samples import check_samples
-from vqdeploy.runtime.sessions import open_sessions
+from vqdeploy.bundle import CARD, MANIFEST, Bundle
+from vqdeploy.graphs.build import GRAPHS_VERSION, GraphOptions
+from vqdeploy.proof.golden import Answered, check_recorded, require_golden
+from vqdeploy.proof.measure import check_kept
+from vqdeploy.proof.samples import aimed_images, check_codes, check_samples
+from vqdeploy.proof.structure import check_structure
+from vqdeploy.proof.table import check_table
+from vqdeploy.runtime.protobuf import Graph, read_graph
+from vqdeploy.runtime.sessions import Session, open_sessions
 from vqdeploy.stages import STAGES
-from vqref.agreement.report import Report
+from vqref.agreement.report import Check, Report
 from vqref.errors import InputError
-from vqref.validation import Array
+from vqref.precisions import PRECISIONS, of_option
+from vqref.spec import ModelSpec
+from vqref.validation import Array, Params
 
 Placement = dict[str, dict[str, dict[str, int]]]
 """How many nodes of each operator each provider takes: {stage: {provider: {operator: count}}}."""
@@ -29,38 +37,101 @@ class Verified(NamedTuple):
     placement: Placement
 
 
+@dataclass(frozen=True)
+class Written:
+    """The graphs of a bundle, as they are written and as they run. options: how they were written;
+    ``fold`` says whether the detokenizer is a table."""
+
+    graphs: Mapping[str, Graph]
+    sessions: Mapping[str, Session]
+    options: GraphOptions
+
+
 def verify(bundle: Bundle, device: str, images: Array | None = None, samples: int = 0) -> Verified:
-    """Checks every file's digest, the recorded answers, and the five graphs on ``device``.
+    """Checks every file's digest, the recorded answers, what the graphs are, and what the five of
+    them answer on ``device``. Graphs with other nodes than their rows say are not run.
 
     device: "cpu", "cuda" or "auto". images: further images (N, C, H, W), float32 in [0, 1], beside
-    the golden batch. samples: how many latents to feed the quantizer, see
-    ``vqdeploy.proof.samples``. Raises InputError for a damaged bundle, MachineError if the device
-    cannot be used.
+    the golden batch and those that are aimed at every code. samples: how many latents to feed the
+    quantizer, see ``vqdeploy.proof.samples``. Raises InputError for a damaged bundle, MachineError
+    if the device cannot be used.
     """
-    spec, files = bundle.spec, {name: bundle.read(name) for name in FILES}
-    oracle = Oracle.from_bytes(files[ORACLE], str(bundle.path / ORACLE))
-    graphs = {stage: files[f"{stage}.onnx"] for stage in STAGES}
+    spec, oracle, options = bundle.spec, bundle.oracle(), _options(bundle)
+    bundle.read(CARD)
+    graphs = {stage: read_graph(f"{stage}.onnx", bundle.graph(stage)) for stage in STAGES}
+    golden = oracle.golden["images"]
     try:
-        golden = oracle.golden["images"]
-        batch = golden if images is None else np.concatenate([golden, images])
-        known = vqref.forward(spec, oracle.params, batch)
-        recorded = check_recorded(spec, oracle, known)
-    except (KeyError, ValueError) as error:
+        require_golden(spec, golden)
+        own = np.concatenate([golden, aimed_images(spec, oracle.params)])
+        asked = Answered.of(
+            spec, oracle.params, own if images is None else np.concatenate([own, images])
+        )
+        recorded = check_recorded(spec, oracle, asked.known)
+        structure = check_structure(spec, oracle.params, graphs, options)
+    except ValueError as error:
         raise InputError(
             f"{bundle.path}: the oracle file does not fit the manifest: {error}"
         ) from None
-    sessions, chosen = open_sessions(graphs, spec, device, batch=bundle.batch)
-    run = check_graphs(
+    codes = len(np.unique(asked.known.indices))
+    checks, placement, chosen = list[Check](), Placement(), "nothing: the graphs were not run"
+    if structure[0].passed:
+        sessions, chosen = open_sessions(graphs, spec, device, batch=bundle.batch)
+        written, kept = Written(graphs, sessions, options), bundle.manifest["kept"]
+        checks += check_answers(spec, oracle.params, asked, written, len(own), kept)
+        if samples:
+            checks += check_samples(spec, oracle.params, sessions, samples)
+        placement = {stage: session.placement() for stage, session in sessions.items()}
+    found = Report((*recorded.checks, *checks, *structure), len(asked.images), codes)
+    return Verified(found, chosen, placement)
+
+
+def _options(bundle: Bundle) -> GraphOptions:
+    """How the graphs were written. Raises InputError if this version writes them otherwise."""
+    said = bundle.manifest
+    if said["graphs_version"] != GRAPHS_VERSION:
+        exporter = said["provenance"].get("export")
+        raise InputError(
+            f"{bundle.path}: its graphs are of version {said['graphs_version']}, those that are "
+            f"written here of {GRAPHS_VERSION}; verify it with what exported it, {exporter}, or "
+            "export its model.pt again"
+        )
+    option = PRECISIONS[bundle.precision].option
+    try:
+        options = GraphOptions(said["opset"], option, bundle.batch, bundle.folded, said["target"])
+        options.folds(bundle.spec)
+        return options
+    except ValueError as error:
+        raise InputError(f"{bundle.path / MANIFEST}: damaged: {error}") from None
+
+
+def check_answers(
+    spec: ModelSpec,
+    params: Params,
+    asked: Answered,
+    written: Written,
+    own: int,
+    kept: Mapping[str, int] | None = None,
+) -> Iterator[Check]:
+    """What the graphs of a bundle answer, before it is published and whenever it is verified.
+
+    asked: images and the oracle's answers; of the first ``own`` networks of few bits must keep the
+    tokens. kept: how many they kept at export; None if this is the export.
+    """
+    graphs, sessions, options = written.graphs, written.sessions, written.options
+    precision, folded = of_option(options.precision), bool(options.fold)
+    yield from check_graphs(
         spec,
-        oracle.params,
-        batch,
+        params,
+        asked.images,
         sessions,
-        precision=bundle.precision,
-        folded=bundle.folded,
-        known=known,
-    )
-    checks = [*recorded.checks, *run.checks]
-    if samples:
-        checks += check_samples(spec, oracle.params, sessions, samples)
-    placement = {stage: session.placement() for stage, session in sessions.items()}
-    return Verified(Report(tuple(checks), len(batch)), chosen, placement)
+        precision=precision,
+        folded=folded,
+        known=asked.known,
+    ).checks
+    yield check_codes(spec, params, sessions)
+    table = graphs["detokenizer"].tensors.get("table")
+    if folded and table is not None:
+        yield check_table(spec, params, table.array(), sessions, precision)
+    if precision != "float32":  # whose tokens are certified one by one
+        found, exact = sessions["tokenizer"](asked.images[:own])[0], asked.known.indices[:own]
+        yield check_kept(precision, found, exact, kept)

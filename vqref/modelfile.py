@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import pickle
-import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +22,30 @@ import numpy as np
 
 from vqref.errors import InputError
 from vqref.families import post
+from vqref.host.files import about, parsed, read_bytes
 from vqref.spec import ModelSpec
 from vqref.validation import Params, check_params
 
 FORMAT = "vqtrain-model"
 FORMAT_VERSION = 2
 
+DIGEST = "sha256"
+"""The entry with the digest of all others."""
+
+FILE_BYTES = 4 * 2**30
+"""The largest model file that is read."""
+
+PLAIN_VALUES, PLAIN_DEPTH = 10**6, 32
+"""The most values that an entry of plain data may have, and how deep it may be nested. Lists that
+hold one another take few bytes in a file and without end in JSON."""
+
 _TABLES = ("spec", "parameters", "training", "metrics", "provenance")
+
+_SEAL = b"vqtrain sha256 "
+"""What the comment at a file's end begins with; the digest of all bytes before it follows."""
+
+_ZIP_END = b"PK\5\6"
+"""Begins the last record of a zip archive: 22 bytes, then the comment."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,7 @@ class Model:
     training    the options of the run, plain data
     metrics     plain numbers of the last epoch, and "history", a list with those of each epoch
     provenance  data set and its sha256, seed, recipe, versions; plain data
+    digested    whether it was read from a file that carries its own digest
 
     Raises ValueError for parameters that do not fit the spec.
     """
@@ -47,12 +66,13 @@ class Model:
     training: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    digested: bool = False
 
     def __post_init__(self) -> None:
         check_params(self.spec, self.params)
 
     def to_plain(self) -> dict[str, Any]:
-        """The dictionary that goes into the file."""
+        """The dictionary that goes into the file, without its digest."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -74,7 +94,9 @@ class Model:
             if not isinstance(data.get(key), dict):
                 raise InputError(f"the entry {key!r} is missing or not a dictionary")
             if key != "parameters":
-                _require_plain(key, data[key])
+                require_plain(key, data[key])
+        if unknown := set(data) - {"format", "format_version", *_TABLES, DIGEST}:
+            raise InputError(f"unknown entries: {', '.join(sorted(map(repr, unknown)))}")
         if not isinstance(data["provenance"].get("data", {}), dict):
             raise InputError("the entry provenance.data is not a dictionary")
         for name, array in data["parameters"].items():
@@ -83,9 +105,13 @@ class Model:
                 raise InputError(f"the parameter {name!r} is {dtype}, expected float32")
         try:
             spec = READERS[version](data["spec"])
-            return cls(spec, *(data[key] for key in _TABLES[1:]))
+            params, training, metrics, provenance = (data[key] for key in _TABLES[1:])
+            found = cls(spec, params, training, metrics, provenance, DIGEST in data)
         except ValueError as error:
             raise InputError(str(error)) from None
+        if found.digested and data[DIGEST] != digest(data):
+            raise InputError("damaged or changed: its digest is not that of its content")
+        return found
 
 
 def _read_version_1(fields: Mapping[str, Any]) -> ModelSpec:
@@ -110,28 +136,55 @@ def read(path: str | Path, load: Callable[[BinaryIO], Any]) -> tuple[Model, str]
     load: turns the file into plain data and executes nothing, ``torch.load(weights_only=True)``.
     Raises InputError that names the file and what is wrong with it.
     """
-    try:
-        content = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a loader's remarks on a file about to be judged
-            data = load(io.BytesIO(content))
-    except pickle.UnpicklingError:
-        raise InputError(
-            f"{path}: refused: not a model file but a pickle of other things; nothing was executed"
-        ) from None
-    except Exception as error:  # damaged bytes surface as whatever the loader stumbled on
-        reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{path}: not a model file ({type(error).__name__}: {reason})") from None
-    try:
+    content = read_bytes(Path(path), FILE_BYTES)
+    with about(Path(path)):
+        _require_whole(content)
+        data = _loaded(content, load)
         if isinstance(data, dict) and isinstance(data.get("parameters"), dict):
             arrays = {name: _as_array(array) for name, array in data["parameters"].items()}
+            sizes = [array.nbytes for array in arrays.values() if isinstance(array, np.ndarray)]
+            if sum(sizes) > len(content):
+                raise InputError("its parameters claim to be larger than the file")
             data = {**data, "parameters": arrays}
         return Model.from_plain(data), hashlib.sha256(content).hexdigest()
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+
+
+def seal(content: bytes) -> bytes:
+    """A zip archive without a comment, as ``torch.save`` writes it, with the digest of its bytes as
+    its comment: no flipped bit passes, not even one of its padding."""
+    size = len(_SEAL) + 64
+    before = content[:-2] + size.to_bytes(2, "little")
+    return before + _SEAL + hashlib.sha256(before).hexdigest().encode()
+
+
+def _require_whole(content: bytes) -> None:
+    """Raises InputError for a file that is no zip archive of stored data, or whose seal is not its
+    own. An archive without a comment has none, for others write such files, too."""
+    if content.startswith(b"\x80"):
+        raise InputError(
+            "refused: not a model file but a pickle of other things; nothing was executed"
+        )
+    end = content.rfind(_ZIP_END)
+    if end < 0:
+        raise InputError("not a model file: it is cut off, or no zip archive")
+    if len(content) > end + 22 and content != seal(content[: end + 20] + b"\0\0"):
+        raise InputError("damaged: its seal is not the digest of its bytes")
+    with parsed("not a model file"), zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = archive.infolist()
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    if not stored or sum(member.file_size for member in members) > len(content):
+        raise InputError("not a model file: its data are compressed, or said to be larger than it")
+
+
+def _loaded(content: bytes, load: Callable[[BinaryIO], Any]) -> Any:
+    """What the loader makes of a file. Raises InputError."""
+    with parsed("not a model file"):
+        try:
+            return load(io.BytesIO(content))
+        except pickle.UnpicklingError:
+            raise InputError(
+                "refused: not a model file but a pickle of other things; nothing was executed"
+            ) from None
 
 
 def _require_version(data: Any) -> int:
@@ -147,17 +200,64 @@ def _require_version(data: Any) -> int:
     return version
 
 
+def digest(plain: Mapping[str, Any]) -> str:
+    """Of all entries but DIGEST: names, dtypes, shapes and bytes of the parameters, arrays, and the
+    others as JSON."""
+    others = {key: value for key, value in plain.items() if key not in ("parameters", DIGEST)}
+    found = hashlib.sha256(json.dumps(others, sort_keys=True, allow_nan=False).encode())
+    for name, value in sorted(plain["parameters"].items()):
+        array = np.ascontiguousarray(value)
+        found.update(json.dumps([name, array.dtype.str, value.shape]).encode())
+        found.update(array.data)
+    return found.hexdigest()
+
+
 def _as_array(value: Any) -> Any:
     """A tensor as a NumPy array if NumPy has its kind; anything else as it is, refused by name."""
+    if not hasattr(value, "detach"):
+        return value
     try:
-        return np.asarray(value.detach() if hasattr(value, "detach") else value)
+        return np.asarray(value.detach())
     except (TypeError, RuntimeError):  # a sparse tensor, a dtype that NumPy lacks
         return value
 
 
-def _require_plain(name: str, value: Any) -> None:
-    """Raises InputError unless ``value`` is what JSON can hold."""
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"the entry {name!r} holds more than plain data: {error}") from None
+def require_plain(name: str, value: Any) -> None:
+    """Raises InputError unless ``value`` is what JSON can hold, and not too much of it."""
+    level, values = [value], 0
+    for _ in range(PLAIN_DEPTH):
+        values += len(level)
+        if values > PLAIN_VALUES:
+            raise InputError(f"the entry {name!r} holds more than {PLAIN_VALUES} values")
+        below: list[Any] = []
+        for each in level:
+            if isinstance(each, dict | list | tuple):
+                below += _children(name, each)
+            elif not _is_plain(each):
+                shown = f"{each!r:.60}".partition("\n")[0]
+                raise InputError(f"the entry {name!r} holds more than plain data: {shown}")
+            if len(below) > PLAIN_VALUES:
+                break
+        if not below:
+            return
+        level = below
+    raise InputError(f"the entry {name!r} is nested deeper than {PLAIN_DEPTH} levels")
+
+
+def _children(name: str, value: Any) -> list[Any]:
+    """The values of a dictionary with keys of text, or of a list."""
+    if not isinstance(value, dict):
+        return list(value)
+    for key in value:
+        if not isinstance(key, str):
+            raise InputError(f"the entry {name!r} holds more than plain data: a key {key!r:.60}")
+    return list(value.values())
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON has it: text, a finite number of 64 bits, a truth value, nothing."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return -(2**63) <= value < 2**63
+    return value is None or isinstance(value, str)

@@ -68,6 +68,11 @@ of NVIDIA tensor cores), hence twice the unit. bfloat16 and float16 round every 
 operation, so that what accumulates in float32 is inside the bound."""
 
 
+def of_option(option: str) -> str:
+    """The name of the precision that command lines call ``option``."""
+    return next(name for name, row in PRECISIONS.items() if row.option == option)
+
+
 def arithmetic(precision: str) -> Arithmetic:
     """Of distances in ``precision``. Raises ValueError if it is unknown or nothing bounds it."""
     row = PRECISIONS.get(precision)

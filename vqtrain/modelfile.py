@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vqref.host.files import write_file
-from vqref.modelfile import Model, read
+from vqref.modelfile import DIGEST, Model, digest, read, seal
 
 
 def read_model(path: Path) -> Model:
@@ -21,9 +21,10 @@ def read_model(path: Path) -> Model:
 def write_model(path: Path, model: Model) -> None:
     """Publishes the model at ``path``. Raises OSError; ``path`` is then as it was."""
     plain = model.to_plain()
+    plain[DIGEST] = digest(plain)
     plain["parameters"] = {
         name: torch.from_numpy(np.asarray(array)) for name, array in model.params.items()
     }
     content = io.BytesIO()
     torch.save(plain, content)
-    write_file(path, content.getbuffer())
+    write_file(path, seal(content.getvalue()))

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vqref.errors import ExitCode, UsageError
-from vqref.host.commandline import Command, option, positive
+from vqref.host.commandline import Command, option, positive, whole
 from vqref.precisions import PRECISIONS
 from vqref.validation import Array
 
 if TYPE_CHECKING:
     from vqdeploy.graphs.build import GraphOptions
     from vqref.spec import ModelSpec
+
+LARGEST_BATCH = 2**16
+"""Of graphs of one size: their inputs are padded to it, whatever they hold."""
 
 EXPORTED = tuple(row.option for row in PRECISIONS.values() if row.exports)
 
@@ -53,9 +56,9 @@ class ExportOptions:
     static_batch: int | None = option(
         "--static-batch",
         default=None,
-        type=positive,
+        type=whole(1, LARGEST_BATCH),
         metavar="N",
-        help="graphs that take batches of N alone",
+        help=f"graphs that take batches of N alone, at most {LARGEST_BATCH}",
     )
     fold: bool | None = option(
         "--fold",
@@ -81,6 +84,7 @@ class ExportOptions:
 
 
 def run(options: ExportOptions) -> int:
+    from vqdeploy.bundle import Bundle
     from vqdeploy.export import export
 
     source = _source(options)
@@ -92,7 +96,12 @@ def run(options: ExportOptions) -> int:
         images=_images(options),
         replace=options.replace,
     )
-    print(f"{report}\nwrote {output}; next: python -m vqdeploy verify {output}")
+    bundle = Bundle.open(output)
+    print(report)
+    if bundle.manifest["provenance"]["model_digest"] == "none":
+        print(f"{source}: no digest: it was written elsewhere, so damage to it would not show")
+    print(f"manifest sha256 {bundle.sha256}")
+    print(f"wrote {output}; next: python -m vqdeploy verify {output}")
     return ExitCode.DONE
 
 

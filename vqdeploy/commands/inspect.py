@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vqref.errors import ExitCode
 from vqref.host.commandline import Command, option
+from vqref.host.streams import plain
 
 if TYPE_CHECKING:
     from vqdeploy.bundle import Bundle
@@ -33,8 +34,10 @@ def run(options: InspectOptions) -> int:
         print(json.dumps(bundle.manifest, indent=2))
         return ExitCode.DONE
     print(f"{options.bundle}: every file has the size and sha256 of the manifest")
-    for line in (*_model(bundle), *_files(bundle.manifest), *_proof(bundle.manifest)):
-        print(line)
+    print(f"manifest    {bundle.sha256}")
+    for part in (_model(bundle), _files(bundle.manifest), _proof(bundle.manifest), _proved(bundle)):
+        for line in part:
+            print(plain(line))  # a file may hold what a terminal obeys
     return ExitCode.DONE
 
 
@@ -65,18 +68,31 @@ def _files(manifest: Mapping[str, Any]) -> list[str]:
 def _proof(manifest: Mapping[str, Any]) -> list[str]:
     """Where the model came from, and how its graphs agreed with the oracle."""
     provenance, agreement = manifest["provenance"], manifest["agreement"]
-    source = (provenance.get("data") or {}).get("source", "not recorded")
+    data = provenance.get("data")
+    source = data.get("source", "not recorded") if isinstance(data, dict) else "not recorded"
     wrong = sum(check["violations"] for check in agreement["checks"])
     measured = manifest["measured"]
     lost = f"{measured['nats_lost']:+.4f} nats per image, {-measured['psnr_lost']:+.4f} dB"
     return [
         f"trained on  {source}, recipe {provenance.get('recipe', 'not recorded')}",
-        f"model file  sha256 {provenance['model_sha256'][:16]}…",
+        f"model file  sha256 {provenance['model_sha256'][:16]}…, its own digest "
+        f"{provenance['model_digest']}",
         f"agreement   {wrong} violations on {agreement['images']} images, {agreement['provider']}",
         f"measured    {measured['equal_tokens']:.4%} of the tokens of {measured['images']} images "
         "equal,",
         f"            {lost}",
     ]
+
+
+def _proved(bundle: Bundle) -> list[str]:
+    """What the certificate in the bundle says, if there is one. Raises InputError."""
+    from vqdeploy.proof.certificate import CERTIFICATE, read_certificate
+
+    if not (bundle.path / CERTIFICATE).exists():
+        return []
+    found = read_certificate(bundle.path / CERTIFICATE)
+    of = "this manifest" if found["manifest_sha256"] == bundle.sha256 else "ANOTHER manifest"
+    return [f"certificate {found['verdict']} on {found['date']}, of {of}"]
 
 
 COMMAND = Command("inspect", "say what a bundle holds, its digests checked", InspectOptions, run)

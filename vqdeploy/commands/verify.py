@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqdeploy.commands.shared import BundleOptions, remarks
+from vqdeploy.commands.shared import BundleOptions
 from vqref.errors import ExitCode
 from vqref.host.commandline import Command, count, option, positive
 from vqref.validation import Array
@@ -57,30 +57,52 @@ class VerifyOptions(BundleOptions):
         help="where to write what was proved, and on what (default: certificate.json in the "
         "bundle, with --samples)",
     )
+    manifest_sha256: str | None = option(
+        "--manifest-sha256",
+        default=None,
+        metavar="HEX",
+        help="what export printed, from a place that you trust: refuse any other bundle",
+    )
+    public_key: str | None = option(
+        "--public-key",
+        default=None,
+        metavar="KEY",
+        help="of minisign, the key or its file: refuse a bundle without a manifest.json.minisig by "
+        "it",
+    )
     json: bool = option("--json", default=False, action="store_true", help="print JSON")
 
 
 def run(options: VerifyOptions) -> int:
     from vqdeploy.bundle import Bundle
     from vqdeploy.proof.certificate import CERTIFICATE, write_certificate
+    from vqdeploy.proof.signature import require_signature
+    from vqdeploy.runtime.sessions import quiet
     from vqdeploy.verify import verify
     from vqref.host.files import require_writable
 
-    bundle = Bundle.open(options.bundle)
+    bundle = Bundle.open(options.bundle, options.manifest_sha256)
+    if options.public_key is not None:
+        require_signature(bundle, options.public_key)
     certificate = options.certificate or (bundle.path / CERTIFICATE if options.samples else None)
     if certificate:
         require_writable(certificate)
     images, compared = _images(options, bundle)
-    with remarks():
-        found = verify(bundle, options.device, images, options.samples)
+    quiet()
+    found = verify(bundle, options.device, images, options.samples)
     if certificate:
         write_certificate(certificate, bundle, found, compared)
     if options.json:
-        where = {"bundle": str(options.bundle), "device": found.device}
-        said = {**where, "placement": found.placement, **found.report.to_dict()}
+        said = {
+            "bundle": str(options.bundle),
+            "manifest_sha256": bundle.sha256,
+            "device": found.device,
+            "placement": found.placement,
+            **found.report.to_dict(),
+        }
         print(json.dumps(said, indent=2))
     else:
-        _tell(options, found, compared)
+        _tell(options, bundle, found, compared)
         if certificate:
             print(f"wrote {certificate}")
     return ExitCode.DONE if found.report.passed else ExitCode.PARITY
@@ -101,11 +123,17 @@ def _images(options: VerifyOptions, bundle: Bundle) -> tuple[Array | None, dict[
     return images, {**compared, "images": len(images), "images_sha256": data.sha256}
 
 
-def _tell(options: VerifyOptions, found: Verified, compared: Mapping[str, Any]) -> None:
+def _tell(
+    options: VerifyOptions, bundle: Bundle, found: Verified, compared: Mapping[str, Any]
+) -> None:
     """Prints what was compared, the report, on CUDA each graph's placement, and the verdict."""
     also = [f"{compared[what]} {what}" for what in ("images", "latents") if compared[what]]
     print(f"{options.bundle} on {found.device}, {' and '.join(['golden batch', *also])}")
+    print(f"manifest sha256 {bundle.sha256}")
     print(found.report)
+    print(
+        f"{found.report.codes} of {bundle.spec.num_codes} codes are tokens of the compared images"
+    )
     if found.device == "cuda":
         for stage, providers in found.placement.items():
             print(f"{stage:<12}{'; '.join(_placed(*each) for each in providers.items())}")

@@ -3,23 +3,26 @@ what would refute it."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vqdeploy.bundle import MANIFEST, Bundle
+from vqdeploy.bundle import Bundle
 from vqdeploy.runtime.sessions import PROVIDERS
+from vqdeploy.sealed import sealed, unsealed
 from vqdeploy.verify import Verified
-from vqref.host.files import write_file
+from vqref.errors import InputError
+from vqref.host.files import read_bytes, write_file
 from vqref.host.machine import describe_machine
 
 CERTIFICATE = "certificate.json"
 """Its name in a bundle; the manifest does not list it, for it speaks of the manifest."""
 
-FORMAT, FORMAT_VERSION = "vqdeploy-certificate", 1
+CERTIFICATE_BYTES = 2**24
+"""The largest that is read."""
+
+FORMAT, FORMAT_VERSION = "vqdeploy-certificate", 2
 
 REFUTED_BY = (
     "one latent whose certified index (docs/agreement.md) this provider answers otherwise, or one "
@@ -35,11 +38,10 @@ def write_certificate(
 
     compared: what it was verified on, plain data.
     """
-    digest = hashlib.sha256((bundle.path / MANIFEST).read_bytes()).hexdigest()
     content = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "manifest_sha256": digest,
+        "manifest_sha256": bundle.sha256,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(("portable-vqvae", "numpy", "onnxruntime-gpu", "onnxruntime")),
         "device": found.device,
@@ -55,4 +57,18 @@ def write_certificate(
         "refuted_by": REFUTED_BY,
         "report": found.report.to_dict(),
     }
-    write_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    write_file(path, sealed(content))
+
+
+def read_certificate(path: Path) -> dict[str, Any]:
+    """The content of a certificate. Raises InputError for a damaged one, or another file."""
+    try:
+        content = unsealed(read_bytes(path, CERTIFICATE_BYTES))
+        if (content.get("format"), content.get("format_version")) != (FORMAT, FORMAT_VERSION):
+            raise ValueError(f"not a certificate of version {FORMAT_VERSION}")
+        _ = content["verdict"], content["date"], content["manifest_sha256"]
+    except KeyError as error:
+        raise InputError(f"{path}: lacks {error}") from None
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
+    return content

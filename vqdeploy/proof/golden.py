@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 import vqref
-from vqdeploy.bundle import Oracle
+from vqdeploy.bundle import GOLDEN, Oracle
 from vqdeploy.proof.samples import draw_images
 from vqref.agreement.budget import images_within
 from vqref.agreement.parity import check, check_indices
@@ -24,7 +24,7 @@ GOLDEN_IMAGES = 32
 NOISE_SHARE, EXTREME_SHARE = 5 / 32, 3 / 32
 """What part of a golden batch is noise, and what part extremes; the model draws the rest."""
 
-ANSWERS = ("latents", "indices", "gap", "quantized", "outputs", "reconstructions")
+ANSWERS = tuple(name for name in GOLDEN if name != "images")
 
 
 class Answered(NamedTuple):
@@ -39,6 +39,17 @@ class Answered(NamedTuple):
         return cls(images, vqref.forward(spec, params, images))
 
 
+def golden_count(spec: ModelSpec) -> int:
+    """How many images a golden batch has."""
+    return images_within(spec, most=GOLDEN_IMAGES)
+
+
+def require_golden(spec: ModelSpec, images: Array) -> None:
+    """Raises ValueError for a golden batch that was cut."""
+    if len(images) < golden_count(spec):
+        raise ValueError(f"the golden batch has {len(images)} images, not {golden_count(spec)}")
+
+
 def golden_images(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
     """Images (N, C, H, W) in [0, 1]: the same for the same model.
 
@@ -46,16 +57,17 @@ def golden_images(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
     decoded), every second one under noise; then come noise and extremes: one bright pixel, white,
     black. N is 32, or as many as one check of the oracle may take, at least four.
     """
-    count = images_within(spec, most=GOLDEN_IMAGES)
+    count = golden_count(spec)
     noisy, extreme = (max(1, round(share * count)) for share in (NOISE_SHARE, EXTREME_SHARE))
     noise = np.random.default_rng(0).random((noisy, *spec.image_shape))
     drawn = draw_images(spec, params, count - noisy - extreme)
     return np.concatenate([drawn, noise, _extremes(spec)[:extreme]]).astype(np.float32)
 
 
-def golden_batch(golden: Answered) -> dict[str, Array]:
-    """What a bundle records: the images, and the oracle's answers to them by name."""
-    return {"images": golden.images, **{name: getattr(golden.known, name) for name in ANSWERS}}
+def golden_batch(asked: Answered, count: int) -> dict[str, Array]:
+    """What a bundle records: the first ``count`` images, and the oracle's answers by name."""
+    arrays = {"images": asked.images, **{name: getattr(asked.known, name) for name in ANSWERS}}
+    return {name: array[:count] for name, array in arrays.items()}
 
 
 def check_recorded(spec: ModelSpec, oracle: Oracle, known: Forward) -> Report:

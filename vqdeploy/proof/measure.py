@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import numpy as np
 
 import vqref
 from vqdeploy.agreement import Sessions
 from vqdeploy.proof.golden import Answered
 from vqref.agreement.budget import images_within
+from vqref.agreement.report import Check
 from vqref.model import Forward
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Params
@@ -15,6 +19,10 @@ from vqref.validation import Array, Params
 MEASURED_IMAGES, MEASURED_SECONDS = 256, 60.0
 """Images that are measured, and that int8 takes its ranges from; fewer if the oracle would take
 longer."""
+
+LEAST_KEPT = 0.1
+"""Of the tokens that a constant answer in each position would miss, the share that a network must
+keep whatever was recorded."""
 
 LEAST_ERROR = 1e-10
 """Mean squared errors and variances below this count as this, 100 dB: exact copies have no PSNR."""
@@ -59,6 +67,36 @@ def measure(
         "psnr": -10 * float(np.log10(error)),
         "psnr_lost": 10 * float(np.log10(error / best)),
     }
+
+
+def kept_tokens(indices: Array, exact: Array) -> dict[str, int]:
+    """How many of the oracle's tokens (N, S) the graphs' own are: tokens in all, and equal ones."""
+    return {"tokens": exact.size, "equal": int((indices == exact).sum())}
+
+
+def check_kept(
+    precision: str, indices: Array, exact: Array, recorded: Mapping[str, int] | None = None
+) -> Check:
+    """Holds the share of tokens that networks of few bits keep to what was recorded at export, and
+    to what they must keep at the least: half of them, or more than a constant answer does.
+
+    indices: (N, S), the graphs'. exact: the oracle's. recorded: what ``kept_tokens`` found of
+    the same images at export; None if this is the export. Other machines round otherwise, so a few
+    more may differ: three deviations of the count, as of one that chance decides.
+    """
+    tokens = exact.size
+    differ = tokens - kept_tokens(indices, exact)["equal"]
+    constant = sum(int(np.bincount(column).max()) for column in exact.T)
+    answer = f"a constant answer in each position keeps {constant}"
+    limits = {answer: max(tokens / 2, (1 - LEAST_KEPT) * (tokens - constant))}
+    if recorded is not None:
+        share = recorded["equal"] / max(1, recorded["tokens"])
+        before = (1 - share) * tokens
+        limits[f"{share:.2%} were at export"] = before + 3 * math.sqrt(before + 1)
+    why, most = min(limits.items(), key=lambda limit: limit[1])
+    wrong = max(0, math.ceil(differ - most))
+    problem = f"{1 - differ / tokens:.2%} of the tokens are the oracle's; {why}" if wrong else None
+    return Check("kept tokens", precision, tokens, wrong, problem=problem)
 
 
 def _outputs(

@@ -3,7 +3,9 @@ its codes are equally near."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,9 @@ OWN_LATENTS = 512
 many; further ones lie on lines between them."""
 
 LATENTS_AT_ONCE = 65_536
+
+CODES_AT_MOST = 2**16
+"""Rows of a codebook that are fed to the quantizer, evenly spread."""
 
 
 def check_samples(
@@ -52,6 +57,24 @@ def check_samples(
     )
 
 
+def check_codes(spec: ModelSpec, params: Params, sessions: Sessions) -> Check:
+    """The quantizer graph on every row of the codebook: at distance 0 each is its own nearest code
+    in any arithmetic, unless another is so near that the judge has to decide."""
+    codebook = np.asarray(params[CODEBOOK], np.float32)
+    chosen = np.arange(0, len(codebook), -(-len(codebook) // CODES_AT_MOST))
+    images = -(-len(chosen) // spec.latent_size)
+    chosen = np.resize(chosen, (images, spec.latent_size))
+    latents = codebook[chosen]
+    indices, quantized = sessions["quantizer"](latents)
+    doubtful = (indices != chosen).any(axis=1) | (quantized != latents).any(axis=(1, 2))
+    judged = check_quantized(
+        indices[doubtful], quantized[doubtful], latents[doubtful], codebook, precision="float32"
+    )
+    found = merge("codes", "float32", tuple(judged))
+    certified = chosen.size - (found.near_ties or 0)
+    return replace(found, compared=chosen.size, certified=certified)
+
+
 def draw_indices(
     spec: ModelSpec, params: Params, rng: np.random.Generator, count: int
 ) -> npt.NDArray[np.int64]:
@@ -73,6 +96,33 @@ def draw_images(
     drawn = vqref.reconstruct(spec, outputs)[back]
     drawn[1::2] = 0.8 * drawn[1::2] + 0.2 * rng.random(drawn[1::2].shape)
     return drawn.astype(np.float32)
+
+
+def aimed_images(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
+    """Images (N, C, H, W) aimed at every code: the oracle's reconstructions of indices in which
+    each code stands once among others, then of one code in every position, as many as a check may
+    take.
+
+    Which code an image has is the encoder's to say; of a trained model it is mostly the code that
+    it was decoded from. The same for the same model on every machine and version.
+    """
+    k, s = spec.num_codes, spec.latent_size
+    mixed = np.resize(np.arange(k) * _stride(k) % k, (-(-k // s), s))
+    alone = np.repeat(np.arange(k)[:, None], s, axis=1)
+    indices = mixed if s == 1 else np.concatenate([mixed, alone])
+    count = images_within(spec, most=len(indices))
+    chosen = indices if count == len(indices) else indices[:: -(-len(indices) // count)]
+    outputs = vqref.decode(spec, params, params[CODEBOOK][chosen])
+    return vqref.reconstruct(spec, outputs).astype(np.float32)
+
+
+def _stride(count: int) -> int:
+    """A step that visits 0 to count - 1 in a scattered order."""
+    return next(
+        step
+        for step in range(round(0.618 * count) or 1, 2 * count + 1)
+        if math.gcd(step, count) == 1
+    )
 
 
 def own_latents(spec: ModelSpec, params: Params, sessions: Sessions) -> Array:

@@ -60,13 +60,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """Checks in the order of the stages, and the number of images on which they were made.
+    """Checks in the order of the stages, the number of images on which they were made, and how many
+    different codes these have, 0 if that was not counted.
 
     It prints as one line per stage; ``to_dict`` is plain data for JSON.
     """
 
     checks: tuple[Check, ...]
     images: int = 0
+    codes: int = 0
 
     @property
     def passed(self) -> bool:
@@ -97,6 +99,7 @@ class Report:
         return {
             "passed": self.passed,
             "images": self.images,
+            "codes": self.codes,
             "checks": [dataclasses.asdict(check) for check in self.checks],
         }
 
