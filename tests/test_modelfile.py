@@ -229,6 +229,25 @@ def test_lists_without_end_are_refused_at_once(model_file, tmp_path, entry, leve
         read_model(path)
 
 
+@pytest.mark.parametrize("entry", ["format", "format_version", "sha256", "spec", "other"])
+def test_an_entry_of_lists_without_end_is_not_even_printed(model_file, tmp_path, entry):
+    path = rewritten(model_file, tmp_path / "m.pt", lambda d: d.update({entry: nested(28, 2)}))
+    with pytest.raises(InputError, match=r"m\.pt: .{1,300}$"):
+        read_model(path)
+
+
+def test_a_key_that_is_never_hashed_to_its_end_is_refused_at_once(model_file, tmp_path):
+    """A pickle of 300 bytes: a tuple that holds the one before twice, 60 levels deep, as a key."""
+    doubled = b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(60))
+    pickled = b"\x80\x02}K\x01K\x01\x86q\x000" + doubled + b"h\x3cK\x01s."
+    with zipfile.ZipFile(model_file) as old, zipfile.ZipFile(tmp_path / "m.pt", "w") as new:
+        for member in old.infolist():
+            pickle_of_it = member.filename.endswith("data.pkl")
+            new.writestr(member.filename, pickled if pickle_of_it else old.read(member))
+    with pytest.raises(InputError, match="a tuple of more than 1000000 values"):
+        read_model(tmp_path / "m.pt")
+
+
 def test_data_that_claim_more_than_the_file_holds_are_refused(model_file, tmp_path):
     def huge(data):
         data["parameters"]["encoder.dense.bias"] = torch.zeros(1).expand(2**40)

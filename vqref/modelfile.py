@@ -23,6 +23,7 @@ import numpy as np
 from vqref.errors import InputError
 from vqref.families import post
 from vqref.host.files import about, parsed, read_bytes
+from vqref.host.pickles import require_bounded
 from vqref.spec import ModelSpec
 from vqref.validation import Params, check_params
 
@@ -171,9 +172,12 @@ def _require_whole(content: bytes) -> None:
         raise InputError("damaged: its seal is not the digest of its bytes")
     with parsed("not a model file"), zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
-    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    if not stored or sum(member.file_size for member in members) > len(content):
-        raise InputError("not a model file: its data are compressed, or said to be larger than it")
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        if not stored or sum(member.file_size for member in members) > len(content):
+            raise InputError(
+                "not a model file: its data are compressed, or said to be larger than it"
+            )
+        require_bounded(archive)
 
 
 def _loaded(content: bytes, load: Callable[[BinaryIO], Any]) -> Any:
@@ -192,8 +196,9 @@ def _require_version(data: Any) -> int:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise InputError("not a model file of vqtrain")
     version = data.get("format_version")
-    if type(version) is not int or version < 1:
-        raise InputError(f"format version is {version!r}, expected {FORMAT_VERSION}")
+    if type(version) is not int or not 1 <= version < 2**63:
+        found = version if version is None or isinstance(version, bool) else type(version).__name__
+        raise InputError(f"format version is {found}, expected {FORMAT_VERSION}")
     if version > FORMAT_VERSION:
         newest = f"{FORMAT_VERSION}, the newest known"
         raise InputError(f"format version {version} is newer than {newest}; upgrade portable-vqvae")

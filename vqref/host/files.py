@@ -93,7 +93,7 @@ def about(path: Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path}: {plain(str(error))}") from None  # it may quote the file
 
 
 def is_folder(path: Path) -> bool:

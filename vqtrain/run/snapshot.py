@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from vqref.errors import InputError, UsageError
 from vqref.host.files import about, parsed, read_bytes, sweep, write_file
+from vqref.host.pickles import require_bounded
 from vqref.spec import ModelSpec
 from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
@@ -166,6 +168,8 @@ def load_state(path: Path) -> dict[str, Any]:
     if head[len(MAGIC) :] != hashlib.sha256(content).hexdigest().encode():
         raise InputError(f"{path}: damaged: its sha256 is not the one that it was sealed with")
     with about(path), parsed("refused: its payload is not plain data; nothing was executed"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            require_bounded(archive)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise InputError(f"{path}: not a snapshot of vqtrain")
