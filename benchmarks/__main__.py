@@ -62,7 +62,7 @@ def hostile(arguments: argparse.Namespace) -> dict[str, list[str]]:
         f"hostile.{name}": [option, str(amount // 10)] if arguments.short else []
         for name, (option, amount) in amounts.items()
     }
-    return {**few, "hostile.kit": []}
+    return {**few, "hostile.kit": ["--count", "20"] if arguments.short else []}
 
 
 def agreement(arguments: argparse.Namespace) -> list[str]:

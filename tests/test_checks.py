@@ -1,4 +1,4 @@
-"""The kit: right implementations pass, and every mutation of one is caught by the checks that are
+"""The kit: right implementations pass, and every mutation of one is caught by the check that is
 named for it."""
 
 import numpy as np
@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 
 import vqref
 from benchmarks.agreement import computed
+from benchmarks.hostile import kit as hostile
+from benchmarks.hostile.mutants import Plain, mutation
 from vqref.agreement.bounds import FORMS
 from vqref.checks.adversary import CASES
 from vqref.checks.checks import check_quantizer, quantizer_checks
+from vqref.checks.kit import layouts
 from vqref.dialects import DIALECTS, POST
 from vqref.errors import ExitCode, ParityError
 from vqref.precisions import PRECISIONS
@@ -19,33 +22,7 @@ from vqref.quantizer import EMAState
 from vqtrain import nearest as search
 from vqtrain import quantizer as trained
 
-
-def distances(latents, codebook):
-    return np.square(latents[:, :, None] - codebook).sum(-1)
-
-
-def quantize(latents, codebook):
-    indices = distances(latents, codebook).argmin(-1)
-    return indices, codebook[indices]
-
-
-def update(state, latents, indices, decay, epsilon):
-    """The post's dialect in float32."""
-    count, means = moved(state, latents, indices, np.float32(decay))
-    return means / (count + np.float32(epsilon))[:, None], count, means
-
-
-def moved(state, latents, indices, decay):
-    hits = np.bincount(indices.ravel(), minlength=len(state.ema_count)).astype(np.float32)
-    sums = np.zeros(state.codebook.shape, np.float32)
-    np.add.at(sums, indices.ravel(), latents.reshape(-1, latents.shape[-1]))
-    count = decay * state.ema_count.astype(np.float32) + (1 - decay) * hits
-    return count, decay * state.ema_means.astype(np.float32) + (1 - decay) * sums
-
-
-def step(state, latents, decay, epsilon):
-    indices, quantized = quantize(latents, state.codebook.astype(np.float32))
-    return indices, quantized, update(state, latents, indices, decay, epsilon)
+FIXED = {"num_codes": 9, "code_size": 3, "sizes": "fixed"}
 
 
 def torch_quantize(latents, codebook):
@@ -63,9 +40,10 @@ def torch_update(state, latents, indices, decay, epsilon):
 
 
 def test_a_plain_numpy_quantizer_passes_every_check():
-    report = check_quantizer(quantize, update, step)
+    plain = Plain()
+    report = check_quantizer(plain.quantize, plain.update, plain.step)
     assert [check.stage for check in report.checks] == [
-        str(check) for check in quantizer_checks(quantize, update, step)
+        str(check) for check in quantizer_checks(plain.quantize, plain.update, plain.step)
     ]
     assert report.passed
     assert all(len(line) <= 80 for line in str(report).splitlines())
@@ -75,19 +53,22 @@ def test_the_trainers_quantizer_passes_every_check():
     assert check_quantizer(torch_quantize, torch_update).passed
 
 
-def test_the_oracle_passes_every_check_in_every_dialect():
-    for dialect in DIALECTS.values():
+@pytest.mark.parametrize("dialect", DIALECTS.values(), ids=lambda dialect: dialect.name)
+def test_the_oracle_passes_every_check_in_every_dialect(dialect):
+    def update(state, latents, indices, decay, epsilon):
+        return vqref.update_ema(state, latents, indices, decay, epsilon, dialect)
 
-        def update(state, latents, indices, decay, epsilon, dialect=dialect):
-            return vqref.update_ema(state, latents, indices, decay, epsilon, dialect)
+    def quantize(latents, codebook):
+        q = vqref.quantize(latents, codebook)
+        return q.indices, q.quantized
 
-        def quantize(latents, codebook):
-            q = vqref.quantize(latents, codebook)
-            return q.indices, q.quantized
+    def step(state, latents, decay, epsilon):
+        indices, quantized = quantize(latents, state.codebook)
+        return indices, quantized, update(state, latents, indices, decay, epsilon)
 
-        assert check_quantizer(
-            quantize, update, precision="float64", dialect=dialect, num_codes=9, code_size=3
-        ).passed
+    assert check_quantizer(
+        quantize, update, step, precision="float64", dialect=dialect, **FIXED
+    ).passed
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -124,7 +105,9 @@ def test_a_case_is_the_same_for_the_same_seed_and_hard_in_the_way_it_says(name):
     assert np.isfinite(codebook).all()
     q = vqref.quantize(latents, codebook)
     with np.errstate(over="ignore"):
-        single = distances(latents, codebook)
+        single = Plain().distances(latents, codebook)
+    best = np.square(latents - q.quantized).sum(-1)
+    share = np.divide(q.gap, best, out=np.zeros_like(best), where=best > 0)
     hard = {
         "ordinary": q.gap.min() > 0,
         "duplicates": len(np.unique(codebook, axis=0)) < 16 and q.gap.min() == 0,
@@ -137,255 +120,119 @@ def test_a_case_is_the_same_for_the_same_seed_and_hard_in_the_way_it_says(name):
         "flown_out": np.abs(codebook).max() > 1e4 and np.abs(codebook).max(axis=1).min() < 1e-4,
         "on_codes": (q.quantized == latents).all(),
         "crowded": np.ptp(codebook, axis=0).max() < 1e-5,
+        "close_seconds": ((share > 1e-6) & (share < 0.02)).mean() > 0.5,
     }
     assert hard[name]
 
 
-def bfloat16(array):
-    return (np.ascontiguousarray(array, np.float32).view(np.uint32) & np.uint32(0xFFFF0000)).view(
-        np.float32
-    )
-
-
-def expanded(x, c):
-    return np.square(x).sum(-1)[..., None] - 2 * x @ c.T + np.square(c).sum(-1)
-
-
-def in_place(latents, codebook):
-    latents -= latents.mean()
-    return distances(latents, codebook).argmin(-1)
-
-
-class Stale:
-    """Remembers the first codebook that it saw."""
-
-    def __init__(self):
-        self.codebook = None
-
-    def __call__(self, latents, codebook):
-        self.codebook = codebook if self.codebook is None else self.codebook
-        return distances(latents, self.codebook).argmin(-1)
-
-
-def straight_through(latents, codebook):
-    indices, quantized = quantize(latents, codebook)
-    return indices, latents + (quantized - latents)
-
-
-QUANTIZER_MUTATIONS = {
-    "argmin over the latents instead of the codes": (
-        lambda x, c: distances(x, c).argmin(0),
-        "ordinary",
-    ),
-    "argmax": (lambda x, c: distances(x, c).argmax(-1), "ordinary"),
-    "the last index on a tie": (
-        lambda x, c: len(c) - 1 - distances(x, c)[..., ::-1].argmin(-1),
-        "exact_ties",
-    ),
-    "bfloat16 distances called float32": (
-        lambda x, c: bfloat16(distances(x, c)).argmin(-1),
-        "ordinary",
-    ),
-    "float16 distances called float32": (
-        lambda x, c: distances(x, c).astype(np.float16).argmin(-1),
-        "ordinary",
-    ),
-    "bfloat16 latents called float32": (
-        lambda x, c: distances(bfloat16(x), c).argmin(-1),
-        "ordinary",
-    ),
-    "the expanded form called direct": (lambda x, c: expanded(x, c).argmin(-1), "far_from_origin"),
-    "sum of magnitudes": (lambda x, c: np.abs(x[:, :, None] - c).sum(-1).argmin(-1), "ordinary"),
-    "largest product": (lambda x, c: (x @ c.T).argmax(-1), "ordinary"),
-    "a product without the latents' share": (
-        lambda x, c: (np.square(c).sum(-1) - x @ c.T).argmin(-1),
-        "ordinary",
-    ),
-    "one more than the index": (lambda x, c: (distances(x, c).argmin(-1) + 1) % len(c), "ordinary"),
-    "int32": (lambda x, c: distances(x, c).argmin(-1).astype(np.int32), "ordinary"),
-    "all but the last element": (
-        lambda x, c: distances(x[..., :-1], c[:, :-1]).argmin(-1),
-        "ordinary",
-    ),
-    "all but the last code": (lambda x, c: distances(x, c[:-1]).argmin(-1), "on_codes"),
-    "positions and images exchanged": (
-        lambda x, c: distances(x, c).argmin(-1).T.reshape(x.shape[:2]),
-        "positions",
-    ),
-    "positions lost": (lambda x, c: distances(x, c).argmin(-1).ravel(), "positions"),
-    "no batch of none": (
-        lambda x, c: distances(x, c).argmin(-1) + 0 * int(1 / len(x)),
-        "empty_batch",
-    ),
-    "latents cut off at 1000": (
-        lambda x, c: distances(np.clip(x, -1e3, 1e3), c).argmin(-1),
-        "mixed_scales",
-    ),
-    "normalised latents": (
-        lambda x, c: distances(x / np.linalg.norm(x, axis=-1, keepdims=True), c).argmin(-1),
-        "ordinary",
-    ),
-    "latents changed in place": (in_place, "inputs_kept"),
-    "the first codebook remembered": (Stale(), "fresh_codebook"),
-    "quantized by the straight-through sum": (straight_through, "ordinary"),
-    "quantized rounded": (
-        lambda x, c: (quantize(x, c)[0], bfloat16(quantize(x, c)[1])),
-        "ordinary",
-    ),
-}
-
-
-@pytest.mark.parametrize("mutation", QUANTIZER_MUTATIONS)
+@pytest.mark.parametrize("name", hostile.MUTATIONS)
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid", "ignore:divide")
-def test_a_mutated_quantizer_is_caught_by_name(mutation):
-    mutant, check = QUANTIZER_MUTATIONS[mutation]
-    with pytest.raises(ParityError) as caught:
-        check_quantizer(mutant)
-    assert check in [failed.stage for failed in caught.value.report.failures]
-    assert check in str(caught.value)
+def test_a_mutation_is_caught_by_name(name):
+    mutant = hostile.MUTATIONS[name]
+    checks = {str(check): check for check in mutant.checks()}
+    with pytest.raises(ParityError, match=mutant.caught_by) as caught:
+        checks[mutant.caught_by].run().require()
     assert caught.value.exit_code == ExitCode.PARITY
 
 
-def exchanged(state, latents, indices, decay, epsilon):
-    return update(state, latents, indices, 1 - decay, epsilon)
+def test_every_check_is_shown_to_fail():
+    """By a mutation of its own, but for the hard cases, and for those of updates and steps that
+    are shown for the other of the two."""
+
+    def kinds(names):
+        return {name.removeprefix("ema_").removeprefix("step_") for name in names}
+
+    plain = Plain()
+    names = set(map(str, quantizer_checks(plain.quantize, plain.update, plain.step)))
+    shown = {mutant.caught_by for mutant in hostile.MUTATIONS.values()}
+    assert shown <= names
+    assert kinds(names) - kinds(shown) <= set(CASES)
 
 
-def no_epsilon(state, latents, indices, decay, epsilon):
-    count, means = moved(state, latents, indices, np.float32(decay))
-    return means / np.maximum(count, np.float32(1e-30))[:, None], count, means
+def test_a_wrong_quantizer_is_an_error_that_names_every_check_that_failed():
+    wrong = mutation("ordinary", nearest=lambda self, x, c: Plain.nearest(self, x, c) // 2 * 2)
+    with pytest.raises(ParityError, match=r"ordinary, .*failed; the first: ordinary") as caught:
+        check_quantizer(wrong.make().quantize, **FIXED)
+    failed = [check.stage for check in caught.value.report.failures]
+    assert {"ordinary", "every_code", "many_calls"} <= set(failed)
+    assert str(caught.value).startswith(", ".join(failed))
+    assert caught.value.exit_code == ExitCode.PARITY
 
 
-def set_not_summed(state, latents, indices, decay, epsilon):
-    hits, sums = (
-        np.zeros(len(state.ema_count), np.float32),
-        np.zeros(state.codebook.shape, np.float32),
+def test_a_failure_says_in_which_sizes():
+    wrong = hostile.MUTATIONS["quantize: latents beyond 4,096"]
+    with pytest.raises(ParityError, match=r"of 4097 x 1 latents, K 64, D 16"):
+        next(c for c in wrong.checks() if c.name == "batch_sizes").run().require()
+
+
+def test_a_layout_that_is_refused_is_no_failure_and_one_that_is_misread_is():
+    def strict(latents, codebook):
+        if not (latents.flags.c_contiguous and codebook.flags.c_contiguous):
+            raise TypeError("arrays must be contiguous")
+        return Plain().quantize(latents, codebook)
+
+    checks = {str(check): check for check in quantizer_checks(strict, **FIXED)}
+    assert checks["layouts"].run().passed
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (5, 1, 2), (6,)])
+def test_other_layouts_hold_the_same_values_in_other_memory(shape):
+    array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    views = list(layouts(array))
+    for _, view in views:
+        np.testing.assert_array_equal(view, array)
+        assert not np.shares_memory(view, array) or len(shape) == 1 or min(shape) == 1
+    assert len({view.strides for _, view in views}) > 2
+
+
+def test_fixed_sizes_try_no_others():
+    seen = set()
+
+    def quantize(latents, codebook):
+        seen.add(codebook.shape)
+        return Plain().quantize(latents, codebook)
+
+    def update(state, *given):
+        seen.add(state.codebook.shape)
+        return Plain().update(state, *given)
+
+    check_quantizer(quantize, update, **FIXED)
+    assert seen == {(9, 3)}
+    assert len(quantizer_checks(quantize)) > len(quantizer_checks(quantize, **FIXED))
+
+
+def test_thorough_tries_more_of_the_same():
+    plain = Plain()
+    few, many = (
+        quantizer_checks(plain.quantize, plain.update, plain.step, thorough=thorough, **FIXED)
+        for thorough in (False, True)
     )
-    hits[indices.ravel()], sums[indices.ravel()] = 1, latents.reshape(-1, latents.shape[-1])
-    decay = np.float32(decay)
-    count, means = (
-        decay * state.ema_count + (1 - decay) * hits,
-        decay * state.ema_means + (1 - decay) * sums,
-    )
-    return tuple(
-        np.asarray(a, np.float32) for a in (means / (count + epsilon)[:, None], count, means)
-    )
+    assert list(map(str, few)) == list(map(str, many))
+    for name in ("ordinary", "many_calls"):
+        less, more = (next(c for c in checks if c.name == name).run() for checks in (few, many))
+        assert (less.passed, more.passed) == (True, True)
+        assert more.compared > 3 * less.compared
 
 
-def only_hit_codes(state, latents, indices, decay, epsilon):
-    after = update(state, latents, indices, decay, epsilon)
-    hit = np.isin(np.arange(len(state.ema_count)), indices)
-    before = (a.astype(np.float32) for a in (state.codebook, state.ema_count, state.ema_means))
-    return tuple(
-        np.where(hit.reshape(-1, *[1] * (a.ndim - 1)), a, b)
-        for a, b in zip(after, before, strict=True)
-    )
+def test_the_campaign_finds_nothing_in_a_few():
+    found = hostile.campaign(2, **FIXED)
+    assert (found.missed, found.alarms) == ([], [])
+    assert all("ordinary" in names for names in found.caught.values())
+    assert len(found.caught) == 2
+    assert found.checks > 40
 
 
-def old_count(state, latents, indices, decay, epsilon):
-    _, count, means = update(state, latents, indices, decay, epsilon)
-    return means / (state.ema_count.astype(np.float32) + np.float32(epsilon))[:, None], count, means
+def test_the_campaign_reports_what_got_through_and_what_was_refused(monkeypatch):
+    wrong = hostile.MUTATIONS["quantize: argmax"].make()
 
+    def not_right(seed, **sizes):
+        yield "wrong", quantizer_checks(wrong.quantize, **sizes)[:1]
 
-def mean_of_hits(state, latents, indices, decay, epsilon):
-    hits = np.maximum(np.bincount(indices.ravel(), minlength=len(state.ema_count)), 1)[indices]
-    _, count, _ = update(state, latents, indices, decay, epsilon)
-    _, _, means = update(
-        state, (latents / hits[..., None]).astype(np.float32), indices, decay, epsilon
-    )
-    return means / (count + np.float32(epsilon))[:, None], count, means
-
-
-def renearest(state, latents, indices, decay, epsilon):
-    return update(
-        state, latents, quantize(latents, state.codebook.astype(np.float32))[0], decay, epsilon
-    )
-
-
-def per_image(state, latents, indices, decay, epsilon):
-    codebook, count, means = update(state, latents, indices, decay, epsilon)
-    share = np.float32(1 / max(indices.size, 1))
-    return (
-        codebook,
-        np.float32(decay) * state.ema_count.astype(np.float32)
-        + (count - decay * state.ema_count) * share,
-        means,
-    )
-
-
-def changes_state(state, latents, indices, decay, epsilon):
-    after = update(state, latents, indices, decay, epsilon)
-    state.ema_count[:] = after[1]
-    return after
-
-
-def float16_state(state, latents, indices, decay, epsilon):
-    return tuple(
-        a.astype(np.float16).astype(np.float32)
-        for a in update(state, latents, indices, decay, epsilon)
-    )
-
-
-def first_position(state, latents, indices, decay, epsilon):
-    return update(state, latents[:, :1], indices[:, :1], decay, epsilon)
-
-
-def in_dialect(name):
-    def of_another_library(state, latents, indices, decay, epsilon):
-        after = vqref.update_ema(state, latents, indices, decay, epsilon, DIALECTS[name])
-        return tuple(
-            a.astype(np.float32) for a in (after.codebook, after.ema_count, after.ema_means)
-        )
-
-    return of_another_library
-
-
-UPDATE_MUTATIONS = {
-    "decay and 1 - decay exchanged": (exchanged, "one_step"),
-    "no epsilon": (no_epsilon, "large_epsilon"),
-    "hits set, not summed": (set_not_summed, "one_takes_all"),
-    "only codes that were hit": (only_hit_codes, "never_hit"),
-    "codebook from the count before": (old_count, "one_step"),
-    "the mean of the latents instead of their sum": (mean_of_hits, "one_step"),
-    "the nearest codes instead of the indices given": (renearest, "foreign_indices"),
-    "hits as a share of the batch": (per_image, "one_step"),
-    "the state changed in place": (changes_state, "state_kept"),
-    "float16 averages": (float16_state, "one_step"),
-    "the first position only": (first_position, "one_step"),
-    "zero-debias": (in_dialect("sonnet"), "first_step"),
-    "Laplace smoothing": (in_dialect("rosinality"), "never_hit"),
-    "the smoothed count stored back": (in_dialect("zalandoresearch"), "hundred_steps"),
-}
-
-
-@pytest.mark.parametrize("mutation", UPDATE_MUTATIONS)
-@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid", "ignore:divide")
-def test_a_mutated_update_is_caught_by_name(mutation):
-    mutant, check = UPDATE_MUTATIONS[mutation]
-    with pytest.raises(ParityError) as caught:
-        check_quantizer(quantize, mutant)
-    assert check in [failed.stage for failed in caught.value.report.failures]
-
-
-def update_first(state, latents, decay, epsilon):
-    indices, _ = quantize(latents, state.codebook.astype(np.float32))
-    after = update(state, latents, indices, decay, epsilon)
-    return (*quantize(latents, after[0]), after)
-
-
-def new_rows(state, latents, decay, epsilon):
-    indices, _, after = step(state, latents, decay, epsilon)
-    return indices, after[0][indices], after
-
-
-def update_with_quantized(state, latents, decay, epsilon):
-    indices, quantized, _ = step(state, latents, decay, epsilon)
-    return indices, quantized, update(state, quantized, indices, decay, epsilon)
-
-
-@pytest.mark.parametrize("mutant", [update_first, new_rows, update_with_quantized])
-def test_a_step_in_another_order_is_caught_by_name(mutant):
-    with pytest.raises(ParityError, match="order failed"):
-        check_quantizer(quantize, update, mutant)
+    monkeypatch.setattr(hostile, "right", not_right)
+    monkeypatch.setattr(hostile, "MUTATIONS", {"no mutation": mutation("ordinary")})
+    found = hostile.campaign(**FIXED)
+    assert found.missed == ["no mutation"]
+    assert [line.split(" ")[:2] for line in found.alarms] == [["wrong:", "ordinary"]]
 
 
 def test_an_implementation_that_raises_is_a_violation_that_says_so():
@@ -400,12 +247,15 @@ def test_an_implementation_that_raises_is_a_violation_that_says_so():
 
 
 def test_each_check_runs_by_itself():
-    checks = {str(check): check for check in quantizer_checks(quantize, update)}
+    quantize = Plain().quantize
+    checks = {str(check): check for check in quantizer_checks(quantize, Plain().update)}
     assert checks["bisector"].run().require().certified > 0
     with pytest.raises(ValueError, match="num_codes is 2, expected at least 4"):
         quantizer_checks(quantize, num_codes=2)
     with pytest.raises(ValueError, match="form is 'cosine', expected one of direct"):
         quantizer_checks(quantize, form="cosine")
+    with pytest.raises(ValueError, match="sizes is 'some', expected 'any' or 'fixed'"):
+        quantizer_checks(quantize, sizes="some")
 
 
 def test_the_first_step_of_each_dialect_does_what_the_table_says():

@@ -83,7 +83,7 @@ def test_a_graph_with_a_product_passes_the_kit():
         sessions, _ = open_sessions({"quantizer": graph(codebook, spec)}, spec, "cpu")
         return tuple(sessions["quantizer"](np.ascontiguousarray(latents)))
 
-    check_quantizer(quantize, num_codes=64)
+    check_quantizer(quantize, num_codes=64, sizes="fixed")
 
 
 @pytest.mark.usefixtures("products")

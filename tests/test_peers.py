@@ -53,10 +53,11 @@ def step(state, latents, decay, epsilon):
     return indices.numpy(), quantized.numpy(), read(module)
 
 
-DISAGREES = {
-    "mixed_scales": "its cdist takes every squared distance below 1e-8 for 1e-8, "
-    "so that such codes are equally near"
-}
+CLAMPED = (
+    "its cdist takes every squared distance below 1e-8 for 1e-8, so that such codes are equally "
+    "near"
+)
+DISAGREES = dict.fromkeys(("mixed_scales", "scales", "step_small", "step_mixed"), CLAMPED)
 CHECKS = quantizer_checks(quantize, update, step, form="expanded root", dialect=DIALECT)
 
 

@@ -48,7 +48,7 @@ def picks(caught_by: str, pick: Callable[[Array], Array]) -> Mutation:
     return mutation(caught_by, nearest=lambda self, x, c: pick(self.distances(x, c)))
 
 
-def pruned(share: float, part: slice, caught_by: str = "close_seconds") -> Mutation:
+def pruned(share: float, part: slice) -> Mutation:
     """A code is passed over if a part of its distance is more than a share of the best so far."""
 
     def nearest(self: Plain, latents: Array, codebook: Array) -> Array:
@@ -60,14 +60,14 @@ def pruned(share: float, part: slice, caught_by: str = "close_seconds") -> Mutat
             best, found = np.where(better, whole, best), np.where(better, k, found)
         return found
 
-    return mutation(caught_by, nearest=nearest)
+    return mutation("close_seconds", nearest=nearest)
 
 
 def by_norms(self: Plain, latents: Array, codebook: Array) -> Array:
     """A code is passed over if its norm differs by nearly the best distance."""
     distances = exact(latents, codebook)
     apart = np.linalg.norm(latents, axis=-1)[..., None] - np.linalg.norm(codebook, axis=-1)
-    far = np.square(apart) > 0.9 * distances.min(-1, keepdims=True)
+    far = np.square(apart) > 0.98 * distances.min(-1, keepdims=True)
     return np.where(far, np.inf, distances)
 
 
@@ -197,8 +197,9 @@ QUANTIZERS: Mapping[str, Mutation] = {
     "a later code only if better by a hundredth": picks("close_seconds", reluctant),
     "pruned at .98 by the leading half": pruned(0.98, slice(None, 8)),
     "pruned at .98 by the trailing half": pruned(0.98, slice(8, None)),
+    "pruned at .98 by the last element": pruned(0.98, slice(-1, None)),
     "pruned at .999 by all but the last element": pruned(0.999, slice(None, -1)),
-    "pruned at .98 by the first element": pruned(0.98, slice(None, 1), "rare_fault"),
+    "pruned at .98 by the first element": pruned(0.98, slice(None, 1)),
     "pruned by norms that are too far apart": mutation("close_seconds", distances=by_norms),
     "int32": picks("ordinary", lambda d: d.argmin(-1).astype(np.int32)),
     "indices in 8 bits": modulo(8),

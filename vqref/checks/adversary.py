@@ -15,7 +15,7 @@ import numpy as np
 
 from vqref.agreement.bounds import array_dtype
 from vqref.precisions import arithmetic
-from vqref.validation import Array
+from vqref.validation import Array, Float64
 
 Case = Callable[[np.random.Generator, int, int, int, str], tuple[Array, Array]]
 
@@ -141,29 +141,66 @@ def crowded(
     return _held(rng.normal(size=(n, d)), codebook, precision)
 
 
+def close_seconds(
+    rng: np.random.Generator, n: int, k: int, d: int, precision: str
+) -> tuple[Array, Array]:
+    """Latents whose second-best code is farther by a share of 1e-5 to 1e-1: too generous a pruning
+    shows. A fifth of the codes each have leading, trailing, one leading and one trailing elements
+    alone, so that part of a distance, or the difference of two norms, is already all of it."""
+    codebook = rng.normal(size=(k, d))
+    codebook[1::5, d - d // 2 :] = 0.0
+    codebook[2::5, : d // 2] = 0.0
+    codebook[3::5, 1:] = 0.0
+    codebook[4::5, :-1] = 0.0
+    first, second = _neighbours(rng, codebook, n, apart=5)
+    across = second - first
+    length = np.square(across).sum(axis=1, keepdims=True)
+    along = _orthogonal(rng.normal(size=(n, d)) * ((first != 0) | (second != 0)), across)
+    along *= rng.choice([0.0, 0.1, 0.3], (n, 1)) * np.sqrt(length / d)
+    nearest = np.square(along).sum(axis=1, keepdims=True) + length / 4
+    share = 10 ** rng.uniform(-5, -1, (n, 1)) * rng.choice([-1, 1], (n, 1))
+    # moved by t * across, the two distances differ by 2 * t * length
+    moved = share * np.divide(nearest, 2 * length, out=np.zeros_like(length), where=length > 0)
+    return _held((first + second) / 2 + along + across * moved, codebook, precision)
+
+
 def around_bisectors(rng: np.random.Generator, codebook: Array, n: int, precision: str) -> Array:
     """Latents (n, 1, D) on the bisectors of a given codebook (K, D), and ulps to either side."""
     return _held(_between(rng, np.asarray(codebook), n, precision), codebook, precision)[0]
 
 
 def _between(rng: np.random.Generator, codebook: Array, n: int, precision: str) -> Array:
-    """Midpoints (n, D) of two codes, the second the nearest of a few, moved along the bisector,
-    then towards one of the codes by a few ulps or not at all."""
-    k, d = codebook.shape
+    """Midpoints (n, D) of two codes, moved along the bisector, then towards one of the codes by a
+    few ulps or not at all."""
+    first, second = _neighbours(rng, codebook, n)
+    across = second - first
+    length = np.square(across).sum(axis=1, keepdims=True)
+    along = rng.normal(size=across.shape) * np.sqrt(length) * rng.choice([0.0, 0.1, 1.0], (n, 1))
+    ulps = rng.choice([0, 0, 1, -1, 2, -2, 30, -30], (n, 1)) * 2 * arithmetic(precision).unit
+    return np.asarray((first + second) / 2 + _orthogonal(along, across) + across * ulps)
+
+
+def _neighbours(
+    rng: np.random.Generator, codebook: Array, n: int, apart: int = 1
+) -> tuple[Float64, Float64]:
+    """Two codes per latent, each (n, D): any, and the nearest to it of a few whose numbers differ
+    by a multiple of ``apart``."""
+    k = len(codebook)
     a = rng.integers(0, k, n)
-    others = (a[:, None] + rng.integers(1, max(k, 2), (n, NEIGHBOURS))) % k  # (n, NEIGHBOURS)
+    others = (a[:, None] + apart * rng.integers(1, max(k, 2), (n, NEIGHBOURS))) % k  # (n, few)
     first = codebook[a].astype(np.float64)
     nearest = (
         np.square(codebook[others].astype(np.float64) - first[:, None]).sum(axis=2).argmin(axis=1)
     )
-    second = codebook[others[np.arange(n), nearest]].astype(np.float64)
-    across = second - first
+    return first, codebook[others[np.arange(n), nearest]].astype(np.float64)
+
+
+def _orthogonal(along: Float64, across: Float64) -> Float64:
+    """``along`` (n, D) without its component in the direction of ``across``."""
     length = np.square(across).sum(axis=1, keepdims=True)
-    along = rng.normal(size=(n, d)) * np.sqrt(length) * rng.choice([0.0, 0.1, 1.0], (n, 1))
     component = (along * across).sum(axis=1, keepdims=True)
-    along -= across * np.divide(component, length, out=np.zeros_like(length), where=length > 0)
-    ulps = rng.choice([0, 0, 1, -1, 2, -2, 30, -30], (n, 1)) * 2 * arithmetic(precision).unit
-    return np.asarray((first + second) / 2 + along + across * ulps)
+    share = np.divide(component, length, out=np.zeros_like(length), where=length > 0)
+    return np.asarray(along - across * share)
 
 
 CASES: Mapping[str, Case] = MappingProxyType(
@@ -181,6 +218,7 @@ CASES: Mapping[str, Case] = MappingProxyType(
             flown_out,
             on_codes,
             crowded,
+            close_seconds,
         )
     }
 )
