@@ -23,7 +23,7 @@ import numpy as np
 from vqref.errors import InputError
 from vqref.families import post
 from vqref.host.files import about, parsed, read_bytes
-from vqref.host.pickles import require_bounded
+from vqref.host.pickles import require_bounded, require_bounded_pickles
 from vqref.spec import ModelSpec
 from vqref.validation import Params, check_params
 
@@ -159,12 +159,11 @@ def seal(content: bytes) -> bytes:
 
 
 def _require_whole(content: bytes) -> None:
-    """Raises InputError for a file that is no zip archive of stored data, or whose seal is not its
-    own. An archive without a comment has none, for others write such files, too."""
-    if content.startswith(b"\x80"):
-        raise InputError(
-            "refused: not a model file but a pickle of other things; nothing was executed"
-        )
+    """Raises InputError for a zip archive that was cut, that holds other than stored data, or whose
+    seal is not its own. One without a comment has no seal, for others write such files, too."""
+    if not content.startswith(b"PK"):
+        require_bounded_pickles(content)  # as PyTorch once wrote them; the loader says what it is
+        return
     end = content.rfind(_ZIP_END)
     if end < 0:
         raise InputError("not a model file: it is cut off, or no zip archive")

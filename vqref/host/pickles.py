@@ -6,8 +6,10 @@ for forty levels, takes for ever to be hashed once it is a dictionary's key. Sta
 
 from __future__ import annotations
 
+import io
 import pickletools
 import zipfile
+from typing import IO
 
 from vqref.errors import InputError
 
@@ -23,15 +25,27 @@ def require_bounded(archive: zipfile.ZipFile) -> None:
     MOST_VALUES, and what ``pickletools`` raises for what is no pickle."""
     for member in archive.infolist():
         if member.filename.endswith("data.pkl"):
-            _require_bounded(archive.read(member))
+            _require_bounded(io.BytesIO(archive.read(member)))
 
 
-def _require_bounded(content: bytes) -> None:
+def require_bounded_pickles(content: bytes) -> None:
+    """The same for pickles one after the other, and whatever comes after them."""
+    file = io.BytesIO(content)
+    try:
+        while True:
+            _require_bounded(file)
+    except InputError:
+        raise
+    except Exception:  # whatever pickletools stumbles on: here the pickles end
+        return
+
+
+def _require_bounded(file: IO[bytes]) -> None:
     """Follows the pickle's stack. What is on it is counted as one value, unless it is a tuple."""
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[object, int] = {}
-    for opcode, argument, _ in pickletools.genops(content):
+    for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
         if name == "MARK":
             marks.append(len(stack))
