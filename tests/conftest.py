@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+# Networks are small, and threads that wait for one another beside other tests would only spin.
+os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 from support import GOLDEN, Golden, small_model

@@ -15,6 +15,7 @@ from vqdeploy import Codec
 from vqdeploy.bundle import FACTS, Bundle
 from vqdeploy.export import export
 from vqdeploy.graphs.build import GraphOptions
+from vqdeploy.proof.certificate import read_certificate, write_certificate
 from vqdeploy.proof.samples import aimed_images
 from vqdeploy.sealed import sealed, unsealed
 from vqdeploy.verify import verify
@@ -355,3 +356,51 @@ def test_a_seal_is_of_the_bytes_and_what_was_sealed_comes_back():
             unsealed(other)
     with pytest.raises(ValueError, match="not JSON compliant"):
         sealed({"a": float("nan")})
+
+
+def test_a_certificate_speaks_of_the_manifest_that_was_verified(forged, tmp_path):
+    folder = forged("grid")
+    bundle = Bundle.open(folder)
+    found = verify(bundle, "cpu")
+    sign(folder, lambda manifest: manifest["training"].update(epochs=99))
+    write_certificate(tmp_path / "c.json", bundle, found, {})
+    assert read_certificate(tmp_path / "c.json")["manifest_sha256"] == bundle.sha256
+    assert bundle.sha256 != Bundle.open(folder).sha256
+
+
+def test_a_certificate_that_was_changed_is_refused(forged, run, refused):
+    folder = forged("grid")
+    done = run("-m", "vqdeploy", "verify", folder, "--device", "cpu", "--samples", 100)
+    assert done.returncode == 0, done.stderr
+    said = run("-m", "vqdeploy", "inspect", folder).stdout
+    assert "certificate verified on" in said
+    assert "of this manifest" in said
+    certificate = folder / "certificate.json"
+    certificate.write_text(certificate.read_text().replace('"verified"', '"verified!"'))
+    line = refused(3, "-m", "vqdeploy", "inspect", folder)
+    assert "certificate.json: damaged: its seal is not the digest of its bytes" in line
+
+
+def test_inspect_prints_nothing_that_a_terminal_obeys(forged, run):
+    folder = forged("grid")
+    sign(folder, lambda manifest: manifest["provenance"].update(recipe="\x1b[2J\x07\u202e"))
+    done = run("-m", "vqdeploy", "inspect", folder)
+    assert done.returncode == 0, done.stderr
+    assert r"recipe \x1b[2J\x07\u202e" in done.stdout
+    assert all(line.isprintable() for line in done.stdout.splitlines())
+
+
+def test_export_says_which_manifest_it_wrote_and_whether_the_model_had_a_digest(
+    model_file, tmp_path, run
+):
+    import torch
+
+    data = torch.load(model_file, weights_only=True)
+    del data["sha256"]
+    torch.save(data, tmp_path / "elsewhere.pt")
+    for path, digested in ((model_file, True), (tmp_path / "elsewhere.pt", False)):
+        done = run("-m", "vqdeploy", "export", path, "--output", tmp_path / "b", "--replace")
+        assert done.returncode == 0, done.stderr
+        digest = hashlib.sha256((tmp_path / "b" / "manifest.json").read_bytes()).hexdigest()
+        assert f"manifest sha256 {digest}" in done.stdout
+        assert ("no digest: it was written elsewhere" in done.stdout) != digested
