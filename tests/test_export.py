@@ -189,7 +189,7 @@ def test_a_bundle_verifies_itself_and_says_where_its_nodes_run(family):
         *(f"golden {name}" for name in GOLDEN_STAGES),
         *GRAPH_STAGES,
         *(["table"] if Bundle.open(path).folded else []),
-        *("graphs", "weights"),
+        *("composed", "graphs", "weights"),
     ]
     own = len(Bundle.open(path).oracle().golden["images"]) + len(
         aimed_images(model.spec, model.params)

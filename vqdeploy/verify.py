@@ -13,7 +13,7 @@ from vqdeploy.bundle import CARD, MANIFEST, Bundle
 from vqdeploy.graphs.build import GRAPHS_VERSION, GraphOptions
 from vqdeploy.proof.golden import Answered, check_recorded, require_golden
 from vqdeploy.proof.measure import check_kept
-from vqdeploy.proof.samples import aimed_images, check_codes, check_samples
+from vqdeploy.proof.samples import aimed_images, check_codes, check_composed, check_samples
 from vqdeploy.proof.structure import check_structure
 from vqdeploy.proof.table import check_table
 from vqdeploy.runtime.protobuf import Graph, read_graph
@@ -72,17 +72,21 @@ def verify(bundle: Bundle, device: str, images: Array | None = None, samples: in
         raise InputError(
             f"{bundle.path}: the oracle file does not fit the manifest: {error}"
         ) from None
-    codes = len(np.unique(asked.known.indices))
+    tokens = [asked.known.indices]
     checks, placement, chosen = list[Check](), Placement(), "nothing: the graphs were not run"
     if structure[0].passed:
         sessions, chosen = open_sessions(graphs, spec, device, batch=bundle.batch)
         written, kept = Written(graphs, sessions, options), bundle.manifest["kept"]
         checks += check_answers(spec, oracle.params, asked, written, len(own), kept)
+        composed, found = check_composed(spec, oracle.params, sessions, bundle.precision)
+        checks.append(composed)
+        tokens.append(found)
         if samples:
             checks += check_samples(spec, oracle.params, sessions, samples)
         placement = {stage: session.placement() for stage, session in sessions.items()}
-    found = Report((*recorded.checks, *checks, *structure), len(asked.images), codes)
-    return Verified(found, chosen, placement)
+    codes = len(np.unique(np.concatenate(tokens)))
+    report = Report((*recorded.checks, *checks, *structure), len(asked.images), codes)
+    return Verified(report, chosen, placement)
 
 
 def _options(bundle: Bundle) -> GraphOptions:

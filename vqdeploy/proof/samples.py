@@ -12,7 +12,8 @@ import numpy.typing as npt
 
 import vqref
 from vqdeploy.agreement import Sessions
-from vqref.agreement.budget import images_within
+from vqref.agreement.budget import DIFFERENCES_PER_SECOND, FEWEST, SECONDS, images_within
+from vqref.agreement.parity import allowed_error, check_indices
 from vqref.agreement.report import Check, merge
 from vqref.agreement.stages import check_quantized
 from vqref.checks.adversary import around_bisectors
@@ -24,6 +25,13 @@ OWN_LATENTS = 512
 many; further ones lie on lines between them."""
 
 LATENTS_AT_ONCE = 65_536
+
+COMPOSED_IMAGES = 2048
+"""Images on which the tokenizer is held to the encoder; fewer if their latents take the judge
+longer than SECONDS, or their pass onnxruntime."""
+
+TIMES_FASTER = 10
+"""onnxruntime is at least so many times as fast as the oracle."""
 
 CODES_AT_MOST = 2**16
 """Rows of a codebook that are fed to the quantizer, evenly spread."""
@@ -55,6 +63,60 @@ def check_samples(
         judged("drawn", drawn, samples - samples // 2),
         judged("bisectors", bisecting, samples // 2),
     )
+
+
+def check_composed(
+    spec: ModelSpec, params: Params, sessions: Sessions, precision: str
+) -> tuple[Check, Array]:
+    """The tokenizer on images by the thousand, beside what the encoder says of them, and the tokens
+    (N, S): the oracle, which is slower, judges the encoder on fewer.
+
+    The two may differ by the encoder's tolerance, as ``vqref.agreement.stages`` has it. precision:
+    of the networks.
+    """
+    per_image = 3 * spec.latent_size * spec.num_codes * spec.code_size
+    judged = max(FEWEST, int(SECONDS * DIFFERENCES_PER_SECOND / per_image))
+    count = images_within(spec, min(COMPOSED_IMAGES, judged), TIMES_FASTER * SECONDS)
+    images = varied_images(spec, sessions, count)
+    latents = np.asarray(sessions["encoder"](images)[0])
+    tokens = sessions["tokenizer"](images)[0]
+    allowed = allowed_error("encoder", latents, precision=precision)
+    return check_indices(
+        tokens,
+        latents,
+        params[CODEBOOK],
+        precision="float32",
+        latents_error=allowed.max(axis=2) * spec.code_size**0.5,
+        name="composed",
+    ), tokens
+
+
+def varied_images(
+    spec: ModelSpec, sessions: Sessions, count: int, seed: int = 0
+) -> npt.NDArray[np.float32]:
+    """Images (count, C, H, W) of many kinds, made of those that tokens decode to, each code at
+    least once if there are enough: pixels drawn as black or white, two images beyond each other,
+    mosaics of two, and moved ones. They have more codes than decoded images alone."""
+    rng = np.random.default_rng(seed)
+    rows = np.arange(count * spec.latent_size).reshape(count, -1) % spec.num_codes
+    indices = rows if spec.latent_size == 1 else rng.permuted(rows, axis=0)
+    first = np.asarray(sessions["detokenizer"](indices)[0])
+    second = first[rng.permutation(count)]
+    blocks = np.kron(rng.random((count, 1, 4, 4)) < 0.5, np.ones((1, 1, *_fourths(spec))))
+    mask = blocks[:, :, : spec.image_shape[1], : spec.image_shape[2]] > 0
+    kinds = (
+        first > rng.random(first.shape),
+        first + 1.5 * (first - second),
+        np.where(mask, first, second),
+        np.roll(first, (3, -3), (2, 3)),
+    )
+    chosen = [kind[i :: len(kinds)] for i, kind in enumerate(kinds)]
+    return np.asarray(np.clip(np.concatenate(chosen), 0, 1), np.float32)
+
+
+def _fourths(spec: ModelSpec) -> tuple[int, int]:
+    """A fourth of an image's height and width, rounded up."""
+    return -(-spec.image_shape[1] // 4), -(-spec.image_shape[2] // 4)
 
 
 def check_codes(spec: ModelSpec, params: Params, sessions: Sessions) -> Check:
