@@ -217,7 +217,6 @@ def test_thorough_tries_more_of_the_same():
 def test_the_campaign_finds_nothing_in_a_few():
     found = hostile.campaign(2, **FIXED)
     assert (found.missed, found.alarms) == ([], [])
-    assert all("ordinary" in names for names in found.caught.values())
     assert len(found.caught) == 2
     assert found.checks > 40
 
