@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vqdeploy.sealed import parsed, unsealed
+from vqdeploy.sealed import SEAL, parsed, require_seal
 from vqdeploy.stages import STAGES, ports
 from vqref.errors import InputError
 from vqref.host.files import read_bytes
@@ -69,16 +69,19 @@ class Bundle:
         """
         path = Path(path)
         where, content = path / MANIFEST, _manifest_bytes(path)
-        sha256 = hashlib.sha256(content).hexdigest()
-        if manifest_sha256 is not None and sha256 != manifest_sha256.strip().lower():
-            raise InputError(f"{where}: its sha256 is {sha256}, not {manifest_sha256}")
-        _require_version(where, _parsed(where, content).get("format_version"))
+        if manifest_sha256 is not None:
+            sha256 = hashlib.sha256(content).hexdigest()
+            if sha256 != manifest_sha256.strip().lower():
+                raise InputError(f"{where}: its sha256 is {sha256}, not {manifest_sha256}")
+        manifest = _parsed(where, content)
+        _require_version(where, manifest.get("format_version"))
         try:
-            manifest = unsealed(content)
+            require_seal(content)
         except ValueError as error:
             advice = "copy it anew, or export its model.pt again, with --replace"
             raise InputError(f"{where}: {error}; {advice}") from None
         try:
+            del manifest[SEAL]
             spec = ModelSpec.from_dict(manifest["spec"])
             _require_files(manifest["files"])
             _require_form(manifest, spec)

@@ -41,16 +41,21 @@ def parsed(content: bytes) -> dict[str, Any]:
     return found
 
 
-def unsealed(content: bytes) -> dict[str, Any]:
-    """The entries of a file that ``sealed`` made, but for the seal.
-
-    Raises ValueError for content that has no seal, or another than its own.
-    """
+def require_seal(content: bytes) -> None:
+    """Raises ValueError for content that has no seal, or another than its own."""
     seal = slice(len(content) - len(_BLANK + _AFTER), len(content) - len(_AFTER))
     if not (content[: seal.start].endswith(_BEFORE) and content.endswith(_AFTER)):
         raise ValueError(f"has no seal: its last entry is not {SEAL!r}")
     if content[seal] != _digest(content[: seal.start] + _BLANK + _AFTER):
         raise ValueError("damaged: its seal is not the digest of its bytes")
+
+
+def unsealed(content: bytes) -> dict[str, Any]:
+    """The entries of a file that ``sealed`` made, but for the seal.
+
+    Raises ValueError for content that has no seal, or another than its own.
+    """
+    require_seal(content)
     found = parsed(content)
     found.pop(SEAL, None)
     return found

@@ -80,7 +80,8 @@ class Layer:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
             raise ValueError(f"a row is named {ascii(self.name)[:80]}, expected words and dots")
-        _require_types(vars(self), f"{self.name}: ")
+        given = {n: value for n, value in vars(self).items() if value is not _DEFAULTS.get(n, self)}
+        _require_types(given, f"{self.name}: ")
         if self.kind not in KINDS:
             raise ValueError(
                 f"{self.name}: kind is {self.kind[:40]!a}, expected {', '.join(KINDS)}"
@@ -137,13 +138,17 @@ class Layer:
         """The inverse of ``to_dict``. Raises ValueError."""
         if not isinstance(data, dict) or not isinstance(data.get("name"), str):
             raise ValueError(f"a row is {ascii(data)[:80]}, expected a table with a name")
-        fields = {field.name: field for field in dataclasses.fields(cls)}
         name = ascii(data["name"])[1:-1]
-        if unknown := sorted(ascii(key).strip("'") for key in data if key not in fields):
+        if unknown := sorted(
+            ascii(key).strip("'") for key in data if key not in cls.__dataclass_fields__
+        ):
             raise ValueError(f"{name}: unknown fields: {', '.join(unknown)[:80]}")
         if missing := [n for n in ("kind", "in_shape", "out_shape") if n not in data]:
             raise ValueError(f"{name}: lacks {', '.join(missing)}")
         return cls(**{name: _tupled(value) for name, value in data.items()})
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Layer)}
 
 
 @dataclass(frozen=True)
@@ -404,48 +409,49 @@ def require_sizes(name: str, sizes: Shape) -> None:
             raise ValueError(f"{name} is {size!r}; it must be an integer from 1 to {SIZE_LIMIT}")
 
 
-_PAIRS = ("kernel", "value_range")
+_PAIRS = {"kernel", "value_range"}
 _NUMBERS = {"scale", "shift", "variance"}
 _NAMES = {"name", "kind", "activation", "family", "likelihood", "initial"}
 _TUPLES = {"in_shape", "out_shape", "inputs", "image_shape", "latent_shape", "pads", *_PAIRS}
+_WANTED: Mapping[str, tuple[type, ...]] = {
+    **dict.fromkeys(_NAMES, (str,)),
+    **dict.fromkeys(_NUMBERS, (int, float)),
+    **dict.fromkeys(_TUPLES, (tuple,)),
+}
+"""The types of fields; the others are integers."""
 
 
 def _require_types(values: Mapping[str, Any], whose: str = "") -> None:
     """Holds fields to their types and to bounds, so that a file cannot surprise. Raises
     ValueError."""
     for name, value in values.items():
-        wanted: tuple[type, ...] = (int,)
-        if name in _NAMES:
-            wanted = (str,)
-        elif name in _NUMBERS:
-            wanted = (int, float)
-        elif name in _TUPLES:
-            wanted = (tuple,)
+        wanted = _WANTED.get(name, (int,))
         if not isinstance(value, wanted) or isinstance(value, bool):
             found = ascii(value)[:80]
             raise ValueError(f"{whose}{name} is {found}, expected {wanted[-1].__name__}")
         if name in _NUMBERS:
             _require_number(whose + name, value)
-    for name in _PAIRS:
-        pair = values.get(name, (0, 0))
-        if len(pair) != 2:
-            raise ValueError(f"{whose}{name} is {pair!r}, expected two numbers")
-        for value in pair:
+    for name in _PAIRS & values.keys():
+        if len(values[name]) != 2:
+            raise ValueError(f"{whose}{name} is {values[name]!r}, expected two numbers")
+        for value in values[name]:
             _require_number(whose + name, value)
     names = (*values.get("inputs", ()), values.get("family", "x"))
     if wrong := [n for n in names if not isinstance(n, str) or not NAME.fullmatch(n)]:
         raise ValueError(f"{whose}{ascii(wrong[0])[:80]} is no name, expected words and dots")
-    for name in ("kernel", "stride"):
-        size = values.get(name, 1)
+    for name in {"kernel", "stride"} & values.keys():
+        size = values[name]
         require_sizes(whose + name, size if isinstance(size, tuple) else (size,))
-    pads = values.get("pads", ((0, 0), (0, 0)))
+    pads = values.get("pads")
+    if pads is None:
+        return
     flat = [n for pair in pads if isinstance(pair, tuple) for n in pair]
     if len(pads) != 2 or len(flat) != 4 or not all(type(n) is int and 0 <= n <= 1024 for n in flat):
         raise ValueError(f"{whose}pads is {pads!r}, expected two pairs of pixels")
 
 
 def _require_number(name: str, value: Any) -> None:
-    fits = isinstance(value, int | float) and abs(value) <= SIZE_LIMIT  # NaN does not
+    fits = isinstance(value, (int, float)) and abs(value) <= SIZE_LIMIT  # NaN does not
     if not fits or isinstance(value, bool):
         limit = f"it must be a number within ±{SIZE_LIMIT}"
         raise ValueError(f"{name} is {ascii(value)[:80]}; {limit}")
