@@ -109,7 +109,7 @@ def test_a_composed_graph_with_another_node_is_not_its_parts(forged):
     assert "graphs" in failed(folder)
 
 
-def test_a_node_that_does_not_fit_its_input_does_not_end_the_process(forged):
+def test_a_node_that_does_not_fit_its_input_does_not_end_the_process(forged, run):
     """onnxruntime aborts on a kernel that is larger than what it is moved over."""
     folder = forged("grid")
 
@@ -125,6 +125,11 @@ def test_a_node_that_does_not_fit_its_input_does_not_end_the_process(forged):
 
     graph_changed(folder, "encoder", enlarge)
     assert failed(folder) == ["graphs", "weights"]
+    done = run("-m", "vqdeploy", "verify", folder, "--device", "cpu", "--samples", 100)
+    assert done.returncode == 4, done.stderr
+    assert "on nothing: the graphs were not run" in done.stdout
+    assert "NOT verified" in done.stdout
+    assert read_certificate(folder / "certificate.json")["verdict"] == "refuted"
 
 
 def test_a_branch_that_no_compared_image_takes_is_seen(forged):

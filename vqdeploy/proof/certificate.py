@@ -45,7 +45,7 @@ def write_certificate(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": describe_machine(("portable-vqvae", "numpy", "onnxruntime-gpu", "onnxruntime")),
         "device": found.device,
-        "providers": list(PROVIDERS[found.device]),
+        "providers": list(PROVIDERS.get(found.device, ())),
         "placement": found.placement,
         "precision": {
             "graphs": bundle.precision,
