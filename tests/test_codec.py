@@ -236,10 +236,13 @@ for absent in ("torch", "onnx", "scipy", "tqdm"):
         continue
     raise SystemExit(f"{absent} can be imported: this environment proves nothing")
 np.save(sys.argv[3], indices)
+from vqdeploy.bundle import Bundle
+from vqdeploy.verify import verify
+assert verify(Bundle.open(sys.argv[1]), "cpu").report.passed
 """
 
 
-def test_a_program_with_numpy_and_onnxruntime_alone_runs_it(
+def test_a_program_with_numpy_and_onnxruntime_alone_runs_and_verifies_it(
     bundle, codec, many_images, tmp_path, run
 ):
     """The interpreter's path has this project, numpy and onnxruntime: no torch, onnx or scipy."""

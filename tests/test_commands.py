@@ -30,8 +30,9 @@ from vqref.errors import (
     UsageError,
 )
 from vqref.families import FAMILIES
-from vqref.host.commandline import Parser, plain
+from vqref.host.commandline import Parser
 from vqref.host.commandline import run as run_command
+from vqref.host.streams import plain
 from vqtrain import TrainingOptions
 from vqtrain.__main__ import build_parser, parse_with_config
 from vqtrain.modelfile import read_model

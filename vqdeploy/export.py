@@ -78,7 +78,8 @@ def export(
     except ValueError as error:
         raise InputError(f"{source}: cannot be exported: {error}") from None
     if options.precision == "int8":
-        inputs = _stage_inputs(measured_on)
+        quantized = measured_on.known.quantized.astype(np.float32)
+        inputs = {"images": measured_on.images, "quantized": quantized}
         contents = quantize_graphs(contents, inputs, folded=bool(options.fold))
     graphs = {stage: read_graph(f"{stage}.onnx", content) for stage, content in contents.items()}
     sessions, _ = open_sessions(graphs, spec, "cpu", batch=options.batch)
@@ -185,9 +186,3 @@ def require_replaceable(output: Path, *, replace: bool) -> None:
             read_manifest(output)
         except InputError as error:
             raise InputError(f"{output}: not replaced, for it is no bundle ({error})") from None
-
-
-def _stage_inputs(seen: Answered) -> dict[str, Array]:
-    """What enters each graph when images go through the oracle."""
-    quantized = seen.known.quantized.astype(np.float32)
-    return {"images": seen.images, "indices": seen.known.indices, "quantized": quantized}

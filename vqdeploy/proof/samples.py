@@ -1,5 +1,5 @@
-"""Latents by the million for the quantizer to answer: where a model's own latents lie, and where
-its codes are equally near."""
+"""What a model itself gives to be asked about: images of its tokens, and latents by the million,
+where its own lie and where its codes are equally near."""
 
 from __future__ import annotations
 
@@ -165,8 +165,8 @@ def aimed_images(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
     each code stands once among others, then of one code in every position, as many as a check may
     take.
 
-    Which code an image has is the encoder's to say; of a trained model it is mostly the code that
-    it was decoded from. The same for the same model on every machine and version.
+    Which code an image has is the encoder's to say: it need not be the code that it was decoded
+    from. Nothing is drawn, so they are the same for the same model on every machine and version.
     """
     k, s = spec.num_codes, spec.latent_size
     mixed = np.resize(np.arange(k) * _stride(k) % k, (-(-k // s), s))

@@ -27,28 +27,23 @@ def check_table(
 
     precision: of the decoder. Raises ValueError if a stage of the oracle overflows.
     """
-    rows = np.stack(
-        np.unravel_index(
-            np.arange(spec.num_codes**spec.latent_size), table.shape[: spec.latent_size]
-        ),
-        axis=1,
-    )
     entries = table.reshape(-1, *spec.image_shape)
+    axes = np.unravel_index(np.arange(len(entries)), table.shape[: spec.latent_size])
+    rows = np.stack(axes, axis=1)  # (K^S, S)
     every = -(-len(rows) // images_within(spec, len(rows), SECONDS))
+    by_oracle = np.arange(len(rows)) % every == 0
+
+    def oracle(quantized: Array) -> Array:
+        return vqref.decode(spec, params, quantized)
+
+    def decoder(quantized: Array) -> Array:
+        return sessions["decoder"](quantized)[0].astype(np.float64)
+
     codebook, found = np.asarray(params[CODEBOOK], np.float32), []
-    for by_oracle in (True, False):
-        chosen = np.flatnonzero((np.arange(len(rows)) % every == 0) == by_oracle)
+    for mask, answer, exact in ((by_oracle, oracle, "float32"), (~by_oracle, decoder, precision)):
+        chosen = np.flatnonzero(mask)
         for start in range(0, len(chosen), ENTRIES_AT_ONCE):
             part = chosen[start : start + ENTRIES_AT_ONCE]
-            quantized = codebook[rows[part]]
-            outputs = (
-                vqref.decode(spec, params, quantized)
-                if by_oracle
-                else sessions["decoder"](quantized)[0].astype(np.float64)
-            )
-            found.append(
-                check_reconstructions(
-                    "table", entries[part], outputs, "float32" if by_oracle else precision, spec
-                )
-            )
+            outputs = answer(codebook[rows[part]])
+            found.append(check_reconstructions("table", entries[part], outputs, exact, spec))
     return merge("table", "float32", tuple(found))

@@ -30,22 +30,7 @@ from typing import Any, NoReturn
 
 from vqref.errors import CommandError, ExitCode, Remark
 from vqref.host.interrupts import guarded
-from vqref.host.streams import discard, plain, prepare, tell
-
-__all__ = [
-    "MOST",
-    "Command",
-    "Parser",
-    "count",
-    "fill",
-    "option",
-    "plain",
-    "positive",
-    "real",
-    "run",
-    "run_command",
-    "whole",
-]
+from vqref.host.streams import discard, prepare, tell
 
 MOST = 2**63 - 1
 """The largest value of an option: what an int64 holds, a seed and a dimension among them."""
