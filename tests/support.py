@@ -15,7 +15,7 @@ import torch
 import vqref
 from vqref import families
 from vqref.modelfile import Model
-from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
+from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, Layer, ModelSpec
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -23,6 +23,30 @@ GOLDEN = Path(__file__).parent / "golden"
 CPU = torch.device("cpu")
 SPEC = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=8, code_size=4)
 """The network that ``trainer`` trains."""
+
+
+ROWS = {
+    "affine": Layer("x.y", "affine", (2, 3), (2, 3), scale=-1.5, shift=0.25),
+    "conv": Layer(
+        "x.y", "conv", (2, 5, 6), (3, 3, 2), kernel=(3, 4), stride=2, pads=((1, 2), (0, 1))
+    ),
+    "conv_transpose": Layer(
+        "x.y",
+        "conv_transpose",
+        (2, 3, 4),
+        (3, 6, 8),
+        kernel=(5, 4),
+        stride=2,
+        pads=((1, 2), (2, 0)),
+    ),
+    "dense": Layer("x.y", "dense", (5,), (4,)),
+    "reshape": Layer("x.y", "reshape", (2, 3, 4), (8, 3)),
+    "to_vectors": Layer("x.y", "to_vectors", (6, 2, 3), (12, 3)),
+    "to_grid": Layer("x.y", "to_grid", (12, 3), (6, 2, 3)),
+    "add": Layer("x.y", "add", (2, 3), (2, 3), ("x.a", "x.b")),
+    "activation": Layer("x.y", "activation", (2, 3), (2, 3)),
+}
+"""A row of each kind, whose sizes all differ."""
 
 
 class Golden:

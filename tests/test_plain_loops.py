@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import ROWS
 
 import vqref
 import vqref.network
@@ -17,7 +18,7 @@ from vqref.agreement.parity import check_indices
 from vqref.checks.adversary import CASES
 from vqref.dialects import DIALECTS
 from vqref.quantizer import EMAState
-from vqref.spec import ACTIVATIONS, KINDS, Layer
+from vqref.spec import ACTIVATIONS, KINDS
 
 
 def conv(layer, x, weight, bias):
@@ -157,30 +158,6 @@ def off(found, expected):
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
-ROWS = {
-    "affine": Layer("x.y", "affine", (2, 3), (2, 3), scale=-1.5, shift=0.25),
-    "conv": Layer(
-        "x.y", "conv", (2, 5, 6), (3, 3, 2), kernel=(3, 4), stride=2, pads=((1, 2), (0, 1))
-    ),
-    "conv_transpose": Layer(
-        "x.y",
-        "conv_transpose",
-        (2, 3, 4),
-        (3, 6, 8),
-        kernel=(5, 4),
-        stride=2,
-        pads=((1, 2), (2, 0)),
-    ),
-    "dense": Layer("x.y", "dense", (5,), (4,)),
-    "reshape": Layer("x.y", "reshape", (2, 3, 4), (8, 3)),
-    "to_vectors": Layer("x.y", "to_vectors", (6, 2, 3), (12, 3)),
-    "to_grid": Layer("x.y", "to_grid", (12, 3), (6, 2, 3)),
-    "add": Layer("x.y", "add", (2, 3), (2, 3), ("x.a", "x.b")),
-    "activation": Layer("x.y", "activation", (2, 3), (2, 3)),
-}
-"""A row of each kind, whose sizes all differ."""
-
-
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loops_numpy_and_pytorch_agree_in_every_kind_and_activation(kind, activation):
@@ -193,8 +170,8 @@ def test_loops_numpy_and_pytorch_agree_in_every_kind_and_activation(kind, activa
             for each in zip(*(array.tolist() for array in inputs), strict=True)
         ]
     )
-    found = vqref.network.KINDS[kind](row, *inputs, *weights)
-    found = vqref.network.ACTIVATIONS[activation](found)
+    found = vqref.network.KINDS[kind].value(row, *inputs, *weights)
+    found = vqref.network.ACTIVATIONS[activation].value(found)
     tensors = [torch.from_numpy(array) for array in (*inputs, *weights)]
     in_torch = vqtrain.network.ACTIVATIONS[activation](vqtrain.network.KINDS[kind](row, *tensors))
     for array in (found, in_torch.numpy()):

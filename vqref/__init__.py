@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from vqref.likelihoods import mean as reconstruct
     from vqref.likelihoods import nats
     from vqref.losses import Losses, compute_losses
-    from vqref.model import Forward, forward, init_params
+    from vqref.model import Forward, forward, gradients, init_params
     from vqref.network import decode, encode
     from vqref.quantizer import EMAState, Quantized, draw_indices, quantize, reset_codes, update_ema
     from vqref.spec import Layer, ModelSpec, Parameter
@@ -25,6 +25,7 @@ __all__ = [
     "draw_indices",
     "encode",
     "forward",
+    "gradients",
     "init_params",
     "nats",
     "quantize",
@@ -48,6 +49,7 @@ __getattr__, __dir__ = lazy(
         "draw_indices": "quantizer.draw_indices",
         "encode": "network.encode",
         "forward": "model.forward",
+        "gradients": "model.gradients",
         "init_params": "model.init_params",
         "nats": "likelihoods.nats",
         "quantize": "quantizer.quantize",

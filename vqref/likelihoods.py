@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 LEVELS = 256
 """Grey levels of a discretised likelihood."""
 
+WIDEST = 700.0
+"""Of a grey level, in scales: exp of more would overflow."""
+
 SMALLEST_LOG_SCALE = -7.0
 """Log-scales of the logistic are not taken below this: a grey level is wider by then."""
 
@@ -32,12 +35,14 @@ class Likelihood:
 
     parameters  how many outputs each value of an image has: P = parameters * C
     nats        (spec, x (N, C, H, W), outputs (N, P, H, W)) -> -log p of each value, (N, C, H, W)
+    backward    (spec, x, outputs) -> the derivative of the nats by the outputs, (N, P, H, W)
     mean        (spec, outputs) -> the expected values (N, C, H, W), not yet clipped to [0, 1]
     slope       (spec) -> the largest change of a mean per change of an output
     """
 
     parameters: int
     nats: Callable[[ModelSpec, Float64, Float64], Float64]
+    backward: Callable[[ModelSpec, Float64, Float64], Float64]
     mean: Callable[[ModelSpec, Float64], Float64]
     slope: Callable[[ModelSpec], float]
 
@@ -85,6 +90,10 @@ def bernoulli_nats(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
     return softplus(outputs) - x * outputs
 
 
+def bernoulli_backward(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
+    return sigmoid(outputs) - x
+
+
 def bernoulli_mean(spec: ModelSpec, outputs: Float64) -> Float64:
     """The probability of white."""
     return sigmoid(outputs)
@@ -95,6 +104,11 @@ def gaussian_nats(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
     squares = np.square(x - gaussian_mean(spec, outputs))
     terms: Float64 = squares / (2 * spec.variance) + 0.5 * np.log(2 * np.pi * spec.variance)
     return terms
+
+
+def gaussian_backward(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
+    slope: Float64 = (gaussian_mean(spec, outputs) - x) / spec.variance * _range_slope(spec)
+    return slope
 
 
 def gaussian_mean(spec: ModelSpec, outputs: Float64) -> Float64:
@@ -112,17 +126,36 @@ def logistic_nats(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
     scale, p = σ(a) - σ(b) = σ(a) σ(-b) (1 - exp(b - a)), which never cancels. The first level has
     all below its a, the last all above its b.
     """
-    y, log_scale = logistic_mean(spec, outputs), outputs[:, x.shape[1] :]
-    low, high = spec.value_range
-    scale = np.exp(np.maximum(log_scale, SMALLEST_LOG_SCALE)) / (high - low)
-    level = np.rint(x * (LEVELS - 1))
-    width = 1 / ((LEVELS - 1) * scale)
-    a = ((level + 0.5) / (LEVELS - 1) - y) / scale
-    b = a - width
+    level, a, b, width = _logistic_edges(spec, x, outputs)
     below_a = np.where(level < LEVELS - 1, softplus(-a), 0.0)
     above_b = np.where(level > 0, softplus(b), 0.0)
     inner = (level > 0) & (level < LEVELS - 1)
     return below_a + above_b - np.where(inner, np.log(-np.expm1(-width)), 0.0)
+
+
+def logistic_backward(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
+    """With a, b and their distance in units of the scale, a step of the mean moves a and b by
+    -1/scale, and a step of the log-scale a by -a, b by -b and the distance by minus itself."""
+    level, a, b, width = _logistic_edges(spec, x, outputs)
+    of_a = np.where(level < LEVELS - 1, -sigmoid(-a), 0.0)
+    of_b = np.where(level > 0, sigmoid(b), 0.0)
+    inner = (level > 0) & (level < LEVELS - 1)
+    of_width = np.where(inner, -1 / np.expm1(np.minimum(width, WIDEST)), 0.0)
+    of_mean = -(of_a + of_b) * width * (LEVELS - 1) * _range_slope(spec)
+    free = outputs[:, x.shape[1] :] >= SMALLEST_LOG_SCALE
+    of_log_scale = np.where(free, -(of_a * a + of_b * b + of_width * width), 0.0)
+    return np.concatenate([of_mean, of_log_scale], axis=1)
+
+
+def _logistic_edges(spec: ModelSpec, x: Float64, outputs: Float64) -> tuple[Float64, ...]:
+    """Grey levels from 0 to 255, their upper and lower edges from the mean, and the distance of
+    these, in units of the scale; each (N, C, H, W)."""
+    y, log_scale = logistic_mean(spec, outputs), outputs[:, x.shape[1] :]
+    scale = np.exp(np.maximum(log_scale, SMALLEST_LOG_SCALE)) * _range_slope(spec)
+    level = np.rint(x * (LEVELS - 1))
+    width = 1 / ((LEVELS - 1) * scale)
+    a = ((level + 0.5) / (LEVELS - 1) - y) / scale
+    return level, a, a - width, width
 
 
 def logistic_mean(spec: ModelSpec, outputs: Float64) -> Float64:
@@ -137,9 +170,11 @@ def _range_slope(spec: ModelSpec) -> float:
 
 LIKELIHOODS: Mapping[str, Likelihood] = MappingProxyType(
     {
-        "bernoulli": Likelihood(1, bernoulli_nats, bernoulli_mean, lambda spec: 0.25),
-        "gaussian": Likelihood(1, gaussian_nats, gaussian_mean, _range_slope),
-        "logistic": Likelihood(2, logistic_nats, logistic_mean, _range_slope),
+        "bernoulli": Likelihood(
+            1, bernoulli_nats, bernoulli_backward, bernoulli_mean, lambda spec: 0.25
+        ),
+        "gaussian": Likelihood(1, gaussian_nats, gaussian_backward, gaussian_mean, _range_slope),
+        "logistic": Likelihood(2, logistic_nats, logistic_backward, logistic_mean, _range_slope),
     }
 )
 """By name. bernoulli takes grey levels as probabilities of white."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from vqref.likelihoods import nats
+from vqref.likelihoods import LIKELIHOODS, nats
 from vqref.spec import ModelSpec
-from vqref.validation import as_float64
+from vqref.validation import Float64, as_float64, as_images
 
 
 @dataclass(frozen=True)
@@ -55,3 +55,21 @@ def compute_losses(
     commitment = float(np.square(latents - quantized).mean())
     prior = spec.latent_size * float(np.log(spec.num_codes))
     return Losses(reconstruction, commitment, prior, reconstruction + beta * commitment + prior)
+
+
+def losses_backward(
+    spec: ModelSpec,
+    images: npt.ArrayLike,
+    outputs: npt.ArrayLike,
+    latents: npt.ArrayLike,
+    quantized: npt.ArrayLike,
+    beta: float = 0.25,
+) -> tuple[Float64, Float64]:
+    """The gradients of ``compute_losses(...).total`` with respect to outputs (N, P, H, W) and
+    latents (N, S, D); quantized is a constant. Raises ValueError as ``compute_losses`` does."""
+    x = as_images(images, spec)
+    y = as_float64("outputs", outputs, (len(x), *spec.output_shape))
+    latents = as_float64("latents", latents, (len(x), spec.latent_size, spec.code_size))
+    quantized = as_float64("quantized", quantized, latents.shape)
+    of_outputs = LIKELIHOODS[spec.likelihood].backward(spec, x, y) / len(x)
+    return of_outputs, beta * 2 * (latents - quantized) / latents.size

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vqref.likelihoods import mean
-from vqref.losses import Losses, compute_losses
-from vqref.network import decode, encode
+from vqref.losses import Losses, compute_losses, losses_backward
+from vqref.network import backward, decode, encode
 from vqref.quantizer import quantize
 from vqref.spec import CODEBOOK, ModelSpec, Parameter
-from vqref.validation import Float64, Int64, Params, check_params
+from vqref.validation import Float64, Int64, Params, as_images, as_indices, check_params
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,32 @@ def forward(spec: ModelSpec, params: Params, images: npt.ArrayLike, beta: float 
     losses = compute_losses(spec, images, outputs, latents, q.quantized, beta)
     reconstructions = mean(spec, outputs)
     return Forward(latents, q.indices, q.gap, q.quantized, outputs, reconstructions, losses)
+
+
+def gradients(
+    spec: ModelSpec,
+    params: Params,
+    images: npt.ArrayLike,
+    beta: float = 0.25,
+    indices: npt.ArrayLike | None = None,
+) -> dict[str, Float64]:
+    """The gradient of ``forward(...).losses.total`` with respect to every parameter of encoder and
+    decoder, {name: float64 array}; the codebook has none.
+
+    The straight-through estimator hands the gradient of the decoder's input to the latents as it
+    is, where that of the commitment is added. indices (N, S): codes to take instead of the nearest.
+    Raises ValueError for parameters, images or indices that do not fit the spec.
+    """
+    check_params(spec, params)
+    x = as_images(images, spec)
+    latents = encode(spec, params, x)
+    if indices is None:
+        quantized = quantize(latents, params[CODEBOOK]).quantized
+    else:
+        codes = as_indices(indices, (len(x), spec.latent_size), spec.num_codes)
+        quantized = np.asarray(params[CODEBOOK], np.float64)[codes]
+    outputs = decode(spec, params, quantized)
+    of_outputs, of_latents = losses_backward(spec, x, outputs, latents, quantized, beta)
+    of_quantized, found = backward(spec.decoder, params, quantized, of_outputs)
+    _, of_encoder = backward(spec.encoder, params, x, of_latents + of_quantized)
+    return found | of_encoder

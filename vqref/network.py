@@ -1,4 +1,8 @@
-"""The NumPy interpreter of the rows: a function per kind, written beside its equation, in float64.
+"""The NumPy interpreter of the rows: a function per kind, written beside its equation, in float64,
+and its vector-Jacobian product beside it.
+
+``KIND(layer, x, weight, bias)`` is y. ``KIND_backward(layer, g, x, weight, bias)``, g the gradient
+of a number with respect to y, is the gradients of that number with respect to x, weight and bias.
 
 A convolution is sliding windows and one matrix product, so that a batch takes seconds, not minutes.
 Batches are cut so that the windows of the widest row stay under ``WINDOW_BYTES``.
@@ -9,13 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vqref.likelihoods import sigmoid
-from vqref.spec import Layer, ModelSpec, plan
+from vqref.spec import Layer, ModelSpec, Step, plan
 from vqref.validation import Float64, Params, as_float64, as_images
+
+Gradients = tuple[Float64, ...]
 
 WINDOW_BYTES = 64 * 2**20
 """Bytes that the widest row's windows may take at once; a batch of any size then needs about
@@ -38,25 +45,50 @@ def decode(spec: ModelSpec, params: Params, quantized: npt.ArrayLike) -> Float64
 
 def run(layers: Sequence[Layer], params: Params, x: Float64) -> Float64:
     """Applies the rows to x (N, *layers[0].in_shape), a few images at a time."""
-    weights = {
-        layer.name: [
-            as_float64(name, _find(params, name), shape) for name, shape in layer.parameters
-        ]
-        for layer in layers
-    }
-    steps = plan(layers)
+    weights, steps = _weights(layers, params), plan(layers)
     size = max(1, WINDOW_BYTES // max(_window_bytes(layer) for layer in layers))
     out = np.empty((len(x), *layers[-1].out_shape))
     for start in range(0, len(x), size):
         values = {0: x[start : start + size]}
         for number, step in enumerate(steps, 1):
-            layer = step.layer
-            y = KINDS[layer.kind](layer, *(values[i] for i in step.sources), *weights[layer.name])
+            y = _applied(step, values, weights)
             for spent in step.spent:
                 del values[spent]
-            values[number] = ACTIVATIONS[layer.activation](y)
+            values[number] = ACTIVATIONS[step.layer.activation].value(y)
         out[start : start + size] = values[len(steps)]
     return out
+
+
+def backward(
+    layers: Sequence[Layer], params: Params, x: Float64, gradient: Float64
+) -> tuple[Float64, dict[str, Float64]]:
+    """The gradients of a number with respect to x (N, *layers[0].in_shape) and to every parameter
+    of the rows, from its gradient with respect to ``run(layers, params, x)``; a few images at a
+    time."""
+    weights, steps = _weights(layers, params), plan(layers)
+    held = sum(_window_bytes(layer) for layer in layers)
+    size = max(1, WINDOW_BYTES // held)
+    of_x = np.empty_like(x)
+    found = {name: np.zeros(shape) for layer in layers for name, shape in layer.parameters}
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        values, before = {0: x[part]}, dict[int, Float64]()
+        for number, step in enumerate(steps, 1):
+            before[number] = _applied(step, values, weights)
+            values[number] = ACTIVATIONS[step.layer.activation].value(before[number])
+        gradients = {len(steps): gradient[part]}
+        for number, step in reversed([*enumerate(steps, 1)]):
+            if number not in gradients:  # no later row takes it
+                continue
+            layer, taken = step.layer, [values[i] for i in step.sources]
+            g = gradients.pop(number) * ACTIVATIONS[layer.activation].slope(before[number])
+            pulled = KINDS[layer.kind].backward(layer, g, *taken, *weights[layer.name])
+            for source, each in zip(step.sources, pulled, strict=False):
+                gradients[source] = gradients[source] + each if source in gradients else each
+            for (name, _), each in zip(layer.parameters, pulled[len(taken) :], strict=True):
+                found[name] += each
+        of_x[part] = gradients[0]
+    return of_x, found
 
 
 def affine(layer: Layer, x: Float64) -> Float64:
@@ -64,31 +96,42 @@ def affine(layer: Layer, x: Float64) -> Float64:
     return layer.scale * x + layer.shift
 
 
+def affine_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    return (layer.scale * g,)
+
+
 def conv(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
     """y[n,o,i,j] = bias[o] + sum over c,a,b of weight[o,c,a,b] * padded[n, c, s*i + a, s*j + b]."""
-    s = layer.stride
-    padded = np.pad(x, ((0, 0), (0, 0), *layer.pads))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, layer.kernel, axis=(2, 3))
-    windows = windows[:, :, ::s, ::s]
+    windows = _gathered(layer, np.pad(x, ((0, 0), (0, 0), *layer.pads)))
     y = np.tensordot(windows, weight, axes=((1, 4, 5), (1, 2, 3)))  # (N, H', W', O)
     return y.transpose(0, 3, 1, 2) + bias[:, None, None]
+
+
+def conv_backward(
+    layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
+) -> Gradients:
+    """of padded[n, c, s*i + a, s*j + b]: the sum over o of g[n,o,i,j] * weight[o,c,a,b]."""
+    padded = np.pad(x, ((0, 0), (0, 0), *layer.pads))
+    of_weight = np.tensordot(g, _gathered(layer, padded), axes=((0, 2, 3), (0, 2, 3)))
+    taps = np.tensordot(g, weight, axes=((1,), (0,)))  # (N, H', W', C, kh, kw)
+    return _cropped(layer, _scattered(layer, taps, padded.shape)), of_weight, g.sum(axis=(0, 2, 3))
 
 
 def conv_transpose(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
     """full[n, o, s*i + a, s*j + b] += x[n,c,i,j] * weight[c,o,a,b], then cropped by ``pads``: the
     gradient of a convolution."""
-    (kh, kw), s = layer.kernel, layer.stride
-    (top, bottom), (left, right) = layer.pads
-    n, _, h, w = x.shape
     taps = np.tensordot(x, weight, axes=((1,), (0,)))  # (N, H, W, O, kh, kw)
-    full = np.zeros((n, weight.shape[1], s * (h - 1) + kh, s * (w - 1) + kw))
-    for a in range(kh):
-        for b in range(kw):
-            full[:, :, a : a + s * h : s, b : b + s * w : s] += taps[..., a, b].transpose(
-                0, 3, 1, 2
-            )
-    cropped = full[:, :, top : full.shape[2] - bottom, left : full.shape[3] - right]
-    return cropped + bias[:, None, None]
+    return _cropped(layer, _scattered(layer, taps, _full_shape(layer, x))) + bias[:, None, None]
+
+
+def conv_transpose_backward(
+    layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
+) -> Gradients:
+    """of x[n,c,i,j]: the sum over o,a,b of full[n, o, s*i + a, s*j + b] * weight[c,o,a,b]."""
+    windows = _gathered(layer, np.pad(g, ((0, 0), (0, 0), *layer.pads)))  # (N, O, H, W, kh, kw)
+    of_x = np.tensordot(windows, weight, axes=((1, 4, 5), (1, 2, 3))).transpose(0, 3, 1, 2)
+    of_weight = np.tensordot(x, windows, axes=((0, 2, 3), (0, 2, 3)))
+    return of_x, of_weight, g.sum(axis=(0, 2, 3))
 
 
 def dense(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
@@ -96,25 +139,37 @@ def dense(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
     return x @ weight.T + bias
 
 
+def dense_backward(
+    layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
+) -> Gradients:
+    return g @ weight, g.T @ x, g.sum(axis=0)
+
+
 def reshape(layer: Layer, x: Float64) -> Float64:
     """The same elements in row-major order under another shape."""
     return x.reshape(len(x), *layer.out_shape)
 
 
+def reshape_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    return (g.reshape(x.shape),)
+
+
 def to_vectors(layer: Layer, x: Float64) -> Float64:
     """y[n, (i*w + j)*g + m, d] = x[n, m*D + d, i, j]."""
-    n, channels, h, w = x.shape
-    size = layer.out_shape[1]
-    grid = x.reshape(n, channels // size, size, h, w)  # (N, g, D, h, w)
-    return grid.transpose(0, 3, 4, 1, 2).reshape(n, *layer.out_shape)
+    return _grid_to_vectors(x, layer.out_shape)
+
+
+def to_vectors_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    return (_vectors_to_grid(g, layer.in_shape),)
 
 
 def to_grid(layer: Layer, x: Float64) -> Float64:
     """y[n, m*D + d, i, j] = x[n, (i*w + j)*g + m, d]: the inverse of to_vectors."""
-    n, _, size = x.shape
-    channels, h, w = layer.out_shape
-    grid = x.reshape(n, h, w, channels // size, size)  # (N, h, w, g, D)
-    return grid.transpose(0, 3, 4, 1, 2).reshape(n, *layer.out_shape)
+    return _vectors_to_grid(x, layer.out_shape)
+
+
+def to_grid_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    return (_grid_to_vectors(g, layer.in_shape),)
 
 
 def add(layer: Layer, x: Float64, y: Float64) -> Float64:
@@ -122,9 +177,17 @@ def add(layer: Layer, x: Float64, y: Float64) -> Float64:
     return x + y
 
 
+def add_backward(layer: Layer, g: Float64, x: Float64, y: Float64) -> Gradients:
+    return g, g
+
+
 def activation(layer: Layer, x: Float64) -> Float64:
     """x itself: the row's activation is all there is."""
     return x
+
+
+def activation_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    return (g,)
 
 
 def linear(x: Float64) -> Float64:
@@ -132,9 +195,17 @@ def linear(x: Float64) -> Float64:
     return x
 
 
+def linear_slope(x: Float64) -> Float64:
+    return np.ones_like(x)
+
+
 def elu(x: Float64) -> Float64:
     """x if x > 0, else exp(x) - 1 (Clevert, Unterthiner and Hochreiter 2016, alpha = 1)."""
     return np.where(x > 0, x, np.expm1(np.minimum(x, 0.0)))
+
+
+def elu_slope(x: Float64) -> Float64:
+    return np.exp(np.minimum(x, 0.0))
 
 
 def relu(x: Float64) -> Float64:
@@ -142,27 +213,121 @@ def relu(x: Float64) -> Float64:
     return np.maximum(x, 0.0)
 
 
+def relu_slope(x: Float64) -> Float64:
+    """1 if x > 0, else 0: at 0, too."""
+    return (x > 0).astype(np.float64)
+
+
 def silu(x: Float64) -> Float64:
     """x / (1 + exp(-x)) (Elfwing, Uchibe and Doya 2018)."""
     return x * sigmoid(x)
 
 
-KINDS: Mapping[str, Callable[..., Float64]] = MappingProxyType(
+def silu_slope(x: Float64) -> Float64:
+    s = sigmoid(x)
+    slope: Float64 = s * (1 + x * (1 - s))
+    return slope
+
+
+class Kind(NamedTuple):
+    """What a row of a kind computes, and its vector-Jacobian product."""
+
+    value: Callable[..., Float64]
+    backward: Callable[..., Gradients]
+
+
+class Activation(NamedTuple):
+    """A function of one number, and its derivative."""
+
+    value: Callable[[Float64], Float64]
+    slope: Callable[[Float64], Float64]
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
     {
-        "affine": affine,
-        "conv": conv,
-        "conv_transpose": conv_transpose,
-        "dense": dense,
-        "reshape": reshape,
-        "to_vectors": to_vectors,
-        "to_grid": to_grid,
-        "add": add,
-        "activation": activation,
+        "affine": Kind(affine, affine_backward),
+        "conv": Kind(conv, conv_backward),
+        "conv_transpose": Kind(conv_transpose, conv_transpose_backward),
+        "dense": Kind(dense, dense_backward),
+        "reshape": Kind(reshape, reshape_backward),
+        "to_vectors": Kind(to_vectors, to_vectors_backward),
+        "to_grid": Kind(to_grid, to_grid_backward),
+        "add": Kind(add, add_backward),
+        "activation": Kind(activation, activation_backward),
     }
 )
-ACTIVATIONS: Mapping[str, Callable[[Float64], Float64]] = MappingProxyType(
-    {"linear": linear, "elu": elu, "relu": relu, "silu": silu}
+ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {
+        "linear": Activation(linear, linear_slope),
+        "elu": Activation(elu, elu_slope),
+        "relu": Activation(relu, relu_slope),
+        "silu": Activation(silu, silu_slope),
+    }
 )
+
+
+def _weights(layers: Sequence[Layer], params: Params) -> dict[str, list[Float64]]:
+    """Weight and bias of each row by its name; [] of a row that has none. Raises ValueError."""
+    return {
+        layer.name: [
+            as_float64(name, _find(params, name), shape) for name, shape in layer.parameters
+        ]
+        for layer in layers
+    }
+
+
+def _applied(
+    step: Step, values: Mapping[int, Float64], weights: Mapping[str, list[Float64]]
+) -> Float64:
+    """What a row computes, before its activation."""
+    layer = step.layer
+    taken = (values[i] for i in step.sources)
+    return KINDS[layer.kind].value(layer, *taken, *weights[layer.name])
+
+
+def _gathered(layer: Layer, x: Float64) -> Float64:
+    """A view (N, C, H', W', kh, kw) of x: [n,c,i,j,a,b] is x[n, c, s*i + a, s*j + b]."""
+    windows = np.lib.stride_tricks.sliding_window_view(x, layer.kernel, axis=(2, 3))
+    return windows[:, :, :: layer.stride, :: layer.stride]
+
+
+def _scattered(layer: Layer, taps: Float64, shape: tuple[int, ...]) -> Float64:
+    """The transpose of ``_gathered``: an array of ``shape`` to which taps (N, H', W', C, kh, kw)
+    are added at [n, c, s*i + a, s*j + b]."""
+    (kh, kw), s = layer.kernel, layer.stride
+    _, h, w = taps.shape[:3]
+    full = np.zeros(shape)
+    for a in range(kh):
+        for b in range(kw):
+            rows, columns = slice(a, a + s * (h - 1) + 1, s), slice(b, b + s * (w - 1) + 1, s)
+            full[:, :, rows, columns] += taps[..., a, b].transpose(0, 3, 1, 2)
+    return full
+
+
+def _full_shape(layer: Layer, x: Float64) -> tuple[int, ...]:
+    """Of a transposed convolution's result before it is cropped."""
+    sides = (layer.stride * (n - 1) + k for n, k in zip(x.shape[2:], layer.kernel, strict=True))
+    return (len(x), layer.out_shape[0], *sides)
+
+
+def _cropped(layer: Layer, full: Float64) -> Float64:
+    (top, bottom), (left, right) = layer.pads
+    return full[:, :, top : full.shape[2] - bottom, left : full.shape[3] - right]
+
+
+def _grid_to_vectors(x: Float64, shape: tuple[int, ...]) -> Float64:
+    """(N, g*D, h, w) to (N, *shape), shape (S, D)."""
+    n, channels, h, w = x.shape
+    grid = x.reshape(n, channels // shape[1], shape[1], h, w)  # (N, g, D, h, w)
+    return grid.transpose(0, 3, 4, 1, 2).reshape(n, *shape)
+
+
+def _vectors_to_grid(x: Float64, shape: tuple[int, ...]) -> Float64:
+    """(N, S, D) to (N, *shape), shape (g*D, h, w)."""
+    n, _, size = x.shape
+    channels, h, w = shape
+    grid = x.reshape(n, h, w, channels // size, size)  # (N, h, w, g, D)
+    return grid.transpose(0, 3, 4, 1, 2).reshape(n, *shape)
 
 
 def _window_bytes(layer: Layer) -> int:
