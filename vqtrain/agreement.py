@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -13,6 +17,8 @@ from vqtrain.losses import compute_losses
 from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
 from vqtrain.quantizer import draw, reset_codes, update_ema
+from vqtrain.run.rules import NEAREST
+from vqtrain.run.step import forward_and_back
 
 
 def check_against_oracle(model: VQVAE, images: Array, options: TrainingOptions) -> Report:
@@ -63,6 +69,7 @@ def _backend(model: VQVAE, options: TrainingOptions) -> Backend:
         codes, rows, counts = map(tensor, arrays)
         return _arrays(reset_codes(codebook, count, means, codes, rows, counts, *how))
 
+    own = options.precision
     return Backend(
         precision=str(codebook.dtype).removeprefix("torch."),
         encoder=lambda images: _array(model.encoder(tensor(images))),
@@ -73,7 +80,34 @@ def _backend(model: VQVAE, options: TrainingOptions) -> Backend:
         ema=ema,
         draw=lambda latents, gumbel, t: _array(draw(tensor(latents), codebook, tensor(gumbel), t)),
         reset=reset,
+        gradients={each: _gradients(model, options, each) for each in ("float64", own)},
     )
+
+
+def _gradients(
+    model: VQVAE, options: TrainingOptions, precision: str
+) -> Callable[[Array], tuple[Array, dict[str, Array]]]:
+    """The training step's own pass forward and back in that precision, on a copy of the model.
+
+    float64 shows whether a gradient is right, the run's precision what it is there.
+    """
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    options = dataclasses.replace(
+        options, precision="float32" if precision == "float64" else precision
+    )
+
+    def pulled(images: Array) -> tuple[Array, dict[str, Array]]:
+        copied = copy.deepcopy(model).to(dtype)
+        x = torch.from_numpy(images).to(copied.quantizer.codebook)
+        with torch.enable_grad(), arithmetic(options.precision):
+            out, _ = forward_and_back(copied, x, options, NEAREST)
+        found = {
+            name: _array(torch.zeros_like(p) if p.grad is None else p.grad)
+            for name, p in copied.named_parameters()
+        }
+        return _array(out.indices), found
+
+    return pulled
 
 
 def _arrays(state: tuple[Tensor, Tensor, Tensor]) -> tuple[Array, Array, Array]:

@@ -7,8 +7,8 @@ the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from vqref.agreement.report import Check, Report, merge
 from vqref.dialects import POST, Dialect
 from vqref.likelihoods import LIKELIHOODS, mean
 from vqref.losses import compute_losses
-from vqref.model import Forward
+from vqref.model import Forward, gradients
 from vqref.network import decode, encode
 from vqref.quantizer import EMAState, draw_scores, quantize, reset_codes, update_ema
 from vqref.spec import CODEBOOK, ModelSpec
@@ -34,6 +34,9 @@ image is near it."""
 PROBED_TOKENS = 64
 """Codes decoded in every position, evenly spread, beside those that the images chose; on a grid,
 one code per position."""
+
+GRADIENT_IMAGES = 8
+"""Images at most on which gradients are compared: the oracle takes thrice as long for them."""
 
 DRAW_TEMPERATURE = 0.3
 """At which drawing is compared: codes other than the nearest are drawn often."""
@@ -60,6 +63,9 @@ class Backend:
     reset        (codes, rows, counts) -> codebook, ema_count, ema_means after a reset in the
                  parameters' state
 
+    gradients    {precision: images -> (indices that were taken, {name: gradient} of the losses'
+                 total for every parameter of encoder and decoder)}, each in its own precision
+
     precision: of the networks. quantizer_precision: of distances; detokenizer_precision: of the
     detokenizer, if that is a table; None means the networks'.
     """
@@ -74,6 +80,9 @@ class Backend:
     ema: Callable[[Array, Array], tuple[Array, Array, Array]] | None = None
     draw: Callable[[Array, Array, float], Array] | None = None
     reset: Callable[[Array, Array, Array], tuple[Array, Array, Array]] | None = None
+    gradients: Mapping[str, Callable[[Array], tuple[Array, Mapping[str, Array]]]] = field(
+        default_factory=dict
+    )
     quantizer_precision: str | None = None
     detokenizer_precision: str | None = None
 
@@ -128,6 +137,8 @@ def compare(
     if backend.reset:
         state = EMAState.from_params(params, steps)
         checks += _check_reset(backend.reset, state, case, (decay, epsilon, dialect))
+    for precision, pulled in backend.gradients.items():
+        checks.append(_check_gradients(pulled, precision, case, beta))
     return Report(tuple(checks), len(case.images))
 
 
@@ -337,6 +348,27 @@ def check_ema(
     for name, array in zip(STATE, found, strict=True):
         expected, magnitude = getattr(after, name), getattr(magnitudes, name)
         yield check("ema", array, expected, precision=precision, name=name, magnitude=magnitude)
+
+
+def _check_gradients(
+    pulled: Callable[[Array], tuple[Array, Mapping[str, Array]]],
+    precision: str,
+    case: _Case,
+    beta: float,
+) -> Check:
+    """The gradient of every parameter on a few of the images, with the codes that were taken there:
+    another code at a near tie is another gradient."""
+    images = case.images[:GRADIENT_IMAGES]
+    indices, found = pulled(images)
+    exact = gradients(case.spec, case.params, images, beta, indices)
+    return merge(
+        f"{precision} gradients",
+        precision,
+        tuple(
+            check("gradients", found[name], each, precision=precision, name=f"of {name}")
+            for name, each in exact.items()
+        ),
+    )
 
 
 def _check_draw(draw: Callable[[Array, Array, float], Array], case: _Case) -> Check:

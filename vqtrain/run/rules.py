@@ -87,6 +87,10 @@ def fits_an_array(spec: ModelSpec, count: int) -> bool:
     return count * spec.latent_size * spec.num_codes <= CHOICE_ELEMENTS
 
 
+NEAREST = Choices(plain=False, gumbel=None, temperature=None, order=None)
+"""A step of no rule: the nearest codes are taken, and none is reset."""
+
+
 class Rules:
     """The rules of ``options`` over ``steps`` steps.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqtrain.device import arithmetic
 from vqtrain.losses import Losses, compute_losses
-from vqtrain.model import VQVAE
+from vqtrain.model import VQVAE, Forward
 from vqtrain.options import FIRST_MOMENT, TrainingOptions
 from vqtrain.quantizer import draw
 from vqtrain.run.rules import Choices, Rules
@@ -77,17 +77,8 @@ def take(
     It never waits for that device, and all that differs between two steps of a kind is in tensors:
     ``images``, ``choices``, the learning rate.
     """
-    half = model.in_half() if options.precision == "bfloat16" else None
     with arithmetic(options.precision, one_size=True):
-        with half.in_place() if half else nullcontext():
-            out = model.plain(images) if choices.plain else model(images, *_rule(choices))
-        losses = compute_losses(
-            model.spec, images, out.outputs, out.latents, out.quantized, options.beta
-        )
-        optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        if half:
-            half.hand_gradients_back()
+        out, losses = forward_and_back(model, images, options, choices)
         optimizer.step()
     if not choices.plain:
         latents = out.latents.detach()
@@ -96,6 +87,24 @@ def take(
             how = options.revive_below, options.decay, options.epsilon
             model.quantizer.revive(latents, choices.order, *how)
     return Losses(*(value.detach() for value in losses)), out.indices
+
+
+def forward_and_back(
+    model: VQVAE, images: Tensor, options: TrainingOptions, choices: Choices
+) -> tuple[Forward, Losses]:
+    """One pass and its losses; leaves their gradients in the parameters, which had none to add
+    to."""
+    half = model.in_half() if options.precision == "bfloat16" else None
+    with half.in_place() if half else nullcontext():
+        out = model.plain(images) if choices.plain else model(images, *_rule(choices))
+    losses = compute_losses(
+        model.spec, images, out.outputs, out.latents, out.quantized, options.beta
+    )
+    model.zero_grad(set_to_none=True)
+    losses.total.backward()
+    if half:
+        half.hand_gradients_back()
+    return out, losses
 
 
 def _rule(choices: Choices) -> tuple[Callable[[Tensor, Tensor], Tensor], ...]:
