@@ -47,7 +47,7 @@ def test_numpy_and_pytorch_pull_a_gradient_back_alike_through_every_kind(kind, a
     y.backward(torch.from_numpy(gradient))
     before = KINDS[kind].value(row, *inputs, *weights)
     g = gradient * ACTIVATIONS[activation].slope(before)
-    pulled = KINDS[kind].backward(row, g, *inputs, *weights)
+    pulled = KINDS[kind].backward(row, g, *inputs, *weights) + KINDS[kind].learn(row, g, *inputs)
     assert len(pulled) == len(tensors)
     for found, tensor in zip(pulled, tensors, strict=True):
         assert off(found, tensor.grad.numpy()) <= 1e-12

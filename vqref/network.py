@@ -1,8 +1,9 @@
 """The NumPy interpreter of the rows: a function per kind, written beside its equation, in float64,
 and its vector-Jacobian product beside it.
 
-``KIND(layer, x, weight, bias)`` is y. ``KIND_backward(layer, g, x, weight, bias)``, g the gradient
-of a number with respect to y, is the gradients of that number with respect to x, weight and bias.
+``KIND(layer, x, weight, bias)`` is y. With g, the gradient of a number with respect to y,
+``KIND_backward(layer, g, x, weight, bias)`` is the gradients of that number with respect to the
+inputs, and ``KIND_learn(layer, g, x)`` those with respect to weight and bias.
 
 A convolution is sliding windows and one matrix product, so that a batch takes seconds, not minutes.
 Batches are cut so that the windows of the widest row stay under ``WINDOW_BYTES``.
@@ -45,13 +46,13 @@ def decode(spec: ModelSpec, params: Params, quantized: npt.ArrayLike) -> Float64
 
 def run(layers: Sequence[Layer], params: Params, x: Float64) -> Float64:
     """Applies the rows to x (N, *layers[0].in_shape), a few images at a time."""
-    weights, steps = _weights(layers, params), plan(layers)
+    weights, steps = weights_of(layers, params), plan(layers)
     size = max(1, WINDOW_BYTES // max(_window_bytes(layer) for layer in layers))
     out = np.empty((len(x), *layers[-1].out_shape))
     for start in range(0, len(x), size):
         values = {0: x[start : start + size]}
         for number, step in enumerate(steps, 1):
-            y = _applied(step, values, weights)
+            y = before_activation(step, values, weights)
             for spent in step.spent:
                 del values[spent]
             values[number] = ACTIVATIONS[step.layer.activation].value(y)
@@ -65,7 +66,7 @@ def backward(
     """The gradients of a number with respect to x (N, *layers[0].in_shape) and to every parameter
     of the rows, from its gradient with respect to ``run(layers, params, x)``; a few images at a
     time."""
-    weights, steps = _weights(layers, params), plan(layers)
+    weights, steps = weights_of(layers, params), plan(layers)
     held = sum(_window_bytes(layer) for layer in layers)
     size = max(1, WINDOW_BYTES // held)
     of_x = np.empty_like(x)
@@ -74,7 +75,7 @@ def backward(
         part = slice(start, start + size)
         values, before = {0: x[part]}, dict[int, Float64]()
         for number, step in enumerate(steps, 1):
-            before[number] = _applied(step, values, weights)
+            before[number] = before_activation(step, values, weights)
             values[number] = ACTIVATIONS[step.layer.activation].value(before[number])
         gradients = {len(steps): gradient[part]}
         for number, step in reversed([*enumerate(steps, 1)]):
@@ -83,9 +84,10 @@ def backward(
             layer, taken = step.layer, [values[i] for i in step.sources]
             g = gradients.pop(number) * ACTIVATIONS[layer.activation].slope(before[number])
             pulled = KINDS[layer.kind].backward(layer, g, *taken, *weights[layer.name])
-            for source, each in zip(step.sources, pulled, strict=False):
+            for source, each in zip(step.sources, pulled, strict=True):
                 gradients[source] = gradients[source] + each if source in gradients else each
-            for (name, _), each in zip(layer.parameters, pulled[len(taken) :], strict=True):
+            learned = KINDS[layer.kind].learn(layer, g, *taken)
+            for (name, _), each in zip(layer.parameters, learned, strict=True):
                 found[name] += each
         of_x[part] = gradients[0]
     return of_x, found
@@ -111,17 +113,21 @@ def conv_backward(
     layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
 ) -> Gradients:
     """of padded[n, c, s*i + a, s*j + b]: the sum over o of g[n,o,i,j] * weight[o,c,a,b]."""
-    padded = np.pad(x, ((0, 0), (0, 0), *layer.pads))
-    of_weight = np.tensordot(g, _gathered(layer, padded), axes=((0, 2, 3), (0, 2, 3)))
     taps = np.tensordot(g, weight, axes=((1,), (0,)))  # (N, H', W', C, kh, kw)
-    return _cropped(layer, _scattered(layer, taps, padded.shape)), of_weight, g.sum(axis=(0, 2, 3))
+    sides = (n + sum(pads) for n, pads in zip(x.shape[2:], layer.pads, strict=True))
+    return (_cropped(layer, scattered(layer, taps, (*x.shape[:2], *sides))),)
+
+
+def conv_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    windows = _gathered(layer, np.pad(x, ((0, 0), (0, 0), *layer.pads)))
+    return np.tensordot(g, windows, axes=((0, 2, 3), (0, 2, 3))), g.sum(axis=(0, 2, 3))
 
 
 def conv_transpose(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
     """full[n, o, s*i + a, s*j + b] += x[n,c,i,j] * weight[c,o,a,b], then cropped by ``pads``: the
     gradient of a convolution."""
     taps = np.tensordot(x, weight, axes=((1,), (0,)))  # (N, H, W, O, kh, kw)
-    return _cropped(layer, _scattered(layer, taps, _full_shape(layer, x))) + bias[:, None, None]
+    return _cropped(layer, scattered(layer, taps, _full_shape(layer, x))) + bias[:, None, None]
 
 
 def conv_transpose_backward(
@@ -129,9 +135,12 @@ def conv_transpose_backward(
 ) -> Gradients:
     """of x[n,c,i,j]: the sum over o,a,b of full[n, o, s*i + a, s*j + b] * weight[c,o,a,b]."""
     windows = _gathered(layer, np.pad(g, ((0, 0), (0, 0), *layer.pads)))  # (N, O, H, W, kh, kw)
-    of_x = np.tensordot(windows, weight, axes=((1, 4, 5), (1, 2, 3))).transpose(0, 3, 1, 2)
-    of_weight = np.tensordot(x, windows, axes=((0, 2, 3), (0, 2, 3)))
-    return of_x, of_weight, g.sum(axis=(0, 2, 3))
+    return (np.tensordot(windows, weight, axes=((1, 4, 5), (1, 2, 3))).transpose(0, 3, 1, 2),)
+
+
+def conv_transpose_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    windows = _gathered(layer, np.pad(g, ((0, 0), (0, 0), *layer.pads)))
+    return np.tensordot(x, windows, axes=((0, 2, 3), (0, 2, 3))), g.sum(axis=(0, 2, 3))
 
 
 def dense(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
@@ -142,7 +151,11 @@ def dense(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
 def dense_backward(
     layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
 ) -> Gradients:
-    return g @ weight, g.T @ x, g.sum(axis=0)
+    return (g @ weight,)
+
+
+def dense_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    return g.T @ x, g.sum(axis=0)
 
 
 def reshape(layer: Layer, x: Float64) -> Float64:
@@ -230,10 +243,12 @@ def silu_slope(x: Float64) -> Float64:
 
 
 class Kind(NamedTuple):
-    """What a row of a kind computes, and its vector-Jacobian product."""
+    """What a row of a kind computes, and its vector-Jacobian products: of its inputs, and of weight
+    and bias, if it has them."""
 
     value: Callable[..., Float64]
     backward: Callable[..., Gradients]
+    learn: Callable[..., Gradients] = lambda layer, g, *inputs: ()
 
 
 class Activation(NamedTuple):
@@ -246,9 +261,9 @@ class Activation(NamedTuple):
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "affine": Kind(affine, affine_backward),
-        "conv": Kind(conv, conv_backward),
-        "conv_transpose": Kind(conv_transpose, conv_transpose_backward),
-        "dense": Kind(dense, dense_backward),
+        "conv": Kind(conv, conv_backward, conv_learn),
+        "conv_transpose": Kind(conv_transpose, conv_transpose_backward, conv_transpose_learn),
+        "dense": Kind(dense, dense_backward, dense_learn),
         "reshape": Kind(reshape, reshape_backward),
         "to_vectors": Kind(to_vectors, to_vectors_backward),
         "to_grid": Kind(to_grid, to_grid_backward),
@@ -266,7 +281,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 )
 
 
-def _weights(layers: Sequence[Layer], params: Params) -> dict[str, list[Float64]]:
+def weights_of(layers: Sequence[Layer], params: Params) -> dict[str, list[Float64]]:
     """Weight and bias of each row by its name; [] of a row that has none. Raises ValueError."""
     return {
         layer.name: [
@@ -276,7 +291,7 @@ def _weights(layers: Sequence[Layer], params: Params) -> dict[str, list[Float64]
     }
 
 
-def _applied(
+def before_activation(
     step: Step, values: Mapping[int, Float64], weights: Mapping[str, list[Float64]]
 ) -> Float64:
     """What a row computes, before its activation."""
@@ -291,7 +306,7 @@ def _gathered(layer: Layer, x: Float64) -> Float64:
     return windows[:, :, :: layer.stride, :: layer.stride]
 
 
-def _scattered(layer: Layer, taps: Float64, shape: tuple[int, ...]) -> Float64:
+def scattered(layer: Layer, taps: Float64, shape: tuple[int, ...]) -> Float64:
     """The transpose of ``_gathered``: an array of ``shape`` to which taps (N, H', W', C, kh, kw)
     are added at [n, c, s*i + a, s*j + b]."""
     (kh, kw), s = layer.kernel, layer.stride

@@ -1,0 +1,541 @@
+"""Tokens proved in advance: what rounding can do to them under a named arithmetic, whatever machine
+computes, in whatever order it adds.
+
+The exact network takes values z_0 (the image), z_1, ..., z_L (the latents), a row each. A machine
+has other values z_i + δ_i. What it computes in row i is off by a local error e_i from what that row
+makes of the machine's own inputs, and |e_i| is bounded: see ``Arithmetic``. Rows are linear but for
+their activations, so before these δ_i is W δ_(i-1) + e_i without remainder. An activation f at z,
+its input there off by |δ| <= Δ, gives f(z + δ) = f(z) + f'(z) δ + r, where
+
+    elu     |r| <= Δ² exp(min(0, z + Δ)) / 2 if z - Δ < 0, else 0: f'' is exp(z) below 0 and 0
+            above, and f' is continuous
+    relu    |r| <= max(0, Δ - |z|): where the input crosses 0, the way beyond
+    silu    |r| <= Δ² / 4: |f''| <= 1/2
+
+With r and the activation's own rounding counted as local errors, the latents move by
+
+    δ_L = Σ over rows of J_i (e_i + r_i)
+
+with the exact Jacobians J_i at the exact values: an identity, not an approximation. Δ_i comes from
+the rows' magnitudes alone, Δ_i = |W| Δ_(i-1) + |e_i|. It is far too large at the end, but enters
+squared, or only where a relu's input is near 0.
+
+Code k can win over the nearest code b if ||x + δ - c_k||² - ||x + δ - c_b||², which is
+gap - 2 (c_k - c_b).δ, is not above the quantizer's own rounding (``vqref.agreement.bounds``). So a
+token is proved if for every k
+
+    gap > 2 Σ over rows, elements of |J_i' (c_k - c_b)| (|e_i| + |r_i|) + rounding of two distances
+
+Codes that cannot win even with Δ_L need no Jacobian. The direction c_k - c_b of each other is
+pulled back row by row; once the errors of the rows passed, and Δ for what lies below, cannot close
+the gap, it is dropped. On grids, whose rows see a few neighbours, only the window that a token sees
+is pulled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from vqref.agreement.bounds import distance_error, roundings
+from vqref.network import ACTIVATIONS, KINDS, before_activation, scattered, weights_of
+from vqref.precisions import arithmetic as distances_in
+from vqref.quantizer import squared_distances
+from vqref.spec import CODEBOOK, Layer, ModelSpec, Step, plan
+from vqref.validation import Float64, Int64, Params, as_images, check_params
+
+SLACK = 1 + 1e-9
+"""Bounds are computed in float64, whose own rounding this covers: no sum here has 1e6 terms of both
+signs."""
+
+UNIT, TINY = 2.0**-24, 2.0**-126
+"""The unit roundoff and the smallest normal number of float32, in which every arithmetic adds
+up."""
+
+PULLED_VALUES = 2**22
+"""Values of gradients held at once, 32 MiB per array."""
+
+Sums = Callable[[int], float]
+
+
+def any_order(n: int) -> float:
+    """n products and a bias, added one after another, in a tree, or anyhow; products rounded or
+    fused into the sums: n + 1 roundings at most (Higham 2002, equation 3.5)."""
+    return roundings(n + 1, UNIT)
+
+
+def in_lanes(n: int) -> float:
+    """16 sums side by side, or more, then these in a tree: n/16 additions in a lane, 4 in the tree,
+    a product and a bias."""
+    return roundings(-(-n // 16) + 6, UNIT)
+
+
+def pairwise(n: int) -> float:
+    """In a balanced tree: log2 n additions, a product and a bias."""
+    return roundings(math.ceil(math.log2(max(n, 2))) + 2, UNIT)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a machine computes the rows of a network.
+
+    A sum of products and a bias is off by at most sums(n) * (Σ |w| |x| + |b|), n products; if
+    factors are rounded first, by (1 + sums(n)) * (2f + f²) * Σ |w| |x| more, f of the precision's
+    row. An affine row takes two roundings, an addition one. elu: exp is off by ``exp`` of itself,
+    and two roundings of the result follow (as max(x, 0) + (exp(min(x, 0)) - 1), or with fewer).
+    exp(0) is 1. silu: as x / (1 + exp(-x)), exp and four roundings. Numbers below tiny may be
+    flushed to zero.
+
+    meaning: in words. sums: as above. factors: of ``vqref.precisions``, whose rounding factors
+    take; None if none. exp: relative. winograd: whether convolutions of 3x3 and stride 1 are
+    computed by Winograd's F(4x4, 3x3), see ``_winograd``.
+    """
+
+    meaning: str
+    sums: Sums = any_order
+    factors: str | None = None
+    exp: float = 8 * UNIT
+    winograd: bool = False
+
+
+ARITHMETICS: Mapping[str, Arithmetic] = MappingProxyType(
+    {
+        "float32": Arithmetic("float32, sums in any order, fused or not"),
+        "lanes": Arithmetic("float32, sums in 16 lanes or more", in_lanes),
+        "pairwise": Arithmetic("float32, sums in a balanced tree", pairwise),
+        "winograd": Arithmetic(
+            "float32, 3x3 convolutions by Winograd's F(4x4, 3x3)", winograd=True
+        ),
+        "tf32": Arithmetic("factors cut to TF32, sums in float32", factors="tf32"),
+        "float16": Arithmetic("factors rounded to float16, sums in float32", factors="float16"),
+        "bfloat16": Arithmetic("factors rounded to bfloat16, sums in float32", factors="bfloat16"),
+    }
+)
+"""By name. float32 holds the next two: whoever adds in a tree or in lanes adds in some order."""
+
+
+class Proof(NamedTuple):
+    """What is known in advance of the tokens of some images under an arithmetic.
+
+    indices (N, S): the exact tokens. proved (N, S): whether no rounding can change them. rivals (N,
+    S): the code that comes nearest to winning; the token itself if there is no other code. excess
+    (N, S): by how much that code's squared distance stays beyond what rounding can do; negative if
+    it could win. norms (N, S): a bound on the length by which the latent can move.
+    """
+
+    indices: Int64
+    proved: npt.NDArray[np.bool_]
+    rivals: Int64
+    excess: Float64
+    moved: Float64
+
+
+def prove(
+    spec: ModelSpec, params: Params, images: npt.ArrayLike, arithmetic: str = "float32"
+) -> Proof:
+    """Proves the tokens of images (N, C, H, W) in [0, 1] as far as they can be, under a name of
+    ARITHMETICS. Raises ValueError for another name, and for images or parameters that do not
+    fit."""
+    if arithmetic not in ARITHMETICS:
+        raise ValueError(f"arithmetic is {arithmetic!r}, expected {', '.join(ARITHMETICS)}")
+    check_params(spec, params)
+    x, codebook = as_images(images, spec), np.asarray(params[CODEBOOK], np.float64)
+    found = [
+        _prove_one(enclose(spec, params, image[None], ARITHMETICS[arithmetic]), codebook)
+        for image in x
+    ]
+    if not found:
+        nothing = np.empty((0, spec.latent_size))
+        return Proof(
+            nothing.astype(np.int64), nothing > 0, nothing.astype(np.int64), nothing, nothing
+        )
+    return Proof(*(np.stack(each) for each in zip(*found, strict=True)))
+
+
+@dataclass(frozen=True)
+class Enclosure:
+    """One image through the encoder, and what rounding can do on the way.
+
+    steps: the rows. weights: by the names of rows. By number of a value, from 0 for the image:
+    values and radius, |δ| <= radius. By number of a row, from 1: slopes, of its activation; errors,
+    |e|, and after, |r| and the activation's rounding. All without the axis of images.
+    """
+
+    steps: tuple[Step, ...]
+    weights: Mapping[str, list[Float64]]
+    values: list[Float64]
+    radius: list[Float64]
+    slopes: list[Float64]
+    errors: list[Float64]
+    after: list[Float64]
+
+    @property
+    def latents(self) -> Float64:
+        return self.values[-1]
+
+
+def enclose(spec: ModelSpec, params: Params, image: Float64, arithmetic: Arithmetic) -> Enclosure:
+    """The encoder on one image (1, C, H, W), with bounds."""
+    weights, steps = weights_of(spec.encoder, params), plan(spec.encoder)
+    values, radius = [image], [np.zeros_like(image)]
+    slopes, errors, after = [image], [image], [image]  # of value 0: not used
+    for step in steps:
+        layer, kind = step.layer, ACTIVATIONS[step.layer.activation]
+        taken = [(values[i], radius[i]) for i in step.sources]
+        z = before_activation(step, dict(enumerate(values)), weights)
+        error = _local_error(layer, arithmetic, taken, weights[layer.name])
+        wide = (_spread(layer, taken, weights[layer.name]) + error) * SLACK
+        y, slope = kind.value(z), kind.slope(z)
+        left = _remainder(layer.activation, z, wide) + _rounding(
+            layer.activation, z, wide, arithmetic
+        )
+        values.append(y)
+        radius.append((np.abs(slope) * wide + left) * SLACK)
+        for kept, each in ((slopes, slope), (errors, error * SLACK), (after, left * SLACK)):
+            kept.append(each)
+    parts = (values, radius, slopes, errors, after)
+    return Enclosure(steps, weights, *([array[0] for array in part] for part in parts))
+
+
+def _spread(
+    layer: Layer, taken: Sequence[tuple[Float64, Float64]], weights: Sequence[Float64]
+) -> Float64:
+    """What a row makes of inputs that are off by a radius: |W| Δ."""
+    wide = [radius for _, radius in taken]
+    if weights:
+        return KINDS[layer.kind].value(layer, *wide, np.abs(weights[0]), np.zeros_like(weights[1]))
+    if layer.kind == "affine":
+        return abs(layer.scale) * wide[0]
+    return KINDS[layer.kind].value(layer, *wide)
+
+
+def _local_error(
+    layer: Layer,
+    arithmetic: Arithmetic,
+    taken: Sequence[tuple[Float64, Float64]],
+    weights: Sequence[Float64],
+) -> Float64:
+    """|e|: what a row's result is off by, beside the exact result of the machine's own inputs."""
+    sizes = [np.abs(x) + radius for x, radius in taken]
+    if weights:
+        return _product_error(layer, arithmetic, sizes[0], *map(np.abs, weights))
+    if layer.kind == "affine":
+        exact = layer.scale == 1 and layer.shift == 0
+        terms = abs(layer.scale) * sizes[0] + abs(layer.shift)
+        return np.zeros_like(terms) if exact else roundings(2, UNIT) * terms + 2 * TINY
+    if layer.kind == "add":
+        return UNIT * (sizes[0] + sizes[1]) + TINY
+    return np.zeros_like(KINDS[layer.kind].value(layer, *sizes))
+
+
+def _product_error(
+    layer: Layer, arithmetic: Arithmetic, size: Float64, weight: Float64, bias: Float64
+) -> Float64:
+    """Of a row with weights; size, weight and bias are magnitudes."""
+    count = products(layer)
+    if arithmetic.winograd and layer.kind == "conv" and (layer.kernel, layer.stride) == ((3, 3), 1):
+        return _winograd(layer, size, weight, bias)
+    total = KINDS[layer.kind].value(layer, size, weight, np.zeros_like(bias))
+    across = (-1,) + (1,) * (total.ndim - 2)
+    error: Float64 = arithmetic.sums(count) * (total + bias.reshape(across)) + 2 * count * TINY
+    if arithmetic.factors is None:
+        return error
+    row = distances_in(arithmetic.factors)
+    f = max(row.inputs, row.factors)
+    error += (1 + arithmetic.sums(count)) * (2 * f + f * f) * total
+    if row.tiny > TINY:  # factors may be flushed to zero: |w| tiny + |x| tiny + tiny² each
+        ones = KINDS[layer.kind].value(layer, np.ones_like(size), weight, np.zeros_like(bias))
+        sums = KINDS[layer.kind].value(layer, size, np.ones_like(weight), np.zeros_like(bias))
+        error += row.tiny * (ones + sums + count * row.tiny)
+    if max(size.max(), weight.max()) >= row.largest:
+        error[:] = np.inf
+    return error
+
+
+def products(layer: Layer) -> int:
+    """How many products each result of a row with weights adds up, at most."""
+    if layer.kind == "conv_transpose":
+        return layer.in_shape[0] * math.prod(-(-k // layer.stride) for k in layer.kernel)
+    return layer.fan_in
+
+
+WINOGRAD_DATA = (  # B', d -> B'dB, of F(4x4, 3x3) (Lavin and Gray 2016)
+    (4, 0, -5, 0, 1, 0),
+    (0, -4, -4, 1, 1, 0),
+    (0, 4, -4, -1, 1, 0),
+    (0, -2, -1, 2, 1, 0),
+    (0, 2, -1, -2, 1, 0),
+    (0, 4, 0, -5, 0, 1),
+)
+WINOGRAD_WEIGHTS = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+WINOGRAD_RESULT = (
+    (1, 1, 1, 1, 1, 0),
+    (0, 1, -1, 2, -2, 0),
+    (0, 1, 1, 4, 4, 0),
+    (0, 1, -1, 8, -8, 1),
+)
+
+
+def _winograd(layer: Layer, size: Float64, weight: Float64, bias: Float64) -> Float64:
+    """Y = A'[Σ over channels of (G g G') ⊙ (B' d B)]A is no sum in any order: its terms are larger
+    than those of the convolution and cancel.
+
+    Each factor passes two transforms, of at most 6 terms each, and so does the result; C products
+    are added between: C + 50 roundings. With |B'||d||B| <= β² max |d|, β the largest row sum of
+    |B'|, and m the columnwise largest of |A'||G|, a result's terms add up to at most β² Σ over c of
+    max |d_c| Σ over a,b of m_a m_b |g_cab|, the largest over all pixels of any tile that the result
+    may be in: four to each side.
+    """
+    from numpy.lib.stride_tricks import sliding_window_view
+
+    data, of_weights, result = map(
+        np.abs, map(np.array, (WINOGRAD_DATA, WINOGRAD_WEIGHTS, WINOGRAD_RESULT))
+    )
+    growth = data.sum(axis=1).max() ** 2
+    m = (result @ of_weights).max(axis=0)
+    sides = [(before + 3, after + 3) for before, after in layer.pads]
+    padded = np.pad(size, ((0, 0), (0, 0), *sides))
+    largest = sliding_window_view(padded, (9, 9), axis=(2, 3)).max(axis=(4, 5))
+    each = np.einsum("ocab,a,b->oc", weight, m, m)
+    total = growth * np.einsum("oc,nchw->nohw", each, largest) + bias[:, None, None]
+    error: Float64 = roundings(size.shape[1] + 50, UNIT) * total
+    return error
+
+
+def _remainder(activation: str, z: Float64, wide: Float64) -> Float64:
+    """|r| of an activation at z whose input is off by at most ``wide``."""
+    if activation == "elu":
+        with np.errstate(over="ignore"):
+            half = 0.5 * np.square(wide) * np.exp(np.minimum(0.0, z + wide))
+        return np.where(z - wide < 0, half, 0.0)
+    if activation == "relu":
+        return np.maximum(0.0, wide - np.abs(z))
+    if activation == "silu":
+        quarter: Float64 = 0.25 * np.square(wide)
+        return quarter
+    return np.zeros_like(z)
+
+
+def _rounding(activation: str, z: Float64, wide: Float64, arithmetic: Arithmetic) -> Float64:
+    """What the activation's own result is off by."""
+    if activation == "elu":
+        below = np.exp(np.minimum(0.0, z + wide))
+        error = arithmetic.exp * below + 2 * UNIT * np.minimum(1.0, np.abs(z) + wide) + TINY
+        return np.where(z - wide > 0, 0.0, error)
+    if activation == "silu":
+        silu: Float64 = (arithmetic.exp + 4 * UNIT) * (np.abs(z) + wide) + TINY
+        return silu
+    return np.zeros_like(z)
+
+
+def _prove_one(enclosure: Enclosure, codebook: Float64) -> Proof:
+    """A Proof without its first axis."""
+    latents, radius = enclosure.latents, enclosure.radius[-1]
+    moved = np.sqrt(np.square(radius).sum(axis=1))
+    size, norms = codebook.shape[1], np.sqrt(np.square(codebook).sum(axis=1))
+    count = len(latents)
+    indices, rivals = np.empty(count, np.int64), np.empty(count, np.int64)
+    excess = np.empty(count)
+    for rows, distances in squared_distances(latents, codebook):
+        best, each = distances.argmin(axis=1), np.arange(len(distances))
+        wide = moved[rows, None]
+        error = distance_error(
+            distances,
+            np.sqrt(np.square(latents[rows]).sum(axis=1))[:, None],
+            norms,
+            size,
+            precision="float32",
+            moved=wide,
+        )
+        least = distances[each, best][:, None]
+        room = (distances - least - error - error[each, best][:, None]) / 2  # (rows, K)
+        room[each, best] = np.inf
+        left = room - SLACK * wide * (np.sqrt(distances) + np.sqrt(least))
+        tokens, codes = np.nonzero(~(left > 0))
+        directions = codebook[codes] - codebook[best[tokens]]
+        coarse = SLACK * (np.abs(directions) * radius[rows][tokens]).sum(axis=1)
+        bounds = coarse.copy()
+        open_ = np.flatnonzero(~(coarse < room[tokens, codes]))
+        where = tokens[open_] + (rows.start or 0)
+        bounds[open_] = reach(
+            enclosure, where, directions[open_], room[tokens[open_], codes[open_]]
+        )
+        left[tokens, codes] = room[tokens, codes] - bounds
+        left[np.isnan(left)] = -np.inf
+        indices[rows], rivals[rows] = best, left.argmin(axis=1)
+        excess[rows] = 2 * left[each, rivals[rows]]
+    return Proof(indices, excess > 0, rivals, excess, moved)
+
+
+class _Window(NamedTuple):
+    """A part of each of B gradients of a value, outside of which they are 0.
+
+    values (B, C, h, w). origin (B, 2): row and column of its first place, which may lie outside of
+    the value; None: it is the whole value, of any shape.
+    """
+
+    values: Float64
+    origin: Int64 | None
+
+    def take(self, kept: npt.NDArray[np.bool_]) -> _Window:
+        return _Window(self.values[kept], None if self.origin is None else self.origin[kept])
+
+
+def reach(enclosure: Enclosure, tokens: Int64, directions: Float64, room: Float64) -> Float64:
+    """Bounds (B,) on |direction . δ|, δ what the latents of some tokens (B,) can move by,
+    directions (B, D): what the exact Jacobian gives, or anything that is proved to be less than
+    ``room`` (B,)."""
+    largest = max(value.size for value in enclosure.values)
+    step = max(1, PULLED_VALUES // min(largest, PULLED_VALUES // 8))
+    bounds = np.empty(len(tokens))
+    for start in range(0, len(tokens), step):
+        part = slice(start, start + step)
+        bounds[part] = _pulled_at_once(enclosure, tokens[part], directions[part], room[part])
+    return bounds
+
+
+def _pulled_at_once(
+    enclosure: Enclosure, tokens: Int64, directions: Float64, room: Float64
+) -> Float64:
+    bounds, spent = np.empty(len(tokens)), np.zeros(len(tokens))
+    live, last = np.arange(len(tokens)), len(enclosure.steps)
+    gradients = {last: _start(enclosure, tokens, directions)}
+    for number, step in reversed([*enumerate(enclosure.steps, 1)]):
+        if number not in gradients:
+            continue
+        g = gradients.pop(number)
+        spent += _weighed(g, enclosure.after[number])
+        g = g._replace(values=g.values * _cut(enclosure.slopes[number], g))
+        spent += _weighed(g, enclosure.errors[number])
+        for source, each in zip(step.sources, _pull(enclosure, step, g), strict=True):
+            other = gradients.get(source)
+            gradients[source] = (
+                each if other is None else _joined(each, other, enclosure.values[source])
+            )
+        reached = spent + sum(_weighed(g, enclosure.radius[i]) for i, g in gradients.items())
+        bounds[live] = SLACK * reached
+        kept = ~(SLACK * reached < room[live])
+        if not kept.any():
+            break
+        live, spent = live[kept], spent[kept]
+        gradients = {i: g.take(kept) for i, g in gradients.items()}
+    return bounds
+
+
+def _start(enclosure: Enclosure, tokens: Int64, directions: Float64) -> _Window:
+    """The directions as gradients of the latents (S, D)."""
+    values = np.zeros((len(tokens), *enclosure.latents.shape))
+    values[np.arange(len(tokens)), tokens] = directions
+    return _Window(values, None)
+
+
+def _pull(enclosure: Enclosure, step: Step, g: _Window) -> Iterator[_Window]:
+    """The gradients of a row's inputs."""
+    layer, weights = step.layer, enclosure.weights[step.layer.name]
+    if g.origin is not None and layer.kind in ("affine", "add", "activation"):
+        scale = layer.scale if layer.kind == "affine" else 1.0
+        yield from [g._replace(values=scale * g.values)] * len(step.sources)
+    elif g.origin is not None and layer.kind == "conv":
+        yield _through_conv(layer, g, weights[0])
+    elif layer.kind == "to_vectors" and g.origin is None:
+        yield _to_places(layer, g)
+    else:
+        whole = g if g.origin is None else _whole(g, layer.out_shape)
+        taken = [
+            np.broadcast_to(enclosure.values[i], (len(g.values), *enclosure.values[i].shape))
+            for i in step.sources
+        ]
+        for each in KINDS[layer.kind].backward(layer, whole.values, *taken, *weights):
+            yield _Window(each, None)
+
+
+def _to_places(layer: Layer, g: _Window) -> _Window:
+    """The gradient of a grid's latents (S, D) as that of one place of the grid each, if there is
+    one place."""
+    (whole,) = KINDS[layer.kind].backward(
+        layer, g.values, np.empty((len(g.values), *layer.in_shape))
+    )
+    flat = (whole != 0).max(axis=1).reshape(len(whole), -1)  # (B, h*w)
+    place = np.stack(np.unravel_index(flat.argmax(axis=1), layer.in_shape[1:]), axis=1)
+    if (flat.sum(axis=1) > 1).any():
+        return _Window(whole, None)
+    each = np.arange(len(whole))
+    return _Window(whole[each, :, place[:, 0], place[:, 1]][:, :, None, None], place)
+
+
+def _through_conv(layer: Layer, g: _Window, weight: Float64) -> _Window:
+    """As ``conv_backward``, of a window: the input's window begins where the kernel of its first
+    place does."""
+    assert g.origin is not None
+    taps = np.tensordot(g.values, weight, axes=((1,), (0,)))
+    sides = (layer.stride * (n - 1) + k for n, k in zip(taps.shape[1:3], layer.kernel, strict=True))
+    values = scattered(layer, taps, (len(taps), layer.in_shape[0], *sides))
+    window = _Window(values, layer.stride * g.origin - np.array([pads[0] for pads in layer.pads]))
+    if math.prod(values.shape[2:]) > math.prod(layer.in_shape[1:]):
+        return _whole(window, layer.in_shape)
+    return window
+
+
+def _joined(a: _Window, b: _Window, value: Float64) -> _Window:
+    """The sum of two gradients of one value."""
+    if a.origin is None or b.origin is None:
+        a, b = (g if g.origin is None else _whole(g, value.shape) for g in (a, b))
+        return _Window(a.values + b.values, None)
+    apart = (b.origin - a.origin)[0]  # the same for all: both came down from one place
+    ends = np.maximum(a.values.shape[2:], apart + b.values.shape[2:])
+    begin = np.minimum(0, apart)
+    total = np.zeros((*a.values.shape[:2], *(ends - begin)))
+    for g, (top, left) in ((a, -begin), (b, apart - begin)):
+        height, width = g.values.shape[2:]
+        total[:, :, top : top + height, left : left + width] += g.values
+    return _Window(total, a.origin + begin)
+
+
+def _whole(g: _Window, shape: tuple[int, ...]) -> _Window:
+    """A window as the whole value of ``shape`` (C, H, W)."""
+    assert g.origin is not None
+    total = np.zeros((len(g.values), *shape))
+    rows, columns, inside = _places(g, shape)
+    each = np.arange(len(total))[:, None, None]
+    moved = np.where(inside[:, None], g.values, 0.0).transpose(0, 2, 3, 1)  # (B, h, w, C)
+    np.add.at(total.transpose(0, 2, 3, 1), (each, rows, columns), moved)
+    return _Window(total, None)
+
+
+def _cut(array: Float64, g: _Window) -> Float64:
+    """The part of an array of the value's shape that a window covers, 0 outside of it."""
+    if g.origin is None:
+        return array[None]
+    rows, columns, inside = _places(g, array.shape)
+    return np.where(inside[:, None], array[:, rows, columns].transpose(1, 0, 2, 3), 0.0)
+
+
+def _places(g: _Window, shape: tuple[int, ...]) -> tuple[Int64, Int64, npt.NDArray[np.bool_]]:
+    """Rows (B, h, 1) and columns (B, 1, w) of a window's places, clipped to the value, and which
+    lie in it, (B, h, w)."""
+    assert g.origin is not None
+    height, width = g.values.shape[2:]
+    rows = (g.origin[:, :1] + np.arange(height))[:, :, None]
+    columns = (g.origin[:, 1:] + np.arange(width))[:, None, :]
+    inside = (rows >= 0) & (rows < shape[1]) & (columns >= 0) & (columns < shape[2])
+    return rows.clip(0, shape[1] - 1), columns.clip(0, shape[2] - 1), inside
+
+
+def _weighed(g: _Window, array: Float64) -> Float64:
+    """Σ |g| a over a value's elements, (B,)."""
+    part = np.abs(g.values) * _cut(array, g)
+    total: Float64 = part.reshape(len(part), -1).sum(axis=1)
+    return total
