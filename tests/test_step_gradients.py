@@ -54,6 +54,24 @@ def test_the_steps_gradients_are_the_oracles(case, precision):
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_images_that_are_all_alike_raise_no_alarm(case, level, precision):
+    """Latents are then their codes, and a gradient what rounding leaves of a difference."""
+    model, images = case
+    images = np.full_like(images, level)
+    with torch.no_grad():
+        latents = model.encoder(torch.from_numpy(images))
+        model.quantizer.codebook[: latents.shape[1]] = latents[0]
+    options = dataclasses.replace(OPTIONS, precision=precision)
+    gradients = [
+        check for check in check_against_oracle(model, images, options).checks
+        if check.stage.endswith("gradients")
+    ]  # fmt: skip
+    assert len(gradients) == 2
+    assert all(check.passed for check in gradients), gradients
+
+
 def without_stop(self, images, choose=nearest):
     """The decoder's input without the gradient of the latents."""
     latents = self.encoder(images)

@@ -92,13 +92,49 @@ def gradients(
     check_params(spec, params)
     x = as_images(images, spec)
     latents = encode(spec, params, x)
-    if indices is None:
-        quantized = quantize(latents, params[CODEBOOK]).quantized
-    else:
-        codes = as_indices(indices, (len(x), spec.latent_size), spec.num_codes)
-        quantized = np.asarray(params[CODEBOOK], np.float64)[codes]
+    quantized = _quantized(spec, params, latents, indices)
     outputs = decode(spec, params, quantized)
-    of_outputs, of_latents = losses_backward(spec, x, outputs, latents, quantized, beta)
+    pulled = losses_backward(spec, x, outputs, latents, quantized, beta)
+    return _pulled_back(spec, params, x, quantized, *pulled)
+
+
+def gradient_terms(
+    spec: ModelSpec,
+    params: Params,
+    images: npt.ArrayLike,
+    beta: float = 0.25,
+    indices: npt.ArrayLike | None = None,
+) -> dict[str, Float64]:
+    """Of ``gradients``, the part that is left if images and codes, to which outputs and latents are
+    drawn, are 0: how large the terms are whose difference a gradient is. Where both are nearly
+    equal, as for images that are all alike, rounding is to be judged beside these."""
+    x = as_images(images, spec)
+    latents = encode(spec, params, x)
+    quantized = _quantized(spec, params, latents, indices)
+    outputs = decode(spec, params, quantized)
+    nothing = np.zeros_like(x), np.zeros_like(quantized)
+    pulled = losses_backward(spec, nothing[0], outputs, latents, nothing[1], beta)
+    return _pulled_back(spec, params, x, quantized, *pulled)
+
+
+def _quantized(
+    spec: ModelSpec, params: Params, latents: Float64, indices: npt.ArrayLike | None
+) -> Float64:
+    """The nearest codes, or those of ``indices``."""
+    if indices is None:
+        return quantize(latents, params[CODEBOOK]).quantized
+    codes = as_indices(indices, (len(latents), spec.latent_size), spec.num_codes)
+    return np.asarray(np.asarray(params[CODEBOOK], np.float64)[codes])
+
+
+def _pulled_back(
+    spec: ModelSpec,
+    params: Params,
+    x: Float64,
+    quantized: Float64,
+    of_outputs: Float64,
+    of_latents: Float64,
+) -> dict[str, Float64]:
     of_quantized, found = backward(spec.decoder, params, quantized, of_outputs)
     _, of_encoder = backward(spec.encoder, params, x, of_latents + of_quantized)
     return found | of_encoder

@@ -25,9 +25,9 @@ class Tolerance:
     """The error that a stage is allowed.
 
     relative: the error allowed over a scale.
-    of: what that scale is. "array" is the largest magnitude in the oracle's array; "image" the
-        largest within the same image, so that one wild image hides nothing in another; "element"
-        each element's own magnitude, or the scale that the caller gives for it.
+    of: what that scale is. "array" is the largest magnitude in the oracle's array, or of what the
+        caller gives for it; "image" the largest within the same image, so that one wild image hides
+        nothing in another; "element" each element's own magnitude, or what the caller gives for it.
     reason: why this much, and what was measured.
     floor: the smallest value that the scale takes.
     """
@@ -146,14 +146,15 @@ def allowed_error(stage: str, expected: npt.ArrayLike, *, precision: str) -> Flo
 
 def _scale(row: Tolerance, expected: Float64, magnitude: npt.ArrayLike | None) -> Float64:
     """The scale against which an error in each element of ``expected`` is held."""
+    given = np.abs(np.asarray(expected if magnitude is None else magnitude))
     if row.of == "array":
-        scale = np.abs(expected).max(initial=0.0)
+        scale = given.max(initial=0.0)
     elif row.of == "image":
         scale = np.abs(expected).max(
             axis=tuple(range(1, expected.ndim)), keepdims=True, initial=0.0
         )
     else:
-        scale = np.abs(np.asarray(expected if magnitude is None else magnitude))
+        scale = given
     return np.broadcast_to(np.maximum(scale, row.floor), expected.shape)
 
 
@@ -170,7 +171,7 @@ def check(
 
     actual: the output, whose dtype must be the precision's. expected: the oracle's float64 array.
     name: the stage's name in the report, ``stage`` if None.
-    magnitude: the scale of each element, for tolerances of an "element".
+    magnitude: the scale of each element, for tolerances of an "array" or an "element".
 
     Raises ValueError for a (stage, precision) without a tolerance.
     """

@@ -19,7 +19,7 @@ from vqref.agreement.report import Check, Report, merge
 from vqref.dialects import POST, Dialect
 from vqref.likelihoods import LIKELIHOODS, mean
 from vqref.losses import compute_losses
-from vqref.model import Forward, gradients
+from vqref.model import Forward, gradient_terms, gradients
 from vqref.network import decode, encode
 from vqref.quantizer import EMAState, draw_scores, quantize, reset_codes, update_ema
 from vqref.spec import CODEBOOK, ModelSpec
@@ -35,8 +35,13 @@ PROBED_TOKENS = 64
 """Codes decoded in every position, evenly spread, beside those that the images chose; on a grid,
 one code per position."""
 
-GRADIENT_IMAGES = 8
-"""Images at most on which gradients are compared: the oracle takes thrice as long for them."""
+GRADIENT_IMAGES = 4
+"""Images at most on which gradients are compared: the oracle takes several times as long
+for them."""
+
+SOFTPLUS_FLOOR = 0.01
+"""Of a value of an image, the nats that its loss is judged beside at the least: near 0, so much
+keeps the rounding of 1 within the tolerance."""
 
 DRAW_TEMPERATURE = 0.3
 """At which drawing is compared: codes other than the nearest are drawn often."""
@@ -253,8 +258,11 @@ def _decode_but_known(
 
 def _loss_magnitudes(spec: ModelSpec, losses: Float64) -> Float64:
     """Scales of the four losses: terms of a reconstruction may cancel if densities exceed 1, and do
-    so with a gaussian, whose constant is (CHW/2) ln 2πσ²."""
+    so with a gaussian, whose constant is (CHW/2) ln 2πσ². A softplus may be computed as log(1 +
+    exp), which is off by a rounding of 1 however small it is, in each value of an image."""
     magnitudes = np.abs(losses)
+    if spec.likelihood == "bernoulli":
+        magnitudes[[0, 3]] += SOFTPLUS_FLOOR * np.prod(spec.image_shape)
     if spec.likelihood == "gaussian":
         constant = 0.5 * np.prod(spec.image_shape) * np.log(2 * np.pi * spec.variance)
         magnitudes[[0, 3]] += abs(constant)
@@ -360,12 +368,21 @@ def _check_gradients(
     another code at a near tie is another gradient."""
     images = case.images[:GRADIENT_IMAGES]
     indices, found = pulled(images)
-    exact = gradients(case.spec, case.params, images, beta, indices)
+    exact, terms = (
+        of(case.spec, case.params, images, beta, indices) for of in (gradients, gradient_terms)
+    )
     return merge(
         f"{precision} gradients",
         precision,
         tuple(
-            check("gradients", found[name], each, precision=precision, name=f"of {name}")
+            check(
+                "gradients",
+                found[name],
+                each,
+                precision=precision,
+                name=f"of {name}",
+                magnitude=np.abs(each) + np.abs(terms[name]),
+            )
             for name, each in exact.items()
         ),
     )
