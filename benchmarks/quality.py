@@ -40,7 +40,7 @@ def peer(data: Path, epochs: int) -> None:
     from vqtrain.data.sources import load_source
 
     torch.manual_seed(0)
-    images = load_source(str(data), lambda line: None, None)
+    images = load_source(str(data), lambda line: None)
     assert images.held_out is not None
     batches = Batches(images.train, BATCH, torch.device("cpu"))
     held_out = torch.cat(list(Batches(images.held_out, BATCH, torch.device("cpu")).in_order()))

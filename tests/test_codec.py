@@ -1,6 +1,9 @@
 """The Codec: what other programs call, and all that it lets through."""
 
+import dataclasses
+import hashlib
 import pickle
+import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.metadata import distribution, packages_distributions
 from multiprocessing import get_context
@@ -9,12 +12,16 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from PIL import Image
 from support import ROOT
 
 import vqref
 from vqdeploy import Codec
+from vqdeploy.runtime.sessions import open_sessions
 from vqref.errors import InputError, MachineError
 from vqref.host.images import as_batch
+from vqref.preprocessing import Preprocessing
+from vqref.spec import CODEBOOK
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +65,179 @@ def test_large_batches_are_cut_and_empty_ones_answered(codec, many_images, monke
     assert codec.decode(np.zeros((0, 4), int)).shape == (0, 1, 28, 28)
 
 
-def test_samples_are_drawn_by_the_generator_that_was_passed(codec):
-    first, again = (codec.sample(3, rng=np.random.default_rng(5)) for _ in range(2))
+def test_samples_are_drawn_by_the_seed_or_the_generator_that_was_passed(codec):
+    first, again = (codec.sample(3, seed=np.random.default_rng(5)) for _ in range(2))
     np.testing.assert_array_equal(first, again)
-    assert first.shape == (3, 1, 28, 28)
-    assert codec.sample(2).shape == (2, 1, 28, 28)
+    for seed in (5, np.int64(5), np.array(5)):
+        np.testing.assert_array_equal(codec.sample(3, seed=seed), first)
+    assert not np.array_equal(codec.sample(3, seed=0), codec.sample(3, seed=1))
+    rng = np.random.default_rng(5)
+    assert not np.array_equal(codec.sample(3, seed=rng), codec.sample(3, seed=rng))
+    assert not np.array_equal(codec.sample(8), codec.sample(8))
+    assert (first.shape, first.dtype) == ((3, 1, 28, 28), np.float32)
+    assert codec.sample(0).shape == (0, 1, 28, 28)
 
 
-def test_it_says_what_it_is_and_what_runs(codec, model):
+@pytest.mark.parametrize(
+    "seed", [True, np.False_, -1, 0.0, "5", b"5", [5], np.random.RandomState(5), np.zeros(2, int)]
+)
+def test_what_is_no_seed_is_refused_and_never_ignored(codec, seed):
+    with pytest.raises((TypeError, ValueError), match=r"^seed is .*, expected an integer"):
+        codec.sample(2, seed=seed)
+
+
+@pytest.mark.parametrize("n", [True, -1, 1.0, "2", None])
+def test_what_is_no_number_of_samples_is_refused(codec, n):
+    with pytest.raises((TypeError, ValueError), match=r"^n is .*, expected an integer from 0 on$"):
+        codec.sample(n, seed=0)
+
+
+def test_it_says_what_it_is_and_what_runs(codec, bundle, model):
     assert codec.spec == model.spec
+    assert codec.preprocessing == Preprocessing(1)
     assert codec.device == "cpu"
     assert codec.providers == ("CPUExecutionProvider",)
+    digest = hashlib.sha256((bundle / "manifest.json").read_bytes()).hexdigest()
+    assert codec.manifest_sha256 == digest
+    expected = "<Codec post: images (1, 28, 28), 4 tokens of 16, on cpu, bundle "
+    assert repr(codec) == f"{expected}{digest[:12]}>"
+    with Codec.load(bundle, "cpu") as closed:
+        pass
+    assert repr(closed).endswith(", closed>")
+
+
+@pytest.mark.parametrize(
+    ("kind", "pictures"), [("", "many_images"), ("residual_", "colour_images")], ids=str
+)
+def test_latents_are_the_oracles_and_the_nearest_codes_are_the_tokens(request, kind, pictures):
+    model = request.getfixturevalue(f"{kind}model")
+    codec = Codec.load(request.getfixturevalue(f"{kind}bundle"), "cpu")
+    spec, images = model.spec, request.getfixturevalue(pictures)[:20]
+    latents, codebook = codec.latents(images), codec.codebook
+    shape = (20, spec.latent_size, spec.code_size)
+    assert (latents.shape, latents.dtype) == (shape, np.float32)
+    batch = as_batch(images, spec.image_shape)
+    np.testing.assert_allclose(latents, vqref.encode(spec, model.params, batch), atol=1e-5)
+    assert (codebook.shape, codebook.dtype) == ((spec.num_codes, spec.code_size), np.float32)
+    np.testing.assert_array_equal(codebook, model.params[CODEBOOK])
+    distances = ((latents[:, :, None] - codebook) ** 2).sum(-1)
+    np.testing.assert_array_equal(distances.argmin(-1), codec.encode(images))
+    with pytest.raises(ValueError, match="read-only"):
+        codebook[0, 0] = 1
+
+
+def test_the_graph_of_the_latents_is_opened_once_by_whoever_is_first(
+    bundle, many_images, monkeypatch
+):
+    codec, opened = Codec.load(bundle, "cpu"), []
+
+    def counted(graphs, *arguments, **options):
+        opened.extend(graphs)
+        return open_sessions(graphs, *arguments, **options)
+
+    monkeypatch.setattr("vqdeploy.codec.open_sessions", counted)
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(codec.latents, [many_images[:3]] * 16))
+    assert opened == ["encoder"]
+    for latents in found:
+        np.testing.assert_array_equal(latents, found[0])
+
+
+def test_latents_of_a_bundle_that_changed_since_it_was_loaded_are_refused(
+    bundle, many_images, tmp_path, monkeypatch
+):
+    shutil.copytree(bundle, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path)
+    codec = Codec.load("copy", "cpu")
+    content = bytearray((tmp_path / "copy" / "encoder.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "copy" / "encoder.onnx").write_bytes(content)
+    monkeypatch.chdir("/")  # it remembers where the bundle is
+    with pytest.raises(InputError, match=r"encoder\.onnx: damaged: its sha256"):
+        codec.latents(many_images[:1])
+    (tmp_path / "copy" / "oracle.npz").write_bytes(b"")
+    with pytest.raises(InputError, match=r"oracle\.npz: damaged"):
+        _ = codec.codebook
+    assert codec.encode(many_images[:1]).shape == (1, 4)
+
+
+def test_levels_are_the_nearest_of_256(codec, many_images):
+    indices = codec.encode(many_images[:50])
+    exact = codec.decode(indices)
+    for levels in (
+        codec.decode(indices, uint8=True),
+        codec.reconstruct(many_images[:50], uint8=True),
+    ):
+        assert (levels.shape, levels.dtype) == (exact.shape, np.uint8)
+        assert np.abs(levels - 255 * exact.astype(np.float64)).max() <= 0.5 + 1e-4
+    assert codec.decode(indices[:0], uint8=True).shape == (0, 1, 28, 28)
+
+
+@pytest.mark.parametrize(("x", "level"), [(0, 0), (1, 255), (0.5 / 255, 0), (1.5 / 255, 2)])
+def test_half_way_is_rounded_to_the_even_level(codec, monkeypatch, x, level):
+    monkeypatch.setattr(codec, "_run", lambda stage, array: np.full((1, 1, 28, 28), x, np.float32))
+    assert (codec.decode([[0] * 4], uint8=True) == level).all()
+
+
+@pytest.fixture
+def paths(tmp_path, many_images):
+    for i, image in enumerate(many_images[:3]):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    return [tmp_path / f"{i}.png" for i in range(3)]
+
+
+def test_pictures_are_encoded_as_their_pixels_are(codec, many_images, paths):
+    expected = codec.encode(many_images[:3])
+    opened = [Image.open(path) for path in paths]
+    for pictures in (
+        paths,
+        [*map(str, paths)],
+        tuple(opened),
+        [paths[0], opened[1], str(paths[2])],
+    ):
+        prepared = codec.prepare(pictures)
+        assert (prepared.shape, prepared.dtype) == ((3, 1, 28, 28), np.uint8)
+        np.testing.assert_array_equal(prepared[:, 0], many_images[:3])
+        np.testing.assert_array_equal(codec.encode(pictures), expected)
+        np.testing.assert_array_equal(codec.latents(pictures), codec.latents(many_images[:3]))
+        np.testing.assert_array_equal(codec.reconstruct(pictures), codec.decode(expected))
+    for one in (paths[0], str(paths[0]), opened[0]):
+        np.testing.assert_array_equal(codec.encode(one), expected[:1])
+
+
+def test_a_picture_is_prepared_as_in_training_and_not_taken_for_an_array(tmp_path, many_images):
+    from support import small_model
+
+    from vqdeploy.export import export
+    from vqref import families
+    from vqref.host.pictures import prepare
+
+    model = small_model(
+        families.post((3, 16, 24), base_depth=4, latent_size=2, num_codes=8, code_size=4)
+    )
+    done = Preprocessing(3, (16, 24), crop=True, background=(255, 0, 0))
+    export(dataclasses.replace(model, preprocessing=done), tmp_path / "b")
+    codec = pickle.loads(pickle.dumps(Codec.load(tmp_path / "b", "cpu")))
+    assert codec.preprocessing == done
+    pixels = np.stack([*many_images[:4]], -1)  # RGBA, and not of the model's size
+    picture = Image.fromarray(pixels)
+    prepared = prepare(picture, (3, 16, 24), done)
+    np.testing.assert_array_equal(codec.prepare([picture] * 2), np.concatenate([prepared] * 2))
+    np.testing.assert_array_equal(codec.encode(picture), codec.encode(prepared))
+    exact = Image.fromarray(np.ascontiguousarray(prepared[0].transpose(1, 2, 0)))
+    np.testing.assert_array_equal(codec.encode(exact), codec.encode(prepared))
+    with pytest.raises(InputError, match="shape is"):
+        codec.encode(pixels)  # an array must be as the model wants it
+
+
+def test_pictures_that_it_cannot_encode_are_named(codec, many_images, tmp_path):
+    Image.fromarray(many_images[0][:20]).save(tmp_path / "low.png")
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    for name, said in (("low", "20x28 pixels"), ("bad", "not a readable"), ("none", "No such")):
+        with pytest.raises(InputError, match=rf"{name}\.png: .*{said}"):
+            codec.encode([tmp_path / f"{name}.png"])
+    with pytest.raises(InputError, match="picture 1 is a ndarray"):
+        codec.encode([Image.fromarray(many_images[0]), many_images[1]])
 
 
 @pytest.mark.parametrize(
@@ -123,6 +292,22 @@ def test_colour_images_of_another_size_in_both_layouts(tmp_path):
     np.testing.assert_allclose(codec.decode(indices), out.reconstructions, atol=1e-5)
 
 
+def test_indices_are_int64_whatever_they_are_in_the_graphs(model, codec, many_images, tmp_path):
+    from vqdeploy.export import export
+    from vqdeploy.graphs.build import GraphOptions
+
+    options = GraphOptions(index_type="int32", batch=4)
+    export(model, tmp_path / "b", options=options)
+    other = Codec.load(tmp_path / "b", "cpu")
+    indices = other.encode(many_images[:10])
+    assert indices.dtype == np.int64
+    np.testing.assert_array_equal(indices, codec.encode(many_images[:10]))
+    np.testing.assert_allclose(other.decode(indices), codec.decode(indices), atol=1e-6)
+    np.testing.assert_allclose(
+        other.latents(many_images[:10]), codec.latents(many_images[:10]), atol=1e-6
+    )
+
+
 def test_threads_share_one_codec(codec, many_images):
     parts = [many_images[i : i + 10] for i in range(0, 200, 10)]
     with ThreadPoolExecutor(8) as pool:
@@ -140,6 +325,9 @@ def test_it_is_pickled_for_a_worker_process(codec, many_images):
         (found,) = pool.map(codec.encode, [many_images[:20]])
     np.testing.assert_array_equal(found, codec.encode(many_images[:20]))
     again = pickle.loads(pickle.dumps(codec))
+    np.testing.assert_array_equal(again.latents(many_images[:2]), codec.latents(many_images[:2]))
+    np.testing.assert_array_equal(again.codebook, codec.codebook)
+    assert again.manifest_sha256 == codec.manifest_sha256
     assert (again.spec, again.device, again.providers) == (
         codec.spec,
         codec.device,
@@ -150,8 +338,9 @@ def test_it_is_pickled_for_a_worker_process(codec, many_images):
 def test_a_closed_codec_says_so(bundle, many_images):
     with Codec.load(bundle, "cpu") as codec:
         codec.encode(many_images[:1])
-    with pytest.raises(ValueError, match="the Codec was closed"):
-        codec.encode(many_images[:1])
+    for call in (codec.encode, codec.latents, codec.reconstruct):
+        with pytest.raises(ValueError, match="the Codec was closed"):
+            call(many_images[:1])
 
 
 def test_options_reach_onnxruntime(bundle, many_images):
@@ -161,6 +350,7 @@ def test_options_reach_onnxruntime(bundle, many_images):
     )
     assert (codec.device, options.intra_op_num_threads) == ("custom", 1)
     assert codec.encode(many_images[:3]).shape == (3, 4)
+    assert codec.latents(many_images[:3]).shape == (3, 4, 8)
     with pytest.raises(TypeError, match="session_options cannot be pickled"):
         pickle.dumps(codec)
     with pytest.raises(ValueError, match="device is 'cpu' and providers are given"):

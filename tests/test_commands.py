@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from support import ROOT, add, sign, weight_changed
 
 from benchmarks.hostile.commandlines import Line, campaign, what_is_wrong
@@ -33,9 +35,13 @@ from vqref.families import FAMILIES
 from vqref.host.commandline import Parser
 from vqref.host.commandline import run as run_command
 from vqref.host.streams import plain
+from vqref.preprocessing import Preprocessing
 from vqtrain import TrainingOptions
 from vqtrain.__main__ import build_parser, parse_with_config
+from vqtrain.data.holdout import split
+from vqtrain.device import choose_precision
 from vqtrain.modelfile import read_model
+from vqtrain.options import TRAINED
 
 SMALL = ("--base-depth", "4", "--batch-size", "32")
 
@@ -50,7 +56,8 @@ def data(tmp_path, many_images):
 
 
 def test_train_export_verify_from_an_empty_folder(run, data, tmp_path):
-    trained = run("-m", "vqtrain", "--data", data, "--epochs", 2, "--recipe", "post", *SMALL)
+    assert data == tmp_path / "kmnist"
+    trained = run("-m", "vqtrain", "--data", "./kmnist", "--epochs", 2, "--recipe", "post", *SMALL)
     assert trained.returncode == 0, trained.stderr
     assert trained.stdout.splitlines()[-2:] == [
         "wrote model.pt; pictures and metrics are in runs/kmnist-post",
@@ -63,9 +70,9 @@ def test_train_export_verify_from_an_empty_folder(run, data, tmp_path):
         exported.stdout.splitlines()[-1]
         == "wrote model-onnx; next: python -m vqdeploy verify model-onnx"
     )
-    verified = run("-m", "vqdeploy", "verify", "model-onnx", "--data", data, "--limit", 50)
+    verified = run("-m", "vqdeploy", "verify", "model-onnx", "--data", "./kmnist", "--limit", 50)
     assert verified.returncode == 0, verified.stderr
-    assert verified.stdout.splitlines()[0] == "model-onnx on cpu, golden batch and 50 images"
+    assert "model-onnx on cpu, golden batch and 50 images" in verified.stdout.splitlines()
     assert verified.stdout.splitlines()[-1] == "verified: what runs is what was trained"
     assert all(
         len(line) <= 80
@@ -85,11 +92,13 @@ def test_colour_images_are_trained_exported_and_verified_on_a_grid(run, tmp_path
     trained = run("-m", "vqtrain", "--data", "colour.npy", "--epochs", 1, *GRID)
     assert trained.returncode == 0, trained.stderr
     lines = trained.stdout.splitlines()
-    assert lines[0] == "network residual: 3x16x16 images, 4x4 latents, 32 codes, gaussian"
+    assert lines[0] == "87 images train, 9 are held out (a tenth, by hash)"
+    assert lines[1] == "network residual: 3x16x16 images, 4x4 latents, 32 codes, gaussian"
     assert all(len(line) <= 80 for line in lines)
     spec = read_model(tmp_path / "model.pt").spec
     assert spec.family == "residual"
-    assert spec.variance == pytest.approx(np.var(colour_images[:96] / 255), rel=1e-9)
+    train = colour_images[:96][~split(colour_images[:96], 0.1)]
+    assert spec.variance == pytest.approx(np.var(train / 255), rel=1e-9)
     exported = run("-m", "vqdeploy", "export", "model.pt")
     assert exported.returncode == 0, exported.stderr
     verified = run("-m", "vqdeploy", "verify", "model-onnx", "--data", "colour.npy", "--limit", 20)
@@ -105,9 +114,10 @@ def test_network_likelihood_dialect_and_checks_are_options(run, data, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0] == "network residual: 1x28x28 images, 14x14x2 latents, 32 codes, logistic"
-    assert "agrees on 3 images" in lines[2]
-    assert [line.split()[-1] for line in lines[4:6]] == ["-", "agrees"]
+    assert lines[0] == "96 images train, 40 are held out (the source's own)"
+    assert lines[1] == "network residual: 1x28x28 images, 14x14x2 latents, 32 codes, logistic"
+    assert "agrees on 3 images" in lines[3]
+    assert [line.split()[-1] for line in lines[5:7]] == ["-", "agrees"]
     found = read_model(tmp_path / "model.pt")
     assert found.spec.output_shape == (2, 28, 28)
     assert found.training["dialect"] == "rosinality"
@@ -517,3 +527,140 @@ def test_samples_are_certified_in_the_bundle(run, refused, bundle, tmp_path):
     )
     assert "none" in line
     refused(2, "-m", "vqdeploy", "verify", copy, "--samples", "-1")
+
+
+@pytest.fixture
+def pictures(tmp_path, many_images):
+    """A folder of 70 colour pictures of two sizes, one of them transparent, with a subfolder."""
+    folder = tmp_path / "pictures"
+    (folder / "below").mkdir(parents=True)
+    for i, image in enumerate(many_images[:70]):
+        picture = Image.fromarray(image).convert("RGB")
+        picture = picture.resize((16, 16 if i % 2 else 24))
+        place = folder / "below" if i >= 60 else folder
+        picture.save(place / f"{i:02d}.png")
+    Image.new("RGBA", (16, 16), (200, 0, 0, 0)).save(folder / "clear.png")
+    (folder / "broken.png").write_bytes(b"\x89PNG")
+    return folder
+
+
+def test_pictures_are_trained_on_as_the_options_say_and_the_model_knows_it(
+    run, refused, pictures, tmp_path
+):
+    train = ("-m", "vqtrain", "--data", "pictures", "--epochs", 1, *GRID, "--check-images", 2)
+    how = ("--resize", "16x16", "--crop", "--background", "black", "--channels", 3)
+    line = refused(3, *train, *how)
+    assert "broken.png: not a readable image" in line
+    assert "--skip-bad" in line
+    named = ("--name", "r", "--batch-size", 16)
+    done = run(*train, *how, "--recursive", "--skip-bad", *named)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    start = next(i for i, line in enumerate(lines) if "images train" in line)
+    said = "\n".join(lines[:start])
+    assert "cropped" in said
+    assert "#000000" in said
+    assert "broken.png" in said
+    assert re.fullmatch(r"\d+ images train, \d+ are held out \(a tenth, by hash\)", lines[start])
+    kept, apart = (int(n) for n in re.findall(r"\d+", lines[start]))
+    assert kept + apart == 71
+    model = read_model(tmp_path / "model.pt")
+    assert model.preprocessing == Preprocessing(3, (16, 16), crop=True, background=(0, 0, 0))
+    assert model.provenance["data"]["held_out"] == {"fraction": 0.1, "images": apart}
+    options = tomllib.loads((tmp_path / "runs" / "r" / "options.toml").read_text())["run"]
+    assert options["resize"] == "16x16"
+    assert options["background"] == "#000000"
+    assert (options["crop"], options["channels"], options["recursive"]) == (True, 3, True)
+    again = run(
+        *("-m", "vqtrain", "--config", "runs/r/options.toml", "--name", "again", "--check-images"),
+        *(2, "--output", "again.pt"),
+    )
+    assert again.returncode == 0, again.stderr
+    assert read_model(tmp_path / "again.pt").preprocessing == model.preprocessing
+    line = refused(2, *train, *named, "--resize", "16x16", "--recursive", "--skip-bad")
+    assert line == (
+        "vqtrain: runs/r was begun with crop True, not False, background '#000000', "
+        "not '#ffffff'; use the same options, or another --name\n"
+    )
+
+
+def test_picture_options_that_make_no_sense_are_one_line(refused, data, pictures):
+    train = ("-m", "vqtrain", *SMALL, "--data")
+    for option in (("--resize", "8x8"), ("--channels", 3), ("--recursive",), ("--skip-bad",)):
+        line = refused(3, *train, data, *option)
+        assert line.startswith(f"vqtrain: {option[0]} is for a folder of pictures")
+    assert "--crop needs" in refused(2, *train, pictures, "--crop")
+    line = refused(2, *train, pictures, "--channels", 4, "--background", "white")
+    assert line == "vqtrain: --background: --channels 4 keeps what is transparent\n"
+    line = refused(2, *train, pictures, "--background", "mauve")
+    assert "'mauve' is not like #ffffff, white or black" in line
+    assert "choose from" in refused(2, *train, pictures, "--channels", 2)
+
+
+def test_held_out_images_are_a_share_or_others_and_part_of_the_course(
+    run, refused, tmp_path, many_images
+):
+    np.save(tmp_path / "x.npy", many_images[:96])
+    np.save(tmp_path / "test.npy", many_images[96:116])
+    train = ("-m", "vqtrain", "--data", "x.npy", "--epochs", 1, "--check-images", 2, *SMALL)
+    for held_out, line, of_model in (
+        ((), "are held out (a tenth, by hash)", {"fraction": 0.1}),
+        (("--held-out", 0), "96 images train, none are held out", {"fraction": 0.0}),
+        (
+            ("--held-out", "test.npy"),
+            "96 images train, 20 are held out (test.npy)",
+            {"source": "test.npy"},
+        ),
+    ):
+        done = run(*train, *held_out, "--resume", "never")
+        assert done.returncode == 0, done.stderr
+        assert line in done.stdout.splitlines()[0]
+        found = read_model(tmp_path / "model.pt")
+        assert found.provenance["data"]["held_out"].items() >= of_model.items()
+        assert ("held_out" in found.metrics) is (held_out != ("--held-out", 0))
+    share = int(split(many_images[:96, None], 0.1).sum())
+    first = read_model(tmp_path / "runs" / "x-default" / "model.pt").provenance["data"]
+    assert (first["images"], first["held_out"]["images"]) == (96 - share, share)
+    line = refused(2, *train, "--name", "x-default", "--held-out", 0.2)
+    assert line == (
+        "vqtrain: runs/x-default was begun with held_out 0.1, not 0.2; use the same options, "
+        "or another --name\n"
+    )
+    assert "1 is not a fraction from 0 to below 1; for a file, write ./1" in refused(
+        2, *train, "--held-out", 1
+    )
+    assert "nowhere: No such file" in refused(3, *train, "--held-out", "nowhere")
+    np.save(tmp_path / "x.npy", many_images[:33])
+    assert "; --held-out 0 trains on all 33" in refused(3, *train, "--held-out", 0.9)
+
+
+def test_precision_is_the_devices_own_unless_a_recipe_is_exact(run, refused, data, tmp_path):
+    train = ("-m", "vqtrain", "--data", data, "--epochs", 1, "--device", "cpu", *SMALL)
+    fastest = choose_precision(torch.device("cpu"))
+    for recipe, precision in (("default", fastest), ("sonnet", "float32")):
+        done = run(*train, "--recipe", recipe, "--check-images", 2)
+        assert done.returncode == 0, done.stderr
+        said = f"precision {fastest}: what this processor multiplies fastest"
+        assert (said in done.stdout) is (recipe == "default")
+        assert read_model(tmp_path / "model.pt").training["precision"] == precision
+    line = refused(2, *train, "--precision", "fp16")
+    assert all(word in line for word in (*TRAINED, "auto"))
+
+
+def test_threads_are_as_many_as_are_asked_for(run, refused, data):
+    code = """
+import sys, torch
+import vqtrain.run.trainer
+from vqtrain.__main__ import main
+check = vqtrain.run.trainer.check_against_oracle
+def counting(*arguments):
+    print("threads", torch.get_num_threads())
+    return check(*arguments)
+vqtrain.run.trainer.check_against_oracle = counting
+sys.exit(main(sys.argv[1:]))
+"""
+    train = ("--data", data, "--epochs", 1, "--check-images", 2, *SMALL)
+    done = run("-c", code, *train, "--threads", 3)
+    assert done.returncode == 0, done.stderr
+    assert {line for line in done.stdout.splitlines() if "threads" in line} == {"threads 3"}
+    assert "0 is not at least 1" in refused(2, "-m", "vqtrain", *train, "--threads", 0)

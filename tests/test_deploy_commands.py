@@ -1,5 +1,6 @@
 """The commands on bundles, as a user has them: what they print and write, a line per mistake."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -8,13 +9,16 @@ import numpy as np
 import pytest
 from cuda_stub import build as cuda_stub
 from PIL import Image
-from support import ROOT
+from support import ROOT, sign
 
 from vqdeploy import Codec
 from vqdeploy.bundle import FILES
 from vqdeploy.commands.export import ExportOptions
+from vqdeploy.export import export
 from vqdeploy.graphs.build import OPSETS, TARGETS, GraphOptions
-from vqdeploy.stages import STAGES
+from vqdeploy.stages import INDEX_TYPES, STAGES
+from vqref.preprocessing import Preprocessing
+from vqtrain.modelfile import write_model
 
 
 @pytest.fixture
@@ -64,9 +68,10 @@ def test_tokens_go_to_a_file_and_come_back_as_images(
         found = np.load(tmp_path / "t.npz")["indices"]
         assert found.dtype == np.uint8  # the smallest that holds an index
         np.testing.assert_array_equal(found, indices)
+    remark = "" if form != "npy" else "t.npy: it does not say which bundle made it\n"
     assert (
         deploy("decode", bundle, f"t.{form}", "--output", "i.npz")
-        == "30 images on cpu; wrote i.npz\n"
+        == f"{remark}30 images on cpu; wrote i.npz\n"
     )
     np.testing.assert_array_equal(
         np.load(tmp_path / "i.npz")["reconstructions"], codec.decode(indices)
@@ -95,6 +100,113 @@ def test_a_folder_of_pictures_keeps_its_names(
         assert str(table["indices"].type) == "fixed_size_list<element: uint8>[4]"
         assert table.schema.metadata[b"latent_shape"] == b"[4]"
         assert table.schema.metadata[b"num_codes"] == b"16"
+    deploy("decode", bundle, f"t.{form}")
+    assert np.load(tmp_path / "images.npz")["names"].tolist() == expected
+    levels = Codec.load(bundle, "cpu").reconstruct(many_images[:5], uint8=True)
+    for output in ("out", "out.d/"):
+        assert f"wrote {output}" in deploy("decode", bundle, f"t.{form}", "--output", output)
+        for name, image in zip(expected, levels[:, 0], strict=True):
+            np.testing.assert_array_equal(pixels(tmp_path / output / name), image)
+
+
+def test_what_was_done_to_pictures_is_said_by_every_command(
+    deploy, refused, model, pictures, tmp_path
+):
+    """Of a model of pictures: these are of another size, one is broken, one in a subfolder."""
+    done = Preprocessing(1, (28, 28), crop=True)
+    export(dataclasses.replace(model, preprocessing=done), tmp_path / "b")
+    (pictures / "sub").mkdir()
+    Image.new("RGB", (50, 40)).save(pictures / "sub" / "ü.jpg")
+    (pictures / "x.tmp.png").write_bytes(b"no picture")
+    assert "--skip-bad" in refused(3, "-m", "vqdeploy", "encode", "b", pictures)
+    options = ("--recursive", "--skip-bad", "--threads", 1)
+    expected = ("1 of 6 pictures resized to 28x28", "1 of colour made grey", "x.tmp.png")
+    for command in ("encode", "reconstruct"):
+        told = deploy(command, "b", pictures, *options)
+        assert all(line in told for line in expected), told
+        assert "6 images on " in told
+    assert np.load(tmp_path / "tokens.npz")["names"][-1] == "sub/ü.jpg"
+    told = deploy("verify", "b", "--data", pictures, *options)
+    assert all(line in told for line in expected), told
+    assert "golden batch and 6 images" in told
+    found = json.loads(deploy("verify", "b", "--data", pictures, *options, "--json"))
+    assert all(line in "\n".join(found["said"]) for line in expected)
+    write_model(tmp_path / "m.pt", dataclasses.replace(model, preprocessing=done))
+    told = deploy("export", "m.pt", "--data", pictures, *options[:2])
+    assert all(line in told for line in expected), told
+    manifest = json.loads((tmp_path / "m-onnx" / "manifest.json").read_text())
+    assert (manifest["measured"]["images"], manifest["measured"]["of"]) == (6, "data")
+    deploy("encode", "b", pictures / "sub" / "ü.jpg", "--output", "one.npz")
+    assert np.load(tmp_path / "one.npz")["names"].tolist() == ["ü.jpg"]
+
+
+def test_a_folder_of_the_official_files_gives_the_part_that_is_asked_for_and_says_so(
+    deploy, refused, bundle, many_images, tmp_path
+):
+    official = tmp_path / "official"
+    official.mkdir()
+    np.savez(official / "kmnist-train-imgs.npz", many_images[:7])
+    np.savez(official / "kmnist-test-imgs.npz", many_images[7:10])
+    expected = Codec.load(bundle, "cpu").encode(many_images[:10])
+    told = deploy("encode", bundle, "official").splitlines()
+    said = "the 7 training images of official; --part held-out or all for the others"
+    assert (told[0], told[1][:8]) == (said, "7 images")
+    np.testing.assert_array_equal(np.load(tmp_path / "tokens.npz")["indices"], expected[:7])
+    for part, rows in (("held-out", expected[7:]), ("all", expected)):
+        assert f"{len(rows)} " in deploy("encode", bundle, "official", "--part", part)
+        np.testing.assert_array_equal(np.load(tmp_path / "tokens.npz")["indices"], rows)
+    assert "3 images" in deploy("reconstruct", bundle, "official", "--part", "held-out")
+    assert "and 10 images" in deploy("verify", bundle, "--data", "official", "--part", "all")
+    np.save(tmp_path / "x.npy", many_images[:2])
+    assert "x.npy: holds no held-out images" in refused(
+        3, "-m", "vqdeploy", "encode", bundle, "x.npy", "--part", "held-out"
+    )
+
+
+def test_tokens_decode_with_the_bundle_that_made_them_and_no_other(
+    deploy, refused, bundle, images, tmp_path
+):
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    sign(other, lambda manifest: manifest["training"].update(epochs=2))
+    for form in ("npz", "parquet"):
+        deploy("encode", bundle, images, "--output", f"t.{form}")
+        line = refused(3, "-m", "vqdeploy", "decode", other, f"t.{form}")
+        digests = [Codec.load(path, "cpu").manifest_sha256[:12] for path in (bundle, other)]
+        for said in (f"t.{form}: tokens of bundle", *digests, "--force"):
+            assert said in line
+        assert not (tmp_path / "images.npz").exists()
+        told = deploy("decode", other, f"t.{form}", "--force", "--output", f"{form}.png")
+        for said in (f"t.{form}: tokens of bundle", *digests):
+            assert said in told
+    assert "tokens of bundle" not in deploy("decode", bundle, "t.npz", "--force")
+
+
+def test_threads_reach_onnxruntime(bundle, images, run):
+    program = f"""
+import sys
+from vqdeploy.runtime import sessions
+asked = set()
+class Watched(sessions.Session):
+    def _open(self, graph, device, runtime):
+        asked.add(runtime.intra_op_num_threads)
+        super()._open(graph, device, runtime)
+sessions.Session = Watched
+from vqdeploy.__main__ import main
+command, *more = sys.argv[1:]
+assert main([command, {str(bundle)!r}, *more, "--threads", "3"]) == 0
+assert asked == {{3}}, asked
+"""
+    for words in (
+        ("encode", images, "--output", "t.npz"),
+        ("decode", "t.npz"),
+        ("reconstruct", images),
+        ("sample",),
+        ("verify",),
+        ("bench", "--batch", "1", "--seconds", "0"),
+    ):
+        done = run("-c", program, *words, PYTHONPATH=str(ROOT))
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("form", ["npz", "npy", "parquet"])
@@ -138,15 +250,18 @@ def test_help_answers_without_a_heavy_library(run):
 
 def test_the_options_of_export_start_as_those_of_the_graphs_do():
     options, graphs = ExportOptions(), GraphOptions()
-    for name in ("opset", "precision", "target", "fold"):
+    for name in ("opset", "precision", "target", "fold", "index_type"):
         assert getattr(options, name) == getattr(graphs, name)
-    choices = ExportOptions.__dataclass_fields__["target"].metadata["choices"]
-    assert (choices, (OPSETS[0], OPSETS[-1])) == (TARGETS, (18, 20))
+    fields = ExportOptions.__dataclass_fields__
+    for name, known in (("target", TARGETS), ("index_type", INDEX_TYPES)):
+        assert fields[name].metadata["choices"] == known
+    assert (OPSETS[0], OPSETS[-1]) == (18, 20)
 
 
 def test_inspect_tells_and_checks_every_file(deploy, refused, bundle, residual_bundle, tmp_path):
     assert "residual: images (3, 16, 16), gaussian" in deploy("inspect", residual_bundle)
     said = deploy("inspect", bundle)
+    assert "pictures    of 28×28 pixels are turned as their EXIF data say, made grey" in said
     for name in (*FILES, "images float32 ['N', 1, 28, 28]", "violations", "opset 18"):
         assert name in said
     assert json.loads(deploy("inspect", bundle, "--json"))["format"] == "vqdeploy-bundle"
@@ -246,12 +361,31 @@ def test_mistakes_are_one_line_each(refused, bundle, images, tmp_path):
     assert "t.npz: indices: values from 0 to 16, expected 0 to 15" in line(
         3, "decode", bundle, "t.npz"
     )
+    for wrong, said in (
+        ({"indices": np.zeros((4, 3), int)}, "shape is (4, 3), (S, N), expected (N, 4)"),
+        ({"indices": np.zeros((2, 2, 2), int)}, "shape is (2, 2, 2), expected (N, 4)"),
+        ({"indices": np.zeros((2, 4))}, "dtype is float64, expected an integer dtype"),
+        ({"indices": np.zeros((2, 4), int), "latent_shape": [2, 2]}, "latent_shape is (2, 2)"),
+        ({"indices": np.zeros((2, 4), int), "num_codes": 17}, "num_codes is 17, this bundle's 16"),
+    ):
+        np.savez(tmp_path / "w.npz", **wrong)
+        refusal = line(3, "decode", bundle, "w.npz")
+        assert "w.npz: " in refusal
+        assert said in refusal
     np.savez(tmp_path / "u.npz", other=np.zeros(1))
     assert "u.npz: holds no 'indices'" in line(3, "decode", bundle, "u.npz")
     (tmp_path / "v.parquet").write_bytes(b"PAR1 not one")
     assert "v.parquet: holds no tokens" in line(3, "decode", bundle, "v.parquet")
     (tmp_path / "d.npz").mkdir()
     assert "is a folder" in line(5, "encode", bundle, images, "--output", "d.npz")
+    assert "there is a folder already; name a new one" in line(
+        3, "decode", bundle, "t.npz", "--output", tmp_path
+    )
+    assert "argument --threads: 0 is not at least 1" in line(2, "sample", bundle, "--threads", "0")
+    Image.new("L", (20, 30)).save(tmp_path / "small.png")
+    assert "small.png: 30x20 pixels; this model was trained on images of 28x28" in line(
+        3, "encode", bundle, "small.png"
+    )
     assert "export needs either" in line(2, "export")
     assert "must end in .npz or .safetensors" in line(2, "export", "--from-params", "p.pt")
     assert "--number is 85599; of images (1, 28, 28) at most 85598 fit" in line(

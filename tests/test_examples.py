@@ -1,54 +1,71 @@
 """The examples, as their readers run them: programs in other languages get the Codec's tokens."""
 
+import dataclasses
 import json
+import runpy
 import shutil
 import subprocess
+from pathlib import Path
 
+import mixed_pictures
 import numpy as np
 import pytest
 from PIL import Image
-from support import ROOT
+from support import ROOT, small_model
 
 from vqdeploy import Codec
+from vqdeploy.export import export
+from vqdeploy.graphs.build import GraphOptions
+from vqref import families
+from vqref.preprocessing import Preprocessing
 
 EXAMPLES = ROOT / "examples"
+SIZES = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
+
+MODELS = {
+    "grey": (
+        families.post((1, 28, 28), 4, 4, num_codes=16, code_size=8),
+        Preprocessing(1, (28, 28), background=(240, 10, 90)),
+        {},
+    ),
+    "colour": (
+        families.residual((3, 16, 24), **SIZES, variance=0.08),
+        Preprocessing(3, (16, 24), crop=True),
+        {"index_type": "int32"},
+    ),
+    "alpha": (
+        families.residual((4, 12, 8), **SIZES, variance=0.08),
+        Preprocessing(4, (12, 8)),
+        {"batch": 5},
+    ),
+    "cube": (families.residual((4, 4, 4), **SIZES, variance=0.08), None, {}),
+}
+"""A spec, what is done to pictures, and how the graphs are written."""
 
 
 @pytest.fixture(scope="module")
-def expected(bundle, many_images):
-    return Codec.load(bundle, "cpu").encode(many_images[:100]).tolist()
+def bundle_of(tmp_path_factory):
+    """The bundle of one of MODELS."""
+    made = {}
+
+    def make(name):
+        if name not in made:
+            spec, prepared, options = MODELS[name]
+            model = dataclasses.replace(small_model(spec), preprocessing=prepared)
+            made[name] = tmp_path_factory.mktemp(name) / "model-onnx"
+            export(model, made[name], options=GraphOptions(**options))
+        return made[name]
+
+    return make
 
 
-@pytest.fixture
-def images(tmp_path, many_images):
-    np.save(tmp_path / "images.npy", many_images[:100])
-    return tmp_path / "images.npy"
-
-
-def test_reconstructions_are_drawn_below_their_images(
-    run, residual_bundle, colour_images, tmp_path
-):
-    np.save(tmp_path / "images.npy", colour_images[:20])
-    program = EXAMPLES / "reconstructions.py"
-    done = run(program, residual_bundle, "images.npy", "p.png", PYTHONPATH=str(ROOT))
-    assert done.returncode == 0, done.stderr
-    with Image.open(tmp_path / "p.png") as picture:
-        assert (picture.mode, picture.size) == ("RGB", (16 * 20 * 3, 2 * 20 * 3))
-
-
-@pytest.mark.parametrize("shape", [(3, 28, 27), (3, 1, 28, 27)])
-def test_images_of_another_size_are_refused(run, bundle, tmp_path, shape):
-    np.save(tmp_path / "wide.npy", np.zeros(shape, np.uint8))
-    done = run(EXAMPLES / "plain_onnxruntime.py", bundle, "wide.npy")
-    assert done.returncode == 1
-    assert "expected ['N', 1, 28, 28]" in done.stderr
-
-
-def test_plain_onnxruntime_in_python_gives_the_same_tokens(run, bundle, images, expected):
-    done = run(EXAMPLES / "plain_onnxruntime.py", bundle, images)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == expected
-    assert "vqdeploy" not in (EXAMPLES / "plain_onnxruntime.py").read_text()
+def images_of(name, count=70):
+    """Images (N, C, H, W), smooth ones of many colours."""
+    spec = MODELS[name][0]
+    coarse = np.random.default_rng(0).integers(0, 256, (count, spec.image_shape[0], 4, 4))
+    h, w = (-(-n // 4) for n in spec.image_shape[1:])
+    fine = coarse.repeat(h, axis=2).repeat(w, axis=3)
+    return fine[:, :, : spec.image_shape[1], : spec.image_shape[2]].astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +85,18 @@ def javascript(tmp_path_factory):
         check=False,
     )
     if installed.returncode != 0:
-        pytest.skip(
-            f"npm cannot install onnxruntime-web: {installed.stderr.strip().splitlines()[-1:]}"
-        )
+        reason = installed.stderr.strip().splitlines()[-1:]
+        pytest.skip(f"npm cannot install onnxruntime-web and sharp: {reason}")
     return folder
 
 
-def node(folder, *arguments):
-    return subprocess.run(
+@pytest.fixture(params=["Python", "JavaScript"])
+def example(request, run):
+    """Runs an example with arguments, in Python and in JavaScript."""
+    if request.param == "Python":
+        return lambda *arguments: run(EXAMPLES / "plain_onnxruntime.py", *arguments)
+    folder = request.getfixturevalue("javascript")
+    return lambda *arguments: subprocess.run(
         ["node", "tokens.js", *map(str, arguments)],
         cwd=folder,
         capture_output=True,
@@ -84,21 +105,206 @@ def node(folder, *arguments):
     )
 
 
-def test_onnxruntime_in_javascript_gives_the_same_tokens(javascript, bundle, images, expected):
-    done = node(javascript, bundle, images)
+@pytest.fixture
+def tokens(example):
+    """Runs it and returns the tokens."""
+
+    def go(*arguments):
+        done = example(*arguments)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        return json.loads(done.stdout)
+
+    return go
+
+
+@pytest.fixture
+def refusal(example):
+    """Runs what must fail with one line, and returns the line."""
+
+    def go(*arguments):
+        done = example(*arguments)
+        assert (done.returncode, done.stdout) == (1, "")
+        (line,) = done.stderr.splitlines()
+        return line
+
+    return go
+
+
+def test_reconstructions_are_drawn_below_their_images(
+    run, residual_bundle, colour_images, tmp_path
+):
+    np.save(tmp_path / "images.npy", colour_images[:20])
+    program = EXAMPLES / "reconstructions.py"
+    done = run(program, residual_bundle, "images.npy", "p.png", PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == expected
+    with Image.open(tmp_path / "p.png") as picture:
+        assert (picture.mode, picture.size) == ("RGB", (16 * 20 * 3, 2 * 20 * 3))
 
 
-def test_both_refuse_a_damaged_graph(javascript, run, bundle, images, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(bundle, copy)
+def test_the_examples_know_nothing_of_the_package():
+    for path in ("plain_onnxruntime.py", "javascript/tokens.js", "javascript/pictures.js"):
+        text = (EXAMPLES / path).read_text()
+        assert not any(f"{way} {name}" in text for way in ("import", "from") for name in NAMES)
+    assert "import " not in (EXAMPLES / "javascript/pictures.js").read_text()
+
+
+NAMES = ("vqdeploy", "vqref", "vqtrain")
+
+
+@pytest.mark.parametrize("name", ["grey", "colour", "alpha"])
+def test_arrays_of_either_layout_give_the_codecs_tokens(bundle_of, tokens, tmp_path, name):
+    bundle, images = bundle_of(name), images_of(name)
+    expected = Codec.load(bundle, "cpu").encode(images).tolist()
+    assert len(np.unique(expected)) > 3
+    layouts = [images, images.transpose(0, 2, 3, 1), *([images[:, 0]] if name == "grey" else [])]
+    for array in layouts:
+        np.save(tmp_path / "images.npy", np.ascontiguousarray(array))
+        assert tokens(bundle, tmp_path / "images.npy") == expected
+
+
+REFUSED = {
+    "another width": ("grey", (3, 1, 28, 27), np.uint8),
+    "another width, bare": ("grey", (3, 28, 27), np.uint8),
+    "bare, in colour": ("colour", (3, 16, 24), np.uint8),
+    "grey for colour": ("colour", (3, 1, 16, 24), np.uint8),
+    "transposed": ("colour", (3, 24, 16, 3), np.uint8),
+    "both layouts": ("cube", (3, 4, 4, 4), np.uint8),
+    "floats": ("grey", (3, 1, 28, 28), np.float32),
+    "int64": ("grey", (3, 1, 28, 28), np.int64),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_arrays_that_do_not_fit_are_refused_with_one_line(bundle_of, refusal, tmp_path, kind):
+    name, shape, dtype = REFUSED[kind]
+    np.save(tmp_path / "images.npy", np.zeros(shape, dtype))
+    assert "uint8" in refusal(bundle_of(name), tmp_path / "images.npy")
+
+
+UNREAD = (".bmp", ".tga", ".jp2", ".ppm", ".pgm", ".pbm")
+"""Endings of formats that sharp does not read."""
+
+
+def read_by_javascript(path, one, channels):
+    """Whether the example reads a picture as the package does. What colours a GIF hides where it is
+    transparent sharp does not say; four channels would have them."""
+    return not (
+        path.suffix in UNREAD or "CMYK" in one.notes or (channels == 4 and path.suffix == ".gif")
+    )
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """One picture of each kind, by its path."""
+    folder = tmp_path_factory.mktemp("pictures")
+    made = mixed_pictures.make(folder, len(mixed_pictures.MAKERS), 1)
+    return {folder / one.name: one for one in made}
+
+
+@pytest.mark.parametrize("name", ["grey", "colour", "alpha"])
+def test_pictures_of_every_kind_give_the_codecs_tokens(bundle_of, request, pictures, tokens, name):
+    channels = MODELS[name][0].image_shape[0]
+    read = [
+        path
+        for path, one in pictures.items()
+        if "Python" in request.node.name or read_by_javascript(path, one, channels)
+    ]
+    assert len(read) > 20
+    with Codec.load(bundle_of(name), "cpu") as codec:
+        expected = codec.encode(read).tolist()
+    assert len(np.unique(expected)) > 3
+    assert tokens(bundle_of(name), *read) == expected
+
+
+PIXELS = """
+import sharp from "sharp";
+import { readFileSync, writeFileSync } from "node:fs";
+import { prepare } from "./pictures.js";
+
+const images = [];
+for (const { file, done, shape } of JSON.parse(readFileSync("wanted.json"))) {
+  const source = sharp(file, { ignoreIcc: true });
+  const { orientation } = await source.metadata();
+  const { data, info } = await source.ensureAlpha().raw().toBuffer({ resolveWithObject: true });
+  images.push(prepare({ ...info, data }, orientation ?? 1, done, shape));
+}
+writeFileSync("found.raw", Buffer.concat(images));
+"""
+
+
+@pytest.fixture(scope="module")
+def prepared(pictures):
+    """Pictures, what to do to them, and what the package makes of them: of random sizes, larger and
+    smaller ones. Tokens forgive a level, pixels do not."""
+    from vqref.host.pictures import prepare
+
+    rng, found = np.random.default_rng(0), []
+    for path, one in pictures.items():
+        for channels in (1, 3, 4):
+            for size in (one.pixels.shape[:2], *rng.integers(3, 160, (3, 2)).tolist()):
+                crop, colour = bool(rng.integers(2)), tuple(rng.integers(0, 256, 3).tolist())
+                done = Preprocessing(channels, (*map(int, size),), crop, colour)
+                shape = (channels, *done.size)
+                asked = {"file": str(path), "done": done.to_dict(), "shape": shape}
+                found.append((asked, one, prepare(path, shape, done)[0]))
+    return found
+
+
+def test_plain_python_prepares_pictures_to_the_last_bit(prepared):
+    examples = runpy.run_path(str(EXAMPLES / "plain_onnxruntime.py"))
+    for asked, _, image in prepared:
+        own = examples["picture"](Path(asked["file"]), asked["done"], asked["shape"])
+        np.testing.assert_array_equal(own, image, str(asked))
+
+
+def test_javascript_prepares_pictures_to_the_last_bit(javascript, prepared):
+    wanted, expected = [], []
+    for asked, one, image in prepared:
+        if read_by_javascript(Path(asked["file"]), one, asked["shape"][0]):
+            wanted.append(asked)
+            expected.append(image)
+    assert len(wanted) > 200
+    (javascript / "wanted.json").write_text(json.dumps(wanted))
+    (javascript / "pixels.js").write_text(PIXELS)
+    subprocess.run(["node", "pixels.js"], cwd=javascript, check=True)
+    found = np.fromfile(javascript / "found.raw", np.uint8)
+    ends = np.cumsum([image.size for image in expected])
+    assert found.size == ends[-1]
+    for ask, image, own in zip(wanted, expected, np.split(found, ends[:-1]), strict=True):
+        np.testing.assert_array_equal(own.reshape(image.shape), image, str(ask))
+
+
+def test_pictures_that_do_not_fit_are_refused_with_one_line(bundle_of, refusal, tmp_path):
+    bundle, path = bundle_of("grey"), tmp_path / "p.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    assert "p.png" in refusal(bundle, path)
+    assert "none.png" in refusal(bundle, tmp_path / "none.png")
+    Image.fromarray(np.zeros((3, 5), np.float32)).save(tmp_path / "p.tif")
+    assert "p.tif: its levels have no known range" in refusal(bundle, tmp_path / "p.tif")
+    Image.new("L", (5, 3)).save(path)
+    line = refusal(bundle_of("cube"), path)
+    assert line.endswith("p.png: 5x3 pixels, and the model was trained on 4x4")
+
+
+@pytest.mark.parametrize("name", ["grey", "colour", "alpha"])
+def test_reconstructions_are_written_as_pictures(bundle_of, tokens, tmp_path, name):
+    images = images_of(name, 7)
+    np.save(tmp_path / "images.npy", images)
+    folder = tmp_path / "made"
+    tokens(bundle_of(name), tmp_path / "images.npy", "--decode", folder)
+    expected = Codec.load(bundle_of(name), "cpu").reconstruct(images)
+    assert len([*folder.iterdir()]) == 7
+    for i, image in enumerate(expected):
+        with Image.open(folder / f"{i}.png") as picture:
+            levels = np.asarray(picture).astype(float)
+        found = levels.reshape(*image.shape[1:], -1).transpose(2, 0, 1)
+        assert np.abs(found - 255 * image).max() < 0.51
+
+
+def test_a_damaged_graph_is_refused(bundle_of, refusal, tmp_path):
+    copy = Path(shutil.copytree(bundle_of("grey"), tmp_path / "copy"))
+    np.save(tmp_path / "images.npy", images_of("grey", 2))
     content = bytearray((copy / "tokenizer.onnx").read_bytes())
     content[-1] ^= 1
     (copy / "tokenizer.onnx").write_bytes(content)
-    for done in (
-        node(javascript, copy, images),
-        run(EXAMPLES / "plain_onnxruntime.py", copy, images),
-    ):
-        assert done.returncode != 0
-        assert "tokenizer.onnx: damaged" in done.stderr
+    assert refusal(copy, tmp_path / "images.npy") == "tokenizer.onnx: damaged"

@@ -1,5 +1,6 @@
 """Bundles: deterministic, checked before they exist, whole or not at all, refused if damaged."""
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -14,6 +15,8 @@ from support import add, sign, weight_changed
 
 import vqdeploy.export
 import vqref
+import vqtrain
+from vqdeploy import Codec
 from vqdeploy.agreement import check_graphs
 from vqdeploy.bundle import FILES, Bundle, describe_files
 from vqdeploy.export import export
@@ -29,6 +32,7 @@ from vqref.agreement.budget import images_within
 from vqref.agreement.parity import check
 from vqref.errors import InputError, ParityError
 from vqref.host.images import as_batch
+from vqref.preprocessing import Preprocessing
 from vqref.spec import ModelSpec
 from vqtrain import VQVAE
 
@@ -73,6 +77,61 @@ def test_two_exports_in_two_processes_give_the_same_bytes(run, request, tmp_path
         done = run("-m", "vqdeploy", "export", model_file, "--output", name)
         assert done.returncode == 0, done.stderr
     assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+TEN_LINES = """
+model = vqtrain.train(images, epochs=1)
+export(model, "mine-onnx")
+print(verify("mine-onnx").report)
+tokens = Codec.load("mine-onnx").encode(images)
+"""
+
+
+def test_a_few_lines_make_an_array_a_verified_bundle(many_images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    known = {"vqtrain": vqtrain, "export": export, "verify": verify, "Codec": Codec}
+    images = many_images[:200, 6:22, 6:22]
+    exec(TEN_LINES, known | {"images": images}, found := {})
+    assert len(TEN_LINES.splitlines()) <= 10
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert (head.split()[-1], {row.split()[-1] for row in rows}) == ("wrong", {"0"})
+    assert (found["tokens"].shape, found["tokens"].dtype) == ((200, 1), np.int64)
+    assert not Bundle.open("mine-onnx").preprocessing.size
+
+
+def test_a_model_in_memory_makes_the_graphs_of_its_file(model, model_file, bundle, tmp_path, run):
+    export(model, str(tmp_path / "b"))
+    found, expected = Bundle.open(tmp_path / "b"), Bundle.open(bundle)
+    for stage in STAGES:
+        assert found.graph(stage) == expected.graph(stage)
+    provenance = found.manifest["provenance"]
+    assert provenance["model_digest"] == "in memory"
+    assert provenance["model_sha256"] == torch.load(model_file)["sha256"]
+    assert verify(found).report.passed
+    card, origin = (tmp_path / "b" / "README.md").read_text(), provenance["model_sha256"]
+    assert f"Content: sha256 `{origin}`" in card
+    said = run("-m", "vqdeploy", "inspect", tmp_path / "b").stdout
+    assert f"none, exported from memory; sha256 {origin[:16]}… of its content" in said
+
+
+def test_a_model_in_memory_that_no_file_could_hold_is_refused(model, tmp_path):
+    deep = {name: array.astype(np.float64) for name, array in model.params.items()}
+    for other, message in (
+        (dataclasses.replace(model, training={"rate": np.float32(1)}), "more than plain data"),
+        (dataclasses.replace(model, params=deep), "float64, expected float32"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export(other, tmp_path / "b")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_what_is_done_to_pictures_goes_into_the_manifest(model, tmp_path):
+    done = Preprocessing(1, (28, 28), crop=True, background=(1, 2, 3))
+    export(dataclasses.replace(model, preprocessing=done), tmp_path / "b")
+    assert Bundle.open(tmp_path / "b").preprocessing == done
+    sign(tmp_path / "b", lambda manifest: manifest["preprocessing"].update(channels=3))
+    with pytest.raises(InputError, match=r"damaged: preprocessing .* does not give images"):
+        Bundle.open(tmp_path / "b")
 
 
 def test_graphs_agree_with_the_oracle_on_1000_images(model, many_images):

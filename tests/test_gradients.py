@@ -22,7 +22,6 @@ from vqref.spec import CODEBOOK
 from vqtrain import VQVAE
 from vqtrain.losses import compute_losses
 
-
 STEP = 1e-5
 """Along a direction. The difference of two losses errs by their rounding over it."""
 

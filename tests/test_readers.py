@@ -21,13 +21,14 @@ from support import SPEC, trainer
 from benchmarks.hostile.readers import READERS, campaign
 from vqdeploy.bundle import Bundle
 from vqdeploy.sources import read_source
-from vqdeploy.tokens import read_images, read_indices
+from vqdeploy.tokens import read_images, read_tokens
 from vqref import families
 from vqref.errors import InputError, UsageError
 from vqref.host.files import parsed, read_bytes
 from vqref.host.images import load, read_npz
-from vqref.host.pictures import load_any
+from vqref.host.pictures import Reading, load_any, prepare
 from vqref.host.streams import plain
+from vqref.preprocessing import Preprocessing
 from vqtrain.run.folder import latest_state, open_run, read_options
 from vqtrain.run.snapshot import course_of, list_states, load_state, save_state
 
@@ -51,8 +52,8 @@ SURFACES = {
     "images.npy": load,
     "images.npz": load,
     "any": load_any,
-    "tokens.npz": read_indices,
-    "tokens.parquet": read_indices,
+    "tokens.npz": read_tokens,
+    "tokens.parquet": read_tokens,
     "parameters.npz": read_source,
     "parameters.safetensors": read_source,
     "model.pt": read_source,
@@ -96,18 +97,24 @@ def test_an_endless_device_is_refused_at_once(tmp_path, name):
     assert f"{name}: is a device, not a regular file" in line
 
 
-@pytest.mark.parametrize("what", ["fifo", "device", "dangling", "folder", "loop"])
+@pytest.mark.parametrize("what", ["fifo", "device", "dangling", "loop"])
 def test_a_folder_of_pictures_with_something_else_among_them_is_refused(tmp_path, what):
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     other = tmp_path / "b.png"
     if what == "fifo":
         os.mkfifo(other)
-    elif what == "folder":
-        other.mkdir()
     else:
         other.symlink_to({"device": "/dev/zero", "dangling": "nowhere", "loop": "b.png"}[what])
     (line,) = promptly(load_any, tmp_path)
-    assert "b.png: " in line
+    assert line.count("b.png: ") == 1
+    (line,) = load_any(tmp_path, Reading(skip_bad=True)).said
+    assert line.startswith("1 skipped, broken: b.png: ")
+
+
+def test_a_folder_that_is_called_like_a_picture_is_a_folder(tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").mkdir()
+    assert load_any(tmp_path).said == ("1 subfolder left out without --recursive",)
 
 
 def test_a_file_is_read_up_to_a_size_and_not_beyond(tmp_path):
@@ -299,10 +306,18 @@ def test_pictures_that_together_are_too_many_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vqref.host.pictures.LARGEST_ARRAY", 100)
     for name in ("a.png", "b.png"):
         Image.new("L", (8, 8)).save(tmp_path / name)
-    with pytest.raises(InputError, match="GiB of images"):
+    with pytest.raises(InputError, match="2 images of 8x8 are too many: more than 0 GiB"):
         load_any(tmp_path)
+    assert len(load_any(tmp_path, Reading(size=(7, 7))).train) == 2
     with pytest.raises(InputError, match="2 images of 9x9 are too many"):
-        load_any(tmp_path, (9, 9))
+        load_any(tmp_path, Reading(size=(9, 9)))
+    with pytest.raises(InputError, match="2 images of 7x7 are too many"):
+        load_any(tmp_path, Reading(channels=3, size=(7, 7)))
+    with pytest.raises(InputError, match="3 images of 8x8 are too many"):
+        prepare([tmp_path / "a.png"] * 3, (1, 8, 8), Preprocessing(1))
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    with pytest.raises(InputError, match="2 images of 7x7 are too many"):
+        load_any(tmp_path, Reading(size=(7, 7)))
 
 
 def test_files_that_pillow_would_start_a_program_for_are_no_pictures(tmp_path):
@@ -310,7 +325,7 @@ def test_files_that_pillow_would_start_a_program_for_are_no_pictures(tmp_path):
     with pytest.raises(InputError, match="holds no image files"):
         load_any(tmp_path)
     (tmp_path / "a.png").write_bytes((tmp_path / "a.eps").read_bytes())
-    with pytest.raises(InputError, match=r"a\.png: not a readable image"):
+    with pytest.raises(InputError, match=r"a\.png: not a readable image: none of the formats"):
         load_any(tmp_path)
 
 
@@ -319,8 +334,7 @@ def test_pictures_whose_names_are_no_text_can_be_tokenized(tmp_path):
     folder.mkdir()
     Image.new("L", (28, 28)).save(tmp_path / "x.png")
     (tmp_path / "x.png").rename(folder / os.fsdecode(b"\xfe\n.png"))
-    _, names = read_images(folder, SPEC)
-    assert names == [r"\udcfe\n.png"]
+    assert read_images(folder, SPEC).names == (r"\udcfe\n.png",)
     assert load_any(folder).source == r"\udcff"
 
 
@@ -357,13 +371,13 @@ def test_tokens_of_a_small_file_that_says_it_has_many_rows_are_refused(tmp_path)
 
     rows = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(np.zeros(4, np.int64)), 2)
     parquet.write_table(pyarrow.table({"indices": rows}), tmp_path / "t.parquet")
-    assert read_indices(tmp_path / "t.parquet").shape == (2, 2)
+    assert read_tokens(tmp_path / "t.parquet").indices.shape == (2, 2)
     gaps = pyarrow.array([[1, None]], pyarrow.list_(pyarrow.int64(), 2))
     floats = pyarrow.array([[1.5, 2.0]], pyarrow.list_(pyarrow.float64(), 2))
     for column, said in ((gaps, "has gaps"), (floats, "of integers")):
         parquet.write_table(pyarrow.table({"indices": column}), tmp_path / "t.parquet")
         with pytest.raises(InputError, match=said):
-            read_indices(tmp_path / "t.parquet")
+            read_tokens(tmp_path / "t.parquet")
 
 
 @pytest.fixture(scope="module")

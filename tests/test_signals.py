@@ -121,15 +121,31 @@ def body():
     assert done.stderr == "tool: interrupted\n"
 
 
-def test_a_second_signal_ends_the_process_at_once():
-    code = """
-with watched(), hold():
-    kill(signal.SIGINT)
-    kill(signal.SIGINT)
-    print("went on")
+TWICE = """
+def twice():
+    with watched(), hold():
+        kill(signal.SIGINT)
+        kill(signal.SIGINT)
+        print("went on")
 """
-    done = python(START + code)
+
+
+def test_a_second_signal_ends_a_command_at_once():
+    done = python(START + TWICE + "guarded('tool', twice)")
     assert (done.returncode, done.stdout) == (130, "")
+
+
+def test_a_second_signal_does_not_end_a_process_that_is_no_command():
+    code = """
+for _ in range(2):
+    try:
+        twice()
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    done = python(START + TWICE + code)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == 2 * "went on\ninterrupted\n"
 
 
 def test_a_signal_after_the_end_of_a_command_does_not_change_its_exit_status():

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import shutil
+import sys
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -10,7 +11,7 @@ from support import sign
 
 from vqdeploy.bundle import Bundle
 from vqdeploy.proof.signature import SIGNATURE, require_signature
-from vqref.errors import InputError, UsageError
+from vqref.errors import InputError, MachineError, UsageError
 
 KEY = "RWSygKCY3U6mtfvPL5hE0L6WXhd8WrYgcltN4bLMw4KKVSTPe5zgm2bj"
 SIGNED = b'{"a":1}\n'
@@ -30,7 +31,7 @@ dmyT/D6fYa6kA9yQA4zC+a8DRI57Shc7S/NMfvpIDrDP+uEr/5fOUMu4ENDYyvMKTFiCR6WckBaqoiCb
 
 def holding(folder, signature: str, content: bytes = SIGNED) -> Bundle:
     (folder / SIGNATURE).write_text(signature)
-    return Bundle(folder, {}, None, content)
+    return Bundle(folder, {}, None, None, content)
 
 
 def test_a_signature_that_minisign_made_is_read(tmp_path):
@@ -95,3 +96,10 @@ def test_verify_refuses_a_bundle_that_was_made_anew_after_it_was_signed(
     sign(folder, lambda manifest: manifest["training"].update(epochs=2))
     line = refused(3, "-m", "vqdeploy", "verify", folder, "--public-key", key)
     assert "not the signature of this manifest by this key" in line
+
+
+def test_without_cryptography_one_line_says_which_install_brings_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cryptography.exceptions", None)
+    monkeypatch.setitem(sys.modules, "cryptography", None)
+    with pytest.raises(MachineError, match=r"pip install 'portable-vqvae\[sign\]'"):
+        require_signature(holding(tmp_path, BY_MINISIGN), KEY)

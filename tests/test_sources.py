@@ -1,6 +1,7 @@
 """Where images come from: the network that may lie, break or not be there, the cache, folders of
 pictures."""
 
+import argparse
 import gzip
 import hashlib
 import struct
@@ -12,6 +13,8 @@ import pytest
 from PIL import Image
 
 from vqref.errors import InputError, MachineError
+from vqref.host.pictures import Reading
+from vqref.preprocessing import Preprocessing
 from vqtrain.data import sources
 from vqtrain.data.sources import load_kmnist, load_source
 
@@ -191,23 +194,53 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_names(tmp_path):
 def test_pictures_of_different_sizes_are_resized_only_when_asked(tmp_path):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png", size=(8, 8))
-    with pytest.raises(InputError, match=r"b\.png: 8x8 pixels, a\.png has 12x8; use --resize HxW"):
+    with pytest.raises(InputError, match=r"b\.png: 8x8 pixels, a\.png has 8x12; use --resize HxW"):
         load_source(str(tmp_path), silent)
-    assert load_source(str(tmp_path), silent, (16, 20)).train.shape == (2, 1, 16, 20)
+    assert load_source(str(tmp_path), silent, Reading(size=(16, 20))).train.shape == (2, 1, 16, 20)
 
 
 def test_folders_without_pictures_and_broken_pictures_are_named(tmp_path):
-    with pytest.raises(
-        InputError, match="the folder holds no image files and no official KMNIST files"
-    ):
+    with pytest.raises(InputError, match="holds no image files and no official KMNIST files"):
         load_source(str(tmp_path), silent)
     (tmp_path / "a.png").write_bytes(b"\x89PNG broken")
     with pytest.raises(InputError, match=r"a\.png: not a readable image"):
         load_source(str(tmp_path), silent)
 
 
-def test_resizing_is_for_folders_of_pictures_alone(tmp_path):
+OF_PICTURES = {
+    "--resize": {"size": (8, 8)},
+    "--crop": {"crop": True},
+    "--background": {"background": (0, 0, 0)},
+    "--channels": {"channels": 1},
+    "--recursive": {"recursive": True},
+    "--skip-bad": {"skip_bad": True},
+}
+
+
+@pytest.mark.parametrize("option", OF_PICTURES)
+def test_options_of_pictures_are_for_folders_of_pictures_alone(tmp_path, option):
     np.save(tmp_path / "x.npy", TRAIN)
-    for source in ("glyphs", str(tmp_path / "x.npy")):
-        with pytest.raises(InputError, match="--resize is for a folder of images"):
-            load_source(source, silent, (8, 8))
+    for source in ("glyphs", "kmnist", "auto", str(tmp_path / "x.npy")):
+        with pytest.raises(InputError, match=f"{option} is for a folder of pictures"):
+            load_source(source, silent, Reading(**OF_PICTURES[option]))
+
+
+def test_what_a_model_says_of_its_pictures_is_no_option(tmp_path):
+    np.save(tmp_path / "x.npy", TRAIN)
+    preprocessing = Preprocessing(1, (28, 28), crop=True, background=(0, 0, 0))
+    found = load_source(str(tmp_path / "x.npy"), silent, Reading.of(preprocessing, (1, 28, 28)))
+    assert found.train.shape == (20, 1, 28, 28)
+
+
+@pytest.mark.parametrize(
+    ("text", "colour"),
+    [("white", (255, 255, 255)), ("black", (0, 0, 0)), ("#0a0B0c", (10, 11, 12))],
+)
+def test_a_background_is_a_colour_or_its_name(text, colour):
+    assert sources.parse_background(text) == colour
+
+
+@pytest.mark.parametrize("text", ["", "red", "#fff", "#ffffff0", "ffffff", "#gggggg", "snow"])
+def test_what_is_no_background_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not like #ffffff, white or black"):
+        sources.parse_background(text)

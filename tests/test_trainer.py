@@ -235,7 +235,7 @@ def test_checks_take_as_many_images_and_come_as_often_as_they_are_told_to(tmp_pa
         "oracle: agrees on 5 images, before the first step",
         "oracle: agrees on 5 images, model.pt read back",
     ]
-    assert [line.split()[-1] for line in said[3:6]] == ["-", "agrees", "-"]
+    assert [line.split()[-1] for line in said[4:7]] == ["-", "agrees", "-"]
 
 
 def test_without_held_out_images_a_sample_of_the_training_images_is_measured(
@@ -247,7 +247,9 @@ def test_without_held_out_images_a_sample_of_the_training_images_is_measured(
     line = run.run().metrics["history"][0]
     assert "held_out" not in line
     assert line["training_sample"]["ssim"] <= 1
-    assert said[-2].split()[2] == "-"
+    assert said[2].startswith("sample: a perfect reconstruction would score ")
+    assert said[3].split()[2] == "sample"
+    assert said[-2].split()[2] == f"{line['training_sample']['bound']:.2f}"
     images = many_images[:160:4, None] / np.float32(255)
     out = vqref.forward(SPEC, run.model.params(), images)
     assert line["training_sample"]["reconstruction"] == pytest.approx(

@@ -6,12 +6,12 @@ import json
 import numpy as np
 import onnx
 import pytest
-from support import small_model
+from support import sign, small_model
 
 import vqref
 from vqdeploy import Codec
 from vqdeploy.agreement import check_graphs
-from vqdeploy.bundle import Bundle
+from vqdeploy.bundle import Bundle, describe_graphs
 from vqdeploy.card import write_card
 from vqdeploy.export import export
 from vqdeploy.graphs.build import OPSETS, GraphOptions, build_graphs
@@ -20,6 +20,7 @@ from vqdeploy.proof.golden import Answered
 from vqdeploy.proof.measure import measure
 from vqdeploy.runtime.sessions import open_sessions
 from vqdeploy.sources import read_parameters
+from vqdeploy.stages import INDEX_TYPES, STAGES
 from vqdeploy.verify import verify
 from vqref import families
 from vqref.agreement.report import Report
@@ -132,6 +133,81 @@ def test_a_graph_of_a_fixed_batch_answers_any_number_of_images(family, batch):
             fixed["tokenizer"](images[:n])[0], free["tokenizer"](images[:n])[0]
         )
     assert check_graphs(model.spec, model.params, images, fixed, folded=folds(model)).passed
+
+
+NARROW = {
+    "plain": {},
+    "network": {"fold": False},
+    "batch of 8, opset 20, for a processor": {"batch": 8, "opset": 20, "target": "cpu"},
+    "fp16": {"precision": "fp16"},
+    "int8": {"precision": "int8"},
+}
+
+
+@pytest.mark.parametrize("form", NARROW)
+def test_indices_of_int32_are_the_tokens_of_int64_and_verify(family, family_file, tmp_path, form):
+    _, images = family
+    for dtype in INDEX_TYPES:
+        options = GraphOptions(**NARROW[form], index_type=dtype)
+        export(family_file, tmp_path / dtype, options=options, images=lambda spec: images)
+    wide, narrow = (Bundle.open(tmp_path / dtype) for dtype in INDEX_TYPES)
+    assert [bundle.index_type for bundle in (wide, narrow)] == [*INDEX_TYPES]
+    assert "index_type" not in wide.manifest
+    report = verify(narrow, "cpu", images, samples=1000).report
+    assert report.passed, str(report)
+    cards = [(bundle.path / "README.md").read_text() for bundle in (wide, narrow)]
+    assert ["`indices` are int32 in the graphs" in card for card in cards] == [False, True]
+    codecs = [Codec.load(bundle.path, "cpu") for bundle in (wide, narrow)]
+    expected, found = (codec.encode(images) for codec in codecs)
+    assert (found.dtype, len(np.unique(found)) > 1) == (np.int64, True)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(*(codec.decode(expected) for codec in codecs))
+    for stage in STAGES:
+        graph = onnx.load_from_string(narrow.graph(stage)).graph
+        ports = {port.name: port.type.tensor_type for port in (*graph.input, *graph.output)}
+        assert ports.get("indices") is None or ports["indices"].elem_type == onnx.TensorProto.INT32
+        before = len(onnx.load_from_string(wide.graph(stage)).graph.node)
+        cast = stage in ("quantizer", "tokenizer") or (stage == "detokenizer" and narrow.folded)
+        assert len(graph.node) == before + cast
+
+
+def test_indices_of_a_large_codebook_may_be_int32():
+    model = small_model(families.post((1, 8, 8), 2, 4, num_codes=257, code_size=32))
+    images = np.random.default_rng(0).random((50, 1, 8, 8), np.float32)
+    sessions = [opened(model, index_type=dtype) for dtype in INDEX_TYPES]
+    wide, narrow = (each["tokenizer"](images)[0] for each in sessions)
+    assert (narrow.dtype, len(np.unique(narrow)) > 16) == (np.int64, True)
+    np.testing.assert_array_equal(narrow, wide)
+
+
+@pytest.mark.parametrize(("written", "said"), [INDEX_TYPES, INDEX_TYPES[::-1]])
+@pytest.mark.parametrize("fold", [None, False])
+def test_a_manifest_that_says_another_type_of_indices_is_refuted(
+    family, family_file, tmp_path, written, said, fold
+):
+    options = GraphOptions(index_type=written, fold=fold)
+    export(family_file, tmp_path / "b", options=options)
+    graphs = describe_graphs(family[0].spec, None, said)
+    sign(tmp_path / "b", lambda manifest: manifest.update(graphs=graphs))
+    (failed,) = verify(Bundle.open(tmp_path / "b"), "cpu").report.failures
+    assert failed.stage == "graphs"
+    graphs["tokenizer"]["outputs"][0]["dtype"] = "uint8"
+    sign(tmp_path / "b", lambda manifest: manifest.update(graphs=graphs))
+    with pytest.raises(InputError, match="inputs and outputs of the graphs are not those"):
+        Bundle.open(tmp_path / "b")
+
+
+@pytest.mark.parametrize("other", [{"index_type": "int32"}, {"opset": 19}])
+def test_a_table_in_another_form_than_the_manifests_is_refuted(small, tmp_path, other):
+    export(small, tmp_path / "b")
+    tables = [build_graphs(small.spec, small.params, GraphOptions(**o)) for o in ({}, other)]
+    own, foreign = (graphs["detokenizer"] for graphs in tables)
+    assert (tmp_path / "b" / "detokenizer.onnx").read_bytes() == own
+    (tmp_path / "b" / "detokenizer.onnx").write_bytes(foreign)
+    sign(tmp_path / "b")
+    (failed,) = verify(tmp_path / "b", "cpu").report.failures
+    assert failed.stage == "graphs"
+    assert "detokenizer: its" in failed.problem
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
@@ -325,6 +401,7 @@ def test_parameters_that_are_no_model_are_named(small, tmp_path):
         ({"precision": "fp8"}, "precision is 'fp8'"),
         ({"batch": 0}, "batch is 0"),
         ({"target": "gpu"}, "target is 'gpu'"),
+        ({"index_type": "uint8"}, "index_type is 'uint8', expected one of int64, int32"),
     ],
 )
 def test_options_that_no_graph_has_are_named(options, message):

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from vqdeploy.sealed import SEAL, parsed, require_seal
-from vqdeploy.stages import STAGES, ports
+from vqdeploy.stages import INDEX_TYPES, STAGES, ports
 from vqref.errors import InputError
 from vqref.host.files import read_bytes
 from vqref.host.images import read_npz
 from vqref.precisions import PRECISIONS
+from vqref.preprocessing import Preprocessing
 from vqref.spec import ModelSpec
 from vqref.validation import Array, check_params
 
@@ -51,12 +52,13 @@ class Bundle:
     """A bundle's place and its manifest, which is checked here; files are checked as they are read.
 
     manifest: the parsed ``manifest.json``, without its seal. spec: the model's specification, from
-    the manifest. content: the manifest's bytes.
+    the manifest. preprocessing: what is to be done to pictures. content: the manifest's bytes.
     """
 
     path: Path
     manifest: Mapping[str, Any]
     spec: ModelSpec
+    preprocessing: Preprocessing
     content: bytes
 
     @classmethod
@@ -83,13 +85,14 @@ class Bundle:
         try:
             del manifest[SEAL]
             spec = ModelSpec.from_dict(manifest["spec"])
+            prepared = Preprocessing.from_dict(manifest.get("preprocessing"), spec.image_shape)
             _require_files(manifest["files"])
             _require_form(manifest, spec)
             _require_facts(manifest)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{where}: damaged: {reason}") from None
-        return cls(path, manifest, spec, content)
+        return cls(path, manifest, spec, prepared, content)
 
     @property
     def sha256(self) -> str:
@@ -106,6 +109,11 @@ class Bundle:
         """The one batch size that every graph takes, None if they take any."""
         batch: int | None = self.manifest["batch"]
         return batch
+
+    @property
+    def index_type(self) -> str:
+        """The dtype of ``indices`` in the graphs, one of ``INDEX_TYPES``."""
+        return str(self.manifest["graphs"]["tokenizer"]["outputs"][0]["dtype"])
 
     @property
     def folded(self) -> bool:
@@ -159,11 +167,13 @@ def describe_files(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
     }
 
 
-def describe_graphs(spec: ModelSpec, batch: int | None) -> dict[str, dict[str, Any]]:
+def describe_graphs(
+    spec: ModelSpec, batch: int | None, index_type: str = INDEX_TYPES[0]
+) -> dict[str, dict[str, Any]]:
     """The manifest's entry for each graph: its file, and name, dtype and shape of each port."""
     arrays = {
         name: {"name": name, "dtype": port.dtype, "shape": list(port.shape)}
-        for name, port in ports(spec, batch).items()
+        for name, port in ports(spec, batch, index_type).items()
     }
     return {
         name: {
@@ -233,7 +243,7 @@ def _require_form(manifest: Mapping[str, Any], spec: ModelSpec) -> None:
     batch = manifest["batch"]
     if batch is not None and (type(batch) is not int or batch < 1):
         raise ValueError(f"batch is {batch!r}, expected a size or null")
-    if manifest["graphs"] != describe_graphs(spec, batch):
+    if manifest["graphs"] not in [describe_graphs(spec, batch, dtype) for dtype in INDEX_TYPES]:
         raise ValueError("inputs and outputs of the graphs are not those of the spec")
 
 

@@ -7,9 +7,12 @@ all.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from textwrap import fill
 from typing import Any
 
+from vqdeploy.stages import INDEX_TYPES
 from vqref.agreement.report import Report
+from vqref.preprocessing import CHANNELS, Preprocessing
 from vqref.spec import ModelSpec
 
 MEASURES = {
@@ -57,6 +60,7 @@ Each token is one of {spec.num_codes}. Family {spec.family}, {spec.likelihood} l
     codec = vqdeploy.Codec.load("this folder")
     indices = codec.encode(images)           # uint8 or in [0, 1] to int64 (N, {spec.latent_size})
     reconstructions = codec.decode(indices)  # float32 (N, {channels}, {height}, {width})
+{_pictures(spec, manifest["preprocessing"])}
 
 Without our package, `tokenizer.onnx` and `detokenizer.onnx` run in any onnxruntime; `manifest.json`
 names their inputs and outputs. Check on your machine that what runs is what was trained:
@@ -98,6 +102,34 @@ codes that are equally near.
 """
 
 
+def _pictures(spec: ModelSpec, preprocessing: Mapping[str, Any]) -> str:
+    """How pictures are encoded, if the model takes any: the end of the code, and what is done."""
+    told = tell_pictures(Preprocessing.from_dict(preprocessing, spec.image_shape), spec.image_shape)
+    if spec.image_shape[0] not in CHANNELS:
+        return f"\n{told}"
+    return f"""    indices = codec.encode(["a.png", "b.jpg"])  # paths or PIL images
+
+{fill(told, 100)}
+`python -m vqdeploy encode` and the names of two folders, this and one of pictures, makes a file of
+their tokens."""
+
+
+def tell_pictures(preprocessing: Preprocessing, image_shape: tuple[int, int, int]) -> str:
+    """What is done to pictures for images (C, H, W), in a sentence."""
+    channels, height, width = image_shape
+    if channels not in CHANNELS:
+        return f"It takes no pictures: they do not have {channels} channels."
+    size = f"{height}×{width}"
+    done = ["turned as their EXIF data say", f"made {CHANNELS[channels]}"]
+    if channels < 4:
+        done.append(f"laid on #{bytes(preprocessing.background).hex()} where transparent")
+    if preprocessing.size is None:
+        return f"Pictures of {size} pixels are {', '.join(done[:-1])} and {done[-1]}."
+    done += ["cropped to the middle"] * preprocessing.crop
+    how = "resized" if preprocessing.crop else "stretched"
+    return f"Pictures are {', '.join(done)}, and {how} to {size} pixels."
+
+
 def _grid(spec: ModelSpec) -> str:
     """How many tokens, and how they lie: 4; 8×8 = 64."""
     sides = "×".join(map(str, spec.latent_shape))
@@ -108,13 +140,14 @@ def _training(manifest: Mapping[str, Any]) -> str:
     provenance, options = manifest["provenance"], manifest["training"]
     data = provenance.get("data", {})
     trained = ", ".join(f"{name} {value}" for name, value in options.items()) or "not recorded"
+    file = "Content" if provenance["model_digest"] == "in memory" else "Model file"
     source = "not recorded"
     if data:
         counted = f"{data.get('source')}, {data.get('images', '?')} images"
         source = f"{counted}, sha256 `{data.get('sha256', 'not recorded')}`"
     return f"""Data: {source}.
 Recipe {provenance.get("recipe", "not recorded")}: {trained}.
-Model file: sha256 `{provenance["model_sha256"]}`."""
+{file}: sha256 `{provenance["model_sha256"]}`."""
 
 
 def _form(manifest: Mapping[str, Any]) -> str:
@@ -125,6 +158,8 @@ def _form(manifest: Mapping[str, Any]) -> str:
         words.append("`detokenizer.onnx` is a table of every reconstruction, computed in float64.")
     if manifest["batch"]:
         words.append(f"Every graph takes batches of exactly {manifest['batch']}.")
+    if (dtype := manifest["graphs"]["tokenizer"]["outputs"][0]["dtype"]) != INDEX_TYPES[0]:
+        words.append(f"`indices` are {dtype} in the graphs.")
     if manifest["target"] == "cpu":
         words.append("They are written for onnxruntime's CPU provider; others run them, too.")
     return " ".join(words)

@@ -1,9 +1,14 @@
-"""The tokenizer inside other programs. Needs numpy and onnxruntime alone."""
+"""The tokenizer inside other programs. Needs numpy and onnxruntime alone, and Pillow for
+pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from operator import index
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -12,8 +17,15 @@ import numpy.typing as npt
 from vqdeploy.bundle import Bundle
 from vqdeploy.runtime.sessions import Runtime, Session, open_sessions
 from vqref.host.images import as_batch
-from vqref.spec import ModelSpec
+from vqref.host.streams import plain
+from vqref.spec import CODEBOOK
 from vqref.validation import Array, as_indices
+
+Pictures = Any
+"""A path, a PIL image, or a sequence of them."""
+
+Images = npt.ArrayLike | Pictures
+"""What is encoded: arrays, or pictures."""
 
 
 class Codec:
@@ -21,12 +33,18 @@ class Codec:
 
         codec = Codec.load("model-onnx")
         indices = codec.encode(images)           # int64 (N, S)
+        indices = codec.encode(["a.png", "b.jpg"])
         reconstructions = codec.decode(indices)  # float32 (N, C, H, W) in [0, 1]
 
     spec       the model: image_shape (C, H, W), latent_shape and its product latent_size S,
-               num_codes, code_size, likelihood
+               num_codes K, code_size D, likelihood
+    preprocessing    what is done to pictures, as was done to those of the training
+    manifest_sha256  the digest of the bundle's manifest, which says what bundle this is
     device     "cpu" or "cuda", as chosen; "custom" if ``load`` was given providers
     providers  onnxruntime's execution providers, the preferred one first
+
+    Images are arrays, which must be as the model wants them, or pictures: a path, a PIL image, or a
+    sequence of them. Pictures are prepared first, see ``prepare``.
 
     Methods may be called from several threads. Large inputs go through a few images at a time, so
     that memory stays flat. A Codec is a context manager, and can be pickled for worker processes,
@@ -34,18 +52,17 @@ class Codec:
     """
 
     def __init__(
-        self,
-        spec: ModelSpec,
-        graphs: Mapping[str, bytes],
-        device: str,
-        batch: int | None,
-        runtime: Runtime,
+        self, bundle: Bundle, graphs: Mapping[str, bytes], device: str, runtime: Runtime
     ) -> None:
-        sessions, self.device = open_sessions(graphs, spec, device, batch=batch, runtime=runtime)
-        self.spec = spec
+        self.spec, self.preprocessing = bundle.spec, bundle.preprocessing
+        self.manifest_sha256 = bundle.sha256
+        sessions, self.device = open_sessions(
+            graphs, bundle.spec, device, batch=bundle.batch, runtime=runtime
+        )
         self.providers = sessions["tokenizer"].providers
         self._sessions: dict[str, Session] | None = sessions
-        self._made_from = (spec, dict(graphs), device, batch, runtime)
+        self._opening = Lock()
+        self._made_from = (bundle, dict(graphs), device, runtime)
 
     @classmethod
     def load(
@@ -71,7 +88,15 @@ class Codec:
         found = Bundle.open(bundle, manifest_sha256)
         graphs = {stage: found.graph(stage) for stage in ("tokenizer", "detokenizer")}
         runtime = Runtime(providers, session_options, intra_op_num_threads)
-        return cls(found.spec, graphs, device, found.batch, runtime)
+        return cls(replace(found, path=found.path.absolute()), graphs, device, runtime)
+
+    def __repr__(self) -> str:
+        spec, grid = self.spec, "x".join(map(str, self.spec.latent_shape))
+        model = f"{spec.family}: images {spec.image_shape}, {grid} tokens of {spec.num_codes}"
+        closed = ", closed" if self._sessions is None else ""
+        return (
+            f"<Codec {plain(model)}, on {self.device}, bundle {self.manifest_sha256[:12]}{closed}>"
+        )
 
     def __enter__(self) -> Codec:
         return self
@@ -94,36 +119,120 @@ class Codec:
         self.__init__(*made_from)  # type: ignore[misc]
 
     def _run(self, stage: str, array: Array) -> Array:
-        if self._sessions is None:
+        sessions = self._sessions
+        if sessions is None:
             raise ValueError("the Codec was closed")
-        return self._sessions[stage](array)[0]
+        if stage not in sessions:
+            self._open(stage, sessions)
+        return sessions[stage](array)[0]
 
-    def encode(self, images: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    def _open(self, stage: str, sessions: dict[str, Session]) -> None:
+        """Opens a graph that ``load`` did not, on the device of the others. Raises what ``load``
+        raises."""
+        bundle, _, _, runtime = self._made_from
+        device = "auto" if self.device == "custom" else self.device
+        with self._opening:
+            if stage not in sessions:
+                graphs = {stage: bundle.graph(stage)}
+                opened = open_sessions(
+                    graphs, bundle.spec, device, batch=bundle.batch, runtime=runtime
+                )
+                sessions.update(opened[0])
+
+    def _batch(self, images: Images) -> npt.NDArray[np.float32]:
+        """Images (N, C, H, W) float32 in [0, 1], of arrays or pictures. Raises InputError."""
+        if not isinstance(images, np.ndarray):
+            from vqref.host.pictures import is_picture
+
+            some = images[:1] if isinstance(images, list | tuple) else [images]
+            if any(map(is_picture, some)):
+                images = self.prepare(images)
+        return as_batch(images, self.spec.image_shape)
+
+    def prepare(self, pictures: Pictures) -> npt.NDArray[np.uint8]:
+        """Pictures as ``encode`` sees them: uint8 (N, C, H, W).
+
+        pictures: a path, a PIL image, or a sequence of them. One alone is a batch of one. They are
+        turned as their EXIF data say, brought to grey or colour, laid on a background if they are
+        transparent, and resized, as ``preprocessing`` says.
+        Raises InputError (a ValueError) that names the picture, MachineError if Pillow is not
+        installed.
+        """
+        from vqref.host.pictures import prepare
+
+        return prepare(pictures, self.spec.image_shape, self.preprocessing)
+
+    def encode(self, images: Images) -> npt.NDArray[np.int64]:
         """Indices (N, S), int64 from 0 to num_codes - 1, of N images.
 
         images: uint8, or floating in [0, 1]; (N, H, W) if C is 1, (N, C, H, W) or (N, H, W, C); or
-        one image without its N, which is a batch of one.
-        Raises InputError (a ValueError) for another shape, dtype or range, and for values that are
-        not finite.
+        one image without its N, which is a batch of one; or pictures.
+        Raises InputError (a ValueError) for another shape, dtype or range, for values that are not
+        finite, and what ``prepare`` raises.
         """
-        return self._run("tokenizer", as_batch(images, self.spec.image_shape))
+        return self._run("tokenizer", self._batch(images))
 
-    def decode(self, indices: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    def latents(self, images: Images) -> npt.NDArray[np.float32]:
+        """What the encoder says of N images, before the quantizer: float32 (N, S, D).
+
+        The first call opens another graph of the bundle. images: as those of ``encode``. Raises
+        what ``encode`` and ``load`` raise.
+        """
+        return self._run("encoder", self._batch(images))
+
+    @cached_property
+    def codebook(self) -> npt.NDArray[np.float32]:
+        """The codes, float32 (K, D), not to be written to: row k is what index k stands for.
+
+        The bundle's oracle file is read when they are first asked for. Raises InputError (a
+        ValueError) if it is damaged.
+        """
+        codes = self._made_from[0].oracle().params[CODEBOOK].copy()
+        codes.setflags(write=False)
+        return codes
+
+    def decode(self, indices: npt.ArrayLike, *, uint8: bool = False) -> Array:
         """Reconstructions (N, C, H, W), float32 in [0, 1], of indices (N, S).
 
-        Raises ValueError for another shape or dtype, and for an index outside 0 to num_codes - 1.
+        uint8: give the nearest of 256 levels instead, np.rint(255 * x): half way is rounded to the
+        even one. Raises ValueError for another shape or dtype, and for an index outside 0 to
+        num_codes - 1.
         """
         shape = ("N", self.spec.latent_size)
-        return self._run("detokenizer", as_indices(indices, shape, self.spec.num_codes))
+        found = self._run("detokenizer", as_indices(indices, shape, self.spec.num_codes))
+        return np.rint(255 * found).astype(np.uint8) if uint8 else found
 
-    def reconstruct(self, images: npt.ArrayLike) -> npt.NDArray[np.float32]:
-        """``decode(encode(images))``."""
-        return self.decode(self.encode(images))
+    def reconstruct(self, images: Images, *, uint8: bool = False) -> Array:
+        """``decode(encode(images), uint8=uint8)``."""
+        return self.decode(self.encode(images), uint8=uint8)
 
-    def sample(self, n: int, *, rng: np.random.Generator | None = None) -> npt.NDArray[np.float32]:
-        """Reconstructions (n, C, H, W) of indices that ``rng`` draws from the uniform prior.
+    def sample(
+        self, n: int, *, seed: int | np.random.Generator | None = None
+    ) -> npt.NDArray[np.float32]:
+        """Reconstructions (n, C, H, W) of indices that are drawn from the uniform prior.
 
-        rng: a fresh generator if None.
+        seed: an integer from 0 on, a generator to draw from, or None for another draw each time.
+        Raises TypeError or ValueError for anything else.
         """
-        rng = rng or np.random.default_rng()
-        return self.decode(rng.integers(self.spec.num_codes, size=(n, self.spec.latent_size)))
+        rng = _generator(seed)
+        size = (_whole("n", n), self.spec.latent_size)
+        return self.decode(rng.integers(self.spec.num_codes, size=size))
+
+
+def _generator(seed: Any) -> np.random.Generator:
+    """A generator of its own for a seed, or the one that is given. Raises TypeError, ValueError."""
+    if isinstance(seed, np.random.Generator):
+        return seed
+    expected = "an integer from 0 on, a numpy.random.Generator or None"
+    return np.random.default_rng(None if seed is None else _whole("seed", seed, expected))
+
+
+def _whole(name: str, value: Any, expected: str = "an integer from 0 on") -> int:
+    """An integer from 0 on. Raises TypeError, ValueError."""
+    try:
+        found = -1 if isinstance(value, bool | np.bool_) else index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r:.80}, expected {expected}") from None
+    if found < 0:
+        raise ValueError(f"{name} is {value!r:.80}, expected {expected}")
+    return found

@@ -34,11 +34,13 @@ from vqdeploy.runtime.sessions import CPU, open_sessions
 from vqdeploy.sealed import sealed
 from vqdeploy.sources import read_source
 from vqdeploy.verify import Written, check_answers
+from vqref import modelfile
 from vqref.agreement.report import Report
 from vqref.errors import InputError, ParityError
 from vqref.host.files import publish_folder, require_new_folder
 from vqref.modelfile import Model
 from vqref.precisions import of_option
+from vqref.preprocessing import Preprocessing
 from vqref.spec import ModelSpec
 from vqref.validation import Array, Params
 
@@ -47,28 +49,28 @@ UNPUBLISHED = {"history", "oracle"}
 
 
 def export(
-    source: Path,
-    output: Path,
+    source: str | Path | Model,
+    output: str | Path,
     *,
     options: GraphOptions | None = None,
-    images: Callable[[ModelSpec], Array] | None = None,
+    images: Callable[[Model], Array] | None = None,
     replace: bool = False,
 ) -> Report:
     """Writes the bundle of the model in ``source`` to the folder ``output``, once its graphs agree
     with the oracle.
 
-    source: a ``model.pt`` or a file of parameters. images: gives images (N, C, H, W) in [0, 1] of a
-    spec, to measure on and to take int8's ranges from; None for images that the model draws. The
-    same model, options and images give the same bytes.
+    source: a ``model.pt`` or a file of parameters, or a model in memory. images: gives images
+    (N, C, H, W) in [0, 1] for the model, to measure on and to take int8's ranges from; None for
+    images that the model draws. The same model, options and images give the same bytes.
     Raises InputError for a source that cannot be read or an ``output`` that exists (unless
     ``replace``), ParityError if a graph disagrees, MachineError and OSError if nothing can be
     written; ``output`` is then as it was.
     """
-    options = options or GraphOptions()
+    options, output = options or GraphOptions(), Path(output)
     require_replaceable(output, replace=replace)
-    model, digest = read_source(source)
+    name, model, origin = _source(source)
     spec, params = model.spec, {p.name: model.params[p.name] for p in model.spec.parameters}
-    given = None if images is None else images(spec)
+    given = None if images is None else images(model)
     try:  # weights may be so large that a stage overflows, or that float16 cannot hold them
         options = dataclasses.replace(options, fold=options.folds(spec))
         golden = golden_images(spec, params)
@@ -76,18 +78,18 @@ def export(
         measured_on = _measured_on(spec, params, given)
         contents = build_graphs(spec, params, options)
     except ValueError as error:
-        raise InputError(f"{source}: cannot be exported: {error}") from None
+        raise InputError(f"{name}: cannot be exported: {error}") from None
     if options.precision == "int8":
         quantized = measured_on.known.quantized.astype(np.float32)
         inputs = {"images": measured_on.images, "quantized": quantized}
         contents = quantize_graphs(contents, inputs, folded=bool(options.fold))
     graphs = {stage: read_graph(f"{stage}.onnx", content) for stage, content in contents.items()}
     sessions, _ = open_sessions(graphs, spec, "cpu", batch=options.batch)
-    report = _agreement(source, spec, params, asked, Written(graphs, sessions, options))
+    report = _agreement(name, spec, params, asked, Written(graphs, sessions, options))
     measured = measure(spec, params, measured_on, sessions, folded=bool(options.fold))
     facts = {
         **_form(spec, options),
-        **_origin(model, digest),
+        **_origin(model, origin),
         "agreement": {"provider": CPU, **report.to_dict()},
         "measured": {**measured, "of": "images that the model draws" if given is None else "data"},
         "kept": kept_tokens(sessions["tokenizer"](asked.images)[0], asked.known.indices),
@@ -95,6 +97,20 @@ def export(
     oracle = Oracle(params, golden_batch(asked, len(golden)))
     publish_folder(output, _files(spec, contents, oracle, facts, report), replace=replace)
     return report
+
+
+def _source(source: str | Path | Model) -> tuple[str, Model, dict[str, str]]:
+    """What to call a model in messages, the model, and the manifest's entries on its digest.
+
+    Raises InputError for a file that cannot be read, and a model that no file could hold.
+    """
+    if isinstance(source, Model):
+        model = Model.from_plain(source.to_plain())
+        digest = modelfile.digest(model.to_plain())
+        return "the model", model, {"model_sha256": digest, "model_digest": "in memory"}
+    model, digest = read_source(Path(source))
+    checked = "checked" if model.digested else "none"
+    return str(source), model, {"model_sha256": digest, "model_digest": checked}
 
 
 def _measured_on(spec: ModelSpec, params: Params, given: Array | None) -> Answered:
@@ -106,7 +122,7 @@ def _measured_on(spec: ModelSpec, params: Params, given: Array | None) -> Answer
 
 
 def _agreement(
-    source: Path, spec: ModelSpec, params: Params, asked: Answered, written: Written
+    name: str, spec: ModelSpec, params: Params, asked: Answered, written: Written
 ) -> Report:
     """The report on what is about to be published. Raises ParityError unless all of it agrees."""
     count, codes = len(asked.images), len(np.unique(asked.known.indices))
@@ -115,7 +131,7 @@ def _agreement(
     report = Report(checks, count, codes)
     if not report.passed:
         raise ParityError(
-            f"{source}: not exported: the graphs disagree with the oracle: {report.failures[0]}",
+            f"{name}: not exported: the graphs disagree with the oracle: {report.failures[0]}",
             report,
         )
     return report
@@ -152,22 +168,24 @@ def _form(spec: ModelSpec, options: GraphOptions) -> dict[str, Any]:
         "target": options.target,
         "batch": options.batch,
         "detokenizer": "table" if options.fold else "network",
-        "graphs": describe_graphs(spec, options.batch),
+        "graphs": describe_graphs(spec, options.batch, options.index_type),
     }
 
 
-def _origin(model: Model, digest: str) -> dict[str, Any]:
-    """The manifest's entries on where the model came from, and what exported it."""
+def _origin(model: Model, origin: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest's entries on where the model came from, what is to be done to its pictures, and
+    what exported it."""
     from vqdeploy.runtime.library import onnxruntime
 
+    prepared = model.preprocessing or Preprocessing(model.spec.image_shape[0])
     exporter = {name: version(name) for name in ("portable-vqvae", "numpy", "onnx")}
     return {
+        "preprocessing": prepared.to_dict(),
         "training": dict(model.training),
         "metrics": {n: value for n, value in model.metrics.items() if n not in UNPUBLISHED},
         "provenance": {
             **model.provenance,
-            "model_sha256": digest,
-            "model_digest": "checked" if model.digested else "none",
+            **origin,
             "export": {"python": platform.python_version(), **exporter},
             "onnxruntime": str(onnxruntime().__version__),
         },

@@ -14,7 +14,8 @@ import numpy as np
 
 import vqref.modelfile
 from vqref import families
-from vqref.errors import InputError, MachineError
+from vqref.errors import InputError
+from vqref.host.extras import missing
 from vqref.host.files import about, parsed, read_bytes
 from vqref.host.images import read_npz
 from vqref.host.streams import plain
@@ -53,7 +54,7 @@ def read_parameters(path: Path) -> tuple[Model, str]:
     content = read_bytes(path)
     with about(path), parsed("not a file of parameters"):
         read = _read_npz if path.suffix == ".npz" else _read_safetensors
-        params, written = read(path, content)
+        params, written = read(content)
         try:
             model = _model(path, params, written)
         except ValueError as error:
@@ -94,7 +95,7 @@ def _spec(params: dict[str, Array], written: str | None) -> ModelSpec:
         raise ValueError(f"the entry {SPEC!r} is no spec: {error}") from None
 
 
-def _read_npz(path: Path, content: bytes) -> tuple[dict[str, Array], str | None]:
+def _read_npz(content: bytes) -> tuple[dict[str, Array], str | None]:
     """The arrays of an .npz and its entry ``spec``."""
     params = read_npz(content)
     written = params.pop(SPEC, None)
@@ -103,12 +104,12 @@ def _read_npz(path: Path, content: bytes) -> tuple[dict[str, Array], str | None]
     return params, None if written is None else str(written)
 
 
-def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Array], str | None]:
+def _read_safetensors(content: bytes) -> tuple[dict[str, Array], str | None]:
     """The arrays of a safetensors file and the entry ``spec`` of its metadata."""
     try:
         from safetensors.numpy import load
-    except ModuleNotFoundError:
-        raise MachineError(f"{path}: reading it needs pip install safetensors") from None
+    except ModuleNotFoundError as error:
+        raise missing(error) or error from None
     with parsed("not a safetensors file"):  # damaged, or a dtype that NumPy lacks
         params = load(content)
     size = int.from_bytes(content[:8], "little")  # of the JSON header, which load has validated

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 
 from vqref.spec import ModelSpec
 
+INDICES, INDEX_TYPES = "indices", ("int64", "int32")
+"""The one port that graphs may have in several types. JavaScript has no arrays of int64 that it
+counts with, and TensorRT computes in int32."""
+
 
 @dataclass(frozen=True)
 class Port:
@@ -37,17 +41,20 @@ STAGES = {
 """encoder, quantizer and decoder are one stage each; applications run tokenizer and detokenizer."""
 
 
-def ports(spec: ModelSpec, batch: int | None = None) -> dict[str, Port]:
+def ports(
+    spec: ModelSpec, batch: int | None = None, index_type: str = INDEX_TYPES[0]
+) -> dict[str, Port]:
     """Every array that enters or leaves a graph, by name.
 
     batch: the size of the first axis if graphs take one size alone, None if they take any.
+    index_type: one of ``INDEX_TYPES``.
     """
     n: int | str = "N" if batch is None else batch
     latents = (n, spec.latent_size, spec.code_size)
     found = (
         Port("images", "float32", (n, *spec.image_shape)),
         Port("latents", "float32", latents),
-        Port("indices", "int64", latents[:2]),
+        Port(INDICES, index_type, latents[:2]),
         Port("quantized", "float32", latents),
         Port("outputs", "float32", (n, *spec.output_shape)),
         Port("reconstructions", "float32", (n, *spec.image_shape)),

@@ -2,76 +2,248 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vqref.errors import InputError, MachineError, UsageError
-from vqref.host.files import about, is_folder, parsed, read_bytes, write_file
-from vqref.host.images import LARGEST_ARRAY, OFFICIAL_NAMES, as_batch, read_npy, read_npz
-from vqref.host.pictures import load_any, picture_names
+from vqref.errors import InputError, UsageError
+from vqref.host.extras import missing
+from vqref.host.files import about, parsed, read_bytes, write_file
+from vqref.host.images import LARGEST_ARRAY, ImageSet, as_batch, read_npy, read_npz
+from vqref.host.pictures import Reading, load_any
+from vqref.host.pillow import pillow
 from vqref.host.streams import plain
+from vqref.preprocessing import Preprocessing
 from vqref.spec import ModelSpec
 from vqref.validation import Array
 
+if TYPE_CHECKING:
+    from vqdeploy.codec import Codec
+
 TOKEN_FORMATS = (".npz", ".npy", ".parquet")
+
+PARTS = ("train", "held-out", "all")
+"""Of a folder of the official files: which images."""
 
 LARGEST_FOOTER = 2**24
 """The longest text, and the most entries of a list, in what a parquet file says of itself."""
 
+_FOOTER = ("thrift_string_size_limit", "thrift_container_size_limit")
 
-def read_images(path: Path, spec: ModelSpec) -> tuple[npt.NDArray[np.float32], list[str] | None]:
-    """Images (N, C, H, W) of a file or a folder, and the names of a folder's pictures.
+LONGEST_SAID = 1000
+"""The most bytes of what a file of tokens says of the bundle that made it, entry by entry."""
 
-    Raises InputError.
+MOST_NAMES = 2**24
+"""The most names that are read of a parquet file: each becomes an object."""
+
+_SAID = ("manifest_sha256", "latent_shape", "num_codes")
+"""What a file of tokens says of the bundle that made it."""
+
+_SHA256 = re.compile("[0-9a-f]{64}", re.ASCII)
+
+
+class Images(NamedTuple):
+    """Images of a file or a folder, as a model wants them.
+
+    images: (N, C, H, W), float32 in [0, 1]. names: of pictures, as paths within their folder. said:
+    a line on each thing that was done to some of them, or left out. sha256: of the file; of the
+    pixels, if they came from several.
     """
-    found = load_any(path)
-    named = is_folder(path) and not any((path / train).is_file() for train, _ in OFFICIAL_NAMES)
-    names = [plain(picture.name) for picture in picture_names(path)] if named else None
+
+    images: npt.NDArray[np.float32]
+    names: tuple[str, ...] | None
+    said: tuple[str, ...]
+    sha256: str
+
+
+def read_images(
+    path: Path,
+    spec: ModelSpec,
+    preprocessing: Preprocessing | None = None,
+    *,
+    part: str = PARTS[0],
+    recursive: bool = False,
+    skip_bad: bool = False,
+    limit: int | None = None,
+) -> Images:
+    """The images of a file or a folder for a model of ``spec``.
+
+    preprocessing: what is done to pictures; None for a model that was trained on arrays. part: one
+    of PARTS. recursive, skip_bad: see ``vqref.host.pictures.Reading``. limit: at most so many, the
+    first ones.
+
+    Raises InputError for images that the model cannot take, MachineError if pictures need Pillow.
+    """
+    shape = spec.image_shape
+    reading = Reading.of(preprocessing, shape, recursive=recursive, skip_bad=skip_bad)
+    found = load_any(path, reading)
+    chosen, said = _part(path, found, part)
     with about(path):
-        return as_batch(found.train, spec.image_shape), names
+        batches = [as_batch(each[:limit], shape) for each in chosen]
+    images = batches[0] if len(batches) == 1 else np.concatenate(batches)[:limit]
+    names = None if found.names is None else found.names[:limit]
+    digest = found.sha256 if part == PARTS[0] or found.held_out is None else _pixels(chosen)
+    return Images(images, names, (*found.said, *said), digest)
+
+
+def _part(path: Path, found: ImageSet, part: str) -> tuple[list[Array], list[str]]:
+    """The arrays of a part of a source, and what is to be said of it. Raises InputError."""
+    if found.held_out is None:
+        if part == "held-out":
+            raise InputError(
+                f"{path}: holds no held-out images; --part is for a folder of the official files"
+            )
+        return [found.train], []
+    train, held_out = len(found.train), len(found.held_out)
+    if part == "all":
+        said = f"{train + held_out:,} images of {path}: {train:,} for training, then the others"
+        return [found.train, found.held_out], [said]
+    if part == "held-out":
+        said = f"the {held_out:,} held-out images of {path}; --part train or all for the others"
+        return [found.held_out], [said]
+    said = f"the {train:,} training images of {path}; --part held-out or all for the others"
+    return [found.train], [said]
+
+
+def _pixels(arrays: Sequence[Array]) -> str:
+    """The digest of images as they are stored."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
 
 
 def require_format(path: Path, formats: tuple[str, ...]) -> None:
-    """Raises UsageError unless the name ends as one of the formats does."""
+    """Raises UsageError unless the name ends as one of the formats does, MachineError if what
+    writes and reads that one is not installed."""
     if path.suffix not in formats:
         raise UsageError(f"{path}: its name must end in {', '.join(formats[:-1])} or {formats[-1]}")
+    if path.suffix == ".parquet":
+        _parquet()
+    elif path.suffix in (".png", ".PNG"):
+        pillow()
 
 
-def write_indices(
-    path: Path, indices: npt.NDArray[np.int64], names: list[str] | None, spec: ModelSpec
-) -> None:
-    """Writes indices (N, S) in the smallest unsigned type that holds them.
+@dataclass(frozen=True)
+class Tokens:
+    """What a file of tokens holds.
 
-    .npz holds ``indices``, and ``names`` if there are any; .npy the array alone; .parquet a column
-    ``indices`` of lists of S, a column ``key`` of names if there are any, and in its metadata
-    latent_shape and num_codes. Raises MachineError if pyarrow is not installed.
+    indices: (N, S), of an integer dtype. names: of the pictures that they were made of. What the
+    file says of the bundle that made it, None where it says nothing: manifest_sha256, latent_shape,
+    num_codes. Raises InputError for what none of these can be.
     """
-    small = indices.astype(np.min_scalar_type(spec.num_codes - 1))
+
+    indices: Array
+    names: tuple[str, ...] | None = None
+    manifest_sha256: str | None = None
+    latent_shape: tuple[int, ...] | None = None
+    num_codes: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.names is not None and len(self.names) != len(self.indices):
+            raise InputError(f"holds {len(self.names)} names of {len(self.indices)} rows")
+        sha256, shape, codes = self.manifest_sha256, self.latent_shape, self.num_codes
+        fits = {
+            "manifest_sha256": isinstance(sha256, str) and _SHA256.fullmatch(sha256),
+            "latent_shape": isinstance(shape, tuple)
+            and 0 < len(shape) < 4
+            and all(map(_counts, shape)),
+            "num_codes": _counts(codes),
+        }
+        for name, fit in fits.items():
+            if (found := getattr(self, name)) is not None and not fit:
+                raise InputError(f"its {name} is {found!r:.80}")
+
+    @classmethod
+    def of(
+        cls, codec: Codec, indices: npt.NDArray[np.int64], names: tuple[str, ...] | None
+    ) -> Tokens:
+        """Indices that the bundle of ``codec`` made."""
+        spec = codec.spec
+        return cls(indices, names, codec.manifest_sha256, spec.latent_shape, spec.num_codes)
+
+    def require(self, codec: Codec, *, force: bool = False) -> str | None:
+        """What is to be said before ``codec`` decodes them, None if its bundle made them.
+
+        force: take tokens of another bundle. Raises InputError for those unless ``force``, and for
+        those that do not fit this one.
+        """
+        remark, spec = None, codec.spec
+        if self.manifest_sha256 is None:
+            remark = "it does not say which bundle made it"
+        elif self.manifest_sha256 != codec.manifest_sha256:
+            found, expected = self.manifest_sha256[:12], codec.manifest_sha256[:12]
+            if not force:
+                raise InputError(
+                    f"tokens of bundle {found}…, this one is {expected}…; --force decodes them all "
+                    "the same"
+                )
+            remark = f"tokens of bundle {found}…, decoded by {expected}… all the same"
+        for name in ("latent_shape", "num_codes"):
+            said, expected = getattr(self, name), getattr(spec, name)
+            if said not in (None, expected):
+                raise InputError(f"its {name} is {said}, this bundle's {expected}")
+        shape, length = np.shape(self.indices), spec.latent_size
+        if len(shape) == 2 and shape[0] == length != shape[1]:
+            raise InputError(f"indices: shape is {shape}, (S, N), expected (N, {length})")
+        return remark
+
+
+def _counts(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def write_tokens(path: Path, tokens: Tokens) -> None:
+    """Writes tokens, the indices in the smallest unsigned type that holds ``num_codes`` of them.
+
+    .npz holds an array of each field's name, .npy the indices alone; .parquet a column ``indices``
+    of lists of S, a column ``key`` of names if there are any, and the rest in its metadata. Raises
+    MachineError if pyarrow is not installed.
+    """
+    codes = tokens.num_codes or int(tokens.indices.max(initial=0)) + 1
+    small = tokens.indices.astype(np.min_scalar_type(codes - 1))
     buffer = io.BytesIO()
     if path.suffix == ".npy":
         np.save(buffer, small, allow_pickle=False)
     elif path.suffix == ".npz":
-        arrays: dict[str, Array] = {"indices": small}
-        if names is not None:
-            arrays["names"] = np.array(names, dtype=np.str_)
-        np.savez(buffer, allow_pickle=False, **arrays)
+        arrays = {name: np.array(value) for name, value in _told(tokens).items()}
+        np.savez(buffer, allow_pickle=False, indices=small, **named(tokens.names), **arrays)
     else:
-        pyarrow, parquet = _parquet(path)
+        pyarrow, parquet = _parquet()
         rows = pyarrow.FixedSizeListArray.from_arrays(small.ravel(), small.shape[1])
-        columns = {"indices": rows} if names is None else {"key": names, "indices": rows}
-        said = {"latent_shape": json.dumps(spec.latent_shape), "num_codes": str(spec.num_codes)}
-        table = pyarrow.table(columns).replace_schema_metadata(said)
+        columns = {}
+        if tokens.names is not None:
+            columns["key"] = pyarrow.array(tokens.names, pyarrow.string())
+        told = {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in _told(tokens).items()
+        }
+        table = pyarrow.table({**columns, "indices": rows}).replace_schema_metadata(told)
         parquet.write_table(table, buffer)
     write_file(path, buffer.getvalue())
 
 
-def read_indices(path: Path) -> Array:
-    """Indices (N, S) of a file that ``write_indices`` wrote, or of any .npz with ``indices``.
+def _told(tokens: Tokens) -> dict[str, Any]:
+    """What a file says of the bundle that made it."""
+    found = {name: getattr(tokens, name) for name in _SAID}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def named(names: tuple[str, ...] | None) -> dict[str, Array]:
+    """The array ``names`` of an .npz, if there are any."""
+    return {} if names is None else {"names": np.array(names, dtype=np.str_)}
+
+
+def read_tokens(path: Path) -> Tokens:
+    """Tokens of a file that ``write_tokens`` wrote, or of any that holds ``indices``.
 
     Raises InputError, and MachineError if pyarrow is not installed.
     """
@@ -79,51 +251,93 @@ def read_indices(path: Path) -> Array:
     content = read_bytes(path)
     with about(path), parsed("holds no tokens"):
         if path.suffix == ".npy":
-            return read_npy(content)
+            return Tokens(read_npy(content))
         if path.suffix == ".parquet":
-            return _read_parquet(path, content)
+            return _read_parquet(content)
         arrays = read_npz(content)
         if "indices" not in arrays:
             raise InputError(f"holds no 'indices', only {plain(', '.join(arrays)[:80])}")
-        return arrays["indices"]
+        said = {name: _little(name, arrays[name]) for name in _SAID if name in arrays}
+        return Tokens(arrays["indices"], _texts(arrays.get("names")), **said)
 
 
-def _read_parquet(path: Path, content: bytes) -> Array:
-    """The column ``indices`` of a parquet file, (N, S). Raises InputError, MachineError, and what
-    pyarrow raises."""
-    pyarrow, parquet = _parquet(path)
-    with parquet.ParquetFile(
-        io.BytesIO(content),
-        thrift_string_size_limit=LARGEST_FOOTER,
-        thrift_container_size_limit=LARGEST_FOOTER,
-    ) as file:
-        kind = file.schema_arrow.field("indices").type
+def _texts(names: Array | None) -> tuple[str, ...] | None:
+    """The array ``names`` of an .npz. Raises InputError."""
+    if names is None:
+        return None
+    if names.dtype.kind != "U" or names.ndim != 1:
+        raise InputError(f"its names are {names.dtype} {names.shape}, expected (N,) of text")
+    return tuple(names.tolist())
+
+
+def _little(name: str, array: Array) -> Any:
+    """A text, a number, or up to three of them. Raises InputError."""
+    if array.nbytes > LONGEST_SAID:
+        raise InputError(f"its {name} is {array.dtype} {array.shape}")
+    found = array.tolist()
+    return tuple(found) if isinstance(found, list) else found
+
+
+def _read_parquet(content: bytes) -> Tokens:
+    """The columns ``indices``, (N, S), and ``key``, and the metadata of a parquet file. Raises
+    InputError, MachineError, and what pyarrow raises."""
+    pyarrow, parquet = _parquet()
+    limits = dict.fromkeys(_FOOTER, LARGEST_FOOTER)
+    with parquet.ParquetFile(io.BytesIO(content), **limits) as file:
+        schema, count = file.schema_arrow, file.metadata.num_rows
+        kind = schema.field("indices").type
         size = getattr(kind, "list_size", 0)
         if size < 1 or not pyarrow.types.is_integer(kind.value_type):
             raise InputError(f"indices are {kind}, expected lists of one size, of integers")
-        if file.metadata.num_rows * size * kind.value_type.bit_width // 8 > LARGEST_ARRAY:
-            raise InputError(f"holds {file.metadata.num_rows} rows, too many to be held in memory")
+        if count * size * kind.value_type.bit_width // 8 > LARGEST_ARRAY:
+            raise InputError(f"holds {count} rows, too many to be held in memory")
         rows = file.read(["indices"], use_threads=False)["indices"].combine_chunks()
+    names = None
+    if "key" in schema.names:
+        with parquet.ParquetFile(io.BytesIO(content), read_dictionary=["key"], **limits) as file:
+            names = _keys(file)
     if rows.null_count or rows.flatten().null_count:
         raise InputError("indices has gaps")
-    return np.asarray(rows.flatten()).reshape(-1, size)
+    said = schema.metadata or {}
+    told = {name: _said(name, said[name.encode()]) for name in _SAID if name.encode() in said}
+    return Tokens(np.asarray(rows.flatten()).reshape(-1, size), names, **told)
 
 
-def write_reconstructions(path: Path, reconstructions: npt.NDArray[np.float32]) -> None:
-    """Writes (N, C, H, W) as ``reconstructions`` of an .npz, or as an .npy."""
-    buffer = io.BytesIO()
-    if path.suffix == ".npy":
-        np.save(buffer, reconstructions, allow_pickle=False)
-    else:
-        np.savez_compressed(buffer, allow_pickle=False, reconstructions=reconstructions)
-    write_file(path, buffer.getvalue())
+def _keys(file: Any) -> tuple[str, ...]:
+    """The column ``key`` of a parquet file. A dictionary as it is read, so that few bytes cannot
+    say a long text many times before that is known. Raises InputError, and what pyarrow raises."""
+    if file.metadata.num_rows > MOST_NAMES:
+        raise InputError(f"holds {file.metadata.num_rows} names, more than {MOST_NAMES}")
+    names, longest = [], 0
+    for chunk in file.read(["key"], use_threads=False)["key"].chunks:
+        values = getattr(chunk, "dictionary", None)
+        if values is None or str(values.type) not in ("string", "large_string"):
+            raise InputError(f"key is {chunk.type}, expected text")
+        if chunk.null_count:
+            raise InputError("key has gaps")
+        texts = values.to_pylist()
+        names += [texts[at] for at in chunk.indices.to_pylist()]
+        longest = max([longest, *map(len, texts)])
+    if 4 * longest * len(names) > LARGEST_ARRAY:
+        raise InputError(f"its longest of {len(names)} names has {longest} characters")
+    return tuple(names)
 
 
-def _parquet(path: Path) -> tuple[Any, Any]:
+def _said(name: str, text: bytes) -> Any:
+    """An entry of a parquet file's metadata. Raises InputError, and what parsers raise."""
+    if len(text) > LONGEST_SAID:
+        raise InputError(f"its {name} has {len(text)} bytes")
+    if name == "manifest_sha256":
+        return text.decode()
+    found = json.loads(text)
+    return tuple(found) if isinstance(found, list) else found
+
+
+def _parquet() -> tuple[Any, Any]:
     """pyarrow and its parquet module. Raises MachineError if they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise MachineError(f"{path}: parquet needs pip install pyarrow") from None
+    except ModuleNotFoundError as error:
+        raise missing(error) or error from None
     return pyarrow, pyarrow.parquet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from vqdeploy.proof.samples import aimed_images, check_codes, check_composed, ch
 from vqdeploy.proof.structure import check_structure
 from vqdeploy.proof.table import check_table
 from vqdeploy.runtime.protobuf import Graph, read_graph
-from vqdeploy.runtime.sessions import Session, open_sessions
+from vqdeploy.runtime.sessions import Runtime, Session, open_sessions
 from vqdeploy.stages import STAGES
 from vqref.agreement.report import Check, Report
 from vqref.errors import InputError
@@ -47,15 +48,23 @@ class Written:
     options: GraphOptions
 
 
-def verify(bundle: Bundle, device: str, images: Array | None = None, samples: int = 0) -> Verified:
+def verify(
+    bundle: str | Path | Bundle,
+    device: str = "auto",
+    images: Array | None = None,
+    samples: int = 0,
+    threads: int | None = None,
+) -> Verified:
     """Checks every file's digest, the recorded answers, what the graphs are, and what the five of
     them answer on ``device``. Graphs with other nodes than their rows say are not run.
 
-    device: "cpu", "cuda" or "auto". images: further images (N, C, H, W), float32 in [0, 1], beside
-    the golden batch and those that are aimed at every code. samples: how many latents to feed the
-    quantizer, see ``vqdeploy.proof.samples``. Raises InputError for a damaged bundle, MachineError
-    if the device cannot be used.
+    bundle: its folder, or what was opened of it. device: "cpu", "cuda" or "auto". images: further
+    images (N, C, H, W), float32 in [0, 1], beside the golden batch and those that are aimed at
+    every code. samples: how many latents to feed the quantizer, see ``vqdeploy.proof.samples``.
+    threads: within an operator; None leaves that to onnxruntime. Raises InputError for a damaged
+    bundle, MachineError if the device cannot be used.
     """
+    bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     spec, oracle, options = bundle.spec, bundle.oracle(), _options(bundle)
     bundle.read(CARD)
     graphs = {stage: read_graph(f"{stage}.onnx", bundle.graph(stage)) for stage in STAGES}
@@ -75,7 +84,8 @@ def verify(bundle: Bundle, device: str, images: Array | None = None, samples: in
     tokens = [asked.known.indices]
     checks, placement, chosen = list[Check](), Placement(), "nothing: the graphs were not run"
     if structure[0].passed:
-        sessions, chosen = open_sessions(graphs, spec, device, batch=bundle.batch)
+        runtime = Runtime(intra_op_num_threads=threads)
+        sessions, chosen = open_sessions(graphs, spec, device, batch=bundle.batch, runtime=runtime)
         written, kept = Written(graphs, sessions, options), bundle.manifest["kept"]
         checks += check_answers(spec, oracle.params, asked, written, len(own), kept)
         composed, found = check_composed(spec, oracle.params, sessions, bundle.precision)
@@ -101,7 +111,8 @@ def _options(bundle: Bundle) -> GraphOptions:
         )
     option = PRECISIONS[bundle.precision].option
     try:
-        options = GraphOptions(said["opset"], option, bundle.batch, bundle.folded, said["target"])
+        form = bundle.batch, bundle.folded, said["target"], bundle.index_type
+        options = GraphOptions(said["opset"], option, *form)
         options.folds(bundle.spec)
         return options
     except ValueError as error:

@@ -24,6 +24,7 @@ from vqref.errors import InputError
 from vqref.families import post
 from vqref.host.files import about, parsed, read_bytes
 from vqref.host.pickles import require_bounded, require_bounded_pickles
+from vqref.preprocessing import Preprocessing
 from vqref.spec import ModelSpec
 from vqref.validation import Params, check_params
 
@@ -35,6 +36,9 @@ DIGEST = "sha256"
 
 FILE_BYTES = 4 * 2**30
 """The largest model file that is read."""
+
+PREPROCESSING = "preprocessing"
+"""The entry that only models of pictures have."""
 
 PLAIN_VALUES, PLAIN_DEPTH = 10**6, 32
 """The most values that an entry of plain data may have, and how deep it may be nested. Lists that
@@ -58,8 +62,10 @@ class Model:
     metrics     plain numbers of the last epoch, and "history", a list with those of each epoch
     provenance  data set and its sha256, seed, recipe, versions; plain data
     digested    whether it was read from a file that carries its own digest
+    preprocessing  what was done to the pictures that it was trained on, and is to be done to
+                others; None if it was trained on arrays
 
-    Raises ValueError for parameters that do not fit the spec.
+    Raises ValueError for parameters or a preprocessing that do not fit the spec.
     """
 
     spec: ModelSpec
@@ -68,13 +74,16 @@ class Model:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     digested: bool = False
+    preprocessing: Preprocessing | None = None
 
     def __post_init__(self) -> None:
         check_params(self.spec, self.params)
+        if self.preprocessing is not None:
+            self.preprocessing.require(self.spec.image_shape)
 
     def to_plain(self) -> dict[str, Any]:
         """The dictionary that goes into the file, without its digest."""
-        return {
+        plain = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "spec": self.spec.to_dict(),
@@ -83,6 +92,9 @@ class Model:
             "metrics": dict(self.metrics),
             "provenance": dict(self.provenance),
         }
+        if self.preprocessing is not None:
+            plain[PREPROCESSING] = self.preprocessing.to_dict()
+        return plain
 
     @classmethod
     def from_plain(cls, data: Any) -> Model:
@@ -96,7 +108,7 @@ class Model:
                 raise InputError(f"the entry {key!r} is missing or not a dictionary")
             if key != "parameters":
                 require_plain(key, data[key])
-        if unknown := set(data) - {"format", "format_version", *_TABLES, DIGEST}:
+        if unknown := set(data) - {"format", "format_version", *_TABLES, PREPROCESSING, DIGEST}:
             raise InputError(f"unknown entries: {', '.join(sorted(map(repr, unknown)))}")
         if not isinstance(data["provenance"].get("data", {}), dict):
             raise InputError("the entry provenance.data is not a dictionary")
@@ -107,7 +119,10 @@ class Model:
         try:
             spec = READERS[version](data["spec"])
             params, training, metrics, provenance = (data[key] for key in _TABLES[1:])
-            found = cls(spec, params, training, metrics, provenance, DIGEST in data)
+            prepared = None
+            if PREPROCESSING in data:
+                prepared = Preprocessing.from_dict(data[PREPROCESSING], spec.image_shape)
+            found = cls(spec, params, training, metrics, provenance, DIGEST in data, prepared)
         except ValueError as error:
             raise InputError(str(error)) from None
         if found.digested and data[DIGEST] != digest(data):

@@ -9,8 +9,18 @@ if TYPE_CHECKING:
     from vqtrain.run.metrics import evaluate
     from vqtrain.run.step import training_step
     from vqtrain.run.trainer import Trainer
+    from vqtrain.training import train
 
-__all__ = ["RECIPES", "VQVAE", "Forward", "Trainer", "TrainingOptions", "evaluate", "training_step"]
+__all__ = [
+    "RECIPES",
+    "VQVAE",
+    "Forward",
+    "Trainer",
+    "TrainingOptions",
+    "evaluate",
+    "train",
+    "training_step",
+]
 
 __getattr__, __dir__ = lazy(
     __name__,
@@ -21,6 +31,7 @@ __getattr__, __dir__ = lazy(
         "Trainer": "run.trainer.Trainer",
         "TrainingOptions": "options.TrainingOptions",
         "evaluate": "run.metrics.evaluate",
+        "train": "training.train",
         "training_step": "run.step.training_step",
     },
 )

@@ -60,6 +60,7 @@ def build_parser() -> Parser:
         description="Train a VQ model on images, held to the NumPy oracle as it goes.",
         epilog="python -m vqtrain evaluate model.pt measures a model: see vqtrain evaluate --help.",
     )
+    parser.add_version()
     for title, options in GROUPS.items():
         group = parser.add_argument_group(title) if title else parser
         Parser.add_options(cast(Parser, group), options)

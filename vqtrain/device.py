@@ -12,6 +12,8 @@ import torch
 
 from vqref.errors import MachineError
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGEST_THRESHOLD = 32 * 2**20
 """glibc refuses a larger one."""
@@ -36,10 +38,32 @@ def choose_precision(device: torch.device) -> str:
     return "bfloat16" if found else "float32"
 
 
-def refuse_variation() -> None:
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Lets PyTorch compute with ``count`` threads; None leaves it its own choice."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def without_variation() -> Iterator[None]:
     """Makes PyTorch refuse operations whose results vary from run to run."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    before = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    asked = _CUBLAS in os.environ
+    os.environ.setdefault(_CUBLAS, ":4096:8")  # cuBLAS asks for it
     torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=only_warned)
+        if not asked:
+            os.environ.pop(_CUBLAS, None)
 
 
 @contextmanager
@@ -68,9 +92,26 @@ def keep_freed_memory() -> bool:
     waits for as many pages to be cleared as it writes. On a processor that is a tenth of a step,
     and several times an activation's own time. Returns whether the C library is one that was asked.
     """
+    return _keep(_LARGEST_THRESHOLD, 2**31 - 1)
+
+
+@contextmanager
+def kept_memory() -> Iterator[None]:
+    """``keep_freed_memory`` for a while. Afterwards arrays are given back as glibc decides by
+    itself once it has seen a large one freed, and what is free by then is given back."""
+    asked = keep_freed_memory()
+    try:
+        yield
+    finally:
+        if asked:
+            _keep(_LARGEST_THRESHOLD, 2 * _LARGEST_THRESHOLD)
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _keep(mapped: int, trimmed: int) -> bool:
+    """Sets from how many bytes on glibc maps an array of its own, and beyond how many free ones it
+    gives them back. Returns whether the C library is glibc."""
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(
-        mallopt(_MMAP_THRESHOLD, _LARGEST_THRESHOLD) and mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-    )
+    return bool(mallopt(_MMAP_THRESHOLD, mapped) and mallopt(_TRIM_THRESHOLD, trimmed))

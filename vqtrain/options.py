@@ -91,6 +91,9 @@ class TrainingOptions:
                     raise ValueError(
                         f"{name} is {value!r}; it must be a number from {low:g} to {high:g}"
                     )
+        for name in ("center", "kmeans_start", "cosine"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if not 0 <= self.second_moment < 1:
             raise ValueError(
                 f"second_moment is {self.second_moment!r}; it must be a number from 0 to below 1"

@@ -363,16 +363,27 @@ def _packed(content: bytes) -> bytes:
     return gzip.compress(content, 1)
 
 
-def _pictures(kind: str, *ways: dict[str, Any]) -> Callable[[], list[bytes]]:
+def _pictures(kind: str, *ways: dict[str, Any], modes: str = "") -> Callable[[], list[bytes]]:
+    """Pictures in colour, in grey and in further modes of Pillow, each saved in each of the ways,
+    turned by its EXIF data; in some of them alpha, a colour or a second frame is hidden."""
+
     def made() -> list[bytes]:
         from PIL import Image
 
+        exif = Image.Exif()
+        exif[0x0112] = 6
         colour = Image.fromarray(_images()[1][0]).resize((24, 20))
         found = []
         for way in ways or ({},):
-            for picture in (colour, colour.convert("L")):
+            for mode in ("RGB", "L", *modes.split()):
+                picture = (colour.convert("L") if "16" in mode else colour).convert(mode)
+                if mode.endswith("A"):
+                    picture.putalpha(colour.getchannel("R"))
+                elif mode == "P":
+                    picture.info["transparency"] = 0
+                frames = {"append_images": [picture.rotate(180)]} if "save_all" in way else {}
                 buffer = io.BytesIO()
-                picture.save(buffer, kind, **way)
+                picture.save(buffer, kind, exif=exif, **way, **frames)
                 found.append(buffer.getvalue())
         return found
 
@@ -397,26 +408,29 @@ def _load(path: Path) -> object:
 
 
 def _load_folder(path: Path) -> object:
-    from vqref.host.pictures import load_any
+    from vqref.host.pictures import Reading, load_any
 
-    return load_any(path.parent)
+    return load_any(path.parent, Reading(size=(9, 7), crop=True))
 
 
 def _indices(path: Path) -> object:
-    from vqdeploy.tokens import read_indices
+    from vqdeploy.tokens import read_tokens
 
-    return read_indices(path)
+    return read_tokens(path)
 
 
 def _tokens(suffix: str) -> Callable[[], list[bytes]]:
     def made() -> list[bytes]:
-        from vqdeploy.tokens import write_indices
+        from vqdeploy.tokens import Tokens, write_tokens
 
-        spec, found = _model().spec, []
+        indices, found = np.zeros((2, 2), np.int64), []
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"tokens{suffix}"
-            for names in (None, ["a.png", "b.png"]):
-                write_indices(path, np.zeros((2, spec.latent_size), np.int64), names, spec)
+            for tokens in (
+                Tokens(indices),
+                Tokens(indices, ("a.png", "b.png"), "0" * 64, (2,), 4),
+            ):
+                write_tokens(path, tokens)
                 found.append(path.read_bytes())
         return found
 
@@ -684,24 +698,39 @@ READERS = {
     "idx": Reader("x", _load, _idx),
     "idx.gz": Reader("x.gz", _load, lambda: [_packed(_idx()[0])], _idx, _packed),
     "png": Reader(
-        "x.png", _load_folder, _pictures("PNG"), _pictures("PNG", {}, {"dpi": (9, 9)}), _png_mended
+        "x.png",
+        _load_folder,
+        _pictures("PNG", modes="I;16 RGBA LA P 1"),
+        _pictures("PNG", {"dpi": (9, 9)}, {"save_all": True}, modes="I;16 RGBA LA P 1"),
+        _png_mended,
     ),
-    "jpeg": Reader("x.jpg", _load_folder, _pictures("JPEG", {}, {"progressive": True})),
-    "gif": Reader("x.gif", _load_folder, _pictures("GIF")),
-    "webp": Reader("x.webp", _load_folder, _pictures("WEBP", {}, {"lossless": True})),
+    "jpeg": Reader(
+        "x.jpg", _load_folder, _pictures("JPEG", {}, {"progressive": True}, modes="CMYK")
+    ),
+    "gif": Reader("x.gif", _load_folder, _pictures("GIF", {}, {"save_all": True}, modes="P")),
+    "webp": Reader(
+        "x.webp",
+        _load_folder,
+        _pictures("WEBP", {}, {"lossless": True}, {"save_all": True}, modes="RGBA"),
+    ),
     "tiff": Reader(
         "x.tif",
         _load_folder,
         _pictures(
             "TIFF",
             {},
-            *({"compression": c} for c in ("tiff_lzw", "tiff_deflate", "packbits", "jpeg")),
+            {"save_all": True},
+            *({"compression": c} for c in ("tiff_lzw", "tiff_deflate", "packbits")),
+            modes="I;16 RGBA LA P 1 CMYK",
         ),
     ),
-    "bmp": Reader("x.bmp", _load_folder, _pictures("BMP")),
-    "ppm": Reader("x.ppm", _load_folder, _pictures("PPM")),
-    "tga": Reader("x.tga", _load_folder, _pictures("TGA", {}, {"compression": "tga_rle"})),
-    "jpeg2000": Reader("x.jp2", _load_folder, _pictures("JPEG2000")),
+    "tiff of jpeg": Reader("x.tif", _load_folder, _pictures("TIFF", {"compression": "jpeg"})),
+    "bmp": Reader("x.bmp", _load_folder, _pictures("BMP", modes="P 1")),
+    "ppm": Reader("x.ppm", _load_folder, _pictures("PPM", modes="I;16 1")),
+    "tga": Reader(
+        "x.tga", _load_folder, _pictures("TGA", {}, {"compression": "tga_rle"}, modes="RGBA LA P")
+    ),
+    "jpeg2000": Reader("x.jp2", _load_folder, _pictures("JPEG2000", modes="I;16 RGBA LA")),
     "tokens npy": Reader("t.npy", _indices, _tokens(".npy"), make=_any_npy),
     "tokens npz": Reader(
         "t.npz", _indices, _tokens(".npz"), _index_npy, _zipped(INDICES), _any_npz(INDICES)

@@ -1,59 +1,128 @@
 // Prints the tokens of images as JSON, without Python: after `npm install`,
-// `node tokens.js BUNDLE IMAGES.npy`.
+// `node tokens.js BUNDLE IMAGES... [--decode FOLDER]`.
 //
-// IMAGES.npy holds uint8 images (N, H, W) or (N, C, H, W). The bundle's manifest says what the graph
-// is called, takes and gives; its bytes are held to the manifest's sha256 before onnxruntime sees
-// them. onnxruntime-web runs in node as it does in a browser, where fetch() takes the place of
-// readFile().
+// IMAGES is an .npy file of uint8 images, (N, C, H, W) or (N, H, W, C), also (N, H, W) if C is 1; or
+// any number of pictures, to which is done what was done to those that the model was trained on. The
+// bundle's manifest says what that was, and what the graphs are called, take and give; their bytes
+// are held to the manifest's sha256 before onnxruntime sees them. With --decode, what the model makes
+// of each image goes to FOLDER as 0.png, 1.png, …. onnxruntime-web runs in node as it does in a
+// browser, where fetch() takes the place of readFile() and, for opaque pictures, a canvas that of sharp.
 
 import { createHash } from "node:crypto";
-import { readFile } from "node:fs/promises";
+import { mkdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
+import { parseArgs } from "node:util";
 import * as ort from "onnxruntime-web";
+import sharp from "sharp";
+import { interleaved, planar, prepare } from "./pictures.js";
 
-const BATCH = 64; // images per call
+const BATCH = 64; // images per call, unless the graphs take one number alone
+const FORMATS = ["gif", "jpeg", "png", "tiff", "webp"]; // which sharp reads as Pillow does
+const TYPES = { float32: [Float32Array, Number], int32: [Int32Array, Number], int64: [BigInt64Array, BigInt] };
+
+async function main() {
+  const options = { decode: { type: "string" } };
+  const { positionals, values } = parseArgs({ options, allowPositionals: true });
+  const [bundle, ...files] = positionals;
+  if (!files.length) throw new Error("usage: node tokens.js BUNDLE IMAGES... [--decode FOLDER]");
+  const manifest = JSON.parse(await readFile(join(bundle, "manifest.json"), "utf8"));
+  const shape = manifest.spec.image_shape; // [C, H, W]
+  const arrays = files.length === 1 && files[0].endsWith(".npy");
+  const images = arrays ? channelsFirst(readNpy(await readFile(files[0])), shape) : [];
+  if (!arrays) for (const file of files) images.push(await picture(file, manifest.preprocessing, shape));
+
+  ort.env.wasm.numThreads = 1;
+  const encode = await opened(bundle, manifest, "tokenizer");
+  const tokens = await encode(images, (level) => level / 255);
+  console.log(JSON.stringify(tokens));
+
+  if (values.decode) {
+    const decode = await opened(bundle, manifest, "detokenizer");
+    await save(values.decode, await decode(tokens), shape);
+  }
+}
 
 function readNpy(content) {
   if (content.subarray(0, 6).toString("latin1") !== "\x93NUMPY") throw new Error("not an .npy file");
   const start = content[6] === 1 ? 10 : 12;
   const size = content[6] === 1 ? content.readUInt16LE(8) : content.readUInt32LE(8);
   const header = content.subarray(start, start + size).toString("latin1");
-  if (!header.includes("'|u1'") || !header.includes("'fortran_order': False")) throw new Error("not uint8 in C order");
-  const shape = header.match(/'shape': \(([^)]*)\)/)[1].split(",").filter((part) => part.trim()).map(Number);
+  if (!header.includes("'|u1'") || !header.includes("'fortran_order': False"))
+    throw new Error("images are not uint8 in C order");
+  const sizes = header.match(/'shape': \(([^)]*)\)/)[1].split(",");
+  const shape = sizes.filter((part) => part.trim()).map(Number);
   return { shape, data: content.subarray(start + size) };
 }
 
-async function openGraph(bundle, manifest, graph) {
+// Images [C, H, W], channel after channel, of an array (N, C, H, W) or (N, H, W, C).
+function channelsFirst(array, [channels, height, width]) {
+  let [count, ...inner] = array.shape;
+  if (channels === 1 && inner.length === 2) inner = [1, ...inner];
+  const wanted = String([channels, height, width]);
+  const first = String(inner) === wanted;
+  const last = String(inner) === String([height, width, channels]);
+  if (first === last)
+    throw new Error(`images are (${array.shape}), expected uint8 (N, C, H, W), ${wanted} each`);
+  const size = channels * height * width;
+  const images = Array.from({ length: count }, (_, i) => array.data.subarray(i * size, (i + 1) * size));
+  return first ? images : images.map((data) => planar({ width, height, channels, data }));
+}
+
+// The picture in a file as an image [C, H, W]. Of 16 bits sharp gives the upper 8.
+async function picture(file, done, shape) {
+  try {
+    const source = sharp(file, { ignoreIcc: true });
+    const { format, space, depth, orientation } = await source.metadata();
+    if (!FORMATS.includes(format)) throw new Error(`${format} is not read here`);
+    if (!["uchar", "ushort"].includes(depth)) throw new Error("its levels have no known range");
+    if (space === "cmyk") throw new Error("CMYK is not read here");
+    const { data, info } = await source.ensureAlpha().raw().toBuffer({ resolveWithObject: true });
+    return prepare({ ...info, data }, orientation ?? 1, done, shape);
+  } catch (error) {
+    throw new Error(`${file}: ${error.message}`);
+  }
+}
+
+// A function from arrays, one an image, to arrays. `change` is done to each value before.
+async function opened(bundle, manifest, stage) {
+  const graph = manifest.graphs[stage];
   const content = await readFile(join(bundle, graph.file));
   const digest = createHash("sha256").update(content).digest("hex");
   if (digest !== manifest.files[graph.file].sha256) throw new Error(`${graph.file}: damaged`);
-  return ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
-}
-
-async function main([bundle, imagesFile]) {
-  const manifest = JSON.parse(await readFile(join(bundle, "manifest.json"), "utf8"));
-  const graph = manifest.graphs.tokenizer;
+  const session = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
   const [input, output] = [graph.inputs[0], graph.outputs[0]];
-  const images = readNpy(await readFile(imagesFile));
   const inner = input.shape.slice(1); // the first axis is the batch
-  const pixels = inner.reduce((a, b) => a * b, 1);
-  const count = images.shape[0];
-  const shape = images.shape.length === 3 ? [1, ...images.shape.slice(1)] : images.shape.slice(1);
-  if (String(shape) !== String(inner)) throw new Error(`images are ${images.shape}, expected N,${inner}`);
+  const size = inner.reduce((a, b) => a * b, 1);
+  const [type, as] = TYPES[input.dtype];
 
-  ort.env.wasm.numThreads = 1;
-  const session = await openGraph(bundle, manifest, graph);
-  const tokens = [];
-  for (let first = 0; first < count; first += BATCH) {
-    const n = Math.min(BATCH, count - first);
-    const part = images.data.subarray(first * pixels, (first + n) * pixels);
-    const levels = Float32Array.from(part, (level) => level / 255);
-    const found = await session.run({ [input.name]: new ort.Tensor("float32", levels, [n, ...inner]) });
-    const indices = Array.from(found[output.name].data, Number); // int64 arrives as BigInt
-    const each = indices.length / n;
-    for (let i = 0; i < n; i++) tokens.push(indices.slice(i * each, (i + 1) * each));
-  }
-  console.log(JSON.stringify(tokens));
+  return async (arrays, change = (value) => value) => {
+    const results = [];
+    for (let first = 0; first < arrays.length; first += manifest.batch ?? BATCH) {
+      const part = arrays.slice(first, first + (manifest.batch ?? BATCH));
+      const count = manifest.batch ?? part.length;
+      const values = new type(count * size);
+      part.forEach((array, i) => array.forEach((value, k) => (values[i * size + k] = as(change(value)))));
+      const tensor = new ort.Tensor(input.dtype, values, [count, ...inner]);
+      const found = await session.run({ [input.name]: tensor });
+      const given = Array.from(found[output.name].data, Number); // int64 arrives as BigInt
+      const each = given.length / count;
+      part.forEach((_, i) => results.push(given.slice(i * each, (i + 1) * each)));
+    }
+    return results;
+  };
 }
 
-await main(process.argv.slice(2));
+// Writes reconstructions, [C, H, W] in [0, 1] each.
+async function save(folder, reconstructions, [channels, height, width]) {
+  await mkdir(folder, { recursive: true });
+  for (const [i, reconstruction] of reconstructions.entries()) {
+    const levels = reconstruction.map((level) => Math.round(255 * level));
+    const data = interleaved({ width, height, channels, data: levels });
+    await sharp(data, { raw: { width, height, channels } }).png().toFile(join(folder, `${i}.png`));
+  }
+}
+
+await main().catch((error) => {
+  console.error(error.message.split("\n")[0]);
+  process.exitCode = 1;
+});

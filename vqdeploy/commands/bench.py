@@ -57,7 +57,7 @@ def run(options: BenchOptions) -> int:
     for batch in options.batch or BATCHES:
         require_room("--batch", batch, bundle.spec)
     quiet()
-    codec = Codec.load(options.bundle, options.device)
+    codec = Codec.load(options.bundle, options.device, intra_op_num_threads=options.threads)
     with codec:
         rows = list(_measure(bundle, codec, options))
     if options.json:
@@ -81,7 +81,7 @@ def _measure(bundle: Bundle, codec: Codec, options: BenchOptions) -> Iterator[di
     from vqdeploy.proof.samples import draw_images
 
     params = bundle.oracle().params
-    runners = _runners(bundle, params, codec)
+    runners = _runners(bundle, params, codec, options.threads)
     for batch in options.batch or BATCHES:
         drawn = draw_images(bundle.spec, params, min(batch, DIFFERENT_IMAGES))
         images = np.resize(drawn, (batch, *bundle.spec.image_shape))
@@ -119,7 +119,9 @@ def _alternate(
             return times
 
 
-def _runners(bundle: Bundle, params: Params, codec: Codec) -> dict[str, dict[str, Runner]]:
+def _runners(
+    bundle: Bundle, params: Params, codec: Codec, threads: int | None
+) -> dict[str, dict[str, Runner]]:
     """{direction: {implementation: function}}; torch is the trainer's module with the bundle's
     parameters, eager, if PyTorch is installed."""
     runners: dict[str, dict[str, Runner]] = {
@@ -133,6 +135,8 @@ def _runners(bundle: Bundle, params: Params, codec: Codec) -> dict[str, dict[str
         from vqtrain.model import VQVAE
     except ModuleNotFoundError:
         return runners
+    if threads is not None:
+        torch.set_num_threads(threads)
     model = VQVAE(bundle.spec, params).to("cuda" if codec.device == "cuda" else "cpu").eval()
     codebook = model.quantizer.codebook
 

@@ -2,43 +2,77 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vqdeploy.commands.shared import BundleOptions, draw, opened
 from vqref.errors import ExitCode, InputError
 from vqref.host.commandline import Command, option
+from vqref.host.files import about, is_folder, require_writable
+from vqref.validation import Array
+
+if TYPE_CHECKING:
+    from vqdeploy.codec import Codec
+    from vqdeploy.tokens import Tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions(BundleOptions):
-    """The tokens, and the file for their reconstructions."""
+    """The tokens, and the file or folder for their reconstructions."""
 
     tokens: Path = option(type=Path, help="what encode wrote")
-    output: Path = option(
-        "--output", default=Path("images.npz"), type=Path, metavar="FILE", help="where to"
+    output: str = option(
+        "--output",
+        default="images.npz",
+        metavar="PATH",
+        help="where to: .npz, .npy, .png for a sheet, or a folder for a PNG of each",
+    )
+    force: bool = option(
+        "--force",
+        default=False,
+        action="store_true",
+        help="decode tokens of another bundle, too",
     )
 
 
 def run(options: DecodeOptions) -> int:
-    from vqdeploy.tokens import read_indices, require_format, write_reconstructions
+    from vqdeploy.pictures import require_free, write_pictures, write_reconstructions
+    from vqdeploy.tokens import read_tokens, require_format
 
-    require_format(options.output, (".npz", ".npy", ".png"))
-    with opened(options, options.output) as codec:
-        indices = read_indices(options.tokens)
-        try:
-            reconstructions = codec.decode(indices)
-        except ValueError as error:
-            raise InputError(f"{options.tokens}: {error}") from None
-        write = draw if options.output.suffix == ".png" else write_reconstructions
-        write(options.output, reconstructions)
-        print(f"{len(indices)} images on {codec.device}; wrote {options.output}")
+    output = Path(options.output)
+    folder = options.output.endswith(("/", os.sep)) or is_folder(output) or not output.suffix
+    if not folder:
+        require_format(output, (".npz", ".npy", ".png"))
+    with opened(options, output, require_free if folder else require_writable) as codec:
+        tokens = read_tokens(options.tokens)
+        with about(options.tokens):
+            remark = tokens.require(codec, force=options.force)
+        if remark:
+            print(f"{options.tokens}: {remark}")
+        images = _decoded(options.tokens, codec, tokens, uint8=folder)
+        if folder:
+            write_pictures(output, images, tokens.names)
+        elif output.suffix == ".png":
+            draw(output, images)
+        else:
+            write_reconstructions(output, images, tokens.names)
+        print(f"{len(images)} images on {codec.device}; wrote {options.output}")
     return ExitCode.DONE
+
+
+def _decoded(path: Path, codec: Codec, tokens: Tokens, *, uint8: bool) -> Array:
+    """Reconstructions (N, C, H, W). Raises InputError that names the file."""
+    try:
+        return codec.decode(tokens.indices, uint8=uint8)
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 COMMAND = Command(
     "decode",
-    "tokens to images: .npz, .npy or .parquet to .npz, .npy or a sheet, .png",
+    "tokens to images: .npz, .npy or .parquet to .npz, .npy, a sheet or a folder of PNGs",
     DecodeOptions,
     run,
 )

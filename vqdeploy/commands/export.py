@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vqdeploy.commands.shared import PicturesOptions, limit_option
 from vqref.errors import ExitCode, UsageError
-from vqref.host.commandline import Command, option, positive, whole
+from vqref.host.commandline import Command, option, whole
 from vqref.precisions import PRECISIONS
 from vqref.validation import Array
 
 if TYPE_CHECKING:
     from vqdeploy.graphs.build import GraphOptions
-    from vqref.spec import ModelSpec
+    from vqref.modelfile import Model
 
 LARGEST_BATCH = 2**16
 """Of graphs of one size: their inputs are padded to it, whatever they hold."""
@@ -24,7 +25,7 @@ EXPORTED = tuple(row.option for row in PRECISIONS.values() if row.exports)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(PicturesOptions):
     """What to export, how to write its graphs, and what to measure them on."""
 
     model: Path | None = option(default=None, type=Path, help="the file that vqtrain wrote")
@@ -53,6 +54,12 @@ class ExportOptions:
         choices=("any", "cpu"),
         help="provider that the graphs are written for; all run either",
     )
+    index_type: str = option(
+        "--index-type",
+        default="int64",
+        choices=("int64", "int32"),
+        help="of indices in the graphs: int32 is for JavaScript and TensorRT",
+    )
     static_batch: int | None = option(
         "--static-batch",
         default=None,
@@ -73,14 +80,7 @@ class ExportOptions:
         metavar="PATH",
         help="images to measure on, and to take int8's ranges from (default: drawn by the model)",
     )
-    limit: int | None = option(
-        "--limit",
-        default=None,
-        type=positive,
-        metavar="N",
-        help="take at most N images of --data (default: as many as the oracle does in a minute, "
-        "at most 256)",
-    )
+    limit: int | None = limit_option("as the oracle does in a minute, at most 256")
 
 
 def run(options: ExportOptions) -> int:
@@ -105,15 +105,23 @@ def run(options: ExportOptions) -> int:
     return ExitCode.DONE
 
 
-def _images(options: ExportOptions) -> Callable[[ModelSpec], Array] | None:
-    """Reads the images of --data for a model of a given spec; None without --data."""
+def _images(options: ExportOptions) -> Callable[[Model], Array] | None:
+    """Reads the images of --data for a model, and says what was done to them; None without
+    --data."""
     from vqdeploy.proof.measure import measured_images
-    from vqdeploy.tokens import read_images
 
     data = options.data
     if data is None:
         return None
-    return lambda spec: read_images(data, spec)[0][: options.limit or measured_images(spec)]
+
+    def read(model: Model) -> Array:
+        most = measured_images(model.spec)
+        found = options.read(data, model.spec, model.preprocessing, most)
+        for line in found.said:
+            print(line)
+        return found.images
+
+    return read
 
 
 def _source(options: ExportOptions) -> Path:
@@ -140,6 +148,7 @@ def _graph_options(options: ExportOptions) -> GraphOptions:
             batch=options.static_batch,
             fold=options.fold,
             target=options.target,
+            index_type=options.index_type,
         )
     except ValueError as error:
         raise UsageError(str(error)) from None

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from vqref.errors import ExitCode
@@ -42,13 +43,17 @@ def run(options: InspectOptions) -> int:
 
 
 def _model(bundle: Bundle) -> list[str]:
-    """What the networks are, and how the graphs were written."""
+    """What the networks are, what is done to pictures, and how the graphs were written."""
+    from vqdeploy.card import tell_pictures
+
     spec, manifest = bundle.spec, bundle.manifest
     tokens = f"{spec.latent_shape} tokens of {spec.num_codes} kinds, codes of {spec.code_size}"
+    prepared = tell_pictures(bundle.preprocessing, spec.image_shape).removeprefix("Pictures ")
     form = f"{manifest['precision']}, opset {manifest['opset']}, batch {bundle.batch or 'free'}"
     return [
         f"model       {spec.family}: images {spec.image_shape}, {spec.likelihood} likelihood",
         f"            {tokens}",
+        *wrap(f"pictures    {prepared}", 79, subsequent_indent=" " * 12),
         f"graphs      {form}, detokenizer a {'table' if bundle.folded else 'network'}",
     ]
 
@@ -75,13 +80,19 @@ def _proof(manifest: Mapping[str, Any]) -> list[str]:
     lost = f"{measured['nats_lost']:+.4f} nats per image, {-measured['psnr_lost']:+.4f} dB"
     return [
         f"trained on  {source}, recipe {provenance.get('recipe', 'not recorded')}",
-        f"model file  sha256 {provenance['model_sha256'][:16]}…, its own digest "
-        f"{provenance['model_digest']}",
+        f"model file  {_origin(provenance)}",
         f"agreement   {wrong} violations on {agreement['images']} images, {agreement['provider']}",
         f"measured    {measured['equal_tokens']:.4%} of the tokens of {measured['images']} images "
         "equal,",
         f"            {lost}",
     ]
+
+
+def _origin(provenance: Mapping[str, Any]) -> str:
+    sha256, digest = f"sha256 {provenance['model_sha256'][:16]}…", provenance["model_digest"]
+    if digest == "in memory":
+        return f"none, exported from memory; {sha256} of its content"
+    return f"{sha256}, its own digest {digest}"
 
 
 def _proved(bundle: Bundle) -> list[str]:

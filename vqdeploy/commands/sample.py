@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from vqdeploy.commands.shared import BundleOptions, draw, opened, require_room
 from vqref.errors import ExitCode
 from vqref.host.commandline import Command, count, option, positive
@@ -29,8 +27,7 @@ def run(options: SampleOptions) -> int:
     require_format(options.output, (".png", ".PNG"))
     with opened(options, options.output) as codec:
         require_room("--number", options.number, codec.spec)
-        rng = np.random.default_rng(options.seed)
-        draw(options.output, codec.sample(options.number, rng=rng))
+        draw(options.output, codec.sample(options.number, seed=options.seed))
         done = f"{options.number} samples of the uniform prior on {codec.device}"
         print(f"{done}; wrote {options.output}")
     return ExitCode.DONE

@@ -3,31 +3,99 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vqdeploy.codec import Codec
 from vqdeploy.runtime.sessions import DEVICES, quiet
+from vqdeploy.tokens import PARTS, Images, read_images
 from vqref.errors import InputError, UsageError
-from vqref.host.commandline import option
+from vqref.host.commandline import option, positive, whole
 from vqref.host.files import require_writable
+from vqref.preprocessing import Preprocessing
 from vqref.spec import ModelSpec
 from vqref.validation import Array
 
 MOST_VALUES = 2**26
 """The most values, N·C·H·W, of the images that a picture or a batch to measure holds."""
 
+MOST_THREADS = 1024
+"""The most threads that ``--threads`` takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BundleOptions:
-    """A bundle and the device on which it runs."""
+    """A bundle, and what it runs on."""
 
     bundle: Path = option(type=Path, help="the folder that export wrote")
     device: str = option(
         "--device", default="auto", choices=DEVICES, help="where to run the graphs"
     )
+    threads: int | None = option(
+        "--threads",
+        default=None,
+        type=whole(1, MOST_THREADS),
+        metavar="N",
+        help="threads of the CPU within an operator (default: onnxruntime's choice)",
+    )
+
+
+def limit_option(default: str) -> Any:
+    """The option --limit of a command that says what it takes without."""
+    return option(
+        "--limit",
+        default=None,
+        type=positive,
+        metavar="N",
+        help=f"take at most the first N images (default: {default})",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicturesOptions:
+    """Which images are taken of a file or a folder."""
+
+    part: str = option(
+        "--part",
+        default=PARTS[0],
+        choices=PARTS,
+        help="which images of a folder of the official files",
+    )
+    recursive: bool = option(
+        "--recursive",
+        default=False,
+        action="store_true",
+        help="read the pictures of subfolders, too",
+    )
+    skip_bad: bool = option(
+        "--skip-bad",
+        default=False,
+        action="store_true",
+        help="leave out pictures that cannot be read, and say which",
+    )
+    limit: int | None = limit_option("all")
+
+    def read(
+        self,
+        path: Path,
+        spec: ModelSpec,
+        preprocessing: Preprocessing | None,
+        limit: int | None = None,
+    ) -> Images:
+        """The images for a model, at most ``limit`` unless the user said how many. Raises
+        InputError, MachineError."""
+        return read_images(
+            path,
+            spec,
+            preprocessing,
+            part=self.part,
+            recursive=self.recursive,
+            skip_bad=self.skip_bad,
+            limit=self.limit or limit,
+        )
 
 
 def require_room(option: str, count: int, spec: ModelSpec) -> None:
@@ -38,18 +106,20 @@ def require_room(option: str, count: int, spec: ModelSpec) -> None:
 
 
 @contextmanager
-def opened(options: BundleOptions, output: Path) -> Iterator[Codec]:
-    """Opens the bundle's Codec, once it is known that ``output`` can be written."""
-    require_writable(output)
+def opened(
+    options: BundleOptions, output: Path, require: Callable[[Path], None] = require_writable
+) -> Iterator[Codec]:
+    """Opens the bundle's Codec, once ``require`` has found that ``output`` can be written."""
+    require(output)
     quiet()
-    codec = Codec.load(options.bundle, options.device)
+    codec = Codec.load(options.bundle, options.device, intra_op_num_threads=options.threads)
     with codec:
         yield codec
 
 
 def draw(path: Path, images: Array) -> None:
     """Writes a sheet of images (N, C, H, W). Raises InputError if there are none, or too many."""
-    from vqref.host.pictures import save_square
+    from vqref.host.sheets import save_square
 
     if not len(images):
         raise InputError(f"{path}: no images to draw")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqdeploy.commands.shared import BundleOptions
+from vqdeploy.commands.shared import BundleOptions, PicturesOptions, limit_option
 from vqref.errors import ExitCode
-from vqref.host.commandline import Command, count, option, positive
+from vqref.host.commandline import Command, count, option
 from vqref.validation import Array
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ MOST_IMAGES, SECONDS = 1000, 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions(BundleOptions):
+class VerifyOptions(PicturesOptions, BundleOptions):
     """What to compare beside the golden batch, and where to write what was proved."""
 
     data: Path | None = option(
@@ -31,16 +31,9 @@ class VerifyOptions(BundleOptions):
         default=None,
         type=Path,
         metavar="PATH",
-        help="further images to compare on: a file or a folder (default: none)",
+        help="further images to compare on: a file or a folder of pictures (default: none)",
     )
-    limit: int | None = option(
-        "--limit",
-        default=None,
-        type=positive,
-        metavar="N",
-        help="take at most N images of --data (default: as many as the oracle does in a minute, "
-        "at most 1000)",
-    )
+    limit: int | None = limit_option(f"as the oracle does in a minute, at most {MOST_IMAGES}")
     samples: int = option(
         "--samples",
         default=0,
@@ -87,40 +80,44 @@ def run(options: VerifyOptions) -> int:
     certificate = options.certificate or (bundle.path / CERTIFICATE if options.samples else None)
     if certificate:
         require_writable(certificate)
-    images, compared = _images(options, bundle)
+    images, compared, said = _images(options, bundle)
     quiet()
-    found = verify(bundle, options.device, images, options.samples)
+    found = verify(bundle, options.device, images, options.samples, options.threads)
     if certificate:
         write_certificate(certificate, bundle, found, compared)
     if options.json:
-        said = {
+        told = {
             "bundle": str(options.bundle),
             "manifest_sha256": bundle.sha256,
             "device": found.device,
             "placement": found.placement,
+            "said": said,
             **found.report.to_dict(),
         }
-        print(json.dumps(said, indent=2))
+        print(json.dumps(told, indent=2))
     else:
+        for line in said:
+            print(line)
         _tell(options, bundle, found, compared)
         if certificate:
             print(f"wrote {certificate}")
     return ExitCode.DONE if found.report.passed else ExitCode.PARITY
 
 
-def _images(options: VerifyOptions, bundle: Bundle) -> tuple[Array | None, dict[str, Any]]:
-    """Further images, and what a certificate says about all that is compared."""
+def _images(
+    options: VerifyOptions, bundle: Bundle
+) -> tuple[Array | None, dict[str, Any], tuple[str, ...]]:
+    """Further images, what a certificate says about all that is compared, and what was done to
+    pictures."""
     from vqref.agreement.budget import images_within
-    from vqref.host.images import as_batch
-    from vqref.host.pictures import load_any
 
-    compared = {"golden_batch": True, "images": 0, "latents": options.samples}
+    compared: dict[str, Any] = {"golden_batch": True, "images": 0, "latents": options.samples}
     if not options.data:
-        return None, compared
-    data, spec = load_any(options.data), bundle.spec
-    limit = options.limit or images_within(spec, MOST_IMAGES, SECONDS)
-    images = as_batch(data.train[:limit], spec.image_shape)
-    return images, {**compared, "images": len(images), "images_sha256": data.sha256}
+        return None, compared, ()
+    most = images_within(bundle.spec, MOST_IMAGES, SECONDS)
+    found = options.read(options.data, bundle.spec, bundle.preprocessing, most)
+    compared |= {"images": len(found.images), "images_sha256": found.sha256}
+    return found.images, compared, found.said
 
 
 def _tell(

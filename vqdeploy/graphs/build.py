@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ import vqref.likelihoods
 from vqdeploy.graphs import likelihoods, quantizer
 from vqdeploy.graphs.network import GraphBuilder
 from vqdeploy.runtime.protobuf import OPSETS, Graph
-from vqdeploy.stages import STAGES, ports
+from vqdeploy.stages import INDEX_TYPES, STAGES, ports
 from vqref.precisions import PRECISIONS
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Params, check_params
@@ -46,6 +46,7 @@ class GraphOptions:
     batch: the one batch size that every graph takes, or None if they take any.
     fold: whether the detokenizer is a table of all reconstructions; None: if the table is small.
     target: one of ``TARGETS``.
+    index_type: of the inputs and outputs ``indices``, one of ``INDEX_TYPES``.
 
     Raises ValueError that names the field.
     """
@@ -55,10 +56,16 @@ class GraphOptions:
     batch: int | None = None
     fold: bool | None = None
     target: str = TARGETS[0]
+    index_type: str = INDEX_TYPES[0]
 
     def __post_init__(self) -> None:
         exported = [row.option for row in PRECISIONS.values() if row.exports]
-        known = {"opset": OPSETS, "precision": exported, "target": TARGETS}
+        known: dict[str, Sequence[int | str]] = {
+            "opset": OPSETS,
+            "precision": exported,
+            "target": TARGETS,
+            "index_type": INDEX_TYPES,
+        }
         for field, values in known.items():
             if (found := getattr(self, field)) not in values:
                 expected = ", ".join(map(str, values))
@@ -147,23 +154,32 @@ def build_graphs(
     return contents
 
 
-def build_graph(stage: str, spec: ModelSpec, params: Params, options: GraphOptions) -> Graph:
+def build_graph(
+    stage: str,
+    spec: ModelSpec,
+    params: Params,
+    options: GraphOptions,
+    table: npt.NDArray[np.float32] | None = None,
+) -> Graph:
     """Returns the graph of one of ``STAGES``.
 
-    For int8 it is float32: ``vqdeploy.graphs.int8`` quantizes it.
+    For int8 it is float32: ``vqdeploy.graphs.int8`` quantizes it. table: what ``fold`` returns, if
+    the caller has it and ``options`` ask for it.
 
     Raises ValueError for values that the precision does not hold, names that are not printable
     ASCII, and graphs that an ONNX file cannot hold.
     """
     builder = GraphBuilder(
-        params, half=options.precision == "fp16", for_processor=options.target == "cpu"
+        params,
+        half=options.precision == "fp16",
+        for_processor=options.target == "cpu",
+        index_type=options.index_type,
     )
     if stage == "detokenizer" and options.folds(spec):
-        builder.constant("table", fold(spec, params))
-        builder.node("GatherND", ["table", "indices"], "reconstructions")
+        quantizer.table(builder, fold(spec, params) if table is None else table)
     else:
         BUILDERS[stage](builder, spec)
-    arrays = ports(spec, options.batch)
+    arrays = ports(spec, options.batch, options.index_type)
     inputs = tuple(arrays[name] for name in STAGES[stage].inputs)
     outputs = tuple(arrays[name] for name in STAGES[stage].outputs)
     return Graph(stage, options.opset, inputs, outputs, tuple(builder.nodes), builder.tensors)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqdeploy.runtime.protobuf import DTYPE_NUMBERS, Node, Tensor, attributes_of
+from vqdeploy.stages import INDEX_TYPES
 from vqref.spec import Layer, plan
 from vqref.validation import Array, Params
 
@@ -27,11 +28,19 @@ class GraphBuilder:
 
     half: compute rows in float16, between casts; everything else stays float32.
     for_processor: choose the nodes that onnxruntime computes faster on a CPU than its usual ones.
+    index_type: of the graph's ``indices``.
     """
 
-    def __init__(self, params: Params, *, half: bool = False, for_processor: bool = False) -> None:
+    def __init__(
+        self,
+        params: Params,
+        *,
+        half: bool = False,
+        for_processor: bool = False,
+        index_type: str = INDEX_TYPES[0],
+    ) -> None:
         self.params = params
-        self.half, self.for_processor = half, for_processor
+        self.half, self.for_processor, self.index_type = half, for_processor, index_type
         self.nodes: list[Node] = []
         self.tensors: dict[str, Tensor] = {}
         self.bytes = 0
@@ -91,16 +100,20 @@ class GraphBuilder:
         self.nodes.append(Node(output, op, tuple(inputs), (output,), attributes_of(attributes)))
         return output
 
+    def cast(self, x: str, output: str, dtype: str) -> str:
+        """Adds what casts value ``x`` and returns the output."""
+        return self.node("Cast", [x], output, to=DTYPE_NUMBERS[dtype])
+
     def run(self, layers: Sequence[Layer], x: str, output: str) -> str:
         """Adds the rows of one network, from value ``x`` to value ``output``."""
         last = f"{output}.half" if self.half else output
         if self.half:
-            x = self.node("Cast", [x], f"{layers[0].name}.half", to=DTYPE_NUMBERS["float16"])
+            x = self.cast(x, f"{layers[0].name}.half", "float16")
         values = [x]
         for step in plan(layers):
             name = last if step.layer is layers[-1] else step.layer.name
             values.append(self._row(step.layer, name, [values[i] for i in step.sources]))
-        return self.node("Cast", [last], output, to=DTYPE_NUMBERS["float32"]) if self.half else last
+        return self.cast(last, output, "float32") if self.half else last
 
     def _row(self, layer: Layer, output: str, inputs: list[str]) -> str:
         if layer.activation == "linear":

@@ -29,6 +29,9 @@ DIRECT_ELEMENTS = 2**24
 GROUP = 16
 """Codes of which only the best score is kept."""
 
+WIDE = "int64"
+"""The type in which ArgMin gives places and GatherND takes them; Gather takes int32, too."""
+
 
 def takes_products(spec: ModelSpec) -> bool:
     """Returns whether the codebook of a model of ``spec`` is a large one."""
@@ -64,8 +67,16 @@ class Nodes:
 def nearest(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str) -> str:
     """Adds what maps latents (N, S, D) to indices (N, S), the argmin over K of the sum over D of
     (latents - codebook)^2, the first on a tie."""
-    if takes_products(spec):
-        return by_products(builder, spec, latents, indices)
+    search = by_products if takes_products(spec) else directly
+    if builder.index_type == WIDE:
+        return search(builder, spec, latents, indices)
+    return builder.cast(
+        search(builder, spec, latents, f"{indices}.wide"), indices, builder.index_type
+    )
+
+
+def directly(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str) -> str:
+    """Adds the same, in int64, by the direct form."""
     node = Nodes(builder)
     column = node("Unsqueeze", [latents, node.axis(2)], "column")
     difference = node("Sub", [column, builder.parameter(CODEBOOK)], "difference")  # (N, S, K, D)
@@ -74,7 +85,8 @@ def nearest(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str) 
 
 
 def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str) -> str:
-    """Adds the same in three steps. M = N*S latents, B groups of ``GROUP`` consecutive codes.
+    """Adds the same, in int64, in three steps. M = N*S latents, B groups of ``GROUP`` consecutive
+    codes.
 
     1. The least score ||c||^2 / 2 - x.c of each group, (M, B).
     2. The P pairs of a latent and a group whose score is within a margin of the latent's least.
@@ -189,3 +201,14 @@ def _scattered(
 def lookup(builder: GraphBuilder, indices: str, quantized: str) -> str:
     """Adds what maps indices (N, S) to quantized (N, S, D): rows of the codebook."""
     return builder.node("Gather", [builder.parameter(CODEBOOK), indices], quantized, axis=0)
+
+
+def table(builder: GraphBuilder, entries: npt.NDArray[np.float32]) -> str:
+    """Adds what maps indices (N, S) to reconstructions (N, C, H, W), which are the entries
+    (K, ..., K, C, H, W) of a table."""
+    indices = "indices"
+    if builder.index_type != WIDE:
+        indices = builder.cast(indices, "indices.wide", WIDE)
+    return builder.node(
+        "GatherND", [builder.constant("table", entries), indices], "reconstructions"
+    )

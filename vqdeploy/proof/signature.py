@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vqdeploy.bundle import MANIFEST, Bundle
-from vqref.errors import InputError, MachineError, UsageError
+from vqref.errors import InputError, UsageError
+from vqref.host.extras import missing
 from vqref.host.files import read_bytes
 
 SIGNATURE = f"{MANIFEST}.minisig"
@@ -67,8 +68,8 @@ def _require(path: Path, key: bytes, signature: bytes, message: bytes) -> None:
     try:
         from cryptography.exceptions import InvalidSignature
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    except ModuleNotFoundError:
-        raise MachineError("--public-key needs pip install 'portable-vqvae[sign]'") from None
+    except ModuleNotFoundError as error:
+        raise missing(error) or error from None
     try:
         Ed25519PublicKey.from_public_bytes(key).verify(signature, message)
     except (InvalidSignature, ValueError):

@@ -17,7 +17,7 @@ import numpy as np
 
 from vqdeploy.runtime.library import onnxruntime
 from vqdeploy.runtime.protobuf import Graph, read_graph
-from vqdeploy.stages import STAGES, Port, ports
+from vqdeploy.stages import INDEX_TYPES, INDICES, STAGES, ports
 from vqref.errors import CommandError, InputError, MachineError, Remark
 from vqref.spec import Layer, ModelSpec, plan
 from vqref.validation import Array
@@ -47,8 +47,8 @@ batch of 256 in one piece took up to a quarter longer, depending on what else th
 NETWORK_OPERATORS = frozenset({"Conv", "ConvTranspose"})
 """Operators that only graphs with a network hold."""
 
-HALF_OPERATOR, INT8_OPERATOR = "Cast", "QuantizeLinear"
-"""Operators that only graphs with a float16 or an int8 network hold."""
+INT8_OPERATOR = "QuantizeLinear"
+"""An operator that only graphs with an int8 network hold."""
 
 DIRECT_OPERATOR, PRODUCT_OPERATOR = "ArgMin", "NonZero"
 """Operators of every search for the nearest code, and of searches by products alone."""
@@ -109,13 +109,14 @@ class Session:
         runtime: Runtime | None = None,
     ) -> None:
         self._name = f"{stage}.onnx"
-        self._input, self._outputs = STAGES[stage].inputs[0], STAGES[stage].outputs
+        self._outputs = STAGES[stage].outputs
         self._fixed = batch
         graph = inspected(stage, content, spec, batch)
+        self._input = graph.inputs[0]
         self._open(graph, device, runtime or Runtime())
         self._largest = batch or batch_size(spec, graph.operators, self._cores)
         if self._on_card:
-            self._warm_up(ports(spec)[self._input])
+            self._warm_up()
 
     def _open(self, graph: Graph, device: str, runtime: Runtime) -> None:
         ort, operators = onnxruntime(), graph.operators
@@ -125,7 +126,7 @@ class Session:
         if runtime.intra_op_num_threads is not None:
             options.intra_op_num_threads = runtime.intra_op_num_threads
         if runtime.providers is None:
-            providers = _providers(device, operators)
+            providers = _providers(device, graph)
         else:
             providers = list(runtime.providers)
         wanted = [given if isinstance(given, str) else given[0] for given in providers]
@@ -146,10 +147,10 @@ class Session:
         on_cpu = self.providers[0] == CPU and operators & NETWORK_OPERATORS
         self._cores = (options.intra_op_num_threads or os.cpu_count() or 1) if on_cpu else 0
 
-    def _warm_up(self, port: Port) -> None:
+    def _warm_up(self) -> None:
         """Runs once. Raises MachineError if that fails."""
         try:
-            self._call(np.zeros([1, *map(int, port.shape[1:])], port.dtype))
+            self._call(np.zeros([1, *map(int, self._input.shape[1:])], self._input.dtype))
         except Exception as error:  # onnxruntime's exceptions share no base class
             found = f"{self._name}: its first run on {CUDA} failed"
             raise _failure(found, error, MachineError) from None
@@ -165,7 +166,8 @@ class Session:
         return found
 
     def __call__(self, array: Array) -> list[Array]:
-        """Returns the graph's outputs for its one input, in their order.
+        """Returns the graph's outputs for its one input, in their order. Indices are int64 here,
+        whatever they are in the graph.
 
         Large inputs are run a few images at a time. Raises InputError if the graph cannot be run on
         the CPU, MachineError if on another provider, or if memory does not suffice.
@@ -190,6 +192,8 @@ class Session:
         algorithms again at each new one.
         """
         count = len(array)
+        if self._input.name == INDICES:
+            array = array.astype(self._input.dtype, copy=False)
         size = self._fixed or count
         if self._on_card and not self._fixed and count:
             size = 1 << (count - 1).bit_length()
@@ -198,13 +202,16 @@ class Session:
         if self._on_card:
             found = self._bound(array)
         else:
-            found = self._session.run(None, {self._input: array})
-        return [np.asarray(output)[:count] for output in found]
+            found = self._session.run(None, {self._input.name: array})
+        return [
+            np.asarray(output, np.int64 if name == INDICES else None)[:count]
+            for name, output in zip(self._outputs, found, strict=True)
+        ]
 
     def _bound(self, array: Array) -> list[Array]:
         """Runs with bound outputs: onnxruntime copies each once, after the last node."""
         binding = self._session.io_binding()
-        binding.bind_cpu_input(self._input, np.ascontiguousarray(array))
+        binding.bind_cpu_input(self._input.name, np.ascontiguousarray(array))
         for name in self._outputs:
             binding.bind_output(name)
         self._session.run_with_iobinding(binding)
@@ -214,8 +221,9 @@ class Session:
 def inspected(stage: str, content: bytes | Graph, spec: ModelSpec, batch: int | None) -> Graph:
     """Returns the graph of ``stage``. Raises InputError unless it is plain, see ``read_graph``, and
     its inputs and outputs are those of the stage of a model of ``spec``."""
-    name, known = f"{stage}.onnx", ports(spec, batch)
+    name = f"{stage}.onnx"
     graph = content if isinstance(content, Graph) else read_graph(name, content)
+    known = ports(spec, batch, _index_type(graph))
     for way, names, found in (
         ("inputs", STAGES[stage].inputs, graph.inputs),
         ("outputs", STAGES[stage].outputs, graph.outputs),
@@ -232,9 +240,15 @@ def inspected(stage: str, content: bytes | Graph, spec: ModelSpec, batch: int | 
     return graph
 
 
-def _providers(device: str, operators: frozenset[str]) -> list[Any]:
-    """Returns the device's providers with the options that a graph of ``operators`` needs."""
-    half = HALF_OPERATOR in operators
+def _index_type(graph: Graph) -> str:
+    """Returns the one of ``INDEX_TYPES`` that the indices of a graph have; if none, the first."""
+    found = {port.dtype for port in (*graph.inputs, *graph.outputs) if port.name == INDICES}
+    return next((dtype for dtype in INDEX_TYPES if dtype in found), INDEX_TYPES[0])
+
+
+def _providers(device: str, graph: Graph) -> list[Any]:
+    """Returns the device's providers with the options that a graph needs."""
+    half = any(tensor.dtype == "float16" for tensor in graph.tensors.values())
     tf32 = {"use_tf32": "1"} if half and device == "cuda" else {}
     return [(name, {**options, **tf32}) for name, options in PROVIDERS[device].items()]
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from vqref.errors import CommandError, ExitCode, Remark
+from vqref.host.extras import PACKAGE, missing
 from vqref.host.interrupts import guarded
 from vqref.host.streams import discard, prepare, tell
 
@@ -68,6 +69,7 @@ def run_command(
 ) -> int:
     """Parses ``argv``, fills the options of the command that it names, and runs it."""
     parser = Parser(prog=prog, description=summary)
+    parser.add_version()
     named = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
     for command in commands:
         each = named.add_parser(command.name, help=command.summary, description=command.summary)
@@ -101,6 +103,10 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("allow_abbrev", False)
         options.setdefault("formatter_class", HelpFormatter)
         super().__init__(**options)  # type: ignore[arg-type]
+
+    def add_version(self) -> None:
+        """Adds ``--version``."""
+        self.add_argument("--version", action=_Version, nargs=0, help="say the version, and end")
 
     def add_options(self, options: type[Any]) -> None:
         """Adds an argument for each field of a dataclass whose fields are made by ``option``."""
@@ -147,6 +153,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         tell(self.prog, f"{message} (see {self.prog} --help)")
         self.exit(ExitCode.USAGE)
+
+
+class _Version(argparse.Action):
+    """Prints which version of the packages this is."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} of {PACKAGE} {version(PACKAGE)}")
+        parser.exit()
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
@@ -204,6 +220,8 @@ def _answer(
         try:
             with _remarks(prog):
                 return command(argv)
+        except ModuleNotFoundError as error:
+            raise missing(error) or error from None
         finally:
             sys.stdout.flush()  # here, where what goes wrong with it can still be said
     except CommandError as error:

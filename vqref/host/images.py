@@ -7,7 +7,7 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from vqref.errors import InputError
 from vqref.host.files import LARGEST_FILE, about, is_folder, parsed, read_bytes
 from vqref.host.streams import plain
+from vqref.preprocessing import Preprocessing
 from vqref.validation import Array
 
 OFFICIAL_NAMES = (
@@ -53,12 +54,20 @@ class ImageSet:
 
     train: to train on. held_out: others of the same size, or None if the source has none.
     source: the name of the file that ``train`` came from. sha256: its digest.
+    preprocessing: what was done to pictures; None for arrays. names: of the pictures ``train``, as
+    paths within their folder with "/" between the parts; None for arrays. said: a line on each
+    kind of thing that was done to some of them, or left out. held_out_as: how the held-out images
+    were chosen, "fraction", or "source" and "sha256"; None if the source says it.
     """
 
     train: Array
     held_out: Array | None
     source: str
     sha256: str
+    preprocessing: Preprocessing | None = None
+    names: tuple[str, ...] | None = None
+    said: tuple[str, ...] = ()
+    held_out_as: Mapping[str, Any] | None = None
 
 
 def load(path: str | Path) -> ImageSet:
@@ -112,6 +121,15 @@ def as_batch(images: npt.ArrayLike, image_shape: tuple[int, int, int]) -> npt.ND
     return to_unit_interval(_check_values(array))
 
 
+def as_images(images: npt.ArrayLike) -> Array:
+    """Images of any shape as (N, C, H, W), uint8, or float32 in [0, 1].
+
+    images: uint8, or floating in [0, 1]; (N, H, W), (N, H, W, C) or (N, C, H, W), C one of
+    CHANNELS. Raises InputError for anything else, and for a shape that could be two of these.
+    """
+    return _channels_first(_check_values(np.asarray(images)))
+
+
 def to_unit_interval(images: Array) -> npt.NDArray[np.float32]:
     """Divides uint8 by 255 and leaves floating values as they are; float32."""
     if images.dtype == np.uint8:
@@ -128,7 +146,7 @@ def _read(path: Path) -> tuple[Array, str]:
     """The images (N, C, H, W) in a file, and the file's sha256. Raises InputError."""
     content = read_bytes(path)
     with about(path), parsed("not a readable image file"):
-        images = _channels_first(_check_values(_parse(content)))
+        images = as_images(_parse(content))
     return images, hashlib.sha256(content).hexdigest()
 
 

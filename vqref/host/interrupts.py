@@ -43,11 +43,13 @@ class Interrupted(KeyboardInterrupt):
 class _State:
     """What the process knows of its signals.
 
-    watching, holds: how many ``watched`` and ``hold`` are entered. signalled: whether a signal has
-    come. pending: which, until Interrupted has arrived. alarm: what the timer took the place of.
+    watching, guarding, holds: how many ``watched``, ``guarded`` and ``hold`` are entered.
+    signalled: whether a signal has come. pending: which, until Interrupted has arrived. alarm: what
+    the timer took the place of.
     """
 
     watching = 0
+    guarding = 0
     holds = 0
     signalled = False
     pending: int | None = None
@@ -78,9 +80,10 @@ def hold() -> Iterator[None]:
 def watched() -> AbstractContextManager[None]:
     """While entered, the first signal raises Interrupted: at once, or when a ``hold`` ends.
 
-    Its end raises Interrupted if that has not arrived, whatever else is being raised. A second
-    signal ends the process where it stands. Files are published by renames, so that they stay
-    whole. Does nothing in threads. May be entered within itself: the inner one sees Interrupted
+    Its end raises Interrupted if that has not arrived, whatever else is being raised. Within
+    ``guarded`` a second signal ends the process where it stands: files are published by renames, so
+    that they stay whole. Elsewhere the process is somebody else's, and a second signal changes
+    nothing. Does nothing in threads. May be entered within itself: the inner one sees Interrupted
     first.
     """
     return _Watch()
@@ -89,11 +92,12 @@ def watched() -> AbstractContextManager[None]:
 class _Watch:
     """``watched``. A generator would be cut by a signal that comes just before its end.
 
-    last: whether signals are ignored afterwards, instead of what they did before.
+    guards: whether a second signal ends the process. last: whether signals are ignored afterwards,
+    instead of what they did before.
     """
 
-    def __init__(self, *, last: bool = False) -> None:
-        self.last = last
+    def __init__(self, *, guards: bool = False, last: bool = False) -> None:
+        self.guards, self.last = guards, last
         self.handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
@@ -104,6 +108,7 @@ class _Watch:
         sys.excepthook, sys.unraisablehook = _without_interrupted(*self.hooks)
         self.handlers = {number: signal.signal(number, _handle) for number in SIGNALS}
         _state.watching += 1
+        _state.guarding += self.guards
         _state.holds -= 1
         if _state.pending is not None:
             _arm()
@@ -119,6 +124,7 @@ class _Watch:
         missed = _settle()
         sys.excepthook, sys.unraisablehook = self.hooks
         _state.watching -= 1
+        _state.guarding -= self.guards
         _state.signalled = _state.signalled and _state.watching > 0
         _state.holds -= 1
         if missed is not None and not isinstance(error, Interrupted):
@@ -132,7 +138,7 @@ def guarded(prog: str, body: Callable[[], int], *, last: bool = False) -> int:
     then decided, and further signals do not change it.
     """
     try:
-        with _Watch(last=last):
+        with _Watch(guards=True, last=last):
             return body()
     except KeyboardInterrupt as stop:  # one of ours says which signal it was and what was saved
         _settle()
@@ -145,7 +151,7 @@ def _in_main_thread() -> bool:
 
 
 def _handle(signum: int, frame: object) -> None:
-    if _state.signalled:
+    if _state.signalled and _state.guarding:
         os._exit(128 + signum)
     _state.signalled, _state.pending = True, signum
     _deliver()

@@ -1,182 +1,297 @@
-"""Pictures in and out: folders of images, and sheets of them as PNG. The one home of Pillow."""
+"""Pictures in: files and folders of them, and what a program has in memory."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import io
-import logging
 import math
-import warnings
-from contextlib import suppress
-from functools import cache
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from vqref.errors import InputError, MachineError
-from vqref.host.files import about, is_folder, parsed, read_bytes, write_file
+from vqref.errors import InputError, UsageError
+from vqref.host.files import is_folder, read_bytes
 from vqref.host.images import LARGEST_ARRAY, OFFICIAL_NAMES, ImageSet, load
+from vqref.host.listing import ENDINGS, MOST_NAMED, list_folder, many
+from vqref.host.pixels import MODES, Done, pixels
 from vqref.host.streams import plain
-from vqref.validation import Array
-
-GAP = 2
-"""Pixels between images."""
-
-SHEET_PIXELS, MOST_COLUMNS = 900, 16
-"""About how wide a sheet is: images are enlarged by a whole factor to reach it. How many a row of
-pairs has at most."""
-
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""What pictures are read, by Pillow's names. It knows others that start programs, or that nobody
-keeps images in."""
+from vqref.preprocessing import WHITE, Colour, Preprocessing
 
 LARGEST_PICTURE = 2**30
 """The most bytes that the file of a picture may have."""
 
-BACKGROUND = 0.5
-"""The grey level between images."""
 
+@dataclass(frozen=True)
+class Reading:
+    """How pictures are read.
 
-def load_any(path: Path, resize: tuple[int, int] | None = None) -> ImageSet:
-    """The images of a file, of a folder of the official files, or of a folder of pictures.
-
-    resize: (H, W) to which the pictures of a folder are brought. Raises InputError if ``resize`` is
-    given for another source, and what ``vqref.host.images.load`` and ``load_folder`` raise.
+    channels: 1, 3 or 4; None: 1 if all pictures are grey, else 3. size, crop, background: as in
+    ``vqref.preprocessing.Preprocessing``. recursive: whether subfolders of a folder are read.
+    skip_bad: whether pictures that cannot be read are left out. expected: the (H, W) of the images
+    of a model, whose reading this is.
     """
-    if is_folder(path) and not any((path / train).is_file() for train, _ in OFFICIAL_NAMES):
-        return load_folder(path, resize)
-    if resize:
-        raise InputError(f"--resize is for a folder of images; {path} is not one")
+
+    channels: int | None = None
+    size: tuple[int, int] | None = None
+    crop: bool = False
+    background: Colour = WHITE
+    recursive: bool = False
+    skip_bad: bool = False
+    expected: tuple[int, int] | None = None
+
+    @classmethod
+    def of(
+        cls,
+        preprocessing: Preprocessing | None,
+        image_shape: tuple[int, int, int],
+        *,
+        recursive: bool = False,
+        skip_bad: bool = False,
+    ) -> Reading:
+        """What gives pictures as a model of images (C, H, W) takes them; ``preprocessing`` None: it
+        was trained on arrays.
+
+        Raises ValueError for what gives other images.
+        """
+        done = preprocessing or Preprocessing(image_shape[0])
+        done.require(image_shape)
+        height, width = image_shape[1:]
+        return cls(
+            done.channels,
+            done.size,
+            done.crop,
+            done.background,
+            recursive,
+            skip_bad,
+            (height, width),
+        )
+
+
+def load_any(path: Path, reading: Reading = Reading()) -> ImageSet:
+    """The images of a file, of a folder of the official files, of a folder of pictures, or of one
+    picture.
+
+    Raises InputError for options of pictures if it is something else, and what
+    ``vqref.host.images.load`` and ``load_folder`` raise.
+    """
+    if is_folder(path):
+        if not any((path / train).is_file() for train, _ in OFFICIAL_NAMES):
+            return load_folder(path, reading)
+    elif path.suffix.lower() in ENDINGS:
+        return _load(path, [(path.name, path)], reading, [])
+    if option := asked_of_pictures(reading):
+        raise InputError(f"{option} is for a folder of pictures; {path} is not one")
     return load(path)
 
 
-def picture_names(folder: Path) -> list[Path]:
-    """The image files of a folder, sorted by name: what ``load_folder`` reads, in its order.
+def load_folder(folder: Path, reading: Reading = Reading()) -> ImageSet:
+    """The pictures of a folder as images (N, C, H, W) uint8, sorted by their paths in there.
 
-    Raises InputError for a folder that cannot be listed.
+    Raises InputError if there are none, if one cannot be read (with ``skip_bad``: if none can), if
+    one has not the size that it must have, or if they are too many to be held in memory; UsageError
+    for options without sense; MachineError if Pillow is not installed.
     """
-    known = _pillow().registered_extensions()
-    try:
-        return sorted(p for p in folder.iterdir() if known.get(p.suffix.lower()) in FORMATS)
-    except OSError as error:
-        raise InputError(f"{folder}: {error.strerror}") from None
-
-
-def load_folder(folder: Path, resize: tuple[int, int] | None = None) -> ImageSet:
-    """The images of ``folder``, sorted by name, (N, C, H, W) uint8: grey if all are, else RGB.
-
-    Raises InputError if there are no images, if a file cannot be read, if sizes differ and there is
-    no ``resize``, or if they are too many to be held in memory; MachineError if Pillow is not
-    installed.
-    """
-    paths = picture_names(folder)
-    if not paths:
-        raise InputError(f"{folder}: the folder holds no image files and no official KMNIST files")
-    if resize and len(paths) * resize[0] * resize[1] > LARGEST_ARRAY:
-        raise InputError(f"{folder}: {len(paths)} images of {resize[0]}x{resize[1]} are too many")
-    pictures: list[Any] = []
-    room = LARGEST_ARRAY
-    for path in paths:
-        picture = _read_picture(path, resize)
-        if pictures and picture.size != pictures[0].size:
-            a, b = pictures[0].size, picture.size
+    found = list_folder(folder, reading.recursive)
+    if not found.pictures:
+        if found.subfolders:
             raise InputError(
-                f"{path}: {b[0]}x{b[1]} pixels, {paths[0].name} has {a[0]}x{a[1]}; use --resize HxW"
+                f"{folder}: holds no image files itself; --recursive reads its "
+                f"{many(found.subfolders, 'subfolder')}"
             )
-        pictures.append(picture)
-        room -= picture.width * picture.height * len(picture.getbands())
-        if room < 0:
-            raise InputError(f"{folder}: more than {LARGEST_ARRAY / 2**30:.0f} GiB of images")
-    mode = "RGB" if any(picture.mode == "RGB" for picture in pictures) else "L"
-    images = np.stack([np.asarray(picture.convert(mode)) for picture in pictures])
-    images = images[:, None] if mode == "L" else images.transpose(0, 3, 1, 2)
-    images = np.ascontiguousarray(images)
-    digest = hashlib.sha256(images.tobytes()).hexdigest()
-    return ImageSet(images, None, plain(folder.name), digest)
+        within = ", nor do its subfolders" if reading.recursive else ""
+        raise InputError(f"{folder}: holds no image files and no official KMNIST files{within}")
+    return _load(folder, found.pictures, reading, found.said())
 
 
-def _read_picture(path: Path, resize: tuple[int, int] | None) -> Any:
-    """The picture in a file, grey or RGB, resized to (H, W). Raises InputError that names the
-    file."""
-    pillow = _pillow()
-    content = read_bytes(path, LARGEST_PICTURE)
-    with about(path), parsed("not a readable image"):
-        warnings.simplefilter("error", pillow.DecompressionBombWarning)
-        with pillow.open(io.BytesIO(content), formats=FORMATS) as picture:
-            found = picture.convert("L" if picture.mode in ("1", "L", "I;16") else "RGB")
-        if resize:
-            found = found.resize((resize[1], resize[0]), pillow.Resampling.LANCZOS)
-        return found
+def prepare(
+    pictures: Any, image_shape: tuple[int, int, int], preprocessing: Preprocessing
+) -> NDArray[np.uint8]:
+    """Pictures as the images (N, C, H, W) of a model of images (C, H, W).
 
+    pictures: a path or one of Pillow's images, or a sequence of them.
 
-def save_sheet(path: Path, images: Array, columns: int) -> None:
-    """Writes images (N, C, H, W) in [0, 1] in rows of ``columns`` as a PNG.
-
-    Four channels are shown without the last, their alpha; two, or more than four, by the first.
+    Raises InputError that names the picture, MachineError if Pillow is not installed.
     """
-    pillow = _pillow()
-    rows = math.ceil(len(images) / columns)
-    pixels = _visible(images).transpose(0, 2, 3, 1)  # (N, H, W, 1 or 3)
-    _, height, width, channels = pixels.shape
-    sheet = np.full(
-        (rows * (height + GAP) + GAP, columns * (width + GAP) + GAP, channels), BACKGROUND
+    reading = Reading.of(preprocessing, image_shape)
+    given = [pictures] if is_picture(pictures) else list(pictures)
+    _require_channels("pictures", reading.channels)
+    _require_room("pictures", len(given), image_shape)
+    images = np.empty((len(given), *image_shape), np.uint8)
+    for i, one in enumerate(given):
+        if not is_picture(one):
+            raise InputError(
+                f"picture {i} is a {type(one).__name__}, expected a path or a PIL image"
+            )
+        name = str(one if isinstance(one, str | os.PathLike) else getattr(one, "filename", ""))
+        try:
+            array, _ = _read(one, reading)
+        except InputError as error:
+            reason = plain(str(error).removeprefix(f"{name}: "))
+            raise InputError(f"{name or f'picture {i}'}: {reason}") from None
+        _require_size(name or f"picture {i}", array, reading)
+        images[i] = _channels_first(array)
+    return images
+
+
+def is_picture(thing: Any) -> bool:
+    """Whether ``thing`` is a path, or one of Pillow's images."""
+    return isinstance(thing, str | os.PathLike) or any(
+        (kind.__module__, kind.__name__) == ("PIL.Image", "Image") for kind in type(thing).__mro__
     )
-    for i, image in enumerate(pixels):
-        top, left = GAP + (i // columns) * (height + GAP), GAP + (i % columns) * (width + GAP)
-        sheet[top : top + height, left : left + width] = image
-    levels = np.round(255 * sheet).astype(np.uint8)
-    picture = pillow.fromarray(levels[..., 0] if channels == 1 else levels)
-    factor = max(1, round(SHEET_PIXELS / picture.width))
-    size = (picture.width * factor, picture.height * factor)
-    buffer = io.BytesIO()
-    picture.resize(size, pillow.Resampling.NEAREST).save(buffer, "png")
-    write_file(path, buffer.getvalue())
 
 
-def save_pairs(path: Path, images: Array, *others: Array) -> None:
-    """Writes rows of images (N, C, H, W) with their reconstructions beneath them, and beneath those
-    whatever else is to be seen of each image: ``others``, each (N, 1 or C or 3, H, W).
-
-    A row has at most MOST_COLUMNS images, fewer if they are large.
-    """
-    parts = [_visible(part) for part in (images, *others)]
-    columns = max(1, min(MOST_COLUMNS, len(images), SHEET_PIXELS // (images.shape[3] + GAP)))
-    rows = math.ceil(len(images) / columns)
-    channels = max(part.shape[1] for part in parts)
-    cells = np.full((rows, len(parts), columns, channels, *images.shape[2:]), BACKGROUND)
-    for i, part in enumerate(parts):
-        for row in range(rows):
-            shown = part[row * columns : (row + 1) * columns]
-            cells[row, i, : len(shown)] = shown  # grey beside colour is spread over its channels
-    save_sheet(path, cells.reshape(-1, *cells.shape[3:]), columns)
-
-
-def save_square(path: Path, images: Array) -> None:
-    """Writes a sheet of images (N, C, H, W) that is about as high as wide."""
-    save_sheet(path, images, math.ceil(math.sqrt(len(images))))
+def _load(
+    source: Path, pictures: list[tuple[str, Path]], reading: Reading, left_out: list[str]
+) -> ImageSet:
+    """The images of pictures, (name, path) each. Raises what ``load_folder`` raises."""
+    found = _read_all(source, pictures, reading)
+    if not found.arrays:
+        files = many(len(pictures), "image file")
+        raise InputError(f"{source}: {files}, of which none can be read; {found.broken[0]}")
+    images = np.empty((len(found.arrays), found.channels, *found.arrays[0].shape[:2]), np.uint8)
+    for i, array in enumerate(found.arrays):
+        images[i] = _channels_first(array)
+        found.arrays[i] = array[:0]
+    preprocessing = Preprocessing(found.channels, reading.size, reading.crop, reading.background)
+    said = (*_said(found.done, preprocessing, images.shape), *_skipped(found.broken), *left_out)
+    digest = hashlib.sha256(images.tobytes()).hexdigest()
+    return ImageSet(
+        images, None, plain(source.name), digest, preprocessing, tuple(found.names), said
+    )
 
 
-def _visible(images: Array) -> Array:
-    """The one or three channels of images (N, C, H, W) that a PNG can show."""
-    channels = images.shape[1]
-    return images[:, : 3 if channels in (3, 4) else 1]
+@dataclass
+class _Found:
+    """Pictures that are read, (H, W) or (H, W, C) each, what was done to each, and those that could
+    not be read, with the reason."""
+
+    channels: int
+    arrays: list[NDArray[np.uint8]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    done: list[Done] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
 
 
-@cache
-def _pillow() -> Any:
-    """Pillow's Image module, whose remarks on damaged pictures go nowhere. Raises MachineError if
-    it is not installed."""
-    try:
-        from PIL import Image, _imaging
-    except ModuleNotFoundError:
-        raise MachineError("pictures need Pillow: pip install pillow") from None
-    logging.getLogger("PIL").addHandler(logging.NullHandler())
-    with suppress(
-        OSError, AttributeError
-    ):  # libtiff, if it can be reached, writes to stderr itself
-        libraries = ctypes.CDLL(_imaging.__file__)
-        libraries.TIFFSetErrorHandler(None)
-        libraries.TIFFSetWarningHandler(None)
-    return Image
+def _read_all(source: Path, pictures: list[tuple[str, Path]], reading: Reading) -> _Found:
+    """Reads pictures, all of one size. Raises what ``load_folder`` raises."""
+    if reading.crop and reading.size is None:
+        raise UsageError("--crop needs the size to crop to: --resize HxW")
+    _require_channels(source, reading.channels)
+    found = _Found(reading.channels or 1)
+    for name, path in pictures:
+        try:
+            array, done = _read(path, reading)
+        except InputError as error:
+            reason = plain(str(error).removeprefix(f"{path}: "))
+            if not reading.skip_bad:
+                hint = "; --skip-bad leaves out what is broken" if path != source else ""
+                raise InputError(f"{path}: {reason}{hint}") from None
+            found.broken.append(f"{plain(name)}: {reason}")
+            continue
+        _require_size(path, array, reading)
+        if found.arrays and array.shape[:2] != found.arrays[0].shape[:2]:
+            raise InputError(
+                f"{path}: {_size(array)} pixels, {found.names[0]} has {_size(found.arrays[0])}; "
+                "use --resize HxW"
+            )
+        if reading.channels is None and not done.grey:
+            found.channels = 3
+        _require_room(source, len(pictures), (found.channels, *array.shape[:2]))
+        found.arrays.append(array)
+        found.names.append(plain(name))
+        found.done.append(done)
+    return found
+
+
+def _read(picture: Any, reading: Reading) -> tuple[NDArray[np.uint8], Done]:
+    """The pixels of a path or of one of Pillow's images. Raises InputError, MachineError."""
+    if isinstance(picture, str | os.PathLike):
+        picture = read_bytes(Path(picture), LARGEST_PICTURE)
+    return pixels(picture, reading.channels, reading.size, reading.crop, reading.background)
+
+
+def _channels_first(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(1, H, W) of (H, W), (C, H, W) of (H, W, C)."""
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
+
+
+def asked_of_pictures(reading: Reading) -> str | None:
+    """The first option that the user, not a model, gave for pictures; None if there is none."""
+    own = reading.expected is None
+    given = {
+        "--resize": own and reading.size is not None,
+        "--crop": own and reading.crop,
+        "--background": own and reading.background != WHITE,
+        "--channels": own and reading.channels is not None,
+        "--recursive": reading.recursive,
+        "--skip-bad": reading.skip_bad,
+    }
+    return next((option for option, is_given in given.items() if is_given), None)
+
+
+def _require_channels(source: Path | str, channels: int | None) -> None:
+    """Raises InputError for channels that no pictures have."""
+    if channels is not None and channels not in MODES:
+        raise InputError(f"{source}: images of {channels} channels cannot be made of pictures")
+
+
+def _require_size(source: Path | str, array: NDArray[np.uint8], reading: Reading) -> None:
+    """Raises InputError unless the pixels (H, W, ...) have the size that a model expects."""
+    if reading.expected not in (None, array.shape[:2]):
+        height, width = reading.expected
+        raise InputError(
+            f"{source}: {_size(array)} pixels; this model was trained on images of "
+            f"{height}x{width} without resizing, so resize the pictures before"
+        )
+
+
+def _require_room(source: Path | str, count: int, image_shape: tuple[int, ...]) -> None:
+    """Raises InputError if so many images (C, H, W) are more than memory is given to."""
+    if count * math.prod(image_shape) > LARGEST_ARRAY:
+        size = "x".join(map(str, image_shape[1:]))
+        raise InputError(
+            f"{source}: {count} images of {size} are too many: more than "
+            f"{LARGEST_ARRAY / 2**30:.0f} GiB"
+        )
+
+
+def _said(done: list[Done], preprocessing: Preprocessing, shape: tuple[int, ...]) -> Iterable[str]:
+    """A line on each kind of thing that was done to some of the pictures, now images of a shape
+    (N, C, H, W)."""
+    count, channels, height, width = shape
+    resized, reshaped = sum(one.resized for one in done), sum(one.reshaped for one in done)
+    if resized:
+        how = "cropped to the middle" if preprocessing.crop else "stretched"
+        of_them = f", {reshaped} of them {how}" if reshaped else ""
+        pictures = many(count, "picture")
+        yield f"{resized} of {pictures} resized to {height}x{width}{of_them}"
+    ground = "#" + bytes(preprocessing.background).hex()
+    deep = [one.deep for one in done if one.deep is not None]
+    grey = sum(one.grey for one in done)
+    counted = {
+        f"laid on {ground} where transparent": sum(one.laid for one in done),
+        "turned as the EXIF data say": sum(one.turned for one in done),
+        "animated or of several pages: the first of each": sum(one.first for one in done),
+        f"of 16 bits: their upper 8 (the brightest level is at most {max(deep, default=0)} of "
+        "65535)": len(deep),
+        "grey spread to colour": grey if channels > 1 else 0,
+        "of colour made grey": count - grey if channels == 1 else 0,
+    }
+    counted |= {f"of {kind} made RGB": n for kind, n in Counter(one.made for one in done).items()}
+    counted.pop("of None made RGB", None)
+    yield from (f"{number} {what}" for what, number in counted.items() if number)
+
+
+def _skipped(broken: list[str]) -> Iterable[str]:
+    if broken:
+        more = f"; and {len(broken) - MOST_NAMED} more" if len(broken) > MOST_NAMED else ""
+        yield f"{len(broken)} skipped, broken: {'; '.join(broken[:MOST_NAMED])}{more}"
+
+
+def _size(array: Any) -> str:
+    return f"{array.shape[0]}x{array.shape[1]}"

@@ -3,26 +3,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from vqref.host.commandline import option
-from vqtrain.data.sources import parse_size
+from vqref.host.commandline import option, positive
+from vqtrain.data import holdout
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """Where images come from."""
+    """Where images come from, and which of them are held out."""
 
     data: str = option(
         "--data",
         default="auto",
         metavar="SOURCE",
         help="kmnist; glyphs, a generated set; auto, kmnist if it can be had, else glyphs; or a "
-        "path: .npz, .npy, IDX, a folder of images or of the official files",
+        "path: .npz, .npy, IDX, a picture, a folder of pictures or of the official files",
     )
-    resize: tuple[int, int] | None = option(
-        "--resize",
+    held_out: float | Path | None = option(
+        "--held-out",
         default=None,
-        type=parse_size,
-        metavar="HxW",
-        help="bring the images of a folder to this size",
+        type=holdout.parse,
+        metavar="PATH|FRACTION",
+        help="images that are measured and not trained on: others, or a share of these by the hash "
+        f"of each; 0: none (default: the source's own, else {holdout.FRACTION:g})",
+    )
+    recursive: bool = option(
+        "--recursive",
+        default=False,
+        action="store_true",
+        help="read the pictures of subfolders, too",
+    )
+    skip_bad: bool = option(
+        "--skip-bad",
+        default=False,
+        action="store_true",
+        help="leave out pictures that cannot be read, and say which",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThreadOptions:
+    """How many threads compute."""
+
+    threads: int | None = option(
+        "--threads",
+        default=None,
+        type=positive,
+        metavar="N",
+        help="threads that PyTorch computes with (default: its own choice)",
     )

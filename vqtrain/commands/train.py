@@ -5,32 +5,28 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vqref import families
 from vqref.dialects import DIALECTS
-from vqref.errors import ExitCode, InputError, MachineError, UsageError
+from vqref.errors import ExitCode, UsageError
 from vqref.families import FAMILIES
 from vqref.host.commandline import option, positive
-from vqref.host.files import require_writable
-from vqref.host.images import OFFICIAL_NAMES, ImageSet
+from vqref.host.pictures import Reading
 from vqref.likelihoods import LIKELIHOODS
-from vqref.spec import ModelSpec
-from vqtrain.commands.shared import SourceOptions
-from vqtrain.data.sources import load_source
-from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED, TrainingOptions
-
-if TYPE_CHECKING:
-    import torch
-
-    from vqtrain.run.folder import RunFolder
+from vqref.preprocessing import CHANNELS, WHITE, Colour
+from vqtrain.commands.shared import SourceOptions, ThreadOptions
+from vqtrain.data.holdout import hold_out
+from vqtrain.data.sources import load_source, parse_background, parse_size
+from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED
 
 AUTO = "auto"
+
+EXACT = tuple(name for name in RECIPES if name != DEFAULT_RECIPE)
+"""Recipes that are somebody's exactly, their arithmetic too."""
 
 
 def _by_family(values: Mapping[str, Any]) -> str:
@@ -69,7 +65,7 @@ def _size(flag: str, help: str) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(SourceOptions):
+class RunOptions(ThreadOptions, SourceOptions):
     """What is trained on, where, and what is left of it."""
 
     recipe: str = option(
@@ -93,6 +89,40 @@ class RunOptions(SourceOptions):
         default=False,
         action="store_true",
         help="refuse operations that vary from run to run",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureOptions:
+    """How pictures become images."""
+
+    resize: tuple[int, int] | None = option(
+        "--resize",
+        default=None,
+        type=parse_size,
+        metavar="HxW",
+        help="bring pictures to this size",
+    )
+    crop: bool = option(
+        "--crop",
+        default=False,
+        action="store_true",
+        help="of pictures of other proportions resize the middle, instead of stretching them",
+    )
+    background: Colour | None = option(
+        "--background",
+        default=None,
+        type=parse_background,
+        metavar="COLOUR",
+        help="what transparent pictures are laid on: #rrggbb, white or black (default: white)",
+    )
+    channels: int | None = option(
+        "--channels",
+        default=None,
+        type=int,
+        choices=tuple(CHANNELS),
+        help="1 makes pictures grey, 3 colour, 4 keeps their transparency (default: 1 if all are "
+        "grey, else 3)",
     )
 
 
@@ -253,22 +283,31 @@ class RecipeOptions:
         metavar="X",
     )
     cosine: bool | None = _switch("--cosine", "let the learning rate fall along half a cosine")
-    precision: str | None = _recipe(
+    precision: str | None = option(
         "--precision",
-        "of the products in training; auto takes bfloat16 if the device multiplies it",
+        default=None,
         choices=(*TRAINED, AUTO),
+        help="of the products in training; auto takes bfloat16 if the device multiplies it "
+        f"(default: auto; float32 for recipes {' and '.join(EXACT)}, which are exact)",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(
-    RecipeOptions, SizeOptions, NetworkOptions, CheckOptions, FileOptions, RunOptions
+    RecipeOptions,
+    SizeOptions,
+    NetworkOptions,
+    CheckOptions,
+    FileOptions,
+    PictureOptions,
+    RunOptions,
 ):
     """Everything that the command line says."""
 
 
 GROUPS: Mapping[str, type[Any]] = {
     "": RunOptions,
+    "pictures": PictureOptions,
     "files": FileOptions,
     "checks against the oracle": CheckOptions,
     "the network": NetworkOptions,
@@ -280,168 +319,47 @@ GROUPS: Mapping[str, type[Any]] = {
 
 def train(options: TrainOptions) -> int:
     """Trains as the options say. Raises CommandError, and Interrupted if a signal came."""
-    from vqtrain.device import choose_device, keep_freed_memory, refuse_variation
-    from vqtrain.run.folder import open_run
     from vqtrain.run.narrator import say
-    from vqtrain.run.snapshot import course_of
-    from vqtrain.run.trainer import Trainer, Work, require_one_batch
+    from vqtrain.training import OPTIONS, OptionError, make_plan, run
 
-    device = choose_device(options.device)
-    changes = _changes(options, device)
-    require_writable(options.output)
-    if device.type == "cpu":
-        keep_freed_memory()
-    if options.deterministic:
-        refuse_variation()
-    images = load_source(options.data, say, options.resize)
-    spec, sizes = build_spec(options, images)
-    training = _replace(RECIPES[options.recipe](spec), changes)
-    require_one_batch(images, training)
-    say(f"network {_described(spec)}")
-    if options.precision == AUTO:
-        what = "card" if device.type == "cuda" else "processor"
-        say(f"precision {training.precision}: what this {what} multiplies fastest")
-    course = course_of(spec, training, sizes, images.sha256)
-    default_name = f"{_short_name(images.source)}-{options.recipe}"
-    folder, state = open_run(
-        options.runs, options.name, default_name, options.resume, course, say, spec
-    )
+    reading = _reading(options)
+    given = {each.name: getattr(options, each.name) for each in dataclasses.fields(options)}
+    place = {name: given[name] for name in ("runs", "name", "output")}
     try:
-        folder.write_options(_resolved(options, training, spec, sizes))
-        work = Work(
-            device,
-            folder,
-            options.output,
-            options.snapshot_steps,
-            options.check_images,
-            options.check_every,
-            writer=_writer(folder) if options.tensorboard else None,
-        )
-        provenance = {
-            "data": {
-                "source": images.source,
-                "sha256": images.sha256,
-                "images": len(images.train),
-            },
-            "recipe": options.recipe,
-            "seed": training.seed,
-            "device": str(device),
-            "versions": _versions(),
-        }
-        model = Trainer(spec, training, images, work, provenance, course, state).run()
-    finally:
-        folder.release()
-    say(f"wrote {options.output}; pictures and metrics are in {folder.path}")
+        plan = make_plan({name: given[name] for name in OPTIONS}, **place, bar=True)
+        images = hold_out(load_source(options.data, say, reading), options.held_out, reading)
+        model = run(images, plan, say, {**given, **_as_text(options)})
+    except OptionError as error:
+        raise UsageError(_dashed(f"--{error}" if error.named else str(error))) from None
     say(f"next: python -m vqdeploy export {options.output}")
     if options.json:
         say(json.dumps({k: v for k, v in model.metrics.items() if k not in ("history", "oracle")}))
     return ExitCode.DONE
 
 
-def build_spec(options: TrainOptions, images: ImageSet) -> tuple[ModelSpec, dict[str, int]]:
-    """The network for these images, and all sizes of its family.
-
-    Raises UsageError for a size that the family lacks or cannot have, InputError for images that it
-    cannot take.
-    """
-    from vqtrain.run.metrics import LEAST_ERROR, variance_of
-
-    shape = images.train.shape[1:]
-    family = families.choose(shape) if options.network == AUTO else options.network
-    known, given = families.sizes(family), _given(options, SizeOptions)
-    for name in given:
-        if name not in known:
-            raise UsageError(f"--{_dashed(name)}: network {family} has no such size")
-    sizes = {**known, **given}
-    likelihood = {} if options.likelihood is None else {"likelihood": options.likelihood}
-    variance = max(variance_of(images.train), LEAST_ERROR) if len(images.train) else 1.0
-    try:
-        return FAMILIES[family](shape, variance=variance, **sizes, **likelihood), sizes
-    except ValueError as error:
-        if str(error).startswith("image_shape"):
-            raise InputError(f"{images.source}: {error}") from None
-        raise UsageError(_dashed(str(error))) from None
+def _reading(options: TrainOptions) -> Reading:
+    """How pictures are to be read. Raises UsageError for options that exclude each other."""
+    if options.channels == 4 and options.background is not None:
+        raise UsageError("--background: --channels 4 keeps what is transparent")
+    return Reading(
+        options.channels,
+        options.resize,
+        options.crop,
+        options.background or WHITE,
+        options.recursive,
+        options.skip_bad,
+    )
 
 
-def _changes(options: TrainOptions, device: torch.device) -> dict[str, Any]:
-    """What the command line changes in a recipe. Raises UsageError for what no recipe can have."""
-    from vqtrain.device import choose_precision
-
-    changes = _given(options, RecipeOptions)
-    if options.precision == AUTO:
-        changes["precision"] = choose_precision(device)
-    if options.precision == "tf32" and device.type == "cpu":
-        raise UsageError(
-            "--precision tf32: only a CUDA device has it; use float32, bfloat16 or auto"
-        )
-    _replace(TrainingOptions(), changes)
-    return changes
-
-
-def _given(options: TrainOptions, part: type[Any]) -> dict[str, Any]:
-    """The options of a group that stand on the command line."""
-    names = [field.name for field in dataclasses.fields(part)]
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
-def _replace(recipe: TrainingOptions, changes: Mapping[str, Any]) -> TrainingOptions:
-    try:
-        return dataclasses.replace(recipe, **changes)
-    except ValueError as error:
-        raise UsageError(_dashed(str(error))) from None
+def _as_text(options: TrainOptions) -> dict[str, str]:
+    """The options whose values TOML has no kind for, as the command line has them."""
+    found = {}
+    if options.resize is not None:
+        found["resize"] = "x".join(map(str, options.resize))
+    if options.background is not None:
+        found["background"] = "#" + bytes(options.background).hex()
+    return found
 
 
 def _dashed(text: str) -> str:
     return text.replace("_", "-")
-
-
-def _described(spec: ModelSpec) -> str:
-    """The network in a few words: "post: 1x28x28 images, 1 latents, 64 codes, bernoulli"."""
-    image, latents = ("x".join(map(str, shape)) for shape in (spec.image_shape, spec.latent_shape))
-    return (
-        f"{spec.family}: {image} images, {latents} latent{'s' if spec.latent_size > 1 else ''}, "
-        f"{spec.num_codes} codes, {spec.likelihood}"
-    )
-
-
-def _resolved(
-    options: TrainOptions, training: TrainingOptions, spec: ModelSpec, sizes: Mapping[str, int]
-) -> dict[str, dict[str, Any]]:
-    """What ``--config`` needs to begin the same run: paths as given, the recipe spelt out."""
-    fields = (*dataclasses.fields(RunOptions), *dataclasses.fields(FileOptions))
-    names = [field.name for field in (*fields, *dataclasses.fields(CheckOptions))]
-    left_out = ("config", "name", "resume", "json")
-    given = {name: getattr(options, name) for name in names if name not in left_out}
-    if options.resize:
-        given["resize"] = "x".join(map(str, options.resize))
-    return {
-        "run": {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in given.items()
-            if value is not None
-        },
-        "training": training.to_dict(),
-        "model": {"network": spec.family, "likelihood": spec.likelihood, **sizes},
-    }
-
-
-def _short_name(source: str) -> str:
-    """What a run on these images is called: kmnist, glyphs, or the file without its ending."""
-    official = any(source == train for train, _ in OFFICIAL_NAMES)
-    return "kmnist" if official else Path(source).stem.split(" ")[0]
-
-
-def _writer(folder: RunFolder) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MachineError(
-            "--tensorboard: not installed; pip install 'portable-vqvae[tensorboard]'"
-        ) from None
-    return SummaryWriter(folder.path / "tensorboard")
-
-
-def _versions() -> dict[str, str]:
-    return {"python": platform.python_version()} | {
-        name: version(name) for name in ("portable-vqvae", "numpy", "torch")
-    }

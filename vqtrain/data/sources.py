@@ -18,7 +18,8 @@ import numpy as np
 from vqref.errors import InputError, MachineError
 from vqref.host.files import read_bytes, write_file
 from vqref.host.images import OFFICIAL_NAMES, ImageSet, load
-from vqref.host.pictures import load_any
+from vqref.host.pictures import Reading, asked_of_pictures, load_any
+from vqref.preprocessing import WHITE, Colour, parse_colour
 
 KMNIST_FILES = dict(
     zip(
@@ -55,22 +56,28 @@ LARGEST_SEAL = 1024
 
 GLYPHS_TRAIN, GLYPHS_HELD_OUT = 12_000, 2_000
 
+PLAIN = Reading()
+"""Pictures read as they are."""
+
+COLOURS = {"white": WHITE, "black": (0, 0, 0)}
+"""Backgrounds that have a name."""
+
 Say = Callable[[str], None]
 
 
-def load_source(source: str, say: Say, resize: tuple[int, int] | None = None) -> ImageSet:
+def load_source(source: str, say: Say, reading: Reading = PLAIN) -> ImageSet:
     """The images that ``--data`` names: "auto", "kmnist", "glyphs", or a path.
 
     "auto" is KMNIST from the cache, else from the network, else the generated set; ``say`` then
     gets a line that says so.
-    resize: (H, W) to which the images of a folder are brought; an error for other sources.
+    reading: how pictures are read; what it asks for is an error for sources that hold none.
 
     Raises InputError for files that hold no images, and MachineError if KMNIST is wanted and cannot
     be had.
     """
     if source in ("auto", "kmnist", "glyphs"):
-        if resize:
-            raise InputError(f"--resize is for a folder of images, not for --data {source}")
+        if flag := asked_of_pictures(reading):
+            raise InputError(f"{flag} is for a folder of pictures, not for --data {source}")
         if source == "glyphs":
             return load_glyphs(cache_folder())
         try:
@@ -80,7 +87,7 @@ def load_source(source: str, say: Say, resize: tuple[int, int] | None = None) ->
                 raise
             say(f"GENERATED IMAGES, not Kuzushiji-MNIST: {error}")
             return load_glyphs(cache_folder())
-    return load_any(Path(source), resize)
+    return load_any(Path(source), reading)
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -89,6 +96,14 @@ def parse_size(text: str) -> tuple[int, int]:
     if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 28x28")
     return int(height), int(width)
+
+
+def parse_background(text: str) -> Colour:
+    """The type of ``--background``: #rrggbb, white or black, as red, green and blue."""
+    try:
+        return COLOURS.get(text) or parse_colour(text.lower())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like #ffffff, white or black") from None
 
 
 def cache_folder() -> Path:

@@ -1,0 +1,98 @@
+"""``python -m benchmarks.install BUNDLE``: new virtual environments as an application has them,
+with numpy and onnxruntime alone: their size, whether pip finds them sound, and how long a new
+process takes to the first token of a bundle. Needs the package index.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+import time
+import venv
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import ROOT, Record, parser, summary
+
+FIRST_TOKEN = """
+import sys, time
+start = time.perf_counter()
+import numpy as np
+from vqdeploy import Codec
+codec = Codec.load(sys.argv[1], "cpu")
+codec.encode(np.zeros(codec.spec.image_shape, np.uint8))
+print(time.perf_counter() - start)
+"""
+
+WAYS = {
+    "pip install .": [["--quiet", str(ROOT)]],
+    "pip install numpy onnxruntime && pip install --no-deps .": [
+        ["--quiet", "numpy", "onnxruntime"],
+        ["--quiet", "--no-deps", str(ROOT)],
+    ],
+}
+"""How README says that an application installs us, and what pip is given."""
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("bundle", type=Path)
+    options.add_argument("--runs", type=int, default=15)
+    arguments = options.parse_args()
+    record = Record(arguments)
+    for way, calls in WAYS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            python = _installed(Path(folder), calls)
+            size = _size(Path(folder)) / 2**20
+            check = _output(python, "-m", "pip", "check")
+            whole, inside = _first_token(python, arguments.bundle.resolve(), arguments.runs)
+        record.figures[way] = {
+            "mib": size,
+            "pip check": check,
+            "process": summary(whole),
+            "from import to token": summary(inside),
+        }
+        record.say(f"{way}: {size:.0f} MiB, {check}")
+        record.say(
+            f"  first token after {np.median(whole):.2f} s of a new process "
+            f"({min(whole):.2f} to {max(whole):.2f}), {np.median(inside):.2f} s of them from the "
+            f"first import, medians of {len(whole)}"
+        )
+    record.write()
+
+
+def _installed(folder: Path, calls: list[list[str]]) -> str:
+    """A new virtual environment's Python, once pip was called."""
+    venv.create(folder, with_pip=True)
+    python = str(folder / "bin" / "python")
+    for call in calls:
+        _output(python, "-m", "pip", "install", *call)
+    return python
+
+
+def _first_token(python: str, bundle: Path, runs: int) -> tuple[list[float], list[float]]:
+    """Seconds of whole processes, and of these from the first import to the token. The first run
+    of an environment compiles modules and is left out."""
+    whole, inside = [], []
+    for run in range(runs + 1):
+        start = time.perf_counter()
+        said = _output(python, "-c", FIRST_TOKEN, str(bundle))
+        if run:
+            whole.append(time.perf_counter() - start)
+            inside.append(float(said))
+    return whole, inside
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files below a folder."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd="/")
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Which images a run does not train on: a share by the hash of each image, so that a longer data
+set keeps its split and copies of an image stay together, or a set of their own."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vqref.errors import InputError
+from vqref.host.images import ImageSet
+from vqref.host.pictures import Reading, load_any
+from vqref.validation import Array
+from vqtrain.data.sources import PLAIN
+
+FRACTION = 0.1
+"""The share of a source that has no held-out images of its own."""
+
+
+def parse(text: str) -> float | Path:
+    """The type of ``--held-out``: a fraction from 0 to below 1, or a path."""
+    try:
+        fraction = float(text)
+    except ValueError:
+        if not text:
+            raise argparse.ArgumentTypeError("'' is neither a fraction nor a path") from None
+        return Path(text)
+    try:
+        return require_fraction(fraction)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; for a file, write ./{text}") from None
+
+
+def require_fraction(fraction: float) -> float:
+    """The fraction itself. Raises ValueError unless it is from 0 to below 1."""
+    if not 0 <= fraction < 1:  # as nan is
+        raise ValueError(f"{fraction:g} is not a fraction from 0 to below 1")
+    return fraction
+
+
+def split(images: Array, fraction: float) -> npt.NDArray[np.bool_]:
+    """Which of images (N, C, H, W) are held out: (N,).
+
+    An image is if the first 8 bytes of the sha256 of its pixels, uint8 or float32 in C order, read
+    as a big-endian integer, are below ``fraction`` of 2**64.
+    """
+    places = (_place(image) for image in images)
+    return np.fromiter((place < fraction for place in places), np.bool_, len(images))
+
+
+def _place(image: Array) -> float:
+    """Where an image stands between 0 and 1, by its hash."""
+    digest = hashlib.sha256(np.ascontiguousarray(image).data).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def hold_out(
+    source: ImageSet, wanted: float | Path | ImageSet | None, reading: Reading = PLAIN
+) -> ImageSet:
+    """The source with the held-out images that are wanted.
+
+    wanted: a fraction of the source's images; the path of others, or these others, which then are
+    held out and ``train`` stays whole; None takes those that the source has of its own, else
+    FRACTION. reading: whether pictures at that path may lie in subfolders, or be broken; else they
+    are read as those of the source were.
+
+    Raises InputError for a path that holds no images of the source's size.
+    """
+    if wanted is None:
+        if source.held_out is not None:
+            return source
+        wanted = FRACTION
+    if isinstance(wanted, float):
+        return _apart(source, wanted)
+    others = _read(wanted, source, reading) if isinstance(wanted, Path) else wanted
+    where = wanted if isinstance(wanted, Path) else "held_out"
+    if others.train.shape[1:] != source.train.shape[1:]:
+        raise InputError(
+            f"{where}: images of {others.train.shape[1:]}, those to train on are "
+            f"{source.train.shape[1:]}"
+        )
+    if not len(others.train):
+        raise InputError(f"{where}: no images to hold out")
+    return dataclasses.replace(
+        source,
+        held_out=others.train,
+        said=(*source.said, *(f"held out: {line}" for line in others.said)),
+        held_out_as={"source": others.source, "sha256": others.sha256},
+    )
+
+
+def _apart(source: ImageSet, fraction: float) -> ImageSet:
+    """The source in two parts."""
+    names, chosen = source.names, split(source.train, fraction)
+    if names is not None:
+        names = tuple(name for name, out in zip(names, chosen, strict=True) if not out)
+    return dataclasses.replace(
+        source,
+        train=source.train[~chosen] if chosen.any() else source.train,
+        held_out=source.train[chosen] if fraction else None,
+        names=names,
+        held_out_as={"fraction": fraction},
+    )
+
+
+def _read(path: Path, source: ImageSet, reading: Reading) -> ImageSet:
+    """The images at ``path``, pictures as those of the source were read."""
+    how = {"recursive": reading.recursive, "skip_bad": reading.skip_bad}
+    return load_any(path, Reading.of(source.preprocessing, source.train.shape[1:], **how))
+
+
+def record(images: ImageSet) -> dict[str, Any]:
+    """How many images are held out and how they were chosen, for a model's provenance."""
+    held_out = 0 if images.held_out is None else len(images.held_out)
+    return {**(images.held_out_as or {}), "images": held_out}
+
+
+def share(fraction: float) -> str:
+    """A fraction in words."""
+    return "a tenth" if fraction == FRACTION else f"{fraction:g}"
+
+
+def described(images: ImageSet) -> str:
+    """How many images train and how many are held out, as a line."""
+    train, held_out = len(images.train), record(images)
+    if not held_out["images"]:
+        return f"{train} images train, none are held out"
+    if "fraction" in held_out:
+        how = f"{share(held_out['fraction'])}, by hash"
+    else:
+        how = held_out.get("source", "the source's own")
+    return f"{train} images train, {held_out['images']} are held out ({how})"

@@ -1,0 +1,117 @@
+"""Which images a model is measured on, and whether it was trained on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vqref.errors import InputError
+from vqref.host.images import ImageSet
+from vqref.host.pictures import Reading, load_any
+from vqref.modelfile import Model
+from vqref.spec import ModelSpec
+from vqref.validation import Array
+from vqtrain.data.holdout import hold_out, share, split
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Images to measure on, (N, C, H, W).
+
+    others: those that they were held out of, to fit floors to; None if there are none.
+    kind: "held-out images" if the model was not trained on them, "training images" if it was on
+    each, else "images". source: the name of their file. how: how they were chosen, and how many of
+    them it was trained on if only on some; empty if there is nothing to say.
+    said: what was done to pictures, in lines.
+    """
+
+    images: Array
+    others: Array | None
+    kind: str
+    source: str
+    how: str
+    said: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """As "340 held-out images of emoji (a tenth, by hash)"."""
+        kind = self.kind if len(self.images) != 1 else self.kind.removesuffix("s")
+        return f"{len(self.images)} {kind} of {self.source}" + (
+            f" ({self.how})" if self.how else ""
+        )
+
+
+@dataclass(frozen=True)
+class _Training:
+    """What a model says of the images that it was trained on: their digest, the share of them that
+    was held out by hash, None if that cannot be known, and the digest of others that were."""
+
+    sha256: str | None
+    fraction: float | None
+    held_out: str | None
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any]) -> _Training:
+        data = provenance.get("data", {})
+        held_out = data.get("held_out", {})
+        if not isinstance(held_out, dict):
+            return cls(data.get("sha256"), None, None)
+        fraction = held_out.get("fraction", 0.0)
+        if type(fraction) is not float or not 0 <= fraction < 1:
+            fraction = None
+        return cls(data.get("sha256"), fraction, held_out.get("sha256"))
+
+    def trained_on(self, images: Array, sha256: str) -> int | None:
+        """On how many of images (N, C, H, W) of a file of that digest; None if nobody knows."""
+        if sha256 == self.held_out:
+            return 0
+        if sha256 != self.sha256 or self.fraction is None:
+            return None
+        return len(images) - int(split(images, self.fraction).sum())
+
+
+def choose(
+    source: ImageSet, model: Model, wanted: float | Path | None, reading: Reading
+) -> Measured:
+    """The images of a source to measure a model on.
+
+    wanted: a share of the source's images, by the hash of each, or the path of others; None takes
+    those that the source holds out of its own, of the images that the model was trained on those
+    that training held out, and otherwise all. reading: of pictures at that path.
+
+    Raises InputError if there are none, or if they have another size than the model's.
+    """
+    training = _Training.of(model.provenance)
+    _require_fitting(source, model.spec)
+    if wanted is None and source.sha256 == training.sha256:
+        wanted = training.fraction or None
+    if isinstance(wanted, Path):
+        others = load_any(wanted, reading)
+        _require_fitting(others, model.spec)
+        parts = hold_out(source, others)
+    else:
+        parts = source if wanted is None else hold_out(source, wanted)
+    chosen = dict(parts.held_out_as or {})
+    apart = parts.held_out is not None and len(parts.held_out) > 0
+    images = parts.held_out if parts.held_out is not None and apart else parts.train
+    if not len(images):
+        raise InputError(f"{source.source}: no images to measure on")
+    how = [f"{share(chosen['fraction'])}, by hash"] if apart and "fraction" in chosen else []
+    own = apart and not chosen  # no digest is of these alone
+    trained = None if own else training.trained_on(images, chosen.get("sha256", source.sha256))
+    kind = "held-out images" if apart else "images"
+    if trained is not None:
+        kind = {0: "held-out images", len(images): "training images"}.get(trained, "images")
+        how += [f"{trained} of them trained on"] * (kind == "images")
+    name = chosen.get("source", source.source)
+    return Measured(images, parts.train if apart else None, kind, name, "; ".join(how), parts.said)
+
+
+def _require_fitting(source: ImageSet, spec: ModelSpec) -> None:
+    """Raises InputError unless the images have the size of the model's."""
+    if source.train.shape[1:] != spec.image_shape:
+        raise InputError(
+            f"{source.source}: images of {source.train.shape[1:]}, the model's are "
+            f"{spec.image_shape}"
+        )
