@@ -138,7 +138,7 @@ def main() -> None:
         for name, command in names.items():
             course = []
             for seconds, words in progress(command, Path(folder)):
-                if not words or not words[0].isdigit() or len(words) < 3 or words[1] == "images,":
+                if len(words) < 3 or not words[0].isdigit() or words[1].startswith("images"):
                     continue
                 bound, beside = (
                     (float(words[2]), 0.0)

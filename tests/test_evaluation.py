@@ -1,17 +1,23 @@
 """Measuring: a figure stands beside what it means, and beside what no network would reach."""
 
+import dataclasses
+import hashlib
 import json
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 from scipy.cluster.vq import kmeans2, vq
 from support import small_model
 
 import vqref
 from vqref import families
 from vqref.host.images import to_unit_interval
+from vqref.preprocessing import Preprocessing
 from vqtrain.__main__ import main
 from vqtrain.commands.evaluate import MEANING
+from vqtrain.data.holdout import split
 from vqtrain.modelfile import write_model
 from vqtrain.run import floor
 from vqtrain.run.floor import clustering_floor, patch_floor
@@ -74,14 +80,229 @@ def test_a_grid_stands_beside_k_means_on_patches(
     evaluate, residual_file, residual_model, colour_file, colour_images
 ):
     heading, *lines = evaluate(residual_file, "--data", colour_file).splitlines()
-    assert heading.endswith("on 300 images of colour.npy, floors too, cpu")
+    assert heading.endswith("on 300 images of colour.npy, cpu")
+    assert lines[-1] == "  patches_nmse is of a fit to the measured images themselves"
     assert all(len(line) <= 80 for line in lines)
     found = json.loads(evaluate(residual_file, "--data", colour_file, "--json"))
+    assert found["floor_fitted_to"] == "measured images"
     spec = residual_model.spec
     error = patch_floor(spec, colour_images, colour_images, np.random.default_rng(0))
     assert found["patches_nmse"] == pytest.approx(error / spec.variance)
     assert found["patches_psnr"] == pytest.approx(-10 * np.log10(error))
     assert found["nmse"] > found["patches_nmse"]  # untrained
+
+
+@pytest.fixture
+def trained_on(model, tmp_path):
+    """Writes a model that says that it was trained on a file, and of its held-out images what is
+    given, and returns its path; what it says is in ``provenance`` else."""
+
+    def write(file, **data):
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        about = {"source": file.name, "sha256": digest, "images": 1, **data}
+        changed = dataclasses.replace(model, provenance={"data": about})
+        write_model(tmp_path / "trained.pt", changed)
+        return tmp_path / "trained.pt"
+
+    return write
+
+
+@pytest.fixture
+def file(tmp_path, many_images):
+    np.save(tmp_path / "mine.npy", many_images[:200])
+    return tmp_path / "mine.npy"
+
+
+@pytest.fixture
+def measured_on(evaluate, tmp_path):
+    """What the heading, and the JSON, say that a model was measured on."""
+
+    def said(model_file, *arguments):
+        heading = evaluate(model_file, "--data", *arguments).splitlines()[0]
+        found = json.loads(evaluate(model_file, "--data", *arguments, "--json"))
+        how = f" ({found['how']})" if found["how"] else ""
+        label = f"{found['images']} {found['which']} of {found['data']}{how}"
+        assert heading == f"{model_file} on {label}, cpu"
+        return label, found
+
+    return said
+
+
+OUT = {"fraction": 0.1, "images": 1}
+
+
+def test_a_file_that_the_model_was_not_trained_on_is_measured_whole(
+    measured_on, trained_on, file, tmp_path, many_images
+):
+    np.save(tmp_path / "emoji32-test.npy", many_images[200:300])
+    path = trained_on(file, held_out=OUT)
+    label, _ = measured_on(path, tmp_path / "emoji32-test.npy")
+    assert label == "100 images of emoji32-test.npy"
+
+
+def test_of_the_training_file_what_training_held_out_is_measured(
+    measured_on, trained_on, file, model, many_images
+):
+    out = split(many_images[:200, None], 0.1)
+    label, found = measured_on(trained_on(file, held_out=OUT), file)
+    assert label == f"{out.sum()} held-out images of mine.npy (a tenth, by hash)"
+    images = to_unit_interval(many_images[:200, None][out])
+    expected = vqref.forward(model.spec, model.params, images).losses.bound
+    assert found["bound"] == pytest.approx(expected, rel=1e-5)
+    quarter = trained_on(file, held_out={"fraction": 0.25, "images": 1})
+    count = split(many_images[:200, None], 0.25).sum()
+    label, _ = measured_on(quarter, file)
+    assert label == f"{count} held-out images of mine.npy (0.25, by hash)"
+
+
+@pytest.mark.parametrize(
+    "held_out",
+    [
+        {},
+        {"held_out": {"images": 0, "fraction": 0.0}},
+        {"held_out": {"images": 9}},
+        {"held_out": {"images": 9, "source": "other.npy", "sha256": "1" * 64}},
+    ],
+    ids=["an older model", "nothing held out", "the source's own", "others"],
+)
+def test_what_the_model_was_trained_on_is_called_training_images(
+    measured_on, trained_on, file, held_out
+):
+    label, _ = measured_on(trained_on(file, **held_out), file)
+    assert label == "200 training images of mine.npy"
+
+
+def test_the_file_that_training_held_out_is_held_out(
+    measured_on, trained_on, file, tmp_path, many_images
+):
+    np.save(tmp_path / "test.npy", many_images[200:250])
+    digest = hashlib.sha256((tmp_path / "test.npy").read_bytes()).hexdigest()
+    held_out = {"source": "test.npy", "sha256": digest, "images": 50}
+    label, _ = measured_on(trained_on(file, held_out=held_out), tmp_path / "test.npy")
+    assert label == "50 held-out images of test.npy"
+
+
+def test_what_a_source_holds_out_of_its_own_is_held_out(measured_on, trained_on, data):
+    path = trained_on(data / "kmnist-train-imgs.npz", held_out={"images": 100})
+    label, _ = measured_on(path, data)
+    assert label == "100 held-out images of kmnist-train-imgs.npz"
+    label, _ = measured_on(path, data / "kmnist-test-imgs.npz")
+    assert label == "100 images of kmnist-test-imgs.npz"
+
+
+def test_held_out_images_are_those_that_are_asked_for(
+    measured_on, trained_on, file, tmp_path, many_images
+):
+    np.save(tmp_path / "test.npy", many_images[200:250])
+    other = trained_on(tmp_path / "test.npy", held_out=OUT)
+    count = split(many_images[:200, None], 0.25).sum()
+    label, _ = measured_on(other, file, "--held-out", 0.25)
+    assert label == f"{count} held-out images of mine.npy (0.25, by hash)"
+    label, _ = measured_on(
+        trained_on(file, held_out=OUT), file, "--held-out", tmp_path / "test.npy"
+    )
+    assert label == "50 held-out images of test.npy"
+
+
+def test_images_that_training_has_seen_are_not_called_held_out(
+    measured_on, trained_on, file, many_images
+):
+    path = trained_on(file, held_out=OUT)
+    out, more = (split(many_images[:200, None], fraction) for fraction in (0.1, 0.25))
+    label, _ = measured_on(path, file, "--held-out", 0.25)
+    seen = f"{(more & ~out).sum()} of them trained on"
+    assert label == f"{more.sum()} images of mine.npy (0.25, by hash; {seen})"
+    label, _ = measured_on(path, file, "--held-out", 0)
+    assert label == f"200 images of mine.npy ({(~out).sum()} of them trained on)"
+    fewer = split(many_images[:200, None], 0.05)
+    label, _ = measured_on(path, file, "--held-out", 0.05)
+    assert label == f"{fewer.sum()} held-out images of mine.npy (0.05, by hash)"
+    label, _ = measured_on(path, file, "--held-out", file)
+    assert label == f"200 images of mine.npy ({(~out).sum()} of them trained on)"
+
+
+@pytest.mark.parametrize(
+    "held_out", ["a tenth", {"fraction": "a tenth"}, {"fraction": 1.5}, {"fraction": 0}, [0.1]]
+)
+def test_what_a_model_says_without_sense_is_no_claim(measured_on, trained_on, file, held_out):
+    label, _ = measured_on(trained_on(file, held_out=held_out), file)
+    assert label == "200 images of mine.npy"
+
+
+def test_a_model_that_says_nothing_of_its_data_is_measured(measured_on, model, tmp_path, data):
+    write_model(tmp_path / "bare.pt", dataclasses.replace(model, provenance={}))
+    label, _ = measured_on(tmp_path / "bare.pt", data)
+    assert label == "100 held-out images of kmnist-train-imgs.npz"
+
+
+def test_floors_are_fitted_to_the_images_that_are_left(evaluate, tmp_path, many_images):
+    spec = families.post((1, 28, 28), base_depth=2, num_codes=8, code_size=4)
+    write_model(tmp_path / "one.pt", small_model(spec))
+    np.save(tmp_path / "mine.npy", many_images[:200])
+    out = split(many_images[:200, None], 0.25)
+    run = (tmp_path / "one.pt", "--data", tmp_path / "mine.npy")
+    found = json.loads(evaluate(*run, "--held-out", 0.25, "--json"))
+    parts = (to_unit_interval(many_images[:200, None][part]) for part in (~out, out))
+    expected = clustering_floor(*parts, 8, np.random.default_rng(0))
+    assert found["clustering_floor"] == pytest.approx(expected)
+    assert found["floor_fitted_to"] == "other images"
+    assert found["above_floor"] == found["bound"] - found["clustering_floor"]
+    own = "  clustering_floor is of a fit to the measured images themselves"
+    assert own not in evaluate(*run, "--held-out", 0.25).splitlines()
+    assert own in evaluate(*run).splitlines()
+    assert own in evaluate(*run, "--binarize").splitlines()
+
+
+@pytest.fixture
+def pictures(tmp_path, many_images):
+    """A folder of ten pictures of 40x28 pixels, one of them broken, one in a subfolder."""
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for i in range(9):
+        wide = np.zeros((28, 40), np.uint8)
+        wide[:, 6:34] = many_images[i]
+        Image.fromarray(wide).save(folder / ("sub" if i == 8 else ".") / f"{i}.png")
+    (folder / "9.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_pictures_are_prepared_as_those_of_training_were(
+    evaluate, model, pictures, tmp_path, many_images
+):
+    prepared = Preprocessing(1, (28, 28), crop=True)
+    write_model(tmp_path / "pictures.pt", dataclasses.replace(model, preprocessing=prepared))
+    run = (tmp_path / "pictures.pt", "--data", pictures)
+    assert "9.png" in evaluate(*run, code=3)
+    found = json.loads(evaluate(*run, "--skip-bad", "--recursive", "--json"))
+    assert found["images"] == 9
+    assert found["said"][0] == "9 of 9 pictures resized to 28x28, 9 of them cropped to the middle"
+    assert found["said"][1].startswith("1 skipped, broken: 9.png: ")
+    out = vqref.forward(model.spec, model.params, to_unit_interval(many_images[:9, None]))
+    assert found["bound"] == pytest.approx(out.losses.bound, rel=1e-5)
+    lines = evaluate(*run, "--skip-bad").splitlines()
+    assert lines[0].startswith("8 of 8 pictures resized to 28x28")
+    assert f"{run[0]} on 8 images of pictures, cpu" in lines
+    held_out = evaluate(run[0], "--data", pictures / "0.png", "--held-out", pictures / "1.png")
+    assert f"{run[0]} on 1 held-out image of 1.png, cpu" in held_out.splitlines()
+
+
+def test_the_entropy_of_the_pixels_stands_beside_the_bound(evaluate, model_file, data, many_images):
+    lines = evaluate(model_file, "--data", data).splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith("  bound "))
+    name, value, *meaning = lines[at + 1].split()
+    x = many_images[300:400] / 255
+    y = 1 - x
+    logs = (np.log(v, where=v > 0, out=np.zeros_like(v)) * v for v in (x, y))
+    assert (name, value) == ("pixel_entropy", f"{-sum(part.sum() for part in logs) / 100:.2f}")
+    assert " ".join(meaning) == "nats per image of a perfect reconstruction"
+
+
+def test_threads_are_an_option(evaluate, model_file, data, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    evaluate(model_file, "--data", data, "--threads", 3)
+    assert taken == [3, torch.get_num_threads()]
+    assert "--threads" in evaluate(model_file, "--data", data, "--threads", 0, code=2)
 
 
 def test_binarized_images_are_drawn_by_their_grey_levels(evaluate, model_file, data):
@@ -201,6 +422,11 @@ def test_a_model_and_images_that_do_not_fit_are_refused(evaluate, model_file, tm
     line = evaluate(model_file, "--data", tmp_path / "x.npy", code=3)
     assert "images of (1, 8, 8), the model's are (1, 28, 28)" in line
     assert "no images" in evaluate(model_file, "--data", tmp_path / "none.npy", code=3)
+    np.save(tmp_path / "y.npy", np.zeros((4, 28, 28), np.uint8))
+    line = evaluate(
+        model_file, "--data", tmp_path / "y.npy", "--held-out", tmp_path / "x.npy", code=3
+    )
+    assert "x.npy: images of (1, 8, 8), the model's are (1, 28, 28)" in line
     assert "No such file" in evaluate(tmp_path / "no.pt", "--data", tmp_path / "x.npy", code=3)
     assert "--seed" in evaluate(model_file, "--seed", "-1", code=2)
     assert "--resize" in evaluate(model_file, "--resize", "4by4", code=2)

@@ -5,17 +5,31 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from scipy.ndimage import gaussian_filter1d
-from support import CPU, small_model
+from support import CPU, small_model, trainer
 
 import vqref
 from vqref import families
 from vqref.host.images import to_unit_interval
 from vqtrain.data.batches import Batches
+from vqtrain.likelihoods import nats
 from vqtrain.losses import Losses
 from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
-from vqtrain.run.metrics import LEAST_ERROR, Meter, decibels, evaluate, ssim, variance_of
+from vqtrain.run.folder import latest_state
+from vqtrain.run.metrics import (
+    LEAST_ERROR,
+    Meter,
+    decibels,
+    evaluate,
+    least_reconstruction,
+    pixel_entropy,
+    ssim,
+    variance_of,
+)
 
 FLOAT32 = 1e-4
 """The models compute in float32, the plain versions on the oracle's float64 reconstructions."""
@@ -178,3 +192,76 @@ def test_the_variance_of_the_data_is_numpys(colour_images, dtype):
     expected = (colour_images / 255.0).var()
     assert variance_of(images) == pytest.approx(expected, rel=1e-6)
     assert variance_of(np.full((4, 1, 8, 8), 77, np.uint8)) == pytest.approx(0, abs=1e-15)
+
+
+def test_the_entropy_of_pixels_is_that_of_so_many_coins():
+    images = torch.tensor([[0.0, 1.0, 0.5, 0.25], [1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    quarter = 0.25 * math.log(4) + 0.75 * math.log(4 / 3)
+    found = pixel_entropy(images.reshape(2, 1, 2, 2))
+    np.testing.assert_allclose(found, [math.log(2) + quarter, 0], rtol=1e-15, atol=0)
+
+
+def test_it_is_the_loss_of_the_logits_that_reproduce_the_image():
+    x = torch.arange(256, dtype=torch.float64).reshape(1, 1, 16, 16) / 255
+    logits = torch.logit(x).clamp(-40, 40)  # black and white but for 4e-18
+    scored = nats(families.post((1, 16, 16)), x, logits)
+    np.testing.assert_allclose(pixel_entropy(x), scored, rtol=1e-14, atol=0)
+
+
+@given(
+    x=arrays(np.float64, (3, 1, 4, 4), elements=st.floats(0, 1)),
+    logits=arrays(np.float64, (3, 1, 4, 4), elements=st.floats(-50, 50)),
+)
+@settings(deadline=None)
+def test_no_reconstruction_scores_less_than_the_entropy(x, logits):
+    images = torch.from_numpy(x)
+    scored = nats(families.post((1, 4, 4)), images, torch.from_numpy(logits))
+    assert (pixel_entropy(images) <= scored + 1e-12).all()  # 16 pixels' rounding
+
+
+@pytest.mark.parametrize("kind", ["grey levels", "float32", "black and white"])
+def test_a_bernoulli_model_has_a_least_reconstruction(model, many_images, kind):
+    images = many_images[:70, None]
+    if kind == "float32":
+        images = np.random.default_rng(0).random((70, 1, 28, 28), np.float32)
+    if kind == "black and white":
+        images = np.where(images > 99, 255, 0).astype(np.uint8)
+    found = measured(model, images)
+    p = to_unit_interval(images).astype(np.float64)
+    q = 1 - p
+    parts = (np.log(v, where=v > 0, out=np.zeros_like(v)) * v for v in (p, q))
+    expected = -sum(part.sum() for part in parts) / 70
+    assert found.pixel_entropy == pytest.approx(expected, rel=1e-12)
+    assert found.to_dict(model.spec)["pixel_entropy"] == found.pixel_entropy
+    assert found.pixel_entropy < found.reconstruction
+    assert (found.pixel_entropy == 0) == (kind == "black and white")
+
+
+def test_other_likelihoods_and_epochs_have_none(residual_model, colour_images):
+    assert "pixel_entropy" not in measured(residual_model, colour_images[:20]).to_dict(
+        residual_model.spec
+    )
+    batches = Batches(colour_images[:20], 8, CPU)
+    assert least_reconstruction(residual_model.spec, batches) is None
+
+
+def test_a_run_says_what_a_perfect_reconstruction_would_score(tmp_path, many_images):
+    said = []
+    line = trainer(tmp_path, many_images, said, epochs=1).run().metrics["history"][0]
+    least = line["held_out"]["pixel_entropy"]
+    assert said[2] == (
+        f"held out: a perfect reconstruction would score {least:.1f} nats + 4.2 of prior"
+    )
+    assert line["held_out"]["prior"] == pytest.approx(2 * math.log(8))
+    assert "pixel_entropy" not in line
+
+
+def test_a_run_from_before_there_was_an_entropy_goes_on(tmp_path, many_images):
+    run = trainer(tmp_path, many_images, epochs=1)
+    run.run()
+    run.work.folder.release()
+    state, _, _ = latest_state(tmp_path / "run")
+    del state["history"][0]["held_out"]["pixel_entropy"]
+    state["finished"] = False
+    history = trainer(tmp_path, many_images, state=state).run().metrics["history"]
+    assert ["pixel_entropy" in line["held_out"] for line in history] == [False, True]

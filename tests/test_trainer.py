@@ -58,7 +58,7 @@ def test_the_module_agrees_with_the_oracle_in_every_stage_at_any_image_size(shap
     report = check_against_oracle(
         module, rng.random((8, *shape)).astype(np.float32), TrainingOptions()
     )
-    assert len(report.require().checks) == 14
+    assert len(report.require().checks) == 16
 
 
 def test_the_check_leaves_the_model_as_it_was(module, real_images):

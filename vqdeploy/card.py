@@ -18,6 +18,7 @@ from vqref.spec import ModelSpec
 MEASURES = {
     "bound": ("bound, nats per image", ".2f"),
     "reconstruction": ("reconstruction, nats per image", ".2f"),
+    "pixel_entropy": ("a perfect reconstruction, nats per image", ".2f"),
     "bits_per_dimension": ("bits per dimension", ".4f"),
     "nmse": ("NMSE", ".4f"),
     "psnr": ("PSNR of the mean error, dB", ".2f"),

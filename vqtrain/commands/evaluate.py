@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vqref.errors import ExitCode, InputError
+from vqref.errors import ExitCode
 from vqref.host.commandline import Command, count, option
-from vqref.host.images import ImageSet, to_unit_interval
+from vqref.host.images import to_unit_interval
+from vqref.host.pictures import Reading
 from vqref.spec import ModelSpec
 from vqref.validation import Array
-from vqtrain.commands.shared import SourceOptions
+from vqtrain.commands.shared import SourceOptions, ThreadOptions
+from vqtrain.data import holdout
+from vqtrain.data.measured import Measured, choose
 from vqtrain.data.sources import load_source
 from vqtrain.run.floor import clustering_floor, patch_floor, patch_grid
 
@@ -27,6 +31,7 @@ MEANING = {
     "reconstruction": "nats per image to send the pixels",
     "prior": "nats per image to send the indices",
     "bound": "nats per image to send both",
+    "pixel_entropy": "nats per image of a perfect reconstruction",
     "clustering_floor": "bound of as many fixed pictures at their best",
     "above_floor": "bound - clustering_floor",
     "bits_per_dimension": "bound in bits per pixel and channel",
@@ -43,6 +48,9 @@ MEANING = {
 """What each measure means, in the width that a terminal leaves, in the order in which they are
 printed. ``vqtrain.run.floor`` has the clustering floor and the k-means on patches."""
 
+FLOORS = {"clustering_floor", "patches_nmse"}
+"""Those of them that are fitted by k-means; a model has at most one."""
+
 MOST_IMAGES, MOST_PIXELS = 256, 2**18
 """Of a batch, so that large images are measured a few at a time."""
 
@@ -51,10 +59,18 @@ LARGEST_VARIANCE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(SourceOptions):
+class EvaluateOptions(ThreadOptions, SourceOptions):
     """What is measured, on which images, and where."""
 
     model: Path = option(type=Path, help="the file that vqtrain wrote")
+    held_out: float | Path | None = option(
+        "--held-out",
+        default=None,
+        type=holdout.parse,
+        metavar="PATH|FRACTION",
+        help="images to measure on: others, or a share of these by the hash of each; 0: all "
+        "(default: what the source holds out, of the training images what training did; else all)",
+    )
     device: str = option(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute"
     )
@@ -74,74 +90,87 @@ class EvaluateOptions(SourceOptions):
 
 def evaluate(options: EvaluateOptions) -> int:
     """Prints the measures. Raises CommandError for files that do not fit, and Interrupted."""
-    from vqtrain.device import choose_device
+    from vqtrain.device import choose_device, threads
     from vqtrain.modelfile import read_model
-    from vqtrain.run.metrics import variance_of
+    from vqtrain.run.narrator import say
 
+    tell = _ignore if options.json else say
     model, device = read_model(options.model), choose_device(options.device)
-    source = load_source(options.data, _ignore if options.json else print, options.resize)
-    train, measured = choose_images(source, model.spec)
-    if options.binarize:
-        rng = np.random.default_rng(options.seed)
-        train, measured = (_binarized(part, rng) for part in (train, measured))
-    known = model.spec.variance <= LARGEST_VARIANCE and not options.binarize
-    variance = model.spec.variance if known else variance_of(train)
-    found = _measure(model, measured, device, variance)
-    found |= floors(model.spec, train, measured, variance, options.seed)
-    if "clustering_floor" in found:
-        found["above_floor"] = found["bound"] - found["clustering_floor"]
+    how = {"recursive": options.recursive, "skip_bad": options.skip_bad}
+    reading = Reading.of(model.preprocessing, model.spec.image_shape, **how)
+    source = load_source(options.data, tell, reading)
+    chosen = choose(source, model, options.held_out, reading)
+    for line in chosen.said:
+        tell(line)
+    with threads(options.threads):
+        found = _measure(model, chosen, device, options, tell)
     figures = {name: found[name] for name in MEANING if name in found}
-    about = {
-        "model": str(options.model),
-        "data": source.source,
-        "images": len(measured),
-        "which": "images" if source.held_out is None else "held-out images",
-        "binarized": options.binarize,
-    }
     if options.json:
-        print(json.dumps({**about, **figures}))
-    else:
-        drawn, fitted = ", binarized" * options.binarize, ", floors too" * (measured is train)
-        of = f"{about['which']} of {source.source}{drawn}{fitted}"
-        print(f"{options.model} on {len(measured)} {of}, {device}")
-        for name, value in figures.items():
-            print(f"  {name:<19}{_shown(value):>9}  {MEANING[name]}")
-        if len(model.spec.latent_shape) == 3 and patch_grid(model.spec) is None:
-            print("  no k-means on patches: each has several tokens in this model")
+        print(json.dumps({**_about(chosen, figures, options), **figures}))
+        return ExitCode.DONE
+    print(f"{options.model} on {chosen}{', binarized' * options.binarize}, {device}")
+    for name, value in figures.items():
+        print(f"  {name:<19}{_shown(value):>9}  {MEANING[name]}")
+    if chosen.others is None:
+        for name in FLOORS & figures.keys():
+            print(f"  {name} is of a fit to the measured images themselves")
+    if len(model.spec.latent_shape) == 3 and patch_grid(model.spec) is None:
+        print("  no k-means on patches: each has several tokens in this model")
     return ExitCode.DONE
 
 
-def choose_images(source: ImageSet, spec: ModelSpec) -> tuple[Array, Array]:
-    """The training images and those to measure on: the held-out ones if there are any.
-
-    Raises InputError if there are none, or of another size than the model's.
-    """
-    if source.train.shape[1:] != spec.image_shape:
-        raise InputError(
-            f"{source.source}: images of {source.train.shape[1:]}, the model's are "
-            f"{spec.image_shape}"
-        )
-    measured = source.train if source.held_out is None else source.held_out
-    if not len(source.train) or not len(measured):
-        raise InputError(f"{source.source}: no images to measure on")
-    return source.train, measured
+def _about(chosen: Measured, figures: dict[str, float], options: EvaluateOptions) -> dict[str, Any]:
+    """What was measured on what, as plain data."""
+    about = {
+        "model": str(options.model),
+        "data": chosen.source,
+        "images": len(chosen.images),
+        "which": chosen.kind,
+        "how": chosen.how,
+        "said": list(chosen.said),
+        "binarized": options.binarize,
+    }
+    if FLOORS & figures.keys():
+        about["floor_fitted_to"] = "measured images" if chosen.others is None else "other images"
+    return about
 
 
 def _measure(
-    model: Model, images: Array, device: torch.device, variance: float
+    model: Model,
+    chosen: Measured,
+    device: torch.device,
+    options: EvaluateOptions,
+    tell: Callable[[str], None],
 ) -> dict[str, float]:
-    """The measures of ``vqtrain.run.metrics``, by name."""
+    """The measures of ``vqtrain.run.metrics`` and the floors, by name.
+
+    tell: takes a line every half minute.
+    """
     from vqtrain.data.batches import Batches
     from vqtrain.model import VQVAE
     from vqtrain.options import TrainingOptions
     from vqtrain.run import metrics
+    from vqtrain.run.progress import counting
     from vqtrain.run.start import prepare
 
-    _, height, width = model.spec.image_shape
+    images, others, spec = chosen.images, chosen.others, model.spec
+    if options.binarize:
+        rng = np.random.default_rng(options.seed)
+        others = None if others is None else _binarized(others, rng)
+        images = _binarized(images, rng)
+    fitted = images if others is None else others
+    known = spec.variance <= LARGEST_VARIANCE and not options.binarize
+    variance = spec.variance if known else metrics.variance_of(fitted)
+    _, height, width = spec.image_shape
     batch = max(1, min(MOST_IMAGES, MOST_PIXELS // (height * width)))
     batches = Batches(np.ascontiguousarray(images), batch, device)
-    module = prepare(VQVAE(model.spec, model.params), device)
-    return metrics.evaluate(module, batches, TrainingOptions(), variance).to_dict(model.spec)
+    module = prepare(VQVAE(spec, model.params), device)
+    measured = counting(tell, "evaluate", len(images))
+    found = metrics.evaluate(module, batches, TrainingOptions(), variance, measured).to_dict(spec)
+    found |= floors(spec, fitted, images, variance, options.seed)
+    if "clustering_floor" in found:
+        found["above_floor"] = found["bound"] - found["clustering_floor"]
+    return found
 
 
 def floors(

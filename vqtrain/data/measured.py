@@ -62,11 +62,11 @@ class _Training:
             fraction = None
         return cls(data.get("sha256"), fraction, held_out.get("sha256"))
 
-    def trained_on(self, images: Array, sha256: str) -> int | None:
+    def trained_on(self, images: Array, sha256: str | None) -> int | None:
         """On how many of images (N, C, H, W) of a file of that digest; None if nobody knows."""
-        if sha256 == self.held_out:
+        if sha256 is not None and sha256 == self.held_out:
             return 0
-        if sha256 != self.sha256 or self.fraction is None:
+        if sha256 is None or sha256 != self.sha256 or self.fraction is None:
             return None
         return len(images) - int(split(images, self.fraction).sum())
 
@@ -86,26 +86,31 @@ def choose(
     _require_fitting(source, model.spec)
     if wanted is None and source.sha256 == training.sha256:
         wanted = training.fraction or None
-    if isinstance(wanted, Path):
-        others = load_any(wanted, reading)
-        _require_fitting(others, model.spec)
-        parts = hold_out(source, others)
-    else:
-        parts = source if wanted is None else hold_out(source, wanted)
-    chosen = dict(parts.held_out_as or {})
-    apart = parts.held_out is not None and len(parts.held_out) > 0
-    images = parts.held_out if parts.held_out is not None and apart else parts.train
+    parts = source if wanted is None else _held_out(source, model.spec, wanted, reading)
+    images, others, kind, of = parts.train, None, "images", dict[str, Any]()
+    if parts.held_out is not None and len(parts.held_out):
+        images, others, kind = parts.held_out, parts.train, "held-out images"
+        of = dict(parts.held_out_as or {"sha256": None})  # no digest is of the source's own alone
     if not len(images):
         raise InputError(f"{source.source}: no images to measure on")
-    how = [f"{share(chosen['fraction'])}, by hash"] if apart and "fraction" in chosen else []
-    own = apart and not chosen  # no digest is of these alone
-    trained = None if own else training.trained_on(images, chosen.get("sha256", source.sha256))
-    kind = "held-out images" if apart else "images"
+    how = [f"{share(of['fraction'])}, by hash"] if "fraction" in of else []
+    trained = training.trained_on(images, of.get("sha256", source.sha256))
     if trained is not None:
         kind = {0: "held-out images", len(images): "training images"}.get(trained, "images")
         how += [f"{trained} of them trained on"] * (kind == "images")
-    name = chosen.get("source", source.source)
-    return Measured(images, parts.train if apart else None, kind, name, "; ".join(how), parts.said)
+    name = of.get("source", source.source)
+    return Measured(images, others, kind, name, "; ".join(how), parts.said)
+
+
+def _held_out(
+    source: ImageSet, spec: ModelSpec, wanted: float | Path, reading: Reading
+) -> ImageSet:
+    """The source with the held-out images that are wanted. Raises InputError."""
+    if not isinstance(wanted, Path):
+        return hold_out(source, wanted)
+    others = load_any(wanted, reading)
+    _require_fitting(others, spec)
+    return hold_out(source, others)
 
 
 def _require_fitting(source: ImageSet, spec: ModelSpec) -> None:

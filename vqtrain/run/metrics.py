@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -53,6 +54,8 @@ class Metrics:
 
     hits: how often each code was chosen, (K,) int64.
     fidelity: None for an epoch, which only training steps saw.
+    pixel_entropy: the reconstruction loss of a perfect copy, of a set that a Bernoulli model was
+    measured on; None for an epoch and for other likelihoods.
     """
 
     reconstruction: float
@@ -61,6 +64,7 @@ class Metrics:
     total: float
     hits: Int64 = field(repr=False, compare=False)
     fidelity: Fidelity | None = None
+    pixel_entropy: float | None = None
 
     @property
     def bound(self) -> float:
@@ -81,8 +85,10 @@ class Metrics:
     def to_dict(self, spec: ModelSpec) -> dict[str, float]:
         """Every measure by its name; ``bits_per_dimension`` is the bound per pixel and channel."""
         names = ("reconstruction", "commitment", "prior", "total", "bound")
+        least = {} if self.pixel_entropy is None else {"pixel_entropy": self.pixel_entropy}
         return {
             **{name: getattr(self, name) for name in names},
+            **least,
             "bits_per_dimension": self.bound / (math.log(2) * math.prod(spec.image_shape)),
             "perplexity": self.perplexity,
             "codes_used": self.codes_used,
@@ -114,19 +120,29 @@ class Meter:
         self.sums.copy_(state["sums"])
         self.hits.copy_(state["hits"])
 
-    def read(self, fidelity: Fidelity | None = None) -> Metrics:
+    def read(self, fidelity: Fidelity | None = None, pixel_entropy: float | None = None) -> Metrics:
         """The means over the images added so far, at least one."""
         reconstruction, commitment, prior, total = (self.sums / self.count).tolist()
         hits = self.hits.cpu().numpy().copy()
-        return Metrics(reconstruction, commitment, prior, total, hits, fidelity)
+        return Metrics(reconstruction, commitment, prior, total, hits, fidelity, pixel_entropy)
+
+
+def _ignore(count: int) -> None:
+    """Takes no notice of how far a measurement is."""
 
 
 @torch.no_grad()
-def evaluate(model: VQVAE, batches: Batches, options: TrainingOptions, variance: float) -> Metrics:
+def evaluate(
+    model: VQVAE,
+    batches: Batches,
+    options: TrainingOptions,
+    variance: float,
+    measured: Callable[[int], None] = _ignore,
+) -> Metrics:
     """Measures every image of ``batches``, without a step; everything is added up in float64.
 
-    variance: of the data, by which ``nmse`` divides. Memory does not grow with the number of
-    images.
+    variance: of the data, by which ``nmse`` divides. measured: takes after each batch how many
+    images are done. Memory does not grow with the number of images.
     """
     spec, device = model.spec, model.quantizer.codebook.device
     meter = Meter(spec, device)
@@ -142,9 +158,27 @@ def evaluate(model: VQVAE, batches: Batches, options: TrainingOptions, variance:
             y = mean(spec, outputs)
             errors = (x - y).square().mean(dim=(1, 2, 3))  # (N,)
             sums += torch.stack([errors.sum(), decibels(errors).sum(), ssim(x, y).sum()])
+            measured(meter.count)
     error, mean_psnr, similarity = sums / meter.count
     nmse, psnr = picture_errors(error.item(), variance)
-    return meter.read(Fidelity(nmse, psnr, mean_psnr.item(), similarity.item()))
+    fidelity = Fidelity(nmse, psnr, mean_psnr.item(), similarity.item())
+    return meter.read(fidelity, least_reconstruction(spec, batches))
+
+
+def least_reconstruction(spec: ModelSpec, batches: Batches) -> float | None:
+    """The reconstruction loss of a perfect copy of ``batches``, at least one image, if the
+    likelihood has one that no outputs go below: a Bernoulli's is the entropy of the pixels."""
+    if spec.likelihood != "bernoulli":
+        return None
+    total = sum(pixel_entropy(images.double()).sum() for images in batches.in_order())
+    return float(total / len(batches.images))
+
+
+def pixel_entropy(images: Tensor) -> Tensor:
+    """Nats (N,) of images (N, C, H, W) in [0, 1]: the sum over pixels of -x ln x - (1-x) ln (1-x),
+    a Bernoulli's loss where each pixel's probability is its grey level x."""
+    entropies: Tensor = torch.special.entr(images) + torch.special.entr(1 - images)
+    return entropies.sum(dim=(1, 2, 3))
 
 
 def picture_errors(error: float, variance: float) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vqref.agreement.report import Report
-from vqref.host.pictures import save_pairs, save_square
+from vqref.host.sheets import save_pairs, save_square
 from vqref.spec import ModelSpec
 from vqref.validation import Array, Int64
 from vqtrain.likelihoods import mean
@@ -24,6 +24,9 @@ SHOWN_IMAGES, SHOWN_SAMPLES, SHOWN_CODES = 32, 64, 1024
 
 SHOWN_VALUES = 2**22
 """The most values of the images that a picture shows: large images are shown in smaller numbers."""
+
+COLUMNS = {"held_out": "held out", "training_sample": "sample"}
+"""What the measured images are called in a report: images of their own, or some of training's."""
 
 Line = Mapping[str, Any]
 """An epoch of ``metrics.jsonl``."""
@@ -57,16 +60,24 @@ class Narrator:
         worst = f"{report.worst_error_over_allowed:.0%} of allowed"
         self.say(f"oracle: agrees on {count} images, {when} (worst error {worst})")
 
-    def heading(self) -> None:
+    def least(self, measured_as: str, nats: float, prior: float) -> None:
+        """Says what no reconstruction of the measured images can score less than."""
+        perfect = f"{nats:.1f} nats + {prior:.1f} of prior"
+        self.say(f"{COLUMNS[measured_as]}: a perfect reconstruction would score {perfect}")
+
+    def heading(self, measured_as: str) -> None:
         """Says what the columns of ``epoch`` are."""
-        self.say("epoch     bound  held out  PSNR  commitment  perplexity  codes  images/s  oracle")
+        self.say(
+            f"epoch     bound{COLUMNS[measured_as]:>10}  PSNR  commitment  perplexity  codes"
+            "  images/s  oracle"
+        )
 
     def epoch(self, line: Line) -> None:
         """Says an epoch in one line, and writes it to the event files."""
         measured = line[kind_of_set(line)]
-        held_out = _nats(measured["bound"]) if "held_out" in line else "-"
+        bounds = f"{_nats(line['bound']):>10}{_nats(measured['bound']):>10}"
         self.say(
-            f"{line['epoch']:>5}{_nats(line['bound']):>10}{held_out:>10}{measured['psnr']:>6.2f}"
+            f"{line['epoch']:>5}{bounds}{measured['psnr']:>6.2f}"
             f"{line['commitment']:>12.4f}{line['perplexity']:>12.1f}{line['codes_used']:>7}"
             f"{line['images_per_second']:>10.0f}{'agrees' if 'oracle' in line else '-':>8}"
         )

@@ -1,4 +1,4 @@
-"""Pictures of a run, beside the sheets of ``vqref.host.pictures``: maps of tokens, the use of the
+"""Pictures of a run, beside the sheets of ``vqref.host.sheets``: maps of tokens, the use of the
 codes, and the curves of what was measured.
 
 Every function takes arrays and the path of the PNG that it writes, whole or not at all.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vqref.host.files import write_file
-from vqref.host.pictures import save_pairs
+from vqref.host.sheets import save_pairs
 from vqref.spec import ModelSpec
 from vqref.validation import Array, Float64, Int64
 

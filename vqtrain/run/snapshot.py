@@ -20,6 +20,7 @@ from torch import Tensor
 from vqref.errors import InputError, UsageError
 from vqref.host.files import about, parsed, read_bytes, sweep, write_file
 from vqref.host.pickles import require_bounded
+from vqref.preprocessing import Preprocessing
 from vqref.spec import ModelSpec
 from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
@@ -32,16 +33,26 @@ newline follow."""
 
 KEPT = 2
 
+DATA, PICTURES = "data_sha256", ("resize", "crop", "background")
+"""The entries of a course that say which images it trains on, and how pictures are read."""
+
 Course = Mapping[str, Any]
 """What decides about every step of a run: two runs of the same course end at the same model."""
 
 
 def course_of(
-    spec: ModelSpec, options: TrainingOptions, sizes: Mapping[str, int], data_sha256: str
+    spec: ModelSpec,
+    options: TrainingOptions,
+    sizes: Mapping[str, int],
+    data_sha256: str,
+    held_out: float | str | None = None,
+    preprocessing: Preprocessing | None = None,
 ) -> Course:
-    """The options, the network and the data of a run, as plain data.
+    """The options, the network and the images of a run, as plain data.
 
     sizes: the family's, by which people know the network. Its rows are here as a digest, last.
+    held_out: the share of the images, or the digest of others; None for the source's own.
+    preprocessing: what was done to pictures, None for arrays.
     """
     rows = json.dumps([layer.to_dict() for layer in spec.layers], sort_keys=True).encode()
     return {
@@ -52,19 +63,37 @@ def course_of(
         "num_codes": spec.num_codes,
         "code_size": spec.code_size,
         "likelihood": spec.likelihood,
-        "data_sha256": data_sha256,
+        "held_out": held_out,
+        **_read_as(preprocessing),
+        DATA: data_sha256,
         "rows": hashlib.sha256(rows).hexdigest()[:12],
     }
 
 
+def _read_as(preprocessing: Preprocessing | None) -> dict[str, Any]:
+    """How pictures are read, by the names of the options; None for arrays. The number of channels
+    is part of the images' shape."""
+    if preprocessing is None:
+        return dict.fromkeys(PICTURES)
+    known, size = preprocessing.to_dict(), preprocessing.size
+    resize = None if size is None else "x".join(map(str, size))
+    return {"resize": resize, "crop": known["crop"], "background": known["background"]}
+
+
 def differences(course: Course, other: Course) -> list[str]:
-    """What differs in two courses, a phrase each; rows that follow from the rest are not named."""
-    found = [
-        f"{key} {other.get(key)!r}, not {course.get(key)!r}"
-        for key in course
-        if course[key] != other.get(key)
-    ]
-    return found[:-1] if len(found) > 1 and found[-1].startswith("rows ") else found
+    """What differs in two courses, a phrase each; what follows from the rest is not named."""
+    changed = {key: other.get(key) for key in course if course[key] != other.get(key)}
+    if len(changed) > 1:
+        changed.pop("rows", None)
+    if not changed.keys().isdisjoint(PICTURES):
+        changed.pop(DATA, None)
+    return [_phrase(key, was, course[key]) for key, was in changed.items()]
+
+
+def _phrase(key: str, was: Any, now: Any) -> str:
+    if key == DATA:
+        return f"other images (sha256 {was!s:.12}, not {now!s:.12})"
+    return f"{key} {was!r}, not {now!r}"
 
 
 def require_same_course(run: Path, course: Course, state: Mapping[str, Any]) -> None:

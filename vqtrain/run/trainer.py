@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from vqref.agreement.budget import images_within
 from vqref.agreement.report import Report
@@ -29,8 +29,9 @@ from vqtrain.model import VQVAE
 from vqtrain.modelfile import read_model, write_model
 from vqtrain.options import TrainingOptions
 from vqtrain.run.folder import MODEL, RunFolder
-from vqtrain.run.metrics import Meter, evaluate
+from vqtrain.run.metrics import Meter, evaluate, least_reconstruction
 from vqtrain.run.narrator import Narrator, say
+from vqtrain.run.progress import Progress
 from vqtrain.run.recording import RecordedSteps, can_be_recorded
 from vqtrain.run.rules import Rules
 from vqtrain.run.snapshot import Course, RunState, save_state
@@ -43,34 +44,45 @@ SAMPLED_IMAGES = 1000
 
 def require_one_batch(images: ImageSet, options: TrainingOptions) -> None:
     """Raises InputError if the training images do not fill one batch."""
-    if len(images.train) < options.batch_size:
-        raise InputError(
-            f"{images.source}: {len(images.train)} images, fewer than one batch of "
-            f"{options.batch_size}"
-        )
+    count, batch = len(images.train), options.batch_size
+    if count >= batch:
+        return
+    whole = count
+    if images.held_out is not None and "fraction" in (images.held_out_as or {}):
+        whole += len(images.held_out)
+    if whole < batch:
+        raise InputError(f"{images.source}: {whole} images, fewer than one batch of {batch}")
+    raise InputError(
+        f"{images.source}: {count} images are left to train on, fewer than one batch of {batch}; "
+        f"--held-out 0 trains on all {whole}"
+    )
 
 
 @dataclass(frozen=True)
 class Work:
     """Where and how a run works: nothing here changes what it computes on a given device.
 
-    folder: the run's. output: where a copy of the model goes.
+    folder: the run's. output: where a copy of the model goes, if anywhere.
     snapshot_steps: steps between snapshots within an epoch.
     check_images: how many images a check against the oracle takes; None takes as many as it does in
     about two seconds. check_every: epochs between checks.
     say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
     record: whether steps on a card are recorded as CUDA graphs, if they can be.
+    pictures: whether each epoch is drawn. bar: whether a terminal shows the progress of an epoch by
+    a bar; where none is drawn, ``say`` gets a line every half minute.
     """
 
     device: torch.device
     folder: RunFolder
-    output: Path
+    output: Path | None
     snapshot_steps: int = 500
     check_images: int | None = None
     check_every: int = 1
     say: Callable[[str], None] = say
     writer: Any = None
     record: bool = True
+    pictures: bool = True
+    bar: bool = True
 
 
 class Trainer:
@@ -96,6 +108,7 @@ class Trainer:
         require_one_batch(images, options)
         self.spec, self.options, self.work = spec, options, work
         self.provenance, self.course = provenance, course
+        self.preprocessing = images.preprocessing
         self.narrator = Narrator(spec, work.folder, work.say, work.writer, options.seed)
         self._take_images(images)
 
@@ -118,6 +131,7 @@ class Trainer:
         )
         if state is not None:
             self.state.load(state)
+        self.progress = Progress(self.state, options, len(self.batches), work.say, bar=work.bar)
 
     def _take_images(self, images: ImageSet) -> None:
         """Chooses the images to train on, to measure after an epoch, and to check with."""
@@ -145,7 +159,8 @@ class Trainer:
                 return self._run()
         except Interrupted as stop:
             if self.state.finished:
-                done = f"interrupted at its end; {self.work.output} is written"
+                written = self.work.output or self.work.folder.path / MODEL
+                done = f"interrupted at its end; {written} is written"
                 raise Interrupted(stop.signum, done) from None
             self._save()
             raise Interrupted(
@@ -157,10 +172,18 @@ class Trainer:
     def _run(self) -> Model:
         """Checks, the rest of the epochs, and the end."""
         self._require_agreement(self.model, self.sample, "before the first step", aloud=True)
-        self.narrator.heading()
+        self._tell_least()
+        self.narrator.heading(self.measured_as)
         while self.state.epoch < self.options.epochs:
             self._epoch()
         return self._finish()
+
+    def _tell_least(self) -> None:
+        """Says what a perfect reconstruction would score, if the likelihood has such a limit."""
+        least = least_reconstruction(self.spec, self.measured)
+        if least is not None:
+            prior = self.spec.latent_size * math.log(self.spec.num_codes)
+            self.narrator.least(self.measured_as, least, prior)
 
     def _epoch(self) -> None:
         """Takes the rest of the epoch, then measures, checks, publishes, and tells of it."""
@@ -181,7 +204,13 @@ class Trainer:
             report = self._require_agreement(self.model, self.sample, f"after epoch {epoch}")
             line["oracle"] = report.to_dict()
             line["oracle_error_over_allowed"] = report.worst_error_over_allowed
-        measured = evaluate(self.model, self.measured, self.options, self.spec.variance)
+        measured = evaluate(
+            self.model,
+            self.measured,
+            self.options,
+            self.spec.variance,
+            self.progress.measuring(len(self.measured.images)),
+        )
         self._require_finite(measured.total)
         line[self.measured_as] = measured.to_dict(self.spec)
         with hold():
@@ -193,12 +222,16 @@ class Trainer:
             )
             self._publish()
         self.narrator.epoch(line)
-        self.narrator.draw(self.model, self.shown, metrics.hits, state.history)
+        if self.work.pictures:
+            self.narrator.draw(self.model, self.shown, metrics.hits, state.history)
+        self.progress.ended()
 
     def _steps(self) -> None:
         """The rest of the epoch's steps."""
         state = self.state
-        for images in self._with_progress():
+        self.generator.set_state(state.order)
+        batches = self.batches.shuffled(self.generator, skip=state.step)
+        for images in self.progress.steps(batches):
             start = time.perf_counter()
             with hold():
                 step = self._steps_taken()
@@ -222,33 +255,7 @@ class Trainer:
             raise CommandError(
                 f"the run diverged before the codebook's start: {error}; {self._kept()}"
             ) from None
-
-    def _with_progress(self) -> Iterator[Tensor]:
-        """The rest of one shuffled pass behind a bar that is drawn on a terminal only.
-
-        The losses are read as often as it is drawn, every half second.
-        """
-        state = self.state
-        self.generator.set_state(state.order)
-        bar = tqdm(
-            self.batches.shuffled(self.generator, skip=state.step),
-            desc=f"epoch {state.epoch + 1}/{self.options.epochs}",
-            initial=state.step,
-            total=len(self.batches),
-            unit="step",
-            leave=False,
-            disable=None,
-            dynamic_ncols=True,
-        )
-        drawn = 0.0
-        for images in bar:
-            yield images
-            if not bar.disable and time.monotonic() - drawn > 0.5:
-                now = state.meter.read()
-                bar.set_postfix_str(
-                    f"bound {now.bound:.1f}, commitment {now.commitment:.3f}", refresh=False
-                )
-                drawn = time.monotonic()
+        self.progress.restart()
 
     def _finish(self) -> Model:
         """Reads the file back, and holds what it says to the oracle on images that the run was not
@@ -260,7 +267,8 @@ class Trainer:
         module.quantizer.steps.copy_(self.model.quantizer.steps)
         self._require_agreement(module, self.measured_sample, f"{MODEL} read back", aloud=True)
         with hold():
-            write_file(self.work.output, path.read_bytes())
+            if self.work.output is not None:
+                write_file(self.work.output, path.read_bytes())
             self.state.finished = True
             self._save()
         return model
@@ -270,7 +278,12 @@ class Trainer:
         history = self.state.history
         metrics = {**history[-1], "history": history}
         model = Model(
-            self.spec, self.model.params(), self.options.to_dict(), metrics, self.provenance
+            self.spec,
+            self.model.params(),
+            self.options.to_dict(),
+            metrics,
+            self.provenance,
+            preprocessing=self.preprocessing,
         )
         write_model(self.work.folder.path / MODEL, model)
         self.work.folder.write_metrics(history)
