@@ -30,7 +30,7 @@ def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, li
         "training_residual": [],
         "inference": [str(arguments.model)],
         "codec": [str(bundle) for bundle in bundles],
-        "install": [str(bundles[0])],
+        "install": [str(bundle) for bundle in bundles[:1]],
         "nearest": ["--plot", str(RESULTS / "nearest.png")],
         "epochs": ["--images", "6400", "--epochs", "2"] if arguments.short else [],
         "oracle": [],
@@ -46,7 +46,7 @@ def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, li
     if arguments.colour is not None:
         seeds = ["--seeds", "0"] if arguments.short else []
         found["grids"] = ["--data", str(arguments.colour), *seeds]
-        found["first_hour"] = [str(grids.files(arguments.colour)[0])]
+        found["first_hour"] = [str(arguments.colour)]
     return found
 
 

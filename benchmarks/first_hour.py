@@ -1,7 +1,7 @@
 """``python -m benchmarks.first_hour FOLDER``: minutes from the start of a clone to the first
 picture of one's own images, installs aside, and to a verified bundle, with the commands of
-docs/pictures.md and default options. FOLDER holds pictures of any size, or is an .npz of images;
-so many of them are written anew at 64x64.
+docs/pictures.md and default options. FOLDER holds pictures of any size, or a file *-train.npz of
+images; so many of them are written anew at 64x64.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def _write(source: Path, target: Path, count: int, side: int) -> None:
     from vqref.host.pictures import Reading, load_any
 
     target.mkdir()
+    source = next(iter(sorted(source.glob("*-train.npz"))), source)
     reading = Reading(size=(side, side), channels=3) if source.is_dir() else Reading()
     images = load_any(source, reading).train[:count]
     if len(images) < count:
