@@ -1,6 +1,7 @@
 """From a folder of mixed pictures to a shipped tokenizer and back, by the commands of
 docs/pictures.md as they stand, made small; and the ten lines of Python there."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from mixed_pictures import make
 from PIL import Image
 from support import ROOT
@@ -15,6 +17,7 @@ from support import ROOT
 import vqref
 from vqdeploy import Codec
 from vqref.spec import CODEBOOK
+from vqtrain import VQVAE
 from vqtrain.modelfile import read_model
 
 DOCUMENT = (ROOT / "docs" / "pictures.md").read_text()
@@ -28,7 +31,7 @@ SMALL = (
 ).split()
 """What makes the documented training a matter of seconds: the last word on a command line wins."""
 
-COUNT = 100
+COUNT = int(os.environ.get("MIXED_PICTURES", "100"))
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +131,14 @@ def test_tokens_are_equal_on_every_way(walked, prepared):
         for given in ([place / "pictures" / name for name in names], images):
             np.testing.assert_array_equal(codec.encode(given), tokens)
     model = read_model(place / "model.pt")
-    latents = vqref.encode(model.spec, model.params, images.astype(np.float32) / np.float32(255))
-    exact = vqref.quantize(latents, model.params[CODEBOOK])
+    levels = images.astype(np.float32) / np.float32(255)
+    exact = vqref.quantize(vqref.encode(model.spec, model.params, levels), model.params[CODEBOOK])
     clear = exact.gap > 1e-5
     assert clear.mean() > 0.99
-    np.testing.assert_array_equal(tokens[clear], exact.indices[clear])
+    with torch.no_grad():
+        trained = VQVAE(model.spec, model.params)(torch.from_numpy(levels)).indices.numpy()
+    for found in (exact.indices, trained):
+        np.testing.assert_array_equal(tokens[clear], found[clear])
 
 
 def test_the_model_remembers_how_its_pictures_were_made(walked):

@@ -69,6 +69,13 @@ def test_any_other_value_is_refused_with_its_name(name, value):
 
 
 @pytest.mark.parametrize("name", GOOD)
+def test_a_value_without_end_is_not_repeated_in_full(name):
+    with pytest.raises(ValueError, match=f"^{name} is ") as caught:
+        Preprocessing.from_dict({**GOOD, name: {"x" * 10**6: 1}}, SHAPE)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", GOOD)
 def test_a_missing_or_a_further_field_is_refused(name):
     fewer = {key: value for key, value in GOOD.items() if key != name}
     for data in (fewer, {**GOOD, "more": 1}):

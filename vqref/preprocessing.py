@@ -48,7 +48,7 @@ class Preprocessing:
             if len(self.size) != 2:
                 raise ValueError(f"size is {self.size}, expected (H, W)")
         if type(self.crop) is not bool:
-            raise ValueError(f"crop is {self.crop!r}, expected true or false")
+            raise ValueError(f"crop is {self.crop!r:.80}, expected true or false")
         if self.crop and self.size is None:
             raise ValueError("crop is true without a size to crop to")
         levels = self.background

@@ -406,7 +406,9 @@ def require_sizes(name: str, sizes: Shape) -> None:
     """Raises ValueError unless each size is an integer from 1 to SIZE_LIMIT."""
     for size in sizes or (None,):
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= SIZE_LIMIT:
-            raise ValueError(f"{name} is {size!r}; it must be an integer from 1 to {SIZE_LIMIT}")
+            raise ValueError(
+                f"{name} is {size!r:.80}; it must be an integer from 1 to {SIZE_LIMIT}"
+            )
 
 
 _PAIRS = {"kernel", "value_range"}
