@@ -400,3 +400,16 @@ def test_mistakes_are_one_line_each(refused, bundle, images, tmp_path):
     for command in ("verify", "bench", "encode", "decode", "reconstruct", "sample"):
         more = [images] if command in ("encode", "decode", "reconstruct") else []
         assert "device cuda" in line(5, command, bundle, *more, "--device", "cuda")
+
+
+@pytest.mark.parametrize(
+    "words", [["--limit", "3"], ["--part", "all"], ["--recursive"], ["--skip-bad"]]
+)
+@pytest.mark.parametrize("command", ["verify", "export"])
+def test_how_data_are_read_is_refused_where_there_are_none(
+    command, words, refused, bundle, model_file
+):
+    line = refused(
+        2, "-m", "vqdeploy", command, bundle if command == "verify" else model_file, *words
+    )
+    assert f"{words[0]} says how --data is read, and there is no --data" in line

@@ -112,6 +112,7 @@ def _images(options: ExportOptions) -> Callable[[Model], Array] | None:
 
     data = options.data
     if data is None:
+        options.require_unused()
         return None
 
     def read(model: Model) -> Array:

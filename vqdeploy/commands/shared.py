@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -96,6 +97,13 @@ class PicturesOptions:
             skip_bad=self.skip_bad,
             limit=self.limit or limit,
         )
+
+    def require_unused(self) -> None:
+        """Raises UsageError for one of these options if a command has no --data to read."""
+        for field in dataclasses.fields(PicturesOptions):
+            if getattr(self, field.name) != field.default:
+                flag = "--" + field.name.replace("_", "-")
+                raise UsageError(f"{flag} says how --data is read, and there is no --data")
 
 
 def require_room(option: str, count: int, spec: ModelSpec) -> None:

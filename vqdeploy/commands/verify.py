@@ -113,6 +113,7 @@ def _images(
 
     compared: dict[str, Any] = {"golden_batch": True, "images": 0, "latents": options.samples}
     if not options.data:
+        options.require_unused()
         return None, compared, ()
     most = images_within(bundle.spec, MOST_IMAGES, SECONDS)
     found = options.read(options.data, bundle.spec, bundle.preprocessing, most)
