@@ -3,6 +3,7 @@ that can be thought of, is near what the worst one does, and is refuted where th
 in another arithmetic than it says."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +13,21 @@ from hypothesis import strategies as st
 from support import small_model
 
 import vqref
+from benchmarks.advance import (
+    Machine,
+    in_float32,
+    moved,
+    refuted,
+    share_of_bound,
+    sums,
+    to_bfloat16,
+)
 from vqdeploy.graphs.build import GraphOptions, build_graph
 from vqdeploy.runtime.sessions import open_sessions
 from vqref import families
-from vqref.agreement import advance
+from vqref.agreement import advance, arithmetics
 from vqref.agreement.advance import ARITHMETICS, enclose, prove, reach
-from vqref.network import ACTIVATIONS, KINDS, before_activation, weights_of
+from vqref.network import ACTIVATIONS, KINDS
 from vqref.spec import CODEBOOK, Layer, plan
 from vqtrain import VQVAE
 
@@ -48,21 +58,10 @@ def case(request):
     return spec, small_model(spec).params, images
 
 
-def moved(spec, params, image, wrong):
-    """Latents (S, D) of a network whose rows are off: ``wrong(number, z)`` is what a row gets wrong
-    before its activation, and what that adds."""
-    values, weights = {0: image[None].astype(np.float64)}, weights_of(spec.encoder, params)
-    for number, step in enumerate(plan(spec.encoder), 1):
-        z = before_activation(step, values, weights)
-        before, after = wrong(number, z[0])
-        values[number] = ACTIVATIONS[step.layer.activation].value(z + before) + after
-    return values[number][0]
-
-
 def rounding(found, number, z, name):
     """What an activation's own result is off by, at most."""
     activation = found.steps[number - 1].layer.activation
-    return advance._rounding(activation, z, np.zeros_like(z), ARITHMETICS[name])
+    return arithmetics.activation_error(activation, z, np.zeros_like(z), ARITHMETICS[name])
 
 
 @pytest.mark.parametrize("name", ["float32", "pairwise", "tf32"])
@@ -86,42 +85,12 @@ def test_no_perturbation_moves_a_latent_beyond_the_bound(case, name):
             assert np.abs(off).max() > 0
 
 
-def worst(spec, params, found, token, direction):
-    """The signs of every row's error that push the latent of a token furthest in a direction."""
-    values, weights = [v[None] for v in found.values], found.weights
-    last = len(found.steps)
-    gradients = {last: np.zeros_like(values[last])}
-    gradients[last][0, token] = direction
-    signs = {}
-    for number, step in reversed([*enumerate(found.steps, 1)]):
-        if number not in gradients:
-            continue
-        after = gradients.pop(number)
-        g = after * found.slopes[number]
-        signs[number] = np.sign(g[0]), np.sign(after[0])
-        taken = [values[i] for i in step.sources]
-        pulled = KINDS[step.layer.kind].backward(step.layer, g, *taken, *weights[step.layer.name])
-        for source, each in zip(step.sources, pulled, strict=True):
-            gradients[source] = gradients.get(source, 0) + each
-    return signs
-
-
 def require_near(spec, params, images):
     """The worst perturbation of all rows at once comes near the bound, and never above."""
-    rng, ratios = np.random.default_rng(2), []
-    for image in images:
-        found = enclose(spec, params, image[None].astype(np.float64), ARITHMETICS["pairwise"])
-        for token in rng.choice(spec.latent_size, 2, replace=False):
-            direction = rng.normal(size=spec.code_size)
-            (bound,) = reach(found, np.array([token]), direction[None], np.array([-np.inf]))
-            signs = worst(spec, params, found, token, direction)
-
-            def wrong(number, z, found=found, signs=signs):
-                sizes = found.errors[number], rounding(found, number, z, "pairwise")
-                return tuple(a * b for a, b in zip(sizes, signs[number], strict=True))
-
-            off = moved(spec, params, image, wrong) - found.latents
-            ratios.append(float(off[token] @ direction) / bound)
+    rng = np.random.default_rng(2)
+    ratios = [
+        share_of_bound(spec, params, image, "pairwise", rng) for image in images for _ in range(2)
+    ]
     assert max(ratios) <= 1
     assert np.median(ratios) >= 0.9
 
@@ -167,64 +136,19 @@ def test_what_is_dropped_early_is_proved_by_the_whole_way_too(case):
         assert ((early < factor * exact) == (factor > 1)).all()
 
 
-def sums(terms, order, rng):
-    """float32 sums along the last axis, in an order."""
-    terms = terms.astype(np.float32)
-    if order == "backwards":
-        terms = terms[..., ::-1]
-    if order == "tree":
-        terms = terms[..., rng.permutation(terms.shape[-1])]
-        while terms.shape[-1] > 1:
-            if terms.shape[-1] % 2:
-                terms = np.concatenate([terms, np.zeros_like(terms[..., :1])], axis=-1)
-            terms = terms[..., 0::2] + terms[..., 1::2]
-        return terms[..., 0]
-    return np.add.accumulate(terms, axis=-1, dtype=np.float32)[..., -1]
-
-
-def in_float32(spec, params, images, order="forwards", cut=lambda factor: factor, seed=0):
-    """Tokens of a network in float32: every sum of products in an order, factors cut before."""
-    rng = np.random.default_rng(seed)
-    values = {0: images.astype(np.float32)}
-    for number, step in enumerate(plan(spec.encoder), 1):
-        layer, x = step.layer, [values[i] for i in step.sources]
-        weights = [np.asarray(params[name], np.float32) for name, _ in layer.parameters]
-        if layer.kind == "conv":
-            padded = np.pad(cut(x[0]), ((0, 0), (0, 0), *layer.pads))
-            view = np.lib.stride_tricks.sliding_window_view(padded, layer.kernel, axis=(2, 3))
-            view = view[:, :, :: layer.stride, :: layer.stride].transpose(0, 2, 3, 1, 4, 5)
-            flat = view.reshape(*view.shape[:3], 1, -1)
-            terms = flat * cut(weights[0]).reshape(len(weights[0]), -1)
-            y = (sums(terms, order, rng) + weights[1]).transpose(0, 3, 1, 2)
-        elif layer.kind == "dense":
-            y = sums(cut(x[0])[:, None] * cut(weights[0]), order, rng) + weights[1]
-        else:
-            y = KINDS[layer.kind].value(layer, *x).astype(np.float32)
-        if layer.activation == "elu":
-            y = np.where(y > 0, y, np.exp(np.minimum(y, np.float32(0))) - np.float32(1))
-        elif layer.activation == "silu":
-            y = y / (np.float32(1) + np.exp(-y))
-        elif layer.activation == "relu":
-            y = np.maximum(y, np.float32(0))
-        values[number] = y
-        assert y.dtype == np.float32
-    difference = values[number][:, :, None] - np.asarray(params[CODEBOOK], np.float32)
-    return sums(np.square(difference), order, rng).argmin(axis=-1)
-
-
 def test_proved_tokens_are_the_same_in_whatever_order_float32_adds(case):
     spec, params, images = case
     found = prove(spec, params, images)
     np.testing.assert_array_equal(found.indices, vqref.forward(spec, params, images).indices)
     assert 0.3 < found.proved.mean() <= 1
-    for seed, order in enumerate(("forwards", "backwards", "tree", "tree")):
+    for seed, order in enumerate(("forwards", "backwards", "tree", "tree", "fused")):
         tokens = in_float32(spec, params, images, order, seed=seed)
         assert (tokens == found.indices)[found.proved].all()
 
 
 def test_proved_tokens_are_those_of_pytorch_and_onnxruntime(case):
     spec, params, images = case
-    proved, indices = prove(spec, params, images).proved, prove(spec, params, images).indices
+    indices, proved = prove(spec, params, images)[:2]
     with torch.no_grad():
         module = VQVAE(spec, params)
         tokens = module.quantizer(module.encoder(torch.from_numpy(images)))[0].numpy()
@@ -234,27 +158,32 @@ def test_proved_tokens_are_those_of_pytorch_and_onnxruntime(case):
     assert (sessions["tokenizer"](images)[0] == indices)[proved].all()
 
 
-def cut_to(bits):
-    """Factors without all but ``bits`` of the bits after the point."""
-
-    def cut(factor):
-        mask = np.uint32((0xFFFFFFFF << (23 - bits)) & 0xFFFFFFFF)
-        return (np.ascontiguousarray(factor).view(np.uint32) & mask).view(np.float32)
-
-    return cut
-
-
 def test_a_machine_of_another_arithmetic_is_refuted_by_the_tokens_that_it_changes():
-    """bfloat16 cuts factors to 7 bits. Of the tokens proved for float32 some differ, of those
-    proved for bfloat16 none."""
+    """Of the tokens proved for float32 some differ, of those proved for bfloat16 none."""
     spec = SPECS["residual"]
     params = small_model(spec).params
-    images = np.random.default_rng(5).random((40, *spec.image_shape)).astype(np.float32)
-    tokens = in_float32(spec, params, images, cut=cut_to(7))
+    images = np.random.default_rng(5).random((12, *spec.image_shape)).astype(np.float32)
+    tokens = in_float32(spec, params, images, cut=to_bfloat16)
     single, own = (prove(spec, params, images, name) for name in ("float32", "bfloat16"))
     assert (tokens != single.indices)[single.proved].any()
     assert (tokens == own.indices)[own.proved].all()
     assert own.proved.sum() <= single.proved.sum()
+
+
+def test_the_benchmark_finds_the_machine_that_differs():
+    model = small_model(SPECS["residual"])
+    images = np.random.default_rng(8).integers(0, 256, (8, *model.spec.image_shape), np.uint8)
+    machines = {
+        name: Machine(partial(in_float32, model.spec, model.params, cut=cut))
+        for name, cut in (("right", lambda factor: factor), ("wrong", to_bfloat16))
+    }
+    machines["broken"] = Machine(lambda images: 1 / 0)
+    found, by_row, seen = refuted(model, images, machines, 1, 1)
+    assert seen == 64
+    assert found.keys() == {"right", "wrong"}
+    assert found["right"].compared == found["wrong"].compared > 0
+    assert found["right"].differing == by_row["wrong"]["bfloat16"].differing == 0
+    assert found["wrong"].differing == by_row["wrong"]["float32"].differing > 0
 
 
 def test_a_narrower_arithmetic_proves_no_less(case):
@@ -266,6 +195,21 @@ def test_a_narrower_arithmetic_proves_no_less(case):
     ):  # fmt: skip
         assert (found[narrow].proved | ~found[wide].proved).all(), (wide, narrow)
         assert (found[narrow].moved <= found[wide].moved).all(), (wide, narrow)
+
+
+def test_nothing_is_given_up_that_pulling_every_direction_all_the_way_would_prove(
+    case, monkeypatch
+):
+    spec, params, images = case
+    found = prove(spec, params, images)
+    monkeypatch.setattr(
+        advance,
+        "_bounds",
+        lambda enclosure, tokens, directions, room: reach(
+            enclosure, tokens, directions, np.full(len(room), -np.inf)
+        ),
+    )
+    np.testing.assert_array_equal(found.proved, prove(spec, params, images).proved)
 
 
 def test_rivals_are_codes_that_come_near(case):
@@ -309,7 +253,7 @@ def test_what_an_activation_adds_to_its_tangent_is_within_the_remainder(name, z,
     kind, at = ACTIVATIONS[name], np.array([z])
     delta = share * wide
     exact = kind.value(at + delta) - kind.value(at) - kind.slope(at) * delta
-    assert np.abs(exact) <= advance._remainder(name, at, np.array([wide])) * (1 + 1e-9) + 1e-15
+    assert np.abs(exact) <= arithmetics.remainder(name, at, np.array([wide])) * (1 + 1e-9) + 1e-14
 
 
 @given(seed=st.integers(0, 2**32 - 1))
@@ -322,7 +266,11 @@ def test_winograds_algorithm_stays_within_its_bound(seed):
     g = rng.normal(size=(2, 3, 3, 3)).astype(np.float32)
     data, of_weights, result = (
         np.array(m, np.float32)
-        for m in (advance.WINOGRAD_DATA, advance.WINOGRAD_WEIGHTS, advance.WINOGRAD_RESULT)
+        for m in (
+            arithmetics.WINOGRAD_DATA,
+            arithmetics.WINOGRAD_WEIGHTS,
+            arithmetics.WINOGRAD_RESULT,
+        )
     )
     u = np.einsum("ia,ocab,jb->ocij", of_weights, g, of_weights, dtype=np.float32)
     v = np.einsum("ia,cab,jb->cij", data, d, data, dtype=np.float32)
@@ -330,6 +278,101 @@ def test_winograds_algorithm_stays_within_its_bound(seed):
     windows = np.lib.stride_tricks.sliding_window_view(d.astype(np.float64), (3, 3), axis=(1, 2))
     exact = np.einsum("cijab,ocab->oij", windows, g)
     row = Layer("x", "conv", (3, 6, 6), (2, 4, 4), kernel=(3, 3))
-    bound = advance._winograd(row, np.abs(d)[None].astype(float), np.abs(g), np.zeros(2))[0]
+    bound = arithmetics._winograd(row, np.abs(d)[None].astype(float), np.abs(g), np.zeros(2))[0]
     assert (np.abs(found - exact) <= bound).all()
     assert (bound > np.abs(exact).max() * 1e-7).all()
+
+
+def error_of_row(row, x, weight, bias, name="float32"):
+    """The bound on what a row of exact inputs is off by, without the axis of images."""
+    taken, weights = [(x[None], np.zeros_like(x)[None])], [weight, bias]
+    z = KINDS[row.kind].value(row, x[None], *weights)
+    return arithmetics.local_error(row, ARITHMETICS[name], taken, weights, z, np.zeros_like(z))[0]
+
+
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 300), zeros=st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_a_sum_in_any_order_stays_within_its_bound(seed, count, zeros):
+    """Terms of both signs and of many sizes, added as they come, the other way, largest first (all
+    positive ones before the negative), and in random trees."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=count).astype(np.float32) * (rng.random(count) >= zeros)
+    weight = (rng.normal(size=(1, count)) * 10 ** rng.uniform(-3, 3, count)).astype(np.float32)
+    bias = rng.normal(size=1).astype(np.float32)
+    exact = x.astype(np.float64) @ weight[0].astype(np.float64) + bias
+    row, taken = Layer("x", "dense", (count,), (1,)), x.astype(np.float64)
+    bound = error_of_row(row, taken, weight, bias)
+    terms = np.append(x * weight[0], bias)
+    for order, each in (
+        ("forwards", terms), ("backwards", terms), ("forwards", np.sort(terms)[::-1]),
+        ("tree", terms), ("tree", terms),
+    ):  # fmt: skip
+        assert np.abs(sums(each, order, rng) - exact) <= bound
+    assert np.abs(sums(terms, "tree", rng) - exact) <= error_of_row(
+        row, taken, weight, bias, "pairwise"
+    )
+
+
+def test_the_bound_on_a_sum_is_reached():
+    """1 + u is 1: of 1, 200 times u and -1, which cancel, nothing is left."""
+    count, u = 202, arithmetics.UNIT
+    weight = np.array([[1.0, *[u] * (count - 2), -1.0]])
+    row, x, none = Layer("x", "dense", (count,), (1,)), np.ones(count), np.zeros(1)
+    error = np.abs(sums(weight[0], "forwards", None) - weight.sum())
+    (bound,) = error_of_row(row, x, weight, none)
+    assert error == 200 * u
+    assert 0.95 * bound < error <= bound
+
+
+def test_an_addition_may_go_into_the_sum_of_the_row_before():
+    """A kernel that starts its sum from the other input of a residual addition, as onnxruntime's
+    convolutions do."""
+    count, u = 100, arithmetics.UNIT
+    weight, other = np.full((1, count), u), np.ones((1, 1))
+    row, add = Layer("x", "dense", (count,), (1,)), Layer("y", "add", (1,), (1,), ("a", "x"))
+    (of_row,) = error_of_row(row, np.ones(count), weight, np.zeros(1))
+    z = np.full((1, 1), count * u)
+    taken = [(other, np.zeros((1, 1))), (z, np.zeros((1, 1)))]
+    error = np.abs(sums(np.append(other, weight), "forwards", None) - (1 + z[0, 0]))
+    for merged, covered in (((0, arithmetics.products(row)), True), ((0, 0), False)):
+        bound = arithmetics.local_error(
+            add, ARITHMETICS["float32"], taken, [], other + z, np.zeros((1, 1)), merged
+        )
+        assert (error <= of_row + bound[0, 0]) == covered
+    spec = SPECS["residual"]
+    steps = plan(spec.encoder)
+    sum_row = next(step for step in steps if step.layer.kind == "add")
+    assert [advance._merged(steps, i) for i in sum_row.sources] == [0, SIZES["block_hidden"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "machine"),
+    [("elu", torch.nn.functional.elu), ("silu", torch.nn.functional.silu)],
+)
+def test_activations_of_pytorch_stay_within_their_bound(name, machine):
+    """On a million numbers from -104 to 104, of every size."""
+    bits = np.arange(0, np.float32(104).view(np.uint32), 2200, dtype=np.uint32)
+    x = np.concatenate([bits, bits | np.uint32(1 << 31)]).view(np.float32)
+    z = x.astype(np.float64)
+    bound = arithmetics.activation_error(name, z, np.zeros_like(z), ARITHMETICS["float32"])
+    off = np.abs(machine(torch.from_numpy(x)).numpy() - ACTIVATIONS[name].value(z))
+    assert (off <= bound).all()
+    assert not (off <= bound / 10).all()
+
+
+def test_what_has_no_bound_is_not_proved_and_raises_no_warning(case):
+    """Sums beyond what float32 holds, and errors that grow beyond it."""
+    spec, params, images = case
+    huge = {name: each * np.float32(1e8) for name, each in params.items()}
+    for name in ("float32", "float16"):
+        assert not prove(spec, {**huge, CODEBOOK: params[CODEBOOK]}, images, name).proved.any()
+
+
+def test_images_count_as_float32_rounds_them():
+    spec = SPECS["post"]
+    params = small_model(spec).params
+    images = np.random.default_rng(7).random((2, *spec.image_shape))
+    for a, b in zip(
+        prove(spec, params, images), prove(spec, params, images.astype(np.float32)), strict=True
+    ):
+        np.testing.assert_array_equal(a, b)

@@ -1,11 +1,12 @@
 """Tokens proved in advance: what rounding can do to them under a named arithmetic, whatever machine
 computes, in whatever order it adds.
 
-The exact network takes values z_0 (the image), z_1, ..., z_L (the latents), a row each. A machine
-has other values z_i + δ_i. What it computes in row i is off by a local error e_i from what that row
-makes of the machine's own inputs, and |e_i| is bounded: see ``Arithmetic``. Rows are linear but for
-their activations, so before these δ_i is W δ_(i-1) + e_i without remainder. An activation f at z,
-its input there off by |δ| <= Δ, gives f(z + δ) = f(z) + f'(z) δ + r, where
+The exact network has the parameters and the images as they are in float32. It takes values z_0 (the
+image), z_1, ..., z_L (the latents), a row each. A machine has other values z_i + δ_i. What it
+computes in row i is off by a local error e_i from what that row makes of the machine's own inputs,
+and |e_i| is bounded: see ``arithmetics``. Rows are linear but for their activations, so before
+these δ_i is W δ_(i-1) + e_i without remainder. An activation f at z, its input there off by |δ| <=
+Δ, gives f(z + δ) = f(z) + f'(z) δ + r, where
 
     elu     |r| <= Δ² exp(min(0, z + Δ)) / 2 if z - Δ < 0, else 0: f'' is exp(z) below 0 and 0
             above, and f' is continuous
@@ -20,113 +21,60 @@ with the exact Jacobians J_i at the exact values: an identity, not an approximat
 the rows' magnitudes alone, Δ_i = |W| Δ_(i-1) + |e_i|. It is far too large at the end, but enters
 squared, or only where a relu's input is near 0.
 
-Code k can win over the nearest code b if ||x + δ - c_k||² - ||x + δ - c_b||², which is
-gap - 2 (c_k - c_b).δ, is not above the quantizer's own rounding (``vqref.agreement.bounds``). So a
-token is proved if for every k
+The machine answers by the direct form, Σ (x - c)², in float32, and by the first code if some are
+equally near. Code k can win over the nearest code b if ||x + δ - c_k||² - ||x + δ - c_b||², which
+is gap - 2 (c_k - c_b).δ, is not above the quantizer's own rounding (``vqref.agreement.bounds``). So
+a token is proved if for every k
 
     gap > 2 Σ over rows, elements of |J_i' (c_k - c_b)| (|e_i| + |r_i|) + rounding of two distances
 
 Codes that cannot win even with Δ_L need no Jacobian. The direction c_k - c_b of each other is
-pulled back row by row; once the errors of the rows passed, and Δ for what lies below, cannot close
-the gap, it is dropped. On grids, whose rows see a few neighbours, only the window that a token sees
-is pulled.
+pulled back row by row, and no further ones of a token with a code that could win; once the errors
+of the rows passed, and Δ for what lies below, cannot close the gap, it is dropped. On grids, whose
+rows see a few neighbours, only the window that a token sees is pulled.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vqref.agreement.bounds import distance_error, roundings
+from vqref.agreement.arithmetics import (
+    ARITHMETICS,
+    Arithmetic,
+    activation_error,
+    local_error,
+    products,
+    remainder,
+    spread,
+)
+from vqref.agreement.bounds import distance_error
 from vqref.network import ACTIVATIONS, KINDS, before_activation, scattered, weights_of
-from vqref.precisions import arithmetic as distances_in
 from vqref.quantizer import squared_distances
 from vqref.spec import CODEBOOK, Layer, ModelSpec, Step, plan
 from vqref.validation import Float64, Int64, Params, as_images, check_params
 
-SLACK = 1 + 1e-9
-"""Bounds are computed in float64, whose own rounding this covers: no sum here has 1e6 terms of both
-signs."""
-
-UNIT, TINY = 2.0**-24, 2.0**-126
-"""The unit roundoff and the smallest normal number of float32, in which every arithmetic adds
-up."""
+SLACK = 1 + 1e-7
+"""Bounds are computed in float64, whose unit is 2e-9 of float32's: what it does to the exact values
+is 4e-9 of the bound, and this leaves 25 times as much for what cancels in a Jacobian."""
 
 PULLED_VALUES = 2**22
 """Values of gradients held at once, 32 MiB per array."""
-
-Sums = Callable[[int], float]
-
-
-def any_order(n: int) -> float:
-    """n products and a bias, added one after another, in a tree, or anyhow; products rounded or
-    fused into the sums: n + 1 roundings at most (Higham 2002, equation 3.5)."""
-    return roundings(n + 1, UNIT)
-
-
-def in_lanes(n: int) -> float:
-    """16 sums side by side, or more, then these in a tree: n/16 additions in a lane, 4 in the tree,
-    a product and a bias."""
-    return roundings(-(-n // 16) + 6, UNIT)
-
-
-def pairwise(n: int) -> float:
-    """In a balanced tree: log2 n additions, a product and a bias."""
-    return roundings(math.ceil(math.log2(max(n, 2))) + 2, UNIT)
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """How a machine computes the rows of a network.
-
-    A sum of products and a bias is off by at most sums(n) * (Σ |w| |x| + |b|), n products; if
-    factors are rounded first, by (1 + sums(n)) * (2f + f²) * Σ |w| |x| more, f of the precision's
-    row. An affine row takes two roundings, an addition one. elu: exp is off by ``exp`` of itself,
-    and two roundings of the result follow (as max(x, 0) + (exp(min(x, 0)) - 1), or with fewer).
-    exp(0) is 1. silu: as x / (1 + exp(-x)), exp and four roundings. Numbers below tiny may be
-    flushed to zero.
-
-    meaning: in words. sums: as above. factors: of ``vqref.precisions``, whose rounding factors
-    take; None if none. exp: relative. winograd: whether convolutions of 3x3 and stride 1 are
-    computed by Winograd's F(4x4, 3x3), see ``_winograd``.
-    """
-
-    meaning: str
-    sums: Sums = any_order
-    factors: str | None = None
-    exp: float = 8 * UNIT
-    winograd: bool = False
-
-
-ARITHMETICS: Mapping[str, Arithmetic] = MappingProxyType(
-    {
-        "float32": Arithmetic("float32, sums in any order, fused or not"),
-        "lanes": Arithmetic("float32, sums in 16 lanes or more", in_lanes),
-        "pairwise": Arithmetic("float32, sums in a balanced tree", pairwise),
-        "winograd": Arithmetic(
-            "float32, 3x3 convolutions by Winograd's F(4x4, 3x3)", winograd=True
-        ),
-        "tf32": Arithmetic("factors cut to TF32, sums in float32", factors="tf32"),
-        "float16": Arithmetic("factors rounded to float16, sums in float32", factors="float16"),
-        "bfloat16": Arithmetic("factors rounded to bfloat16, sums in float32", factors="bfloat16"),
-    }
-)
-"""By name. float32 holds the next two: whoever adds in a tree or in lanes adds in some order."""
 
 
 class Proof(NamedTuple):
     """What is known in advance of the tokens of some images under an arithmetic.
 
     indices (N, S): the exact tokens. proved (N, S): whether no rounding can change them. rivals (N,
-    S): the code that comes nearest to winning; the token itself if there is no other code. excess
-    (N, S): by how much that code's squared distance stays beyond what rounding can do; negative if
-    it could win. norms (N, S): a bound on the length by which the latent can move.
+    S): the code that comes nearest to winning, or one that could; the token itself if there is no
+    other code. excess (N, S): by how much that code's squared distance stays beyond what rounding
+    can do; negative if it could win. moved (N, S): a bound on the length by which the latent can
+    move, from magnitudes alone: far too large.
     """
 
     indices: Int64
@@ -140,16 +88,20 @@ def prove(
     spec: ModelSpec, params: Params, images: npt.ArrayLike, arithmetic: str = "float32"
 ) -> Proof:
     """Proves the tokens of images (N, C, H, W) in [0, 1] as far as they can be, under a name of
-    ARITHMETICS. Raises ValueError for another name, and for images or parameters that do not
-    fit."""
+    ARITHMETICS. Images and parameters count as float32 rounds them. Raises ValueError for another
+    name, for images or parameters that do not fit, and for latents so large that float64 cannot
+    hold their distances."""
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic is {arithmetic!r}, expected {', '.join(ARITHMETICS)}")
     check_params(spec, params)
-    x, codebook = as_images(images, spec), np.asarray(params[CODEBOOK], np.float64)
-    found = [
-        _prove_one(enclose(spec, params, image[None], ARITHMETICS[arithmetic]), codebook)
-        for image in x
-    ]
+    x = as_images(images, spec).astype(np.float32).astype(np.float64)
+    params = {name: np.asarray(each, np.float32) for name, each in params.items()}
+    codebook = params[CODEBOOK].astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):  # what has no bound is not proved
+        found = [
+            _prove_one(enclose(spec, params, image[None], ARITHMETICS[arithmetic]), codebook)
+            for image in x
+        ]
     if not found:
         nothing = np.empty((0, spec.latent_size))
         return Proof(
@@ -189,12 +141,13 @@ def enclose(spec: ModelSpec, params: Params, image: Float64, arithmetic: Arithme
         layer, kind = step.layer, ACTIVATIONS[step.layer.activation]
         taken = [(values[i], radius[i]) for i in step.sources]
         z = before_activation(step, dict(enumerate(values)), weights)
-        error = _local_error(layer, arithmetic, taken, weights[layer.name])
-        wide = (_spread(layer, taken, weights[layer.name]) + error) * SLACK
+        merged = [_merged(steps, i) for i in step.sources]
+        wide = spread(layer, taken, weights[layer.name])
+        error = local_error(layer, arithmetic, taken, weights[layer.name], z, wide, merged)
+        wide = (wide + error) * SLACK
         y, slope = kind.value(z), kind.slope(z)
-        left = _remainder(layer.activation, z, wide) + _rounding(
-            layer.activation, z, wide, arithmetic
-        )
+        left = remainder(layer.activation, z, wide)
+        left += activation_error(layer.activation, z, wide, arithmetic)
         values.append(y)
         radius.append((np.abs(slope) * wide + left) * SLACK)
         for kept, each in ((slopes, slope), (errors, error * SLACK), (after, left * SLACK)):
@@ -203,142 +156,11 @@ def enclose(spec: ModelSpec, params: Params, image: Float64, arithmetic: Arithme
     return Enclosure(steps, weights, *([array[0] for array in part] for part in parts))
 
 
-def _spread(
-    layer: Layer, taken: Sequence[tuple[Float64, Float64]], weights: Sequence[Float64]
-) -> Float64:
-    """What a row makes of inputs that are off by a radius: |W| Δ."""
-    wide = [radius for _, radius in taken]
-    if weights:
-        return KINDS[layer.kind].value(layer, *wide, np.abs(weights[0]), np.zeros_like(weights[1]))
-    if layer.kind == "affine":
-        return abs(layer.scale) * wide[0]
-    return KINDS[layer.kind].value(layer, *wide)
-
-
-def _local_error(
-    layer: Layer,
-    arithmetic: Arithmetic,
-    taken: Sequence[tuple[Float64, Float64]],
-    weights: Sequence[Float64],
-) -> Float64:
-    """|e|: what a row's result is off by, beside the exact result of the machine's own inputs."""
-    sizes = [np.abs(x) + radius for x, radius in taken]
-    if weights:
-        return _product_error(layer, arithmetic, sizes[0], *map(np.abs, weights))
-    if layer.kind == "affine":
-        exact = layer.scale == 1 and layer.shift == 0
-        terms = abs(layer.scale) * sizes[0] + abs(layer.shift)
-        return np.zeros_like(terms) if exact else roundings(2, UNIT) * terms + 2 * TINY
-    if layer.kind == "add":
-        return UNIT * (sizes[0] + sizes[1]) + TINY
-    return np.zeros_like(KINDS[layer.kind].value(layer, *sizes))
-
-
-def _product_error(
-    layer: Layer, arithmetic: Arithmetic, size: Float64, weight: Float64, bias: Float64
-) -> Float64:
-    """Of a row with weights; size, weight and bias are magnitudes."""
-    count = products(layer)
-    if arithmetic.winograd and layer.kind == "conv" and (layer.kernel, layer.stride) == ((3, 3), 1):
-        return _winograd(layer, size, weight, bias)
-    total = KINDS[layer.kind].value(layer, size, weight, np.zeros_like(bias))
-    across = (-1,) + (1,) * (total.ndim - 2)
-    error: Float64 = arithmetic.sums(count) * (total + bias.reshape(across)) + 2 * count * TINY
-    if arithmetic.factors is None:
-        return error
-    row = distances_in(arithmetic.factors)
-    f = max(row.inputs, row.factors)
-    error += (1 + arithmetic.sums(count)) * (2 * f + f * f) * total
-    if row.tiny > TINY:  # factors may be flushed to zero: |w| tiny + |x| tiny + tiny² each
-        ones = KINDS[layer.kind].value(layer, np.ones_like(size), weight, np.zeros_like(bias))
-        sums = KINDS[layer.kind].value(layer, size, np.ones_like(weight), np.zeros_like(bias))
-        error += row.tiny * (ones + sums + count * row.tiny)
-    if max(size.max(), weight.max()) >= row.largest:
-        error[:] = np.inf
-    return error
-
-
-def products(layer: Layer) -> int:
-    """How many products each result of a row with weights adds up, at most."""
-    if layer.kind == "conv_transpose":
-        return layer.in_shape[0] * math.prod(-(-k // layer.stride) for k in layer.kernel)
-    return layer.fan_in
-
-
-WINOGRAD_DATA = (  # B', d -> B'dB, of F(4x4, 3x3) (Lavin and Gray 2016)
-    (4, 0, -5, 0, 1, 0),
-    (0, -4, -4, 1, 1, 0),
-    (0, 4, -4, -1, 1, 0),
-    (0, -2, -1, 2, 1, 0),
-    (0, 2, -1, -2, 1, 0),
-    (0, 4, 0, -5, 0, 1),
-)
-WINOGRAD_WEIGHTS = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)
-WINOGRAD_RESULT = (
-    (1, 1, 1, 1, 1, 0),
-    (0, 1, -1, 2, -2, 0),
-    (0, 1, 1, 4, 4, 0),
-    (0, 1, -1, 8, -8, 1),
-)
-
-
-def _winograd(layer: Layer, size: Float64, weight: Float64, bias: Float64) -> Float64:
-    """Y = A'[Σ over channels of (G g G') ⊙ (B' d B)]A is no sum in any order: its terms are larger
-    than those of the convolution and cancel.
-
-    Each factor passes two transforms, of at most 6 terms each, and so does the result; C products
-    are added between: C + 50 roundings. With |B'||d||B| <= β² max |d|, β the largest row sum of
-    |B'|, and m the columnwise largest of |A'||G|, a result's terms add up to at most β² Σ over c of
-    max |d_c| Σ over a,b of m_a m_b |g_cab|, the largest over all pixels of any tile that the result
-    may be in: four to each side.
-    """
-    from numpy.lib.stride_tricks import sliding_window_view
-
-    data, of_weights, result = map(
-        np.abs, map(np.array, (WINOGRAD_DATA, WINOGRAD_WEIGHTS, WINOGRAD_RESULT))
-    )
-    growth = data.sum(axis=1).max() ** 2
-    m = (result @ of_weights).max(axis=0)
-    sides = [(before + 3, after + 3) for before, after in layer.pads]
-    padded = np.pad(size, ((0, 0), (0, 0), *sides))
-    largest = sliding_window_view(padded, (9, 9), axis=(2, 3)).max(axis=(4, 5))
-    each = np.einsum("ocab,a,b->oc", weight, m, m)
-    total = growth * np.einsum("oc,nchw->nohw", each, largest) + bias[:, None, None]
-    error: Float64 = roundings(size.shape[1] + 50, UNIT) * total
-    return error
-
-
-def _remainder(activation: str, z: Float64, wide: Float64) -> Float64:
-    """|r| of an activation at z whose input is off by at most ``wide``."""
-    if activation == "elu":
-        with np.errstate(over="ignore"):
-            half = 0.5 * np.square(wide) * np.exp(np.minimum(0.0, z + wide))
-        return np.where(z - wide < 0, half, 0.0)
-    if activation == "relu":
-        return np.maximum(0.0, wide - np.abs(z))
-    if activation == "silu":
-        quarter: Float64 = 0.25 * np.square(wide)
-        return quarter
-    return np.zeros_like(z)
-
-
-def _rounding(activation: str, z: Float64, wide: Float64, arithmetic: Arithmetic) -> Float64:
-    """What the activation's own result is off by."""
-    if activation == "elu":
-        below = np.exp(np.minimum(0.0, z + wide))
-        error = arithmetic.exp * below + 2 * UNIT * np.minimum(1.0, np.abs(z) + wide) + TINY
-        return np.where(z - wide > 0, 0.0, error)
-    if activation == "silu":
-        silu: Float64 = (arithmetic.exp + 4 * UNIT) * (np.abs(z) + wide) + TINY
-        return silu
-    return np.zeros_like(z)
+def _merged(steps: tuple[Step, ...], value: int) -> int:
+    """How many products a value sums up, if a runtime may go on adding to that sum."""
+    if value == 0 or steps[value - 1].layer.activation != "linear":
+        return 0
+    return products(steps[value - 1].layer)
 
 
 def _prove_one(enclosure: Enclosure, codebook: Float64) -> Proof:
@@ -364,20 +186,36 @@ def _prove_one(enclosure: Enclosure, codebook: Float64) -> Proof:
         room = (distances - least - error - error[each, best][:, None]) / 2  # (rows, K)
         room[each, best] = np.inf
         left = room - SLACK * wide * (np.sqrt(distances) + np.sqrt(least))
-        tokens, codes = np.nonzero(~(left > 0))
-        directions = codebook[codes] - codebook[best[tokens]]
-        coarse = SLACK * (np.abs(directions) * radius[rows][tokens]).sum(axis=1)
-        bounds = coarse.copy()
-        open_ = np.flatnonzero(~(coarse < room[tokens, codes]))
-        where = tokens[open_] + (rows.start or 0)
-        bounds[open_] = reach(
-            enclosure, where, directions[open_], room[tokens[open_], codes[open_]]
-        )
-        left[tokens, codes] = room[tokens, codes] - bounds
+        pairs = np.argwhere(~(left > 0))
+        for start in range(0, len(pairs), PULLED_VALUES // size + 1):
+            tokens, codes = pairs[start : start + PULLED_VALUES // size + 1].T
+            own, where = room[tokens, codes], tokens + (rows.start or 0)
+            directions = codebook[codes] - codebook[best[tokens]]
+            left[tokens, codes] = own - _bounds(enclosure, where, directions, own)
         left[np.isnan(left)] = -np.inf
         indices[rows], rivals[rows] = best, left.argmin(axis=1)
         excess[rows] = 2 * left[each, rivals[rows]]
     return Proof(indices, excess > 0, rivals, excess, moved)
+
+
+def _bounds(enclosure: Enclosure, tokens: Int64, directions: Float64, room: Float64) -> Float64:
+    """Bounds (B,) on |direction . δ|, from magnitudes alone where these suffice. Elsewhere the
+    direction of each token that leaves least room for its length is pulled back first; if it is not
+    less than its room the token is not proved, and its others need not be known: -inf."""
+    bounds: Float64 = SLACK * (np.abs(directions) * enclosure.radius[-1][tokens]).sum(axis=1)
+    hopeless = np.isin(tokens, tokens[~(room > 0)])
+    pending = ~(bounds < room) & ~hopeless
+    near = room / np.sqrt(np.square(directions).sum(axis=1))
+    order = np.lexsort((near, tokens))
+    order = order[pending[order]]
+    first = order[np.unique(tokens[order], return_index=True)[1]]
+    bounds[first] = reach(enclosure, tokens[first], directions[first], room[first])
+    pending[first] = False
+    lost = pending & np.isin(tokens, tokens[first[~(bounds[first] < room[first])]])
+    bounds[lost] = -np.inf
+    rest = np.flatnonzero(pending & ~lost)
+    bounds[rest] = reach(enclosure, tokens[rest], directions[rest], room[rest])
+    return bounds
 
 
 class _Window(NamedTuple):
