@@ -41,12 +41,17 @@ def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, li
         "kills": ["--kills", "20"] if arguments.short else ["--epochs", "320"],
         **hostile(arguments),
     }
+    tokens = ["--tokens", "20000", "--count", "40"] if arguments.short else []
     if arguments.data is not None:
         found["quality"] = ["--data", str(arguments.data)]
+        found["advance"] = [str(arguments.model), str(arguments.data), *tokens]
     if arguments.colour is not None:
         seeds = ["--seeds", "0"] if arguments.short else []
         found["grids"] = ["--data", str(arguments.colour), *seeds]
         found["first_hour"] = [str(arguments.colour)]
+        if arguments.grid is not None:
+            images = grids.files(arguments.colour)[1]
+            found["advance_grid"] = [str(arguments.grid), str(images), "--large", *tokens]
     return found
 
 
@@ -116,7 +121,9 @@ def main() -> int:
     parser.add_argument(
         "--model", type=Path, help="a model.pt; without one, a model is trained for two epochs"
     )
-    parser.add_argument("--grid", type=Path, help="a model.pt of family residual, for agreement")
+    parser.add_argument(
+        "--grid", type=Path, help="a model.pt of family residual, for agreement and advance_grid"
+    )
     parser.add_argument(
         "--data", type=Path, help="images to train on, for the time to a bound; skipped without"
     )

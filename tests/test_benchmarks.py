@@ -41,13 +41,15 @@ def test_a_grid_is_judged_beside_its_images_if_both_are_given(tmp_path):
 
 def test_benchmarks_whose_images_are_not_given_are_left_out():
     without, with_data = commands(asked(), []), commands(asked(data=Path("d")), [])
-    assert set(with_data) - set(without) == {"quality"}
+    assert set(with_data) - set(without) == {"quality", "advance"}
     assert "grids" in commands(asked(colour=Path("c")), [])
     assert "grids" not in with_data
 
 
-def test_every_benchmark_of_the_runner_is_a_module_with_a_table():
-    found = commands(asked(data=Path("d"), colour=Path("c")), [])
+def test_every_benchmark_of_the_runner_is_a_module_with_a_table(tmp_path):
+    for name in ("emoji-train.npz", "emoji-test.npz"):
+        (tmp_path / name).touch()
+    found = commands(asked(data=Path("d"), colour=tmp_path, grid=Path("g")), [])
     assert set(found) == {match[2] for match in BLOCK.finditer(README.read_text())}
     paths = [ROOT / "benchmarks" / f"{name.replace('.', '/')}.py" for name in found]
     assert all(path.exists() for path in paths)

@@ -241,14 +241,14 @@ GRAPH_STAGES += ("reconstructions", "detokenizer", "codes")
 
 def test_a_bundle_verifies_itself_and_says_where_its_nodes_run(family):
     model, path, images = family
-    report, device, placement = verify(Bundle.open(path), "cpu", images)
+    report, device, placement, _ = verify(Bundle.open(path), "cpu", images)
     assert device == "cpu"
     assert report.passed
     assert [c.stage for c in report.checks] == [
         *(f"golden {name}" for name in GOLDEN_STAGES),
         *GRAPH_STAGES,
         *(["table"] if Bundle.open(path).folded else []),
-        *("composed", "graphs", "weights"),
+        *("proved", "composed", "graphs", "weights"),
     ]
     own = len(Bundle.open(path).oracle().golden["images"]) + len(
         aimed_images(model.spec, model.params)

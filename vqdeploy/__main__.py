@@ -31,14 +31,15 @@ def command(argv: Sequence[str] | None) -> int:
         encode,
         export,
         inspect,
+        prove,
         reconstruct,
         sample,
         verify,
     )
     from vqref.host.commandline import run_command
 
-    modules = (export, verify, inspect, bench, encode, decode, reconstruct, sample, doctor)
-    summary = "Export trained VQ-VAEs to ONNX bundles, and verify and run them."
+    modules = (export, verify, prove, inspect, bench, encode, decode, reconstruct, sample, doctor)
+    summary = "Export trained VQ-VAEs to ONNX bundles, prove, verify and run them."
     return run_command("vqdeploy", summary, [module.COMMAND for module in modules], argv)
 
 

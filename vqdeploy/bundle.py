@@ -271,18 +271,38 @@ FACTS: Mapping[str, type | tuple[type, ...]] = {
 }
 """What a manifest tells beside, a dotted name for an entry of an entry."""
 
+PROVED: Mapping[str, type | tuple[type, ...]] = {
+    "proved": dict,
+    "proved.of": str,
+    "proved.images": int,
+    "proved.tokens": int,
+    "proved.float32": int,
+    "proved.lanes": int,
+}
+"""The same of a manifest that tells what is proved in advance; earlier ones do not."""
+
 
 def _require_facts(manifest: Mapping[str, Any]) -> None:
     """Raises KeyError for one of FACTS that is missing, ValueError for one of another type."""
-    for name, kind in FACTS.items():
-        value: Any = manifest
+    require_entries(manifest, {**FACTS, **PROVED} if "proved" in manifest else FACTS)
+    for check in manifest["agreement"]["checks"]:
+        if not isinstance(check, dict) or type(check.get("violations")) is not int:
+            raise ValueError("agreement.checks holds what is no check")
+
+
+def require_entries(
+    content: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]
+) -> None:
+    """Raises KeyError for an entry that is missing, ValueError for one of another type.
+
+    kinds: as those of FACTS.
+    """
+    for name, kind in kinds.items():
+        value: Any = content
         for part in name.split("."):
             value = value[part]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} is {type(value).__name__}")
-    for check in manifest["agreement"]["checks"]:
-        if not isinstance(check, dict) or type(check.get("violations")) is not int:
-            raise ValueError("agreement.checks holds what is no check")
 
 
 @dataclass(frozen=True)

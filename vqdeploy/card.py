@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from textwrap import fill
 from typing import Any
 
+from vqdeploy.proof.advance import REFUTED_BY, tell_proved
 from vqdeploy.stages import INDEX_TYPES
 from vqref.agreement.report import Report
 from vqref.preprocessing import CHANNELS, Preprocessing
@@ -89,7 +90,7 @@ names their inputs and outputs. Check on your machine that what runs is what was
 
 {_measured(manifest["measured"])}
 
-## Agreement with the float64 oracle
+{_proved(manifest)}## Agreement with the float64 oracle
 
 At export, on {manifest["agreement"]["images"]} images that the model draws, onnxruntime \
 {provenance["onnxruntime"]} on its CPU provider:
@@ -173,6 +174,19 @@ def _measured(measured: Mapping[str, Any]) -> str:
         f"Beside the float64 oracle, on {measured['images']} images ({measured['of']}): "
         f"{measured['equal_tokens']:.4%} of the tokens equal, {lost}."
     )
+
+
+def _proved(manifest: Mapping[str, Any]) -> str:
+    """A section on the tokens that are proved in advance, if that was asked."""
+    if "proved" not in manifest:
+        return ""
+    counts = manifest["proved"]
+    told = fill(
+        f"In advance, without running anything ({counts['of']}): {tell_proved(counts)}. What would "
+        f"refute it: {REFUTED_BY}. `python -m vqdeploy prove` says it of your images.",
+        100,
+    )
+    return f"## What is proved of every machine\n\n{told}\n\n"
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:

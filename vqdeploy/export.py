@@ -25,6 +25,7 @@ from vqdeploy.bundle import (
 from vqdeploy.card import write_card
 from vqdeploy.graphs.build import GRAPHS_VERSION, GraphOptions, build_graphs
 from vqdeploy.graphs.int8 import quantize_graphs
+from vqdeploy.proof.advance import told_at_export
 from vqdeploy.proof.golden import Answered, golden_batch, golden_images
 from vqdeploy.proof.measure import kept_tokens, measure, measured_images
 from vqdeploy.proof.samples import aimed_images, draw_images
@@ -94,6 +95,7 @@ def export(
         "measured": {**measured, "of": "images that the model draws" if given is None else "data"},
         "kept": kept_tokens(sessions["tokenizer"](asked.images)[0], asked.known.indices),
     }
+    facts |= told_at_export(spec, params, measured_on.images, facts)
     oracle = Oracle(params, golden_batch(asked, len(golden)))
     publish_folder(output, _files(spec, contents, oracle, facts, report), replace=replace)
     return report

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vqref.agreement.arithmetics import ARITHMETICS
 from vqref.errors import InputError, UsageError
 from vqref.host.extras import missing
 from vqref.host.files import about, parsed, read_bytes, write_file
@@ -44,8 +45,11 @@ LONGEST_SAID = 1000
 MOST_NAMES = 2**24
 """The most names that are read of a parquet file: each becomes an object."""
 
-_SAID = ("manifest_sha256", "latent_shape", "num_codes")
-"""What a file of tokens says of the bundle that made it."""
+_SAID = ("manifest_sha256", "latent_shape", "num_codes", "arithmetic")
+"""What a file of tokens says of the bundle that made it, and of its proofs."""
+
+PER_TOKEN = {"proved": "b", "rivals": "iu"}
+"""What is proved of each token: the kinds of dtype."""
 
 _SHA256 = re.compile("[0-9a-f]{64}", re.ASCII)
 
@@ -138,7 +142,9 @@ class Tokens:
 
     indices: (N, S), of an integer dtype. names: of the pictures that they were made of. What the
     file says of the bundle that made it, None where it says nothing: manifest_sha256, latent_shape,
-    num_codes. Raises InputError for what none of these can be.
+    num_codes. What is proved of them, if that was asked: proved (N, S), whether a token is the same
+    on every machine that computes in ``arithmetic``, and rivals (N, S), the code that comes nearest
+    to winning. Raises InputError for what none of these can be.
     """
 
     indices: Array
@@ -146,6 +152,9 @@ class Tokens:
     manifest_sha256: str | None = None
     latent_shape: tuple[int, ...] | None = None
     num_codes: int | None = None
+    proved: Array | None = None
+    rivals: Array | None = None
+    arithmetic: str | None = None
 
     def __post_init__(self) -> None:
         if self.names is not None and len(self.names) != len(self.indices):
@@ -157,10 +166,18 @@ class Tokens:
             and 0 < len(shape) < 4
             and all(map(_counts, shape)),
             "num_codes": _counts(codes),
+            "arithmetic": self.arithmetic in ARITHMETICS,
         }
         for name, fit in fits.items():
             if (found := getattr(self, name)) is not None and not fit:
                 raise InputError(f"its {name} is {found!r:.80}")
+        for name, kinds in PER_TOKEN.items():
+            array = getattr(self, name)
+            if array is not None and (
+                array.dtype.kind not in kinds or array.shape != self.indices.shape
+            ):
+                found = f"{array.dtype} {array.shape}"
+                raise InputError(f"its {name} are {found} beside indices {self.indices.shape}")
 
     @classmethod
     def of(
@@ -204,9 +221,9 @@ def _counts(value: Any) -> bool:
 def write_tokens(path: Path, tokens: Tokens) -> None:
     """Writes tokens, the indices in the smallest unsigned type that holds ``num_codes`` of them.
 
-    .npz holds an array of each field's name, .npy the indices alone; .parquet a column ``indices``
-    of lists of S, a column ``key`` of names if there are any, and the rest in its metadata. Raises
-    MachineError if pyarrow is not installed.
+    .npz holds an array of each field's name, .npy the indices alone; .parquet columns ``indices``
+    and ``proved`` of lists of S, a column ``key`` of names if there are any, and the rest in its
+    metadata, but no rivals. Raises MachineError if pyarrow is not installed.
     """
     codes = tokens.num_codes or int(tokens.indices.max(initial=0)) + 1
     small = tokens.indices.astype(np.min_scalar_type(codes - 1))
@@ -215,18 +232,23 @@ def write_tokens(path: Path, tokens: Tokens) -> None:
         np.save(buffer, small, allow_pickle=False)
     elif path.suffix == ".npz":
         arrays = {name: np.array(value) for name, value in _told(tokens).items()}
+        if tokens.proved is not None and tokens.rivals is not None:
+            arrays |= {"proved": tokens.proved, "rivals": tokens.rivals.astype(small.dtype)}
         np.savez(buffer, allow_pickle=False, indices=small, **named(tokens.names), **arrays)
     else:
         pyarrow, parquet = _parquet()
-        rows = pyarrow.FixedSizeListArray.from_arrays(small.ravel(), small.shape[1])
         columns = {}
         if tokens.names is not None:
             columns["key"] = pyarrow.array(tokens.names, pyarrow.string())
+        for name, array in (("indices", small), ("proved", tokens.proved)):
+            if array is not None:
+                values = pyarrow.array(array.ravel())
+                columns[name] = pyarrow.FixedSizeListArray.from_arrays(values, array.shape[1])
         told = {
             name: value if isinstance(value, str) else json.dumps(value)
             for name, value in _told(tokens).items()
         }
-        table = pyarrow.table({**columns, "indices": rows}).replace_schema_metadata(told)
+        table = pyarrow.table(columns).replace_schema_metadata(told)
         parquet.write_table(table, buffer)
     write_file(path, buffer.getvalue())
 
@@ -258,6 +280,7 @@ def read_tokens(path: Path) -> Tokens:
         if "indices" not in arrays:
             raise InputError(f"holds no 'indices', only {plain(', '.join(arrays)[:80])}")
         said = {name: _little(name, arrays[name]) for name in _SAID if name in arrays}
+        said |= {name: arrays[name] for name in PER_TOKEN if name in arrays}
         return Tokens(arrays["indices"], _texts(arrays.get("names")), **said)
 
 
@@ -279,28 +302,46 @@ def _little(name: str, array: Array) -> Any:
 
 
 def _read_parquet(content: bytes) -> Tokens:
-    """The columns ``indices``, (N, S), and ``key``, and the metadata of a parquet file. Raises
-    InputError, MachineError, and what pyarrow raises."""
-    pyarrow, parquet = _parquet()
+    """The columns ``indices`` and ``proved``, (N, S), and ``key``, and the metadata of a parquet
+    file. Raises InputError, MachineError, and what pyarrow raises."""
+    _, parquet = _parquet()
     limits = dict.fromkeys(_FOOTER, LARGEST_FOOTER)
     with parquet.ParquetFile(io.BytesIO(content), **limits) as file:
         schema, count = file.schema_arrow, file.metadata.num_rows
-        kind = schema.field("indices").type
-        size = getattr(kind, "list_size", 0)
-        if size < 1 or not pyarrow.types.is_integer(kind.value_type):
-            raise InputError(f"indices are {kind}, expected lists of one size, of integers")
-        if count * size * kind.value_type.bit_width // 8 > LARGEST_ARRAY:
-            raise InputError(f"holds {count} rows, too many to be held in memory")
-        rows = file.read(["indices"], use_threads=False)["indices"].combine_chunks()
+        found = {}
+        for name, expected in (("indices", "integers"), ("proved", "booleans")):
+            if name == "indices" or name in schema.names:
+                found[name] = _lists(file, name, count, expected)
     names = None
     if "key" in schema.names:
         with parquet.ParquetFile(io.BytesIO(content), read_dictionary=["key"], **limits) as file:
             names = _keys(file)
-    if rows.null_count or rows.flatten().null_count:
-        raise InputError("indices has gaps")
     said = schema.metadata or {}
     told = {name: _said(name, said[name.encode()]) for name in _SAID if name.encode() in said}
-    return Tokens(np.asarray(rows.flatten()).reshape(-1, size), names, **told)
+    return Tokens(found["indices"], names, proved=found.get("proved"), **told)
+
+
+def _lists(file: Any, name: str, count: int, expected: str) -> Array:
+    """A column of ``count`` lists of one size, "integers" or "booleans". Raises InputError, and
+    what pyarrow raises."""
+    pyarrow, _ = _parquet()
+    kind = file.schema_arrow.field(name).type
+    size, fits = (
+        getattr(kind, "list_size", 0),
+        {
+            "integers": pyarrow.types.is_integer,
+            "booleans": pyarrow.types.is_boolean,
+        },
+    )
+    if size < 1 or not fits[expected](kind.value_type):
+        raise InputError(f"{name} are {kind}, expected lists of one size, of {expected}")
+    if count * size * max(8, kind.value_type.bit_width) // 8 > LARGEST_ARRAY:
+        raise InputError(f"holds {count} rows, too many to be held in memory")
+    rows = file.read([name], use_threads=False)[name].combine_chunks()
+    if rows.null_count or rows.flatten().null_count:
+        raise InputError(f"{name} has gaps")
+    values = rows.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(values).reshape(-1, size)
 
 
 def _keys(file: Any) -> tuple[str, ...]:
@@ -327,7 +368,7 @@ def _said(name: str, text: bytes) -> Any:
     """An entry of a parquet file's metadata. Raises InputError, and what parsers raise."""
     if len(text) > LONGEST_SAID:
         raise InputError(f"its {name} has {len(text)} bytes")
-    if name == "manifest_sha256":
+    if name in ("manifest_sha256", "arithmetic"):
         return text.decode()
     found = json.loads(text)
     return tuple(found) if isinstance(found, list) else found

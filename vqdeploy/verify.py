@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from vqdeploy.agreement import check_graphs
 from vqdeploy.bundle import CARD, MANIFEST, Bundle
 from vqdeploy.graphs.build import GRAPHS_VERSION, GraphOptions
+from vqdeploy.proof.advance import (
+    CLAIM,
+    EXPLAINED,
+    check_proved,
+    count_proved,
+    explained_encoder,
+    provable,
+)
 from vqdeploy.proof.golden import Answered, check_recorded, require_golden
 from vqdeploy.proof.measure import check_kept
 from vqdeploy.proof.samples import aimed_images, check_codes, check_composed, check_samples
@@ -20,6 +29,7 @@ from vqdeploy.proof.table import check_table
 from vqdeploy.runtime.protobuf import Graph, read_graph
 from vqdeploy.runtime.sessions import Runtime, Session, open_sessions
 from vqdeploy.stages import STAGES
+from vqref.agreement.advance import Proof, prove
 from vqref.agreement.report import Check, Report
 from vqref.errors import InputError
 from vqref.precisions import PRECISIONS, of_option
@@ -31,11 +41,17 @@ Placement = dict[str, dict[str, dict[str, int]]]
 
 
 class Verified(NamedTuple):
-    """What a verification found, the device that ran, and where each graph's nodes were placed."""
+    """What a verification found, the device that ran, and where each graph's nodes were placed.
+
+    proved: of the images that were given, or of the golden batch, how many tokens are proved in
+    advance: ``count_proved``, and ``of`` what; None if that was not asked, of networks of fewer
+    bits than float32's and of those that the oracle is too slow on.
+    """
 
     report: Report
     device: str
     placement: Placement
+    proved: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -83,11 +99,19 @@ def verify(
         ) from None
     tokens = [asked.known.indices]
     checks, placement, chosen = list[Check](), Placement(), "nothing: the graphs were not run"
+    advance = _in_advance(bundle, oracle.params, asked.images, len(own), len(golden))
     if structure[0].passed:
         runtime = Runtime(intra_op_num_threads=threads)
         sessions, chosen = open_sessions(graphs, spec, device, batch=bundle.batch, runtime=runtime)
         written, kept = Written(graphs, sessions, options), bundle.manifest["kept"]
         checks += check_answers(spec, oracle.params, asked, written, len(own), kept)
+        few = asked.images[:EXPLAINED]
+        checks = [
+            explained_encoder(check, spec, oracle.params, few, sessions["encoder"])
+            for check in checks
+        ]
+        if advance is not None:
+            checks.append(advance.check(spec, oracle.params, asked.images, sessions["tokenizer"]))
         composed, found = check_composed(spec, oracle.params, sessions, bundle.precision)
         checks.append(composed)
         tokens.append(found)
@@ -96,7 +120,42 @@ def verify(
         placement = {stage: session.placement() for stage, session in sessions.items()}
     codes = len(np.unique(np.concatenate(tokens)))
     report = Report((*recorded.checks, *checks, *structure), len(asked.images), codes)
-    return Verified(report, chosen, placement)
+    return Verified(report, chosen, placement, None if advance is None else advance.counts)
+
+
+@dataclass(frozen=True)
+class _Advance:
+    """The proofs of some images for CLAIM.
+
+    places: their numbers among those that are compared. counts: those of the images that were
+    given, as ``Verified.proved`` tells it.
+    """
+
+    places: npt.NDArray[np.int64]
+    proof: Proof
+    counts: dict[str, Any]
+
+    def check(self, spec: ModelSpec, params: Params, images: Array, tokenizer: Session) -> Check:
+        chosen = images[self.places]
+        tokens = tokenizer(chosen)[0]
+        return check_proved(spec, params, chosen, tokens, self.proof, places=self.places)
+
+
+def _in_advance(
+    bundle: Bundle, params: Params, images: Array, own: int, golden: int
+) -> _Advance | None:
+    """Proofs of as many images as a verification has time for: first of those that were given, then
+    of the golden batch, then of those that are aimed. None if there is nothing to prove."""
+    spec, given = bundle.spec, len(images) - own
+    count = provable(spec, own, given)
+    if bundle.precision != CLAIM or not count:
+        return None
+    places = np.concatenate([np.arange(own, len(images)), np.arange(own)])[:count]
+    proof = prove(spec, params, images[places], CLAIM)
+    told = min(count, given or golden)
+    counts = count_proved(spec, params, images[places[:told]], proof.proved[:told])
+    of = "the given images" if given else "the golden batch"
+    return _Advance(places, proof, {**counts, "of": of})
 
 
 def _options(bundle: Bundle) -> GraphOptions:

@@ -85,7 +85,18 @@ def _proof(manifest: Mapping[str, Any]) -> list[str]:
         f"measured    {measured['equal_tokens']:.4%} of the tokens of {measured['images']} images "
         "equal,",
         f"            {lost}",
+        *_in_advance(manifest),
     ]
+
+
+def _in_advance(told: Mapping[str, Any]) -> list[str]:
+    """How many tokens are proved in advance, if a manifest or a certificate says it."""
+    from vqdeploy.proof.advance import tell_proved
+
+    if not told.get("proved"):
+        return []
+    text = f"proved      {tell_proved(told['proved'])} ({told['proved']['of']})"
+    return wrap(text, 79, subsequent_indent=" " * 12)
 
 
 def _origin(provenance: Mapping[str, Any]) -> str:
@@ -103,7 +114,8 @@ def _proved(bundle: Bundle) -> list[str]:
         return []
     found = read_certificate(bundle.path / CERTIFICATE)
     of = "this manifest" if found["manifest_sha256"] == bundle.sha256 else "ANOTHER manifest"
-    return [f"certificate {found['verdict']} on {found['date']}, of {of}"]
+    said = f"certificate {found['verdict']} on {found['date']}, of {of}"
+    return [said, *_in_advance(found)]
 
 
 COMMAND = Command("inspect", "say what a bundle holds, its digests checked", InspectOptions, run)

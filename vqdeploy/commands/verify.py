@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from vqdeploy.commands.shared import BundleOptions, PicturesOptions, limit_option
@@ -91,6 +92,7 @@ def run(options: VerifyOptions) -> int:
             "manifest_sha256": bundle.sha256,
             "device": found.device,
             "placement": found.placement,
+            "proved": found.proved,
             "said": said,
             **found.report.to_dict(),
         }
@@ -132,6 +134,10 @@ def _tell(
     print(
         f"{found.report.codes} of {bundle.spec.num_codes} codes are tokens of the compared images"
     )
+    if found.proved is not None:
+        from vqdeploy.proof.advance import tell_proved
+
+        print(fill(f"{found.proved['of']}: {tell_proved(found.proved)}", 80))
     if found.device == "cuda":
         for stage, providers in found.placement.items():
             print(f"{stage:<12}{'; '.join(_placed(*each) for each in providers.items())}")

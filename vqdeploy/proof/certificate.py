@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vqdeploy.bundle import Bundle
+from vqdeploy.bundle import PROVED, Bundle, require_entries
+from vqdeploy.proof import advance
 from vqdeploy.runtime.sessions import PROVIDERS
 from vqdeploy.sealed import sealed, unsealed
 from vqdeploy.verify import Verified
@@ -55,6 +56,7 @@ def write_certificate(
         "compared": dict(compared),
         "verdict": "verified" if found.report.passed else "refuted",
         "refuted_by": REFUTED_BY,
+        "proved": found.proved and {**found.proved, "refuted_by": advance.REFUTED_BY},
         "report": found.report.to_dict(),
     }
     write_file(path, sealed(content))
@@ -67,6 +69,8 @@ def read_certificate(path: Path) -> dict[str, Any]:
         if (content.get("format"), content.get("format_version")) != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"not a certificate of version {FORMAT_VERSION}")
         _ = content["verdict"], content["date"], content["manifest_sha256"]
+        if content.get("proved") is not None:
+            require_entries(content, PROVED)
     except KeyError as error:
         raise InputError(f"{path}: lacks {error}") from None
     except ValueError as error:

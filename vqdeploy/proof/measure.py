@@ -24,6 +24,11 @@ LEAST_KEPT = 0.1
 """Of the tokens that a constant answer in each position would miss, the share that a network must
 keep whatever was recorded."""
 
+OTHER_MACHINES = 5
+"""How many times as many tokens of a float16 network another machine may lose. An export runs it on
+a processor, where onnxruntime multiplies in float32 and rounds what it stores; a card multiplies in
+float16. On an H200 a network lost 10 of 10,368 tokens that had lost 3."""
+
 LEAST_ERROR = 1e-10
 """Mean squared errors and variances below this count as this, 100 dB: exact copies have no PSNR."""
 
@@ -82,7 +87,8 @@ def check_kept(
 
     indices: (N, S), the graphs'. exact: the oracle's. recorded: what ``kept_tokens`` found of
     the same images at export; None if this is the export. Other machines round otherwise, so a few
-    more may differ: three deviations of the count, as of one that chance decides.
+    more may differ: three deviations of the count, as of one that chance decides. Of float16 the
+    expected count is OTHER_MACHINES times as many.
     """
     tokens = exact.size
     differ = tokens - kept_tokens(indices, exact)["equal"]
@@ -91,7 +97,7 @@ def check_kept(
     limits = {answer: max(tokens / 2, (1 - LEAST_KEPT) * (tokens - constant))}
     if recorded is not None:
         share = recorded["equal"] / max(1, recorded["tokens"])
-        before = (1 - share) * tokens
+        before = (1 - share) * tokens * (OTHER_MACHINES if precision == "float16" else 1)
         limits[f"{share:.2%} were at export"] = before + 3 * math.sqrt(before + 1)
     why, most = min(limits.items(), key=lambda limit: limit[1])
     wrong = max(0, math.ceil(differ - most))
