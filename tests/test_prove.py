@@ -15,7 +15,7 @@ from vqdeploy.proof import advance
 from vqdeploy.proof.certificate import read_certificate, write_certificate
 from vqdeploy.tokens import read_tokens
 from vqdeploy.verify import verify
-from vqref.agreement.advance import prove
+from vqref.agreement.advance import prove, tell_proved
 from vqref.agreement.arithmetics import ARITHMETICS
 from vqref.errors import InputError, ParityError
 
@@ -187,7 +187,7 @@ def test_card_inspect_and_certificate_say_the_share_and_what_would_refute_it(
     run, bundle, x, tmp_path
 ):
     manifest = Bundle.open(bundle).manifest
-    share = advance.tell_proved(manifest["proved"])
+    share = tell_proved(manifest["proved"])
     card = " ".join((bundle / "README.md").read_text().split())
     assert share in card
     assert advance.REFUTED_BY in card

@@ -122,9 +122,10 @@ def test_curves_show_what_was_measured(tmp_path):
     training = {"bound": 1.0, "perplexity": 2.0}
     measured = {**training, "nmse": 0.1, "psnr": 20.0, "mean_psnr": 21.0, "ssim": 0.9}
     sizes = []
-    for more in ({}, {"held_out": measured}, {"training_sample": measured}):
+    proved = {**measured, "proved": 0.9}
+    for more in ({}, {"held_out": measured}, {"training_sample": measured}, {"held_out": proved}):
         history = [{"epoch": epoch, **training, **more} for epoch in (1, 2)]
         save_curves(tmp_path / "curves.png", history, 64)
         with Image.open(tmp_path / "curves.png") as picture:
             sizes.append(picture.size)
-    assert sizes == [(900, 340), (1350, 680), (1350, 680)]
+    assert sizes == [(900, 340), (1350, 680), (1350, 680), (1350, 1020)]

@@ -15,13 +15,14 @@ import vqtrain.network
 import vqtrain.quantizer
 import vqtrain.run.trainer
 from vqref import families
+from vqref.agreement.advance import count_proved
 from vqref.agreement.report import ParityError
 from vqref.dialects import DIALECTS
 from vqref.errors import CommandError, InputError
 from vqref.quantizer import EMAState
 from vqref.spec import CODEBOOK
 from vqtrain import RECIPES, VQVAE, Trainer, TrainingOptions, evaluate, training_step
-from vqtrain.agreement import check_against_oracle
+from vqtrain.agreement import check_against_oracle, images_to_prove, share_proved
 from vqtrain.data.batches import Batches
 from vqtrain.device import choose_precision
 from vqtrain.modelfile import read_model
@@ -176,6 +177,29 @@ def test_a_run_publishes_what_it_trained_and_says_how_it_went(tmp_path, many_ima
     for path in (*(folder / "pictures").iterdir(), folder / "curves.png"):
         with Image.open(path) as picture:
             assert 600 < picture.width < 1400
+
+
+def test_the_share_of_tokens_proved_in_advance_is_measured_and_said(tmp_path, many_images):
+    said = []
+    run = trainer(tmp_path, many_images, said, epochs=1)
+    run.proved_sample = run.measured_sample[:10]
+    found = run.run().metrics["held_out"]
+    counts = count_proved(SPEC, run.model.params(), run.proved_sample)
+    assert found["proved"] == counts["float32"] / counts["tokens"]
+    assert found["proved_in_lanes"] == counts["lanes"] / counts["tokens"]
+    assert found["proved_images"] == 10
+    (line,) = [line for line in said if line.startswith("proved in advance")]
+    assert f"{found['proved']:.1%}" in line
+    assert len(line) <= 80
+
+
+def test_proofs_after_an_epoch_are_few_beside_what_it_trains_on():
+    assert images_to_prove(SPEC, 149) == 0
+    assert images_to_prove(SPEC, 1500) == 10
+    assert images_to_prove(SPEC, 10**9) == 64
+    large = families.residual((3, 512, 512), downsample=8)
+    assert images_to_prove(large, 10**9) == 0  # one would take seconds
+    assert share_proved(SPEC, {}, np.empty((0, *SPEC.image_shape))) == {}
 
 
 def test_the_same_seed_trains_the_same_model_and_another_seed_another(tmp_path, many_images):

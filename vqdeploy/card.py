@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from textwrap import fill
 from typing import Any
 
-from vqdeploy.proof.advance import REFUTED_BY, tell_proved
+from vqdeploy.proof.advance import REFUTED_BY
 from vqdeploy.stages import INDEX_TYPES
+from vqref.agreement.advance import tell_proved
 from vqref.agreement.report import Report
 from vqref.preprocessing import CHANNELS, Preprocessing
 from vqref.spec import ModelSpec

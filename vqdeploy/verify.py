@@ -14,10 +14,8 @@ from vqdeploy.agreement import check_graphs
 from vqdeploy.bundle import CARD, MANIFEST, Bundle
 from vqdeploy.graphs.build import GRAPHS_VERSION, GraphOptions
 from vqdeploy.proof.advance import (
-    CLAIM,
     EXPLAINED,
     check_proved,
-    count_proved,
     explained_encoder,
     provable,
 )
@@ -29,7 +27,7 @@ from vqdeploy.proof.table import check_table
 from vqdeploy.runtime.protobuf import Graph, read_graph
 from vqdeploy.runtime.sessions import Runtime, Session, open_sessions
 from vqdeploy.stages import STAGES
-from vqref.agreement.advance import Proof, prove
+from vqref.agreement.advance import CLAIM, Proof, count_proved, prove
 from vqref.agreement.report import Check, Report
 from vqref.errors import InputError
 from vqref.precisions import PRECISIONS, of_option

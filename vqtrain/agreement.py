@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from vqref.agreement import Backend, Report, compare
-from vqref.validation import Array
+from vqref.agreement.advance import CLAIM, NARROW, count_proved
+from vqref.agreement.budget import seconds_per_image
+from vqref.spec import ModelSpec
+from vqref.validation import Array, Params
 from vqtrain.device import arithmetic
 from vqtrain.likelihoods import mean
 from vqtrain.losses import compute_losses
@@ -19,6 +22,11 @@ from vqtrain.options import TrainingOptions
 from vqtrain.quantizer import draw, reset_codes, update_ema
 from vqtrain.run.rules import NEAREST
 from vqtrain.run.step import forward_and_back
+
+PROOF_SECONDS, FEWEST_PROVED, MOST_PROVED, TRAINED_PER_PROOF = 1.0, 8, 64, 150
+"""Of the proofs after an epoch: about how long they may take, in the oracle's time for as many
+images; the fewest and the most images; how many are trained on for each. A proof takes about three
+training steps' time per image."""
 
 
 def check_against_oracle(model: VQVAE, images: Array, options: TrainingOptions) -> Report:
@@ -39,6 +47,29 @@ def check_against_oracle(model: VQVAE, images: Array, options: TrainingOptions) 
             dialect=model.quantizer.dialect,
             steps=int(model.quantizer.steps),
         )
+
+
+def images_to_prove(spec: ModelSpec, trained: int) -> int:
+    """Of how many images an epoch on ``trained`` images proves the tokens: about a fiftieth of what
+    the epoch takes on a processor, and PROOF_SECONDS at most; 0 if these say too little, fewer than
+    FEWEST_PROVED."""
+    within = int(PROOF_SECONDS / seconds_per_image(spec))
+    count = min(MOST_PROVED, trained // TRAINED_PER_PROOF, within)
+    return count if count >= FEWEST_PROVED else 0
+
+
+def share_proved(spec: ModelSpec, params: Params, images: Array) -> dict[str, float]:
+    """Measures of the tokens of images (N, C, H, W) in [0, 1]: ``proved``, the share that is proved
+    in advance for float32 in any order, ``proved_in_lanes``, that in 16 lanes or more, and
+    ``proved_images``, N; {} of none."""
+    if not len(images):
+        return {}
+    counts = count_proved(spec, params, images)
+    return {
+        "proved": counts[CLAIM] / counts["tokens"],
+        "proved_in_lanes": counts[NARROW] / counts["tokens"],
+        "proved_images": len(images),
+    }
 
 
 def _backend(model: VQVAE, options: TrainingOptions) -> Backend:

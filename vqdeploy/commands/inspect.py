@@ -91,7 +91,7 @@ def _proof(manifest: Mapping[str, Any]) -> list[str]:
 
 def _in_advance(told: Mapping[str, Any]) -> list[str]:
     """How many tokens are proved in advance, if a manifest or a certificate says it."""
-    from vqdeploy.proof.advance import tell_proved
+    from vqref.agreement.advance import tell_proved
 
     if not told.get("proved"):
         return []

@@ -135,7 +135,7 @@ def _tell(
         f"{found.report.codes} of {bundle.spec.num_codes} codes are tokens of the compared images"
     )
     if found.proved is not None:
-        from vqdeploy.proof.advance import tell_proved
+        from vqref.agreement.advance import tell_proved
 
         print(fill(f"{found.proved['of']}: {tell_proved(found.proved)}", 80))
     if found.device == "cuda":

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from vqdeploy.bundle import Bundle
 from vqdeploy.runtime.sessions import Session
-from vqref.agreement.advance import Proof, prove
+from vqref.agreement.advance import CLAIM, Proof, count_proved, prove
 from vqref.agreement.arithmetics import ARITHMETICS
 from vqref.agreement.budget import seconds_per_image
 from vqref.agreement.report import Check
@@ -21,13 +21,6 @@ from vqref.network import ACTIVATIONS, before_activation, encode, weights_of
 from vqref.quantizer import quantize
 from vqref.spec import CODEBOOK, ModelSpec, plan
 from vqref.validation import Array, Float64, Int64, Params
-
-CLAIM = "float32"
-"""What graphs whose networks are float32 compute in, on the CPU, and on CUDA, where TF32 is off.
-Networks of fewer bits round activations, too, which no arithmetic covers."""
-
-NARROW = "lanes"
-"""What most machines really do; its share is told beside that of CLAIM."""
 
 REFUTED_BY = "a machine that computes float32 in any order and gives another token for one of them"
 
@@ -62,24 +55,6 @@ def provable(spec: ModelSpec, own: int, data: int) -> int:
     return min(own + data, int(seconds / one))
 
 
-def count_proved(
-    spec: ModelSpec,
-    params: Params,
-    images: Array,
-    proved: npt.NDArray[np.bool_] | None = None,
-) -> dict[str, int]:
-    """How many tokens of images (N, C, H, W) are proved, plain data: images, tokens, and a count
-    for CLAIM and NARROW each.
-
-    proved: which are for CLAIM, if the caller knows. These are for NARROW, too.
-    """
-    wide = prove(spec, params, images, CLAIM).proved if proved is None else proved
-    rest = ~wide.all(axis=1)
-    also = prove(spec, params, images[rest], NARROW).proved
-    counts = {CLAIM: int(wide.sum()), NARROW: int(wide[~rest].sum() + also.sum())}
-    return {"images": len(images), "tokens": wide.size, **counts}
-
-
 def told_at_export(
     spec: ModelSpec, params: Params, images: Array, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -94,16 +69,6 @@ def told_at_export(
         return {}
     counts = count_proved(spec, params, images[:few])
     return {"proved": {**counts, "of": facts["measured"]["of"]}}
-
-
-def tell_proved(counts: Mapping[str, Any]) -> str:
-    """What ``count_proved`` found, in words."""
-    tokens = counts["tokens"]
-    shares = [f"{counts[name] / max(1, tokens):.2%}" for name in (CLAIM, NARROW)]
-    return (
-        f"of {tokens} tokens of {counts['images']} images {shares[0]} are proved for float32 in "
-        f"any order, {shares[1]} in 16 lanes or more"
-    )
 
 
 def check_proved(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from vqref.agreement.budget import seconds_per_image
 from vqref.errors import ExitCode
 from vqref.host.commandline import Command, count, option
 from vqref.host.images import to_unit_interval
@@ -44,6 +45,9 @@ MEANING = {
     "commitment": "mean squared distance to the code, per element",
     "perplexity": "codes in use by their shares: exp(entropy)",
     "codes_used": "codes that were chosen at all",
+    "proved": "share of tokens proved for float32 in any order",
+    "proved_in_lanes": "share proved in 16 lanes or more",
+    "proved_images": "images that these two are of",
 }
 """What each measure means, in the width that a terminal leaves, in the order in which they are
 printed. ``vqtrain.run.floor`` has the clustering floor and the k-means on patches."""
@@ -53,6 +57,9 @@ FLOORS = {"clustering_floor", "patches_nmse"}
 
 MOST_IMAGES, MOST_PIXELS = 256, 2**18
 """Of a batch, so that large images are measured a few at a time."""
+
+PROOF_SECONDS = 5.0
+"""Of the images whose tokens are proved, in the oracle's time for as many."""
 
 LARGEST_VARIANCE = 0.25
 """No values in [0, 1] have a larger variance: a spec that says so does not know its data's."""
@@ -146,6 +153,7 @@ def _measure(
 
     tell: takes a line every half minute.
     """
+    from vqtrain.agreement import share_proved
     from vqtrain.data.batches import Batches
     from vqtrain.model import VQVAE
     from vqtrain.options import TrainingOptions
@@ -167,6 +175,8 @@ def _measure(
     module = prepare(VQVAE(spec, model.params), device)
     measured = counting(tell, "evaluate", len(images))
     found = metrics.evaluate(module, batches, TrainingOptions(), variance, measured).to_dict(spec)
+    count = int(PROOF_SECONDS / seconds_per_image(spec))
+    found |= share_proved(spec, model.params, to_unit_interval(images[:count]))
     found |= floors(spec, fitted, images, variance, options.seed)
     if "clustering_floor" in found:
         found["above_floor"] = found["bound"] - found["clustering_floor"]

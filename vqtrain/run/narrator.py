@@ -65,6 +65,15 @@ class Narrator:
         perfect = f"{nats:.1f} nats + {prior:.1f} of prior"
         self.say(f"{COLUMNS[measured_as]}: a perfect reconstruction would score {perfect}")
 
+    def proved(self, line: Line) -> None:
+        """Says which share of an epoch's measured tokens is proved in advance, if it was asked."""
+        found = line[kind_of_set(line)]
+        if "proved" in found:
+            self.say(
+                f"proved in advance, of {found['proved_images']} images' tokens: "
+                f"{found['proved']:.1%} in any order, {found['proved_in_lanes']:.1%} in lanes"
+            )
+
     def heading(self, measured_as: str) -> None:
         """Says what the columns of ``epoch`` are."""
         self.say(

@@ -29,6 +29,7 @@ PANELS = {
     "psnr": "PSNR of the mean squared error, dB",
     "mean_psnr": "mean PSNR of the images, dB",
     "ssim": "SSIM",
+    "proved": "tokens proved in advance, share",
 }
 """What the curves show and what it is called."""
 
@@ -132,8 +133,12 @@ def save_curves(path: Path, history: Sequence[Mapping[str, Any]], num_codes: int
             lines[who] = [line[key] for line in history]
     shown = [key for key in PANELS if any(key in kept[0] for kept in lines.values())]
     rows = -(-len(shown) // 3)
-    figure = _figure(4.5 * -(-len(shown) // rows), 3.4 * rows)
-    for axes, key in zip(figure.subplots(rows, -(-len(shown) // rows)).flat, shown, strict=True):
+    columns = -(-len(shown) // rows)
+    figure = _figure(4.5 * columns, 3.4 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    for axes, key in zip(panels, shown, strict=False):
         for i, (who, kept) in enumerate(lines.items()):
             if key in kept[0]:
                 values = [line[key] for line in kept]

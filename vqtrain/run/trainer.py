@@ -23,7 +23,7 @@ from vqref.host.images import ImageSet, to_unit_interval
 from vqref.host.interrupts import Interrupted, hold, watched
 from vqref.modelfile import Model
 from vqref.spec import ModelSpec
-from vqtrain.agreement import check_against_oracle
+from vqtrain.agreement import check_against_oracle, images_to_prove, share_proved
 from vqtrain.data.batches import Batches
 from vqtrain.model import VQVAE
 from vqtrain.modelfile import read_model, write_model
@@ -145,6 +145,8 @@ class Trainer:
         self.batches = Batches(images.train, batch_size, device)
         self.measured = Batches(measured, batch_size, device)
         self.sample = to_unit_interval(images.train[:count])
+        proved = images_to_prove(self.spec, len(images.train))
+        self.proved_sample = to_unit_interval(measured[:proved])
         self.measured_sample = to_unit_interval(measured[:count])
         self.shown = to_unit_interval(measured[: self.narrator.shown_images])
 
@@ -212,7 +214,8 @@ class Trainer:
             self.progress.measuring(len(self.measured.images)),
         )
         self._require_finite(measured.total)
-        line[self.measured_as] = measured.to_dict(self.spec)
+        proved = share_proved(self.spec, self.model.params(), self.proved_sample)
+        line[self.measured_as] = {**measured.to_dict(self.spec), **proved}
         with hold():
             state.history.append(line)
             state.epoch, state.step, state.seconds = epoch, 0, 0.0
@@ -266,6 +269,7 @@ class Trainer:
         module = prepare(VQVAE(model.spec, model.params, dialect), self.work.device)
         module.quantizer.steps.copy_(self.model.quantizer.steps)
         self._require_agreement(module, self.measured_sample, f"{MODEL} read back", aloud=True)
+        self.narrator.proved(self.state.history[-1])
         with hold():
             if self.work.output is not None:
                 write_file(self.work.output, path.read_bytes())
