@@ -15,7 +15,7 @@ import torch
 import vqref
 from vqref import families
 from vqref.modelfile import Model
-from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, Layer, ModelSpec
+from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, KINDS, Layer, ModelSpec
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -45,8 +45,20 @@ ROWS = {
     "to_grid": Layer("x.y", "to_grid", (12, 3), (6, 2, 3)),
     "add": Layer("x.y", "add", (2, 3), (2, 3), ("x.a", "x.b")),
     "activation": Layer("x.y", "activation", (2, 3), (2, 3)),
+    "embedding": Layer("x.y", "embedding", (4,), (4, 3), num_codes=5),
+    "layer_norm": Layer("x.y", "layer_norm", (4, 3), (4, 3)),
+    "attention": Layer(
+        "x.y", "attention", (5, 6), (5, 6), ("x.a", "x.b", "x.c"), heads=2, causal=True
+    ),
 }
 """A row of each kind, whose sizes all differ."""
+
+
+def inputs_of(row: Layer, rng: np.random.Generator, count: int = 3) -> list[np.ndarray]:
+    """``count`` inputs of each that a row takes: numbers, or indices."""
+    if row.kind == "embedding":
+        return [rng.integers(0, row.num_codes, (count, *row.in_shape))]
+    return [rng.normal(size=(count, *row.in_shape)) for _ in range(KINDS[row.kind].inputs)]
 
 
 class Golden:

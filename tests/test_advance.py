@@ -347,7 +347,11 @@ def test_an_addition_may_go_into_the_sum_of_the_row_before():
 
 @pytest.mark.parametrize(
     ("name", "machine"),
-    [("elu", torch.nn.functional.elu), ("silu", torch.nn.functional.silu)],
+    [
+        ("elu", torch.nn.functional.elu),
+        ("silu", torch.nn.functional.silu),
+        ("gelu", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+    ],
 )
 def test_activations_of_pytorch_stay_within_their_bound(name, machine):
     """On a million numbers from -104 to 104, of every size."""
@@ -366,6 +370,36 @@ def test_what_has_no_bound_is_not_proved_and_raises_no_warning(case):
     huge = {name: each * np.float32(1e8) for name, each in params.items()}
     for name in ("float32", "float16"):
         assert not prove(spec, {**huge, CODEBOOK: params[CODEBOOK]}, images, name).proved.any()
+
+
+def with_rows(spec, *more):
+    """A spec whose encoder ends with more rows of its latents' shape."""
+    return dataclasses.replace(spec, encoder=(*spec.encoder, *more))
+
+
+def test_behind_rows_without_a_bound_nothing_is_proved():
+    spec = SPECS["residual"]
+    shape = (spec.latent_size, spec.code_size)
+    norm = Layer("encoder.norm", "layer_norm", shape, shape)
+    seen = Layer("encoder.seen", "attention", shape, shape, ("encoder.norm",) * 3)
+    images = np.random.default_rng(7).random((2, *spec.image_shape))
+    for more in ((norm,), (norm, seen)):
+        longer = with_rows(spec, *more)
+        assert not prove(longer, small_model(longer).params, images).proved.any()
+
+
+@pytest.mark.parametrize("name", ARITHMETICS)
+def test_dense_rows_of_several_vectors_are_enclosed(name):
+    spec = SPECS["residual"]
+    shape = (spec.latent_size, spec.code_size)
+    longer = with_rows(spec, Layer("encoder.mixed", "dense", shape, shape, activation="gelu"))
+    params = small_model(longer).params
+    images = np.random.default_rng(7).random((2, *spec.image_shape)).astype(np.float32)
+    with torch.no_grad():
+        latents = VQVAE(longer, params).encoder(torch.from_numpy(images)).numpy()
+    for image, found in zip(images, latents, strict=True):
+        enclosure = enclose(longer, params, image[None].astype(np.float64), ARITHMETICS[name])
+        assert (np.abs(found - enclosure.latents) <= enclosure.radius[-1]).all()
 
 
 def test_images_count_as_float32_rounds_them():

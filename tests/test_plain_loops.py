@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ROWS
+from support import ROWS, inputs_of
 
 import vqref
 import vqref.network
@@ -70,6 +70,8 @@ def conv_transpose(layer, x, weight, bias):
 
 
 def dense(layer, x, weight, bias):
+    if isinstance(x[0], list):
+        return [dense(layer, part, weight, bias) for part in x]
     return [
         math.fsum([b, *(w * v for w, v in zip(row, x, strict=True))])
         for row, b in zip(weight, bias, strict=True)
@@ -117,6 +119,38 @@ def add(layer, x, y):
     return x + y
 
 
+def embedding(layer, x, weight, bias):
+    size = layer.out_shape[1]
+    before = [[0.0] * size, *(weight[index] for index in x[:-1])]
+    return [[bias[s][f] + before[s][f] for f in range(size)] for s in range(layer.in_shape[0])]
+
+
+def layer_norm(layer, x, weight, bias):
+    out = []
+    for vector in x:
+        mean = sum(vector) / len(vector)
+        variance = sum((value - mean) ** 2 for value in vector) / len(vector)
+        scaled = [(value - mean) / math.sqrt(variance + 1e-5) for value in vector]
+        out.append([w * value + b for w, value, b in zip(weight, scaled, bias, strict=True)])
+    return out
+
+
+def attention(layer, q, k, v):
+    places, size = layer.in_shape
+    part = size // layer.heads
+    out = [[0.0] * size for _ in range(places)]
+    for head in range(layer.heads):
+        own = range(head * part, (head + 1) * part)
+        for s in range(places):
+            seen = range(s + 1 if layer.causal else places)
+            scores = [sum(q[s][f] * k[t][f] for f in own) / math.sqrt(part) for t in seen]
+            powers = [math.exp(score) for score in scores]
+            for f in own:
+                out[s][f] = sum(p * v[t][f] for p, t in zip(powers, seen, strict=True))
+                out[s][f] /= sum(powers)
+    return out
+
+
 LOOPS = {
     "affine": affine,
     "conv": conv,
@@ -127,12 +161,16 @@ LOOPS = {
     "to_grid": to_grid,
     "add": add,
     "activation": lambda layer, x: x,
+    "embedding": embedding,
+    "layer_norm": layer_norm,
+    "attention": attention,
 }
 NUMBERS = {
     "linear": lambda x: x,
     "elu": lambda x: x if x > 0 else math.expm1(x),
     "relu": lambda x: max(x, 0.0),
     "silu": lambda x: x / (1 + math.exp(-x)),
+    "gelu": lambda x: 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
 }
 
 
@@ -163,7 +201,7 @@ def off(found, expected):
 def test_loops_numpy_and_pytorch_agree_in_every_kind_and_activation(kind, activation):
     row, rng = ROWS[kind], np.random.default_rng(0)
     weights = [rng.normal(size=shape) for _, shape in row.parameters]
-    inputs = [rng.normal(size=(3, *row.in_shape)) for _ in range(KINDS[kind].inputs)]
+    inputs = inputs_of(row, rng)
     expected = np.array(
         [
             activate(activation, LOOPS[kind](row, *each, *(w.tolist() for w in weights)))

@@ -74,12 +74,20 @@ def rows(draw):
         number = st.floats(-1e3, 1e3)
         fields = {"scale": draw(number), "shift": draw(number)}
     size, side = draw(PIXELS), image[1] * image[2]
+    if kind == "embedding":
+        fields = {"num_codes": draw(PIXELS)}
+    if kind == "attention":
+        fields = {"heads": draw(PIXELS), "causal": draw(st.booleans())}
+    wide = (side, size * fields.get("heads", 1))
     vectors = (side * image[0], size)
     shapes = {
         "dense": (image[:1], (size,)),
         "reshape": (image, (side, image[0])),
         "to_vectors": ((image[0] * size, *image[1:]), vectors),
         "to_grid": (vectors, (image[0] * size, *image[1:])),
+        "embedding": ((side + 1,), (side + 1, size)),
+        "layer_norm": (wide, wide),
+        "attention": (wide, wide),
     }
     first, last = shapes.get(kind, (image, image))
     last = out if kind in ("conv", "conv_transpose") else last
@@ -106,8 +114,8 @@ def test_a_row_survives_plain_data_and_json(row):
 @given(row=rows())
 def test_a_row_of_another_result_is_refused(row):
     other = (*row.out_shape[:-1], row.out_shape[-1] + 1)
-    if row.kind == "dense":
-        return  # gives any number of features
+    if row.kind in ("dense", "embedding"):
+        return  # give any number of features
     with pytest.raises(ValueError, match=r"x\.row: out_shape is .*, a .* of these sizes gives"):
         dataclasses.replace(row, out_shape=other)
 
@@ -121,7 +129,7 @@ def conv(**fields):
     ("make", "message"),
     [
         (lambda: Layer("a", "norm", (1,), (1,)), "a: kind is 'norm', expected affine, conv, "),
-        (lambda: conv(activation="gelu"), r"x\.y: activation is 'gelu', expected linear, elu"),
+        (lambda: conv(activation="mish"), r"x\.y: activation is 'mish', expected linear, elu"),
         (lambda: Layer("a", "affine", (), ()), "a: in_shape is None; it must be an integer from 1"),
         (lambda: Layer("a", "affine", (0,), (0,)), "a: in_shape is 0"),
         (lambda: Layer("a", "affine", (2**25,), (2**25,)), "in_shape is 33554432"),
@@ -131,7 +139,17 @@ def conv(**fields):
         (lambda: conv(stride=0), r"x\.y: stride is 0; it must be an integer from 1"),
         (lambda: conv(pads=(1, 1)), r"x\.y: pads is \(1, 1\), expected two pairs of pixels"),
         (lambda: conv(scale=float("nan")), r"x\.y: scale is nan; it must be a number within"),
-        (lambda: Layer("a", "dense", (2, 2), (4,)), "a dense of these sizes gives nothing"),
+        (lambda: Layer("a", "dense", (2, 2), (4,)), r"a dense of these sizes gives \(2, 4\)"),
+        (lambda: Layer("a", "dense", (2, 2, 2), (4,)), "a dense of these sizes gives nothing"),
+        (lambda: Layer("a", "embedding", (1,), (1, 3)), "embedding of these sizes gives nothing"),
+        (lambda: Layer("a", "layer_norm", (3,), (3,)), "layer_norm of these sizes gives nothing"),
+        (
+            lambda: Layer("a", "attention", (2, 6), (2, 6), ("b", "c", "d"), heads=4),
+            "an? attention of these sizes gives nothing",
+        ),
+        (lambda: conv(heads=0), r"x\.y: heads is 0; it must be an integer from 1"),
+        (lambda: conv(causal=1), r"x\.y: causal is 1, expected bool"),
+        (lambda: conv(num_codes=True), r"x\.y: num_codes is True, expected int"),
         (lambda: Layer("a", "reshape", (2, 2), (5,)), "a reshape of these sizes gives nothing"),
         (lambda: Layer("a", "to_vectors", (3, 2, 2), (6, 2)), "to_vectors of these sizes gives n"),
         (lambda: Layer("a", "to_grid", (4, 3), (4, 1, 3)), "a to_grid of these sizes gives nothi"),

@@ -14,20 +14,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from vqref.likelihoods import sigmoid
 from vqref.spec import Layer, ModelSpec, Step, plan
-from vqref.validation import Float64, Params, as_float64, as_images
+from vqref.validation import Float64, Int64, Params, as_float64, as_images
 
 Gradients = tuple[Float64, ...]
 
 WINDOW_BYTES = 64 * 2**20
 """Bytes that the widest row's windows may take at once; a batch of any size then needs about
 0.2 GiB."""
+
+
+NORM_EPSILON = 1e-5
+"""What layer_norm adds to a variance."""
 
 
 def encode(spec: ModelSpec, params: Params, images: npt.ArrayLike) -> Float64:
@@ -44,13 +48,13 @@ def decode(spec: ModelSpec, params: Params, quantized: npt.ArrayLike) -> Float64
     return run(spec.decoder, params, as_float64("quantized", quantized, shape))
 
 
-def run(layers: Sequence[Layer], params: Params, x: Float64) -> Float64:
+def run(layers: Sequence[Layer], params: Params, x: Float64 | Int64) -> Float64:
     """Applies the rows to x (N, *layers[0].in_shape), a few images at a time."""
     weights, steps = weights_of(layers, params), plan(layers)
     size = max(1, WINDOW_BYTES // max(_window_bytes(layer) for layer in layers))
     out = np.empty((len(x), *layers[-1].out_shape))
     for start in range(0, len(x), size):
-        values = {0: x[start : start + size]}
+        values: dict[int, Any] = {0: x[start : start + size]}
         for number, step in enumerate(steps, 1):
             y = before_activation(step, values, weights)
             for spent in step.spent:
@@ -61,7 +65,7 @@ def run(layers: Sequence[Layer], params: Params, x: Float64) -> Float64:
 
 
 def backward(
-    layers: Sequence[Layer], params: Params, x: Float64, gradient: Float64
+    layers: Sequence[Layer], params: Params, x: Float64 | Int64, gradient: Float64
 ) -> tuple[Float64, dict[str, Float64]]:
     """The gradients of a number with respect to x (N, *layers[0].in_shape) and to every parameter
     of the rows, from its gradient with respect to ``run(layers, params, x)``; a few images at a
@@ -69,11 +73,11 @@ def backward(
     weights, steps = weights_of(layers, params), plan(layers)
     held = sum(_window_bytes(layer) for layer in layers)
     size = max(1, WINDOW_BYTES // held)
-    of_x = np.empty_like(x)
+    of_x = np.empty(x.shape)
     found = {name: np.zeros(shape) for layer in layers for name, shape in layer.parameters}
     for start in range(0, len(x), size):
         part = slice(start, start + size)
-        values, before = {0: x[part]}, dict[int, Float64]()
+        values, before = dict[int, Any]({0: x[part]}), dict[int, Float64]()
         for number, step in enumerate(steps, 1):
             before[number] = before_activation(step, values, weights)
             values[number] = ACTIVATIONS[step.layer.activation].value(before[number])
@@ -144,7 +148,7 @@ def conv_transpose_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
 
 
 def dense(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
-    """y[n,o] = bias[o] + sum over i of weight[o,i] * x[n,i]."""
+    """y[...,o] = bias[o] + sum over i of weight[o,i] * x[...,i]."""
     return x @ weight.T + bias
 
 
@@ -155,7 +159,8 @@ def dense_backward(
 
 
 def dense_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
-    return g.T @ x, g.sum(axis=0)
+    flat = g.reshape(-1, g.shape[-1])
+    return flat.T @ x.reshape(-1, x.shape[-1]), flat.sum(axis=0)
 
 
 def reshape(layer: Layer, x: Float64) -> Float64:
@@ -203,6 +208,95 @@ def activation_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
     return (g,)
 
 
+def embedding(layer: Layer, x: Int64, weight: Float64, bias: Float64) -> Float64:
+    """y[n,s] = bias[s] + weight[x[n,s-1]]; y[n,0] = bias[0]."""
+    y = np.repeat(bias[None], len(x), axis=0)
+    y[:, 1:] += weight[x[:, :-1]]
+    return y
+
+
+def embedding_backward(
+    layer: Layer, g: Float64, x: Int64, weight: Float64, bias: Float64
+) -> Gradients:
+    """Indices have no gradient: 0."""
+    return (np.zeros(x.shape),)
+
+
+def embedding_learn(layer: Layer, g: Float64, x: Int64) -> Gradients:
+    weight = np.zeros((layer.num_codes, g.shape[2]))
+    np.add.at(weight, x[:, :-1], g[:, 1:])
+    return weight, g.sum(axis=0)
+
+
+def layer_norm(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
+    """y = weight * (x - mean) / sqrt(variance + NORM_EPSILON) + bias, over the last axis (Ba, Kiros
+    and Hinton 2016)."""
+    return weight * _normalised(x)[0] + bias
+
+
+def layer_norm_backward(
+    layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
+) -> Gradients:
+    """With h the normalised x, and c = weight * g: (c - mean(c) - h mean(c h)) / deviation."""
+    (h, deviation), c = _normalised(x), weight * g
+    return ((c - _mean(c) - h * _mean(c * h)) / deviation,)
+
+
+def layer_norm_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    return (g * _normalised(x)[0]).sum(axis=(0, 1)), g.sum(axis=(0, 1))
+
+
+def _normalised(x: Float64) -> tuple[Float64, Float64]:
+    """x without its mean and of unit variance along the last axis, and what it was divided by."""
+    centred = x - _mean(x)
+    deviation = np.sqrt(_mean(np.square(centred)) + NORM_EPSILON)
+    return centred / deviation, deviation
+
+
+def _mean(x: Float64) -> Float64:
+    mean: Float64 = x.mean(axis=-1, keepdims=True)
+    return mean
+
+
+def attention(layer: Layer, q: Float64, k: Float64, v: Float64) -> Float64:
+    """In each head y[n,s] = sum over t of a[n,s,t] * v[n,t], a the softmax over t of
+    q[n,s].k[n,t] / sqrt(size of a head) (Vaswani et al. 2017); causal: over t <= s."""
+    return _joined(_weights(layer, q, k) @ _heads(layer, v))
+
+
+def attention_backward(layer: Layer, g: Float64, q: Float64, k: Float64, v: Float64) -> Gradients:
+    """With b = g.v': of the scores, a * (b - sum over t of a * b)."""
+    a, (q, k, v, g) = _weights(layer, q, k), (_heads(layer, each) for each in (q, k, v, g))
+    b = g @ v.swapaxes(2, 3)
+    scores = a * (b - (a * b).sum(axis=3, keepdims=True)) / math.sqrt(q.shape[3])
+    pulled = scores @ k, scores.swapaxes(2, 3) @ q, a.swapaxes(2, 3) @ g
+    return tuple(_joined(each) for each in pulled)
+
+
+def _weights(layer: Layer, q: Float64, k: Float64) -> Float64:
+    """a (N, heads, S, S)."""
+    q, k = _heads(layer, q), _heads(layer, k)
+    scores = q @ k.swapaxes(2, 3) / math.sqrt(q.shape[3])
+    if layer.causal:
+        later = np.triu(np.ones(scores.shape[2:], bool), 1)
+        scores = np.where(later, -np.inf, scores)
+    powers = np.exp(scores - scores.max(axis=3, keepdims=True))
+    a: Float64 = powers / powers.sum(axis=3, keepdims=True)
+    return a
+
+
+def _heads(layer: Layer, x: Float64) -> Float64:
+    """(N, S, F) as (N, heads, S, F / heads)."""
+    n, s, size = x.shape
+    return x.reshape(n, s, layer.heads, size // layer.heads).transpose(0, 2, 1, 3)
+
+
+def _joined(x: Float64) -> Float64:
+    """The inverse of ``_heads``."""
+    n, heads, s, size = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(n, s, heads * size)
+
+
 def linear(x: Float64) -> Float64:
     """x."""
     return x
@@ -242,6 +336,24 @@ def silu_slope(x: Float64) -> Float64:
     return slope
 
 
+def gelu(x: Float64) -> Float64:
+    """x (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3) (Hendrycks and Gimpel 2016)."""
+    y: Float64 = 0.5 * x * (1 + np.tanh(_gelu_inner(x)))
+    return y
+
+
+def gelu_slope(x: Float64) -> Float64:
+    t = np.tanh(_gelu_inner(x))
+    inner = math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * np.square(x))
+    slope: Float64 = 0.5 * (1 + t) + 0.5 * x * (1 - np.square(t)) * inner
+    return slope
+
+
+def _gelu_inner(x: Float64) -> Float64:
+    inner: Float64 = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return inner
+
+
 class Kind(NamedTuple):
     """What a row of a kind computes, and its vector-Jacobian products: of its inputs, and of weight
     and bias, if it has them."""
@@ -269,6 +381,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "to_grid": Kind(to_grid, to_grid_backward),
         "add": Kind(add, add_backward),
         "activation": Kind(activation, activation_backward),
+        "embedding": Kind(embedding, embedding_backward, embedding_learn),
+        "layer_norm": Kind(layer_norm, layer_norm_backward, layer_norm_learn),
+        "attention": Kind(attention, attention_backward),
     }
 )
 ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
@@ -277,6 +392,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
         "elu": Activation(elu, elu_slope),
         "relu": Activation(relu, relu_slope),
         "silu": Activation(silu, silu_slope),
+        "gelu": Activation(gelu, gelu_slope),
     }
 )
 
@@ -346,11 +462,14 @@ def _vectors_to_grid(x: Float64, shape: tuple[int, ...]) -> Float64:
 
 
 def _window_bytes(layer: Layer) -> int:
-    """Float64 bytes of one image's windows (conv), taps (conv_transpose) or results."""
+    """Float64 bytes of one image's windows (conv), taps (conv_transpose), weights of places
+    (attention) or results."""
     if layer.kind == "conv":
         return 8 * layer.fan_in * math.prod(layer.out_shape[1:])
     if layer.kind == "conv_transpose":
         return 8 * layer.fan_out * math.prod(layer.in_shape[1:])
+    if layer.kind == "attention":
+        return 8 * 3 * layer.heads * layer.in_shape[0] ** 2
     return 8 * math.prod(layer.out_shape)
 
 

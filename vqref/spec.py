@@ -61,6 +61,8 @@ class Layer:
     kernel, stride, pads: of conv and conv_transpose, in pixels. pads are ((top, bottom), (left,
         right)): zeros around a convolution's input, or what a transposed one crops from its output.
     scale, shift: of affine, which computes scale * x + shift.
+    num_codes: of embedding, K.
+    heads, causal: of attention; whether a place attends to itself and the places before it alone.
 
     Raises ValueError that names the row and what is wrong with it.
     """
@@ -76,6 +78,9 @@ class Layer:
     pads: Pads = ((0, 0), (0, 0))
     scale: float = 1.0
     shift: float = 0.0
+    num_codes: int = 1
+    heads: int = 1
+    causal: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -103,28 +108,27 @@ class Layer:
     @property
     def parameters(self) -> tuple[tuple[str, Shape], ...]:
         """Names and shapes of the row's weight and bias; () if its kind has none."""
-        weight = KINDS[self.kind].weight(self)
-        if weight is None:
-            return ()
-        return (f"{self.name}.weight", weight), (f"{self.name}.bias", self.out_shape[:1])
+        shapes = zip(("weight", "bias"), KINDS[self.kind].parameters(self), strict=False)
+        return tuple((f"{self.name}.{name}", shape) for name, shape in shapes)
 
     @property
     def fan_in(self) -> int:
         """How many numbers each output adds up, at most."""
-        return self.in_shape[0] * math.prod(self.kernel)
+        return self._width(self.in_shape) * math.prod(self.kernel)
 
     @property
     def fan_out(self) -> int:
         """How many outputs each number reaches, at most."""
-        return self.out_shape[0] * math.prod(self.kernel)
+        return self._width(self.out_shape) * math.prod(self.kernel)
+
+    def _width(self, shape: Shape) -> int:
+        """Channels (C, H, W), or elements of a vector (F,) or (S, F)."""
+        return shape[0] if len(shape) == 3 else shape[-1]
 
     @property
     def products(self) -> int:
-        """Multiplications per image; 0 if the kind has no weight."""
-        if not self.parameters:
-            return 0
-        positions = self.in_shape if self.kind == "conv_transpose" else self.out_shape
-        return math.prod(self.parameters[0][1]) * math.prod(positions[1:])
+        """Multiplications per image; 0 if the kind has no sums of products."""
+        return KINDS[self.kind].products(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain data, without fields that stand at their defaults."""
@@ -153,11 +157,12 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Layer)}
 
 @dataclass(frozen=True)
 class Kind:
-    """What follows from a row of a kind: the shape of its result, () if none fits, and that of its
-    weight, None if it has none. inputs: how many it takes."""
+    """What follows from a row of a kind: the shape of its result, () if none fits; those of its
+    weight and bias, () if it has none; how many products it adds up. inputs: how many it takes."""
 
     out_shape: Callable[[Layer], Shape]
-    weight: Callable[[Layer], Shape | None] = lambda row: None
+    parameters: Callable[[Layer], tuple[Shape, ...]] = lambda row: ()
+    products: Callable[[Layer], int] = lambda row: 0
     inputs: int = 1
 
 
@@ -189,22 +194,54 @@ def _to_grid(row: Layer) -> Shape:
     return _reshape(row) if fits and row.out_shape[0] % row.in_shape[1] == 0 else ()
 
 
+def _dense(row: Layer) -> Shape:
+    return (*row.in_shape[:-1], row.out_shape[-1]) if len(row.in_shape) in (1, 2) else ()
+
+
+def _embedding(row: Layer) -> Shape:
+    fits = len(row.out_shape) == 2 and row.in_shape == row.out_shape[:1] and row.in_shape[0] > 1
+    return row.out_shape if fits else ()
+
+
+def _layer_norm(row: Layer) -> Shape:
+    return row.in_shape if len(row.in_shape) == 2 else ()
+
+
+def _attention(row: Layer) -> Shape:
+    fits = len(row.in_shape) == 2 and row.heads > 0 and row.in_shape[1] % row.heads == 0
+    return row.in_shape if fits else ()
+
+
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "affine": Kind(lambda row: row.in_shape),
-        "conv": Kind(_conv, lambda row: (row.out_shape[0], row.in_shape[0], *row.kernel)),
+        "conv": Kind(
+            _conv,
+            lambda row: ((row.out_shape[0], row.in_shape[0], *row.kernel), row.out_shape[:1]),
+            lambda row: row.fan_in * math.prod(row.out_shape),
+        ),
         "conv_transpose": Kind(
-            _conv_transpose, lambda row: (row.in_shape[0], row.out_shape[0], *row.kernel)
+            _conv_transpose,
+            lambda row: ((row.in_shape[0], row.out_shape[0], *row.kernel), row.out_shape[:1]),
+            lambda row: row.fan_out * math.prod(row.in_shape),
         ),
         "dense": Kind(
-            lambda row: row.out_shape[:1] if len(row.in_shape) == 1 else (),
-            lambda row: (row.out_shape[0], row.in_shape[0]),
+            _dense,
+            lambda row: ((row.out_shape[-1], row.in_shape[-1]), row.out_shape[-1:]),
+            lambda row: row.fan_in * math.prod(row.out_shape),
         ),
         "reshape": Kind(_reshape),
         "to_vectors": Kind(_to_vectors),
         "to_grid": Kind(_to_grid),
         "add": Kind(lambda row: row.in_shape, inputs=2),
         "activation": Kind(lambda row: row.in_shape),
+        "embedding": Kind(
+            _embedding, lambda row: ((row.num_codes, row.out_shape[1]), row.out_shape)
+        ),
+        "layer_norm": Kind(_layer_norm, lambda row: (row.in_shape[1:], row.in_shape[1:])),
+        "attention": Kind(
+            _attention, products=lambda row: 2 * row.in_shape[0] * math.prod(row.in_shape), inputs=3
+        ),
     }
 )
 """By name:
@@ -212,15 +249,18 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 affine          scale * x + shift, of constants
 conv            weight (C', C, kh, kw), as ``torch.nn.Conv2d`` has it
 conv_transpose  weight (C, C', kh, kw), the gradient of such a convolution; stride 1 or 2
-dense           weight (F', F)
+dense           weight (F', F), of a vector, or of each vector of (S, F)
 reshape         the same elements in row-major order under another shape
 to_vectors      (g*D, h, w) to (S, D): position (i, j) of group m is vector (i*w + j)*g + m
 to_grid         its inverse
 add             the sum of two rows
 activation      an activation alone
+embedding       indices (S,) to (S, F): weight (K, F) of the index before a place, and bias (S, F)
+layer_norm      each vector of (S, F) less its mean, over its deviation; weight and bias (F,)
+attention       of queries, keys and values (S, F) each, in heads
 """
 
-ACTIVATIONS = ("linear", "elu", "relu", "silu")
+ACTIVATIONS = ("linear", "elu", "relu", "silu", "gelu")
 
 
 @dataclass(frozen=True)
@@ -332,6 +372,8 @@ class ModelSpec:
         ends = rows[0].in_shape, rows[-1].out_shape
         if ends != (first, last):
             raise ValueError(f"the {name} maps {ends[0]} to {ends[1]}, expected {first} to {last}")
+        if taken := [row.name for row in rows if row.kind == "embedding"]:
+            raise ValueError(f"{taken[0]}: takes indices; it belongs to a prior")
         if foreign := [row.name for row in rows if not row.name.startswith(f"{name}.")]:
             raise ValueError(f"{foreign[0]}: the name of a row of the {name} begins with {name}.")
 
@@ -414,11 +456,13 @@ def require_sizes(name: str, sizes: Shape) -> None:
 _PAIRS = {"kernel", "value_range"}
 _NUMBERS = {"scale", "shift", "variance"}
 _NAMES = {"name", "kind", "activation", "family", "likelihood", "initial"}
+_TRUTHS = {"causal"}
 _TUPLES = {"in_shape", "out_shape", "inputs", "image_shape", "latent_shape", "pads", *_PAIRS}
 _WANTED: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(_NAMES, (str,)),
     **dict.fromkeys(_NUMBERS, (int, float)),
     **dict.fromkeys(_TUPLES, (tuple,)),
+    **dict.fromkeys(_TRUTHS, (bool,)),
 }
 """The types of fields; the others are integers."""
 
@@ -428,7 +472,7 @@ def _require_types(values: Mapping[str, Any], whose: str = "") -> None:
     ValueError."""
     for name, value in values.items():
         wanted = _WANTED.get(name, (int,))
-        if not isinstance(value, wanted) or isinstance(value, bool):
+        if not isinstance(value, wanted) or isinstance(value, bool) != (wanted == (bool,)):
             found = ascii(value)[:80]
             raise ValueError(f"{whose}{name} is {found}, expected {wanted[-1].__name__}")
         if name in _NUMBERS:
@@ -441,7 +485,7 @@ def _require_types(values: Mapping[str, Any], whose: str = "") -> None:
     names = (*values.get("inputs", ()), values.get("family", "x"))
     if wrong := [n for n in names if not isinstance(n, str) or not NAME.fullmatch(n)]:
         raise ValueError(f"{whose}{ascii(wrong[0])[:80]} is no name, expected words and dots")
-    for name in {"kernel", "stride"} & values.keys():
+    for name in {"kernel", "stride", "num_codes", "heads"} & values.keys():
         size = values[name]
         require_sizes(whose + name, size if isinstance(size, tuple) else (size,))
     pads = values.get("pads")

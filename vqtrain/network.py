@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vqref.network import NORM_EPSILON
 from vqref.spec import Layer, plan
 
 
@@ -206,6 +207,22 @@ def activation(layer: Layer, x: Tensor) -> Tensor:
     return x
 
 
+def embedding(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.pad(F.embedding(x[:, :-1], weight), (0, 0, 1, 0)) + bias
+
+
+def layer_norm(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, NORM_EPSILON)
+
+
+def attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    n, places, size = q.shape
+    shape = (n, places, layer.heads, size // layer.heads)
+    q, k, v = (each.reshape(shape).transpose(1, 2) for each in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=layer.causal)
+    return y.transpose(1, 2).reshape(n, places, size)
+
+
 class Elu(torch.autograd.Function):
     """ELU that keeps its result for the gradient, not its input: no exponential on the way back.
     PyTorch's own does so in place alone, which costs copies of a view."""
@@ -240,6 +257,10 @@ def silu(x: Tensor) -> Tensor:
     return F.silu(x)
 
 
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 KINDS: dict[str, Callable[..., Tensor]] = {
     "affine": affine,
     "conv": conv,
@@ -250,10 +271,14 @@ KINDS: dict[str, Callable[..., Tensor]] = {
     "to_grid": to_grid,
     "add": add,
     "activation": activation,
+    "embedding": embedding,
+    "layer_norm": layer_norm,
+    "attention": attention,
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": linear,
     "elu": elu,
     "relu": relu,
     "silu": silu,
+    "gelu": gelu,
 }

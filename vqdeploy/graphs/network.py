@@ -6,6 +6,7 @@ tensors under the spec's parameter names.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from vqdeploy.runtime.protobuf import DTYPE_NUMBERS, Node, Tensor, attributes_of
 from vqdeploy.stages import INDEX_TYPES
+from vqref.network import NORM_EPSILON
 from vqref.spec import Layer, plan
 from vqref.validation import Array, Params
 
@@ -189,7 +191,15 @@ def _window(builder: GraphBuilder, layer: Layer, output: str, x: str, starts: Se
 
 
 def dense(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    return builder.node("Gemm", [x, *builder.weights(layer)], output, transB=1)
+    """A Gemm; of several vectors a product with the transposed weight, which takes any axes."""
+    if len(layer.in_shape) == 1:
+        return builder.node("Gemm", [x, *builder.weights(layer)], output, transB=1)
+    (weight, _), (bias, _) = layer.parameters
+    values = builder.rounded(weight, builder.params[weight])
+    turned = builder.constant(f"{weight}.transposed", values.T)
+    x = builder.node("MatMul", [x, turned], f"{output}.products")
+    rounded = builder.rounded(bias, builder.params[bias])
+    return builder.node("Add", [x, builder.constant(bias, rounded)], output)
 
 
 def reshape(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
@@ -230,6 +240,58 @@ def activation(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
     return x if layer.activation != "linear" else builder.node("Identity", [x], output)
 
 
+def embedding(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    """The vectors of all indices but the last, one place further, a zero before them."""
+    weight, bias = builder.weights(layer)
+    bounds = [
+        builder.integers(f"{layer.name}.{name}", [value])
+        for name, value in (("first", 0), ("last", -1), ("places", 1))
+    ]
+    x = builder.node("Slice", [x, *bounds], f"{output}.earlier")
+    x = builder.node("Gather", [weight, x], f"{output}.vectors")
+    pads = builder.integers(f"{layer.name}.pads", [0, 1, 0, 0, 0, 0])
+    x = builder.node("Pad", [x, pads], f"{output}.moved")
+    return builder.node("Add", [x, bias], output)
+
+
+def layer_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    inputs = [x, *builder.weights(layer)]
+    return builder.node("LayerNormalization", inputs, output, axis=-1, epsilon=NORM_EPSILON)
+
+
+def attention(builder: GraphBuilder, layer: Layer, output: str, q: str, k: str, v: str) -> str:
+    """Scores of later places are so far below all others that their weight is exactly 0."""
+    places, size = layer.in_shape
+    part = size // layer.heads
+    q, k, v = (
+        _in_heads(builder, layer, f"{output}.{name}", each, perm)
+        for name, each, perm in (
+            ("queries", q, [0, 2, 1, 3]),
+            ("keys", k, [0, 2, 3, 1]),
+            ("values", v, [0, 2, 1, 3]),
+        )
+    )
+    x = builder.node("MatMul", [q, k], f"{output}.products")
+    scale = builder.constant(f"{layer.name}.scale", builder.rounded(layer.name, part**-0.5))
+    x = builder.node("Mul", [x, scale], f"{output}.scores")
+    if layer.causal:
+        later = np.triu(np.full((places, places), -6e4 if builder.half else -3e38), 1)
+        mask = builder.constant(f"{layer.name}.later", builder.rounded(layer.name, later))
+        x = builder.node("Add", [x, mask], f"{output}.masked")
+    x = builder.node("Softmax", [x], f"{output}.weights", axis=-1)
+    x = builder.node("MatMul", [x, v], f"{output}.heads")
+    x = builder.node("Transpose", [x], f"{output}.places", perm=[0, 2, 1, 3])
+    return reshape(builder, layer, output, x)
+
+
+def _in_heads(builder: GraphBuilder, layer: Layer, output: str, x: str, perm: Sequence[int]) -> str:
+    """(N, S, F) as (N, S, heads, F / heads), its axes in the order ``perm``."""
+    places, size = layer.in_shape
+    shape = (places, layer.heads, size // layer.heads)
+    x = _reshaped(builder, f"{layer.name}.heads_shape", f"{output}.split", x, shape)
+    return builder.node("Transpose", [x], output, perm=list(perm))
+
+
 KINDS: dict[str, Callable[..., str]] = {
     "affine": affine,
     "conv": conv,
@@ -240,6 +302,9 @@ KINDS: dict[str, Callable[..., str]] = {
     "to_grid": to_grid,
     "add": add,
     "activation": activation,
+    "embedding": embedding,
+    "layer_norm": layer_norm,
+    "attention": attention,
 }
 
 
@@ -264,4 +329,26 @@ def silu(builder: GraphBuilder, output: str, x: str) -> str:
     return builder.node("Mul", [x, builder.node("Sigmoid", [x], f"{output}.gate")], output)
 
 
-ACTIVATIONS: dict[str, Callable[..., str]] = {"elu": elu, "relu": relu, "silu": silu}
+def gelu(builder: GraphBuilder, output: str, x: str) -> str:
+    """x * (1/2 + tanh(sqrt(2 / pi) x (1 + 0.044715 x^2)) / 2): opset 18 has no Gelu."""
+    half, one, cube, scale = (
+        builder.constant(f"gelu.{name}", builder.rounded(name, value))
+        for name, value in (
+            ("half", 0.5),
+            ("one", 1.0),
+            ("cube", 0.044715),
+            ("scale", math.sqrt(2 / math.pi)),
+        )
+    )
+    square = builder.node("Mul", [x, x], f"{output}.square")
+    bent = builder.node("Mul", [square, cube], f"{output}.cubic")
+    bent = builder.node("Add", [bent, one], f"{output}.bent")
+    inner = builder.node("Mul", [x, scale], f"{output}.scaled")
+    inner = builder.node("Mul", [inner, bent], f"{output}.inner")
+    gate = builder.node("Tanh", [inner], f"{output}.tanh")
+    gate = builder.node("Mul", [gate, half], f"{output}.halved")
+    gate = builder.node("Add", [gate, half], f"{output}.gate")
+    return builder.node("Mul", [x, gate], output)
+
+
+ACTIVATIONS: dict[str, Callable[..., str]] = {"elu": elu, "relu": relu, "silu": silu, "gelu": gelu}
