@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ from vqref.network import backward, decode, encode
 from vqref.quantizer import quantize
 from vqref.spec import CODEBOOK, ModelSpec, Parameter
 from vqref.validation import Float64, Int64, Params, as_images, as_indices, check_params
+
+if TYPE_CHECKING:
+    from vqref.prior import PriorSpec
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,9 @@ class Forward:
     losses: Losses
 
 
-def init_params(spec: ModelSpec, rng: np.random.Generator) -> dict[str, npt.NDArray[np.float32]]:
+def init_params(
+    spec: ModelSpec | PriorSpec, rng: np.random.Generator
+) -> dict[str, npt.NDArray[np.float32]]:
     """Fresh parameters {name: float32 array}, each as ``Parameter.initial`` says."""
     params: dict[str, npt.NDArray[np.float32]] = {}
     for parameter in spec.parameters:
@@ -57,6 +63,7 @@ INITIALS: dict[str, Callable[[Parameter, np.random.Generator], Float64]] = {
     "uniform": _uniform,
     "truncated_normal": _truncated_normal,
     "zeros": lambda parameter, rng: np.zeros(parameter.shape),
+    "ones": lambda parameter, rng: np.ones(parameter.shape),
 }
 
 

@@ -40,7 +40,7 @@ class Parameter:
     """One array of the model: its name in every file format, its shape, and how it starts.
 
     initial: "uniform" in ±``scale``, "truncated_normal" of standard deviation ``scale`` cut off at
-    two of them, "zeros", or "codebook", a copy of the codebook.
+    two of them, "zeros", "ones", or "codebook", a copy of the codebook.
     """
 
     name: str

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from vqref.prior import PriorSpec
     from vqref.spec import ModelSpec
 
 Array = npt.NDArray[Any]
@@ -53,7 +54,7 @@ def as_indices(indices: npt.ArrayLike, shape: tuple[int | str, ...], num_codes: 
     return values.astype(np.int64)
 
 
-def check_params(spec: ModelSpec, params: Params) -> None:
+def check_params(spec: ModelSpec | PriorSpec, params: Params) -> None:
     """Holds names, shapes, dtypes and finiteness of parameters to the spec. Raises ValueError."""
     expected = {parameter.name: parameter.shape for parameter in spec.parameters}
     if missing := [name for name in expected if name not in params]:
