@@ -368,12 +368,12 @@ class ModelSpec:
     def _require_chain(self, name: str, rows: tuple[Layer, ...], first: Shape, last: Shape) -> None:
         if not 1 <= len(rows) <= ROW_LIMIT:
             raise ValueError(f"the {name} has {len(rows)} rows, expected 1 to {ROW_LIMIT}")
+        if taken := [row.name for row in rows if row.kind == "embedding"]:
+            raise ValueError(f"{taken[0]}: takes indices; it belongs to a prior")
         plan(rows)
         ends = rows[0].in_shape, rows[-1].out_shape
         if ends != (first, last):
             raise ValueError(f"the {name} maps {ends[0]} to {ends[1]}, expected {first} to {last}")
-        if taken := [row.name for row in rows if row.kind == "embedding"]:
-            raise ValueError(f"{taken[0]}: takes indices; it belongs to a prior")
         if foreign := [row.name for row in rows if not row.name.startswith(f"{name}.")]:
             raise ValueError(f"{foreign[0]}: the name of a row of the {name} begins with {name}.")
 
