@@ -6,14 +6,21 @@ import itertools
 import json
 
 import numpy as np
+import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vqref
+from vqdeploy.graphs.prior import build_prior_graph
+from vqdeploy.runtime.library import onnxruntime
+from vqdeploy.runtime.protobuf import read_graph
+from vqdeploy.stages import prior_ports
 from vqref import prior
 from vqref.prior import PriorSpec, categorical, certified, choose, gumbel, transformer
 from vqref.spec import Layer
+from vqtrain.prior import Prior
 
 SPEC = transformer(6, 5, width=8, depth=2, heads=2)
 TINY = transformer(3, 4, width=8, depth=2, heads=2)
@@ -95,6 +102,110 @@ def test_gradients_are_difference_quotients(case):
         )
         expected = (upper - lower) / (2 * h)
         assert abs((found[name] * direction).sum() - expected) <= 1e-6 * max(1, abs(expected))
+
+
+def in_torch(spec, params, dtype=np.float64):
+    return Prior(spec, {name: array.astype(dtype) for name, array in params.items()}).eval()
+
+
+def test_pytorch_agrees_with_the_oracle_in_full_and_step_by_step(case):
+    spec, params, indices = case
+    module, rows = in_torch(spec, params), torch.from_numpy(indices)
+    full = prior.log_probabilities(spec, params, indices)
+    with torch.no_grad():
+        assert off(module(rows).numpy(), full) <= 1e-12
+        assert off(module.nats(rows).numpy(), prior.nats(spec, params, indices)) <= 1e-11
+    cache = module.begin(len(indices))
+    for s in range(spec.latent_size):
+        assert off(module.step(rows[:, s - 1], s, cache).numpy(), full[:, s]) <= 1e-12
+    assert module.params().keys() == params.keys()
+
+
+def test_pytorch_pulls_back_the_oracles_gradients(case):
+    spec, params, indices = case
+    module = in_torch(spec, params)
+    module.nats(torch.from_numpy(indices)).mean().backward()
+    _, expected = prior.gradients(spec, params, indices)
+    for name, parameter in module.named_parameters():
+        scale = np.abs(expected[name]).max()
+        assert off(parameter.grad.numpy(), expected[name]) <= 1e-12 * max(1, scale)
+
+
+def test_pytorchs_probabilities_add_up_to_1_and_see_nothing_ahead():
+    module = in_torch(TINY, params_of(TINY), np.float32)
+    sequences = torch.from_numpy(every_sequence(TINY))
+    with torch.no_grad():
+        total = (-module.nats(sequences)).double().exp().sum().item()
+        assert abs(total - 1) <= 1e-6
+        usual = module(sequences)
+        for s in range(TINY.latent_size):
+            changed = sequences.clone()
+            changed[:, s] = (changed[:, s] + 1) % TINY.num_codes
+            assert torch.equal(module(changed)[:, : s + 1], usual[:, : s + 1])
+
+
+def in_onnx(stage, spec, params, **options):
+    """The graph, checked by onnx, in onnxruntime."""
+    graph = build_prior_graph(stage, spec, params, **{"opset": 18, **options})
+    content = graph.to_bytes()
+    onnx.checker.check_model(content, full_check=True)
+    assert read_graph(stage, content).to_bytes() == content
+    return onnxruntime().InferenceSession(content, providers=["CPUExecutionProvider"])
+
+
+def step_by_step(session, spec, indices, index_type="int64"):
+    """log p (N, S, K) of indices by the graph of one step."""
+    shape = prior_ports(spec)["prior_step"]["keys"].shape[1:]
+    keys = values = np.zeros((len(indices), *shape), np.float32)
+    found = []
+    for s in range(spec.latent_size):
+        log_p, keys, values = session.run(
+            None,
+            {
+                "previous": indices[:, s - 1].astype(index_type),
+                "position": np.array([s]),
+                "keys": keys,
+                "values": values,
+            },
+        )
+        found.append(log_p)
+    return np.stack(found, axis=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"opset": 20}, {"index_type": "int32"}, {"batch": 7}])
+def test_both_graphs_agree_with_the_oracle(case, options):
+    spec, params, indices = case
+    expected = prior.log_probabilities(spec, params, indices)
+    dtype = options.get("index_type", "int64")
+    whole = in_onnx("prior", spec, params, **options)
+    (found,) = whole.run(None, {"indices": indices.astype(dtype)})
+    assert off(found, expected) <= 1e-5
+    step = in_onnx("prior_step", spec, params, **options)
+    assert off(step_by_step(step, spec, indices, dtype), expected) <= 1e-5
+    if "batch" not in options:
+        (none,) = whole.run(None, {"indices": indices[:0].astype(dtype)})
+        assert none.shape == (0, *expected.shape[1:])
+
+
+def test_the_graphs_probabilities_add_up_to_1_and_see_nothing_ahead():
+    params, sequences = params_of(TINY), every_sequence(TINY)
+    whole = in_onnx("prior", TINY, params)
+    (usual,) = whole.run(None, {"indices": sequences})
+    taken = np.take_along_axis(usual, sequences[..., None], 2).astype(np.float64)
+    assert abs(np.exp(taken.sum(axis=(1, 2))).sum() - 1) <= 1e-6
+    for s in range(TINY.latent_size):
+        changed = sequences.copy()
+        changed[:, s] = (changed[:, s] + 1) % TINY.num_codes
+        (found,) = whole.run(None, {"indices": changed})
+        np.testing.assert_array_equal(found[:, : s + 1], usual[:, : s + 1])
+
+
+def test_dropout_leaves_out_in_training_alone():
+    module = Prior(SPEC, PARAMS, dropout=0.5)
+    rows = torch.from_numpy(INDICES)
+    with torch.no_grad():
+        assert not torch.equal(module.train()(rows), module(rows))
+        assert torch.equal(module.eval()(rows), module(rows))
 
 
 def test_a_categorical_prior_is_the_smoothed_frequencies():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vqref.prior import PriorSpec
 from vqref.spec import ModelSpec
 
 INDICES, INDEX_TYPES = "indices", ("int64", "int32")
@@ -41,6 +42,16 @@ STAGES = {
 """encoder, quantizer and decoder are one stage each; applications run tokenizer and detokenizer."""
 
 
+PRIOR_STAGES = {
+    "prior": Stage(("indices",), ("log_probabilities",)),
+    "prior_step": Stage(
+        ("previous", "position", "keys", "values"),
+        ("log_probabilities", "next_keys", "next_values"),
+    ),
+}
+"""Of a bundle with a prior: all positions at once, and one position after another."""
+
+
 def ports(
     spec: ModelSpec, batch: int | None = None, index_type: str = INDEX_TYPES[0]
 ) -> dict[str, Port]:
@@ -60,3 +71,27 @@ def ports(
         Port("reconstructions", "float32", (n, *spec.image_shape)),
     )
     return {port.name: port for port in found}
+
+
+def prior_ports(
+    spec: PriorSpec, batch: int | None = None, index_type: str = INDEX_TYPES[0]
+) -> dict[str, dict[str, Port]]:
+    """Every array that enters or leaves each of ``PRIOR_STAGES``, by name. batch, index_type: as of
+    ``ports``."""
+    n: int | str = "N" if batch is None else batch
+    places, width = spec.attention[0].in_shape if spec.rows else (spec.latent_size, 1)
+    kept = (n, max(1, len(spec.attention)), places, width)
+    whole = (
+        Port(INDICES, index_type, (n, spec.latent_size)),
+        Port("log_probabilities", "float32", (n, spec.latent_size, spec.num_codes)),
+    )
+    step = (
+        Port("previous", index_type, (n,)),
+        Port("position", "int64", (1,)),
+        *(Port(name, "float32", kept) for name in ("keys", "values", "next_keys", "next_values")),
+        Port("log_probabilities", "float32", (n, spec.num_codes)),
+    )
+    return {
+        stage: {port.name: port for port in found}
+        for stage, found in (("prior", whole), ("prior_step", step))
+    }

@@ -79,6 +79,8 @@ class PriorSpec:
             if not row.name.startswith("prior."):
                 raise ValueError(f"{row.name}: the name of a row of the prior begins with prior.")
             _require_causal(row, first)
+        if len({row.in_shape for row in self.attention}) > 1:
+            raise ValueError("the prior's rows of attention have several sizes, expected one")
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:

@@ -14,27 +14,27 @@ from vqref.spec import Layer, plan
 
 
 class Network(nn.Module):
-    """The rows of one network. ``state_dict`` has the spec's parameter names: a row
+    """The rows of one network, in their order. ``state_dict`` has the spec's parameter names: a row
     ``encoder.block1.conv3`` is the module ``block1.conv3`` of the encoder."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
-        self._rows: list[Row] = []
+        self.rows: list[Row] = []
         for step in plan(layers):
             row = Row(step.layer)
             row.sources, row.spent = step.sources, step.spent
-            self._rows.append(row)
+            self.rows.append(row)
             if step.layer.parameters:
                 _place(self, step.layer.name.split(".")[1:], row)
 
     def forward(self, x: Tensor) -> Tensor:
         values = {0: x}
-        for number, row in enumerate(self._rows, 1):
+        for number, row in enumerate(self.rows, 1):
             y = row(*[values[source] for source in row.sources])
             for spent in row.spent:
                 del values[spent]
             values[number] = y
-        return values[len(self._rows)]
+        return values[len(self.rows)]
 
 
 class Row(nn.Module):
@@ -216,10 +216,11 @@ def layer_norm(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One query alone is that of the last place, which sees all keys."""
     n, places, size = q.shape
-    shape = (n, places, layer.heads, size // layer.heads)
+    shape = (n, -1, layer.heads, size // layer.heads)
     q, k, v = (each.reshape(shape).transpose(1, 2) for each in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, is_causal=layer.causal)
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=layer.causal and places > 1)
     return y.transpose(1, 2).reshape(n, places, size)
 
 

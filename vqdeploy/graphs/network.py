@@ -260,35 +260,60 @@ def layer_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def attention(builder: GraphBuilder, layer: Layer, output: str, q: str, k: str, v: str) -> str:
-    """Scores of later places are so far below all others that their weight is exactly 0."""
+    later = None
+    if layer.causal:
+        both = numbers_of_places(builder, layer.in_shape[0])
+        later = builder.node("Greater", both, f"{output}.later")
+    return attended(builder, layer, output, (q, k, v), layer.in_shape[0], later)
+
+
+def numbers_of_places(builder: GraphBuilder, count: int) -> tuple[str, str]:
+    """The numbers of places as a row (S,) and as a column (S, 1)."""
+    row = builder.integers(f"places{count}", range(count))
+    return row, builder.constant(f"{row}.column", np.arange(count, dtype=np.int64)[:, None])
+
+
+def attended(
+    builder: GraphBuilder,
+    layer: Layer,
+    output: str,
+    inputs: Sequence[str],
+    queries: int,
+    later: str | None,
+) -> str:
+    """Attention of so many queries (N, Q, F) to keys and values (N, S, F). later: which of S places
+    a query does not see, (Q, S) or (S,): their scores are so far below all others that their
+    weight is exactly 0."""
     places, size = layer.in_shape
-    part = size // layer.heads
     q, k, v = (
-        _in_heads(builder, layer, f"{output}.{name}", each, perm)
-        for name, each, perm in (
-            ("queries", q, [0, 2, 1, 3]),
-            ("keys", k, [0, 2, 3, 1]),
-            ("values", v, [0, 2, 1, 3]),
+        _in_heads(builder, layer, f"{output}.{name}", each, count, perm)
+        for name, each, count, perm in zip(
+            ("queries", "keys", "values"),
+            inputs,
+            (queries, places, places),
+            ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]),
+            strict=True,
         )
     )
     x = builder.node("MatMul", [q, k], f"{output}.products")
+    part = size // layer.heads
     scale = builder.constant(f"{layer.name}.scale", builder.rounded(layer.name, part**-0.5))
     x = builder.node("Mul", [x, scale], f"{output}.scores")
-    if layer.causal:
-        later = np.triu(np.full((places, places), -6e4 if builder.half else -3e38), 1)
-        mask = builder.constant(f"{layer.name}.later", builder.rounded(layer.name, later))
-        x = builder.node("Add", [x, mask], f"{output}.masked")
+    if later is not None:
+        low = builder.constant("lowest", builder.rounded("lowest", -6e4 if builder.half else -3e38))
+        x = builder.node("Where", [later, low, x], f"{output}.seen")
     x = builder.node("Softmax", [x], f"{output}.weights", axis=-1)
     x = builder.node("MatMul", [x, v], f"{output}.heads")
     x = builder.node("Transpose", [x], f"{output}.places", perm=[0, 2, 1, 3])
-    return reshape(builder, layer, output, x)
+    return _reshaped(builder, f"{layer.name}.shape", output, x, (queries, size))
 
 
-def _in_heads(builder: GraphBuilder, layer: Layer, output: str, x: str, perm: Sequence[int]) -> str:
-    """(N, S, F) as (N, S, heads, F / heads), its axes in the order ``perm``."""
-    places, size = layer.in_shape
-    shape = (places, layer.heads, size // layer.heads)
-    x = _reshaped(builder, f"{layer.name}.heads_shape", f"{output}.split", x, shape)
+def _in_heads(
+    builder: GraphBuilder, layer: Layer, output: str, x: str, places: int, perm: Sequence[int]
+) -> str:
+    """(N, places, F) as (N, places, heads, F / heads), its axes in the order ``perm``."""
+    shape = (places, layer.heads, layer.in_shape[1] // layer.heads)
+    x = _reshaped(builder, f"{layer.name}.{places}_in_heads", f"{output}.split", x, shape)
     return builder.node("Transpose", [x], output, perm=list(perm))
 
 
