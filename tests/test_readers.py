@@ -10,6 +10,7 @@ import threading
 import tracemalloc
 import warnings
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from vqref.host.images import load, read_npz
 from vqref.host.pictures import Reading, load_any, prepare
 from vqref.host.streams import plain
 from vqref.preprocessing import Preprocessing
+from vqtrain.run.fitting import require_fitting
 from vqtrain.run.folder import latest_state, open_run, read_options
 from vqtrain.run.snapshot import course_of, list_states, load_state, save_state
 
@@ -62,6 +64,11 @@ SURFACES = {
     "manifest.json": manifest,
 }
 """What reads a file of that name."""
+
+
+def fits(spec):
+    """What ``open_run`` holds a snapshot to."""
+    return partial(require_fitting, spec=spec)
 
 
 def promptly(read, path):
@@ -461,7 +468,7 @@ def test_a_sealed_snapshot_that_does_not_fit_is_refused_by_name(
     save_state(tmp_path / "run" / "snapshots", 8, bad)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=rf"step-00000008\.state: its entry .*{said}"):
-        open_run(tmp_path, "run", "r", "auto", run.course, print, SPEC)
+        open_run(tmp_path, "run", "r", "auto", run.course, print, fits(SPEC))
     after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {path: content for path, content in after.items() if path.name != ".lock"} == before
     if name[0] not in ("course", "finished"):
@@ -496,7 +503,7 @@ def test_a_snapshot_that_does_not_fit_is_skipped_for_the_one_before(finished, tm
     save_state(folder, 7, state)
     save_state(folder, 8, changed(state, ["optimizer"], None))
     said = []
-    opened, found = open_run(tmp_path, "run", "r", "auto", run.course, said.append, SPEC)
+    opened, found = open_run(tmp_path, "run", "r", "auto", run.course, said.append, fits(SPEC))
     opened.release()
     assert found["step"] == state["step"]
     assert "step-00000008.state: its entry optimizer is missing" in said[0]
@@ -519,7 +526,7 @@ def test_a_snapshot_of_another_network_is_named_for_its_course(finished, tmp_pat
     nine = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=9, code_size=4)
     course = course_of(nine, run.options, {}, "0" * 64)
     with pytest.raises(UsageError, match="was begun with num_codes 8, not 9"):
-        open_run(tmp_path, "run", "r", "auto", course, print, nine)
+        open_run(tmp_path, "run", "r", "auto", course, print, fits(nine))
 
 
 def test_what_a_killed_run_left_of_snapshots_is_cleaned_by_the_next(tmp_path):

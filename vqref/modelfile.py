@@ -25,6 +25,7 @@ from vqref.families import post
 from vqref.host.files import about, parsed, read_bytes
 from vqref.host.pickles import require_bounded, require_bounded_pickles
 from vqref.preprocessing import Preprocessing
+from vqref.prior import Prior
 from vqref.spec import ModelSpec
 from vqref.validation import Params, check_params
 
@@ -40,10 +41,14 @@ FILE_BYTES = 4 * 2**30
 PREPROCESSING = "preprocessing"
 """The entry that only models of pictures have."""
 
+PRIOR = "prior"
+"""The entry that only models with a learned prior have."""
+
 PLAIN_VALUES, PLAIN_DEPTH = 10**6, 32
 """The most values that an entry of plain data may have, and how deep it may be nested. Lists that
 hold one another take few bytes in a file and without end in JSON."""
 
+_OPTIONAL = (PREPROCESSING, PRIOR)
 _TABLES = ("spec", "parameters", "training", "metrics", "provenance")
 
 _SEAL = b"vqtrain sha256 "
@@ -64,8 +69,10 @@ class Model:
     digested    whether it was read from a file that carries its own digest
     preprocessing  what was done to the pictures that it was trained on, and is to be done to
                 others; None if it was trained on arrays
+    prior       of its tokens; None if none was learned
 
-    Raises ValueError for parameters or a preprocessing that do not fit the spec.
+    Raises ValueError for parameters or a preprocessing that do not fit the spec, and for a prior of
+    another model.
     """
 
     spec: ModelSpec
@@ -75,11 +82,28 @@ class Model:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     digested: bool = False
     preprocessing: Preprocessing | None = None
+    prior: Prior | None = None
 
     def __post_init__(self) -> None:
         check_params(self.spec, self.params)
         if self.preprocessing is not None:
             self.preprocessing.require(self.spec.image_shape)
+        if self.prior is not None:
+            self._require_own(self.prior)
+
+    def _require_own(self, prior: Prior) -> None:
+        sizes = prior.spec.latent_size, prior.spec.num_codes
+        own = self.spec.latent_size, self.spec.num_codes
+        if sizes != own:
+            raise ValueError(f"the prior is of {sizes[0]} indices of {sizes[1]} codes, not {own}")
+        if prior.model != (found := self.digest()):
+            raise ValueError(f"the prior is of model {prior.model:.12}…, this one is {found:.12}…")
+
+    def digest(self) -> str:
+        """Of all but the prior: which model a prior belongs to."""
+        plain = self.to_plain()
+        plain.pop(PRIOR, None)
+        return digest(plain)
 
     def to_plain(self) -> dict[str, Any]:
         """The dictionary that goes into the file, without its digest."""
@@ -94,6 +118,8 @@ class Model:
         }
         if self.preprocessing is not None:
             plain[PREPROCESSING] = self.preprocessing.to_dict()
+        if self.prior is not None:
+            plain[PRIOR] = self.prior.to_plain()
         return plain
 
     @classmethod
@@ -108,26 +134,48 @@ class Model:
                 raise InputError(f"the entry {key!r} is missing or not a dictionary")
             if key != "parameters":
                 require_plain(key, data[key])
-        if unknown := set(data) - {"format", "format_version", *_TABLES, PREPROCESSING, DIGEST}:
+        if unknown := set(data) - {"format", "format_version", *_TABLES, *_OPTIONAL, DIGEST}:
             raise InputError(f"unknown entries: {', '.join(sorted(map(repr, unknown)))}")
         if not isinstance(data["provenance"].get("data", {}), dict):
             raise InputError("the entry provenance.data is not a dictionary")
-        for name, array in data["parameters"].items():
-            dtype = getattr(array, "dtype", type(array).__name__)
-            if not isinstance(name, str) or dtype != np.float32:
-                raise InputError(f"the parameter {name!r} is {dtype}, expected float32")
+        _require_float32(data["parameters"])
+        if PRIOR in data:
+            require_plain(PRIOR, _without_arrays(data[PRIOR]))
+            _require_float32(_arrays(data[PRIOR]))
         try:
             spec = READERS[version](data["spec"])
             params, training, metrics, provenance = (data[key] for key in _TABLES[1:])
             prepared = None
             if PREPROCESSING in data:
                 prepared = Preprocessing.from_dict(data[PREPROCESSING], spec.image_shape)
-            found = cls(spec, params, training, metrics, provenance, DIGEST in data, prepared)
+            prior = Prior.from_plain(data[PRIOR]) if PRIOR in data else None
+            about = training, metrics, provenance, DIGEST in data
+            found = cls(spec, params, *about, prepared, prior)
         except ValueError as error:
             raise InputError(str(error)) from None
         if found.digested and data[DIGEST] != digest(data):
             raise InputError("damaged or changed: its digest is not that of its content")
         return found
+
+
+def _require_float32(arrays: Mapping[Any, Any]) -> None:
+    """Raises InputError for a parameter that is no array of float32."""
+    for name, array in arrays.items():
+        dtype = getattr(array, "dtype", type(array).__name__)
+        if not isinstance(name, str) or dtype != np.float32:
+            raise InputError(f"the parameter {name!r} is {dtype}, expected float32")
+
+
+def _arrays(prior: Any) -> dict[Any, Any]:
+    """The parameters of a prior's entry, if it has any."""
+    found = prior.get("parameters") if isinstance(prior, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _without_arrays(prior: Any) -> Any:
+    if not isinstance(prior, dict):
+        return prior
+    return {key: value for key, value in prior.items() if key != "parameters"}
 
 
 def _read_version_1(fields: Mapping[str, Any]) -> ModelSpec:
@@ -156,13 +204,27 @@ def read(path: str | Path, load: Callable[[BinaryIO], Any]) -> tuple[Model, str]
     with about(Path(path)):
         _require_whole(content)
         data = _loaded(content, load)
-        if isinstance(data, dict) and isinstance(data.get("parameters"), dict):
-            arrays = {name: _as_array(array) for name, array in data["parameters"].items()}
-            sizes = [array.nbytes for array in arrays.values() if isinstance(array, np.ndarray)]
-            if sum(sizes) > len(content):
+        if isinstance(data, dict):
+            data = with_arrays(data, _as_array)
+            arrays = [*_arrays(data).values(), *_arrays(data.get(PRIOR)).values()]
+            if sum(array.nbytes for array in arrays if isinstance(array, np.ndarray)) > len(
+                content
+            ):
                 raise InputError("its parameters claim to be larger than the file")
-            data = {**data, "parameters": arrays}
         return Model.from_plain(data), hashlib.sha256(content).hexdigest()
+
+
+def with_arrays(plain: Mapping[str, Any], turn: Callable[[Any], Any]) -> dict[str, Any]:
+    """A file's entries with every array, of the model and of a prior, as ``turn`` gives it."""
+
+    def turned(entries: Mapping[str, Any]) -> dict[str, Any]:
+        arrays = {name: turn(array) for name, array in _arrays(entries).items()}
+        return {**entries, "parameters": arrays} if arrays else dict(entries)
+
+    found = turned(plain)
+    if isinstance(plain.get(PRIOR), dict):
+        found[PRIOR] = turned(plain[PRIOR])
+    return found
 
 
 def seal(content: bytes) -> bytes:
@@ -223,8 +285,11 @@ def digest(plain: Mapping[str, Any]) -> str:
     """Of all entries but DIGEST: names, dtypes, shapes and bytes of the parameters, arrays, and the
     others as JSON."""
     others = {key: value for key, value in plain.items() if key not in ("parameters", DIGEST)}
+    arrays = {**plain["parameters"], **_arrays(plain.get(PRIOR))}
+    if PRIOR in others:
+        others[PRIOR] = _without_arrays(others[PRIOR])
     found = hashlib.sha256(json.dumps(others, sort_keys=True, allow_nan=False).encode())
-    for name, value in sorted(plain["parameters"].items()):
+    for name, value in sorted(arrays.items()):
         array = np.ascontiguousarray(value)
         found.update(json.dumps([name, array.dtype.str, value.shape]).encode())
         found.update(array.data)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +111,45 @@ class PriorSpec:
             raise ValueError(f"the prior's rows are no list of at most {ROW_LIMIT} rows")
         rows = tuple(Layer.from_dict(row) for row in fields["rows"])
         return cls(**{**fields, "rows": rows})
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A trained prior: its spec and parameters, the digest of the model whose tokens it is of, how
+    it was trained and what was measured, plain data.
+
+    Raises ValueError for parameters that do not fit the spec.
+    """
+
+    spec: PriorSpec
+    params: Params
+    model: str
+    training: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_params(self.spec, self.params)
+
+    def to_plain(self) -> dict[str, Any]:
+        """What goes into a model's file."""
+        return {
+            "spec": self.spec.to_dict(),
+            "parameters": dict(self.params),
+            "model": self.model,
+            "training": dict(self.training),
+            "metrics": dict(self.metrics),
+        }
+
+    @classmethod
+    def from_plain(cls, fields: Any) -> Prior:
+        """The inverse of ``to_plain``. Raises ValueError."""
+        kinds = {"parameters": dict, "model": str, "training": dict, "metrics": dict}
+        if not isinstance(fields, dict) or set(fields) != {"spec", *kinds}:
+            raise ValueError(f"the prior is no table of spec, {', '.join(kinds)}")
+        for name, kind in kinds.items():
+            if not isinstance(fields[name], kind):
+                raise ValueError(f"the prior's {name} is {type(fields[name]).__name__}")
+        return cls(PriorSpec.from_dict(fields["spec"]), *(fields[name] for name in kinds))
 
 
 POSITIONWISE = frozenset({"affine", "dense", "add", "activation", "layer_norm"})

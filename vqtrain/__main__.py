@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from vqref.host.commandline import Command, Parser
 
-COMMANDS = {"evaluate": "vqtrain.commands.evaluate"}
+COMMANDS = {"evaluate": "vqtrain.commands.evaluate", "prior": "vqtrain.commands.prior"}
 """Commands beside training, which has no name, and their modules, each with a COMMAND."""
 
 

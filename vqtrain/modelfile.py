@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vqref.host.files import write_file
-from vqref.modelfile import DIGEST, Model, digest, read, seal
+from vqref.modelfile import DIGEST, Model, digest, read, seal, with_arrays
 
 
 def read_model(path: Path) -> Model:
@@ -22,9 +22,6 @@ def write_model(path: Path, model: Model) -> None:
     """Publishes the model at ``path``. Raises OSError; ``path`` is then as it was."""
     plain = model.to_plain()
     plain[DIGEST] = digest(plain)
-    plain["parameters"] = {
-        name: torch.from_numpy(np.asarray(array)) for name, array in model.params.items()
-    }
     content = io.BytesIO()
-    torch.save(plain, content)
+    torch.save(with_arrays(plain, lambda array: torch.from_numpy(np.asarray(array))), content)
     write_file(path, seal(content.getvalue()))

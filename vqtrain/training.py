@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
@@ -30,6 +31,7 @@ from vqref.spec import ModelSpec
 from vqtrain.data import holdout
 from vqtrain.device import choose_device, choose_precision, kept_memory, threads, without_variation
 from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED, TrainingOptions
+from vqtrain.run.fitting import require_fitting
 from vqtrain.run.folder import RunFolder, open_run
 from vqtrain.run.metrics import LEAST_ERROR, variance_of
 from vqtrain.run.snapshot import course_of
@@ -276,7 +278,8 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
     held_out = chosen.get("fraction", chosen.get("sha256"))
     course = course_of(spec, training, sizes, images.sha256, held_out, images.preprocessing)
     default_name = f"{_short_name(images.source)}-{plan.recipe}"
-    folder, state = open_run(plan.runs, plan.name, default_name, plan.resume, course, say, spec)
+    fits = partial(require_fitting, spec=spec)
+    folder, state = open_run(plan.runs, plan.name, default_name, plan.resume, course, say, fits)
     try:
         folder.write_options(_resolved(asked, training, spec, sizes))
         work = Work(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +28,14 @@ if TYPE_CHECKING:
     import torch
 
     from vqref.modelfile import Model
+    from vqref.prior import Prior
+    from vqtrain.data.batches import Batches
+    from vqtrain.model import VQVAE
 
 MEANING = {
     "reconstruction": "nats per image to send the pixels",
     "prior": "nats per image to send the indices",
+    "uniform_prior": "nats per image if all codes were equally likely",
     "bound": "nats per image to send both",
     "pixel_entropy": "nats per image of a perfect reconstruction",
     "clustering_floor": "bound of as many fixed pictures at their best",
@@ -175,12 +180,34 @@ def _measure(
     module = prepare(VQVAE(spec, model.params), device)
     measured = counting(tell, "evaluate", len(images))
     found = metrics.evaluate(module, batches, TrainingOptions(), variance, measured).to_dict(spec)
+    if model.prior is not None:
+        found |= _with_prior(model, model.prior, module, batches, found)
     count = int(PROOF_SECONDS / seconds_per_image(spec))
     found |= share_proved(spec, model.params, to_unit_interval(images[:count]))
     found |= floors(spec, fitted, images, variance, options.seed)
     if "clustering_floor" in found:
         found["above_floor"] = found["bound"] - found["clustering_floor"]
     return found
+
+
+def _with_prior(
+    model: Model, learned: Prior, module: VQVAE, batches: Batches, found: Mapping[str, float]
+) -> dict[str, float]:
+    """The measures that change if the indices are sent by the model's own prior."""
+    import torch
+
+    from vqtrain.device import arithmetic
+    from vqtrain.prior import Prior as Module
+    from vqtrain.run.priors import measure, tokenise
+
+    device = module.quantizer.codebook.device
+    with arithmetic("float32"):
+        indices = torch.from_numpy(tokenise(module, batches)).to(device)
+        nats = measure(Module(learned.spec, learned.params).to(device), indices)
+    bound = found["bound"] - found["prior"] + nats
+    bits = bound / (math.log(2) * math.prod(model.spec.image_shape))
+    uniform = found["prior"]
+    return {"prior": nats, "uniform_prior": uniform, "bound": bound, "bits_per_dimension": bits}
 
 
 def floors(

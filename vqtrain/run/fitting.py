@@ -27,9 +27,9 @@ DEVICES_OWN = ("lr", "fused", "capturable", "foreach")
 
 def require_course(state: Mapping[str, Any]) -> None:
     """Raises InputError unless a snapshot says of which run it is, and whether that is finished."""
-    _require_like("course", state.get("course"), {}, known=False)
+    require_like("course", state.get("course"), {}, known=False)
     require_plain("course", state["course"])
-    _require_like("finished", state.get("finished"), False)
+    require_like("finished", state.get("finished"), False)
 
 
 def require_fitting(state: Mapping[str, Any], spec: ModelSpec) -> None:
@@ -41,7 +41,7 @@ def require_fitting(state: Mapping[str, Any], spec: ModelSpec) -> None:
         optimizer = entries.get("optimizer")
         if isinstance(optimizer, dict) and optimizer.get("state") == {}:
             expected["optimizer"]["state"] = {}  # it has taken no step
-    _require_like("", entries, expected)
+    require_like("", entries, expected)
     for name in ("order", "choices"):
         _require_generator(name, state[name])
     _require_counts(state, spec)
@@ -82,7 +82,7 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tenso
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _require_like(name: str, found: Any, expected: Any, *, known: bool = True) -> None:
+def require_like(name: str, found: Any, expected: Any, *, known: bool = True) -> None:
     """Raises InputError unless ``found`` has the types, keys, lengths and shapes of ``expected``.
 
     known: whether keys that ``expected`` lacks are refused.
@@ -100,12 +100,12 @@ def _require_like(name: str, found: Any, expected: Any, *, known: bool = True) -
             if key not in found:
                 raise InputError(f"its entry {_joined(name, key)} is missing")
             if key not in DEVICES_OWN:
-                _require_like(_joined(name, key), found[key], value)
+                require_like(_joined(name, key), found[key], value)
     elif isinstance(expected, list | tuple):
         if len(found) != len(expected):
             raise _misfit(name, f"{len(found)} values", f"{len(expected)}")
         for i, value in enumerate(expected):
-            _require_like(_joined(name, i), found[i], value)
+            require_like(_joined(name, i), found[i], value)
 
 
 def _require_tensor(name: str, found: Any, expected: Tensor) -> None:

@@ -13,8 +13,7 @@ from typing import Any
 from vqref.errors import InputError, MachineError
 from vqref.host.files import about, parsed, read_bytes, write_file
 from vqref.host.streams import plain
-from vqref.spec import ModelSpec
-from vqtrain.run.fitting import require_course, require_fitting
+from vqtrain.run.fitting import require_course
 from vqtrain.run.snapshot import (
     Course,
     differences,
@@ -153,14 +152,14 @@ def open_run(
     resume: str,
     course: Course,
     say: Say,
-    spec: ModelSpec,
+    fits: Require,
 ) -> tuple[RunFolder, State | None]:
     """The run's folder, held, and the state to go on from, if any.
 
     runs: the folder of all runs. name: this one's; None takes ``default_name``, numbered so that it
     is new, or the last of that name if it can go on. resume: "auto", "never", or the path of a
-    snapshot or a run. spec: of the network, which a snapshot of the same course must fit; one that
-    does not is skipped, as a damaged one is.
+    snapshot or a run. fits: raises InputError for a snapshot of the same course that does not fit
+    it; that is skipped, as a damaged one is.
 
     Raises UsageError if a snapshot was made in another course, InputError if a run cannot go on,
     and MachineError if another process holds its folder.
@@ -169,7 +168,7 @@ def open_run(
     def require(state: State) -> None:
         require_course(state)
         if not differences(course, state["course"]):
-            require_fitting(state, spec)
+            fits(state)
 
     if resume not in ("auto", "never"):
         return _resume_from(Path(resume), course, require, say)
