@@ -141,11 +141,12 @@ def sign(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest
 
     change: of the manifest, before that.
     """
-    from vqdeploy.bundle import FILES, describe_files
+    from vqdeploy.bundle import describe_files
     from vqdeploy.sealed import sealed
 
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = describe_files({name: (folder / name).read_bytes() for name in FILES})
+    names = manifest["files"]
+    manifest["files"] = describe_files({name: (folder / name).read_bytes() for name in names})
     change(manifest)
     manifest.pop("sha256", None)
     (folder / "manifest.json").write_bytes(sealed(manifest))

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vqref
+from vqdeploy.graphs.build import GraphOptions
 from vqdeploy.graphs.prior import build_prior_graph
 from vqdeploy.runtime.library import onnxruntime
 from vqdeploy.runtime.protobuf import read_graph
@@ -146,7 +147,7 @@ def test_pytorchs_probabilities_add_up_to_1_and_see_nothing_ahead():
 
 def in_onnx(stage, spec, params, **options):
     """The graph, checked by onnx, in onnxruntime."""
-    graph = build_prior_graph(stage, spec, params, **{"opset": 18, **options})
+    graph = build_prior_graph(stage, spec, params, GraphOptions(**options))
     content = graph.to_bytes()
     onnx.checker.check_model(content, full_check=True)
     assert read_graph(stage, content).to_bytes() == content

@@ -5,19 +5,20 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vqdeploy.sealed import SEAL, parsed, require_seal
-from vqdeploy.stages import INDEX_TYPES, STAGES, ports
+from vqdeploy.stages import INDEX_TYPES, PRIOR_STAGES, STAGES, ports, prior_ports, stage_of
 from vqref.errors import InputError
 from vqref.host.files import read_bytes
 from vqref.host.images import read_npz
 from vqref.precisions import PRECISIONS
 from vqref.preprocessing import Preprocessing
+from vqref.prior import PriorSpec
 from vqref.spec import ModelSpec
 from vqref.validation import Array, check_params
 
@@ -28,6 +29,9 @@ ORACLE = "oracle.npz"
 CARD = "README.md"
 FILES = (*(f"{name}.onnx" for name in STAGES), ORACLE, CARD)
 """Every file of a bundle but the manifest, which holds their sizes and digests."""
+
+PRIOR_FILES = tuple(f"{name}.onnx" for name in PRIOR_STAGES)
+"""Those that a bundle with a prior has beside."""
 
 FILE_BYTES = 2 * 2**30
 """The largest file that is read, protobuf's own limit."""
@@ -46,19 +50,24 @@ GOLDEN = {
 }
 """The arrays of a golden batch."""
 
+GOLDEN_PRIOR = {"indices": np.int64, "log_probabilities": np.float64}
+"""Those of a prior's: tokens, and log p of each given those before."""
+
 
 @dataclass(frozen=True)
 class Bundle:
     """A bundle's place and its manifest, which is checked here; files are checked as they are read.
 
     manifest: the parsed ``manifest.json``, without its seal. spec: the model's specification, from
-    the manifest. preprocessing: what is to be done to pictures. content: the manifest's bytes.
+    the manifest. preprocessing: what is to be done to pictures. prior: the specification of the
+    learned prior, if there is one. content: the manifest's bytes.
     """
 
     path: Path
     manifest: Mapping[str, Any]
     spec: ModelSpec
     preprocessing: Preprocessing
+    prior: PriorSpec | None
     content: bytes
 
     @classmethod
@@ -86,13 +95,14 @@ class Bundle:
             del manifest[SEAL]
             spec = ModelSpec.from_dict(manifest["spec"])
             prepared = Preprocessing.from_dict(manifest.get("preprocessing"), spec.image_shape)
-            _require_files(manifest["files"])
-            _require_form(manifest, spec)
+            prior = _prior(manifest, spec)
+            _require_files(manifest["files"], FILES if prior is None else FILES + PRIOR_FILES)
+            _require_form(manifest, spec, prior)
             _require_facts(manifest)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{where}: damaged: {reason}") from None
-        return cls(path, manifest, spec, prepared, content)
+        return cls(path, manifest, spec, prepared, prior, content)
 
     @property
     def sha256(self) -> str:
@@ -136,14 +146,14 @@ class Bundle:
         return content
 
     def graph(self, name: str) -> bytes:
-        """The ONNX file of one of STAGES. Raises InputError."""
+        """The ONNX file of one of STAGES, or of PRIOR_STAGES. Raises InputError."""
         return self.read(f"{name}.onnx")
 
     def oracle(self) -> Oracle:
         """The parameters and the golden batch, which fit ``spec``. Raises InputError."""
         found = Oracle.from_bytes(self.read(ORACLE), str(self.path / ORACLE))
         try:
-            found.require(self.spec)
+            found.require(self.spec, self.prior)
         except ValueError as error:
             raise InputError(
                 f"{self.path / ORACLE}: the oracle file does not fit the manifest: {error}"
@@ -168,20 +178,27 @@ def describe_files(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
 
 
 def describe_graphs(
-    spec: ModelSpec, batch: int | None, index_type: str = INDEX_TYPES[0]
+    spec: ModelSpec,
+    batch: int | None,
+    index_type: str = INDEX_TYPES[0],
+    prior: PriorSpec | None = None,
 ) -> dict[str, dict[str, Any]]:
     """The manifest's entry for each graph: its file, and name, dtype and shape of each port."""
-    arrays = {
-        name: {"name": name, "dtype": port.dtype, "shape": list(port.shape)}
-        for name, port in ports(spec, batch, index_type).items()
-    }
+    known = {name: ports(spec, batch, index_type) for name in STAGES}
+    if prior is not None:
+        known |= prior_ports(prior, batch, index_type)
+
+    def described(name: str, port: str) -> dict[str, Any]:
+        found = known[name][port]
+        return {"name": port, "dtype": found.dtype, "shape": list(found.shape)}
+
     return {
         name: {
             "file": f"{name}.onnx",
-            "inputs": [arrays[port] for port in stage.inputs],
-            "outputs": [arrays[port] for port in stage.outputs],
+            "inputs": [described(name, port) for port in stage_of(name).inputs],
+            "outputs": [described(name, port) for port in stage_of(name).outputs],
         }
-        for name, stage in STAGES.items()
+        for name in known
     }
 
 
@@ -219,31 +236,43 @@ def _require_version(where: Path, version: Any) -> None:
         )
 
 
-def _require_files(files: Any) -> None:
-    """Raises ValueError, KeyError or TypeError unless exactly FILES are described, each whole."""
-    for name in FILES:
+def _prior(manifest: Mapping[str, Any], spec: ModelSpec) -> PriorSpec | None:
+    """The prior of a manifest that has one. Raises ValueError, KeyError."""
+    if "prior" not in manifest:
+        return None
+    require_entries(manifest, PRIOR)
+    found = PriorSpec.from_dict(manifest["prior"]["spec"])
+    if (found.latent_size, found.num_codes) != (spec.latent_size, spec.num_codes):
+        raise ValueError("the prior is of other tokens than the model's")
+    return found
+
+
+def _require_files(files: Any, names: tuple[str, ...]) -> None:
+    """Raises ValueError, KeyError or TypeError unless exactly these are described, each whole."""
+    for name in names:
         size, digest = files[name]["bytes"], files[name]["sha256"]
         sized = type(size) is int and 0 <= size <= FILE_BYTES
         if not sized or len(bytes.fromhex(digest)) != 32:
             raise ValueError(f"size or sha256 of {name} is malformed")
-    if foreign := sorted(set(files) - set(FILES)):
+    if foreign := sorted(set(files) - set(names)):
         raise ValueError(f"names files that no bundle has: {', '.join(foreign)}")
 
 
-def _require_form(manifest: Mapping[str, Any], spec: ModelSpec) -> None:
+def _require_form(manifest: Mapping[str, Any], spec: ModelSpec, prior: PriorSpec | None) -> None:
     """Raises ValueError or KeyError for graphs that are described as no export writes them."""
-    known = {
+    allowed = {
         "precision": [name for name, precision in PRECISIONS.items() if precision.exports],
         "detokenizer": ["table", "network"],
     }
-    for entry, names in known.items():
+    for entry, names in allowed.items():
         if manifest[entry] not in names:
             found, expected = manifest[entry], ", ".join(names)
             raise ValueError(f"{entry} is {found!r}, expected one of {expected}")
     batch = manifest["batch"]
     if batch is not None and (type(batch) is not int or batch < 1):
         raise ValueError(f"batch is {batch!r}, expected a size or null")
-    if manifest["graphs"] not in [describe_graphs(spec, batch, dtype) for dtype in INDEX_TYPES]:
+    known = [describe_graphs(spec, batch, dtype, prior) for dtype in INDEX_TYPES]
+    if manifest["graphs"] not in known:
         raise ValueError("inputs and outputs of the graphs are not those of the spec")
 
 
@@ -270,6 +299,14 @@ FACTS: Mapping[str, type | tuple[type, ...]] = {
     "kept.equal": int,
 }
 """What a manifest tells beside, a dotted name for an entry of an entry."""
+
+PRIOR: Mapping[str, type | tuple[type, ...]] = {
+    "prior": dict,
+    "prior.spec": dict,
+    "prior.training": dict,
+    "prior.nats": (int, float),
+}
+"""What a manifest with a prior tells of it; nats: what held-out tokens cost, in training."""
 
 PROVED: Mapping[str, type | tuple[type, ...]] = {
     "proved": dict,
@@ -305,21 +342,33 @@ def require_entries(
             raise ValueError(f"{name} is {type(value).__name__}")
 
 
+GROUPS = ("param", "golden", "prior", "golden_prior")
+"""What the arrays of an oracle file are named after, by the fields of Oracle."""
+
+
 @dataclass(frozen=True)
 class Oracle:
     """What a bundle proves itself with: parameters, and a golden batch with the oracle's answers.
 
-    golden: arrays by the names and dtypes of GOLDEN.
+    golden: arrays by the names and dtypes of GOLDEN. prior, golden_prior: the same of a prior;
+    empty without one.
     """
 
     params: dict[str, Array]
     golden: dict[str, Array]
+    prior: dict[str, Array] = field(default_factory=dict)
+    golden_prior: dict[str, Array] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """An ``.npz`` whose bytes depend on the arrays alone: NumPy gives entries a fixed date."""
         buffer = io.BytesIO()
-        named = {f"param/{name}": array for name, array in self.params.items()}
-        named |= {f"golden/{name}": array for name, array in self.golden.items()}
+        whole = (self.params, self.golden, self.prior, self.golden_prior)
+        groups = dict(zip(GROUPS, whole, strict=True))
+        named = {
+            f"{group}/{name}": array
+            for group, arrays in groups.items()
+            for name, array in arrays.items()
+        }
         np.savez(buffer, allow_pickle=False, **named)
         return buffer.getvalue()
 
@@ -329,18 +378,20 @@ class Oracle:
 
         Raises InputError.
         """
-        groups: dict[str, dict[str, Array]] = {"param": {}, "golden": {}}
+        groups: dict[str, dict[str, Array]] = {group: {} for group in GROUPS}
         try:
             for key, array in read_npz(content).items():
                 group, _, own = key.partition("/")
                 groups[group][own] = array
         except (ValueError, KeyError) as error:
             raise InputError(f"{name}: not an oracle file: {error}") from None
-        return cls(groups["param"], groups["golden"])
+        return cls(*groups.values())
 
-    def require(self, spec: ModelSpec) -> None:
-        """Raises ValueError unless these are the parameters and a golden batch of ``spec``."""
+    def require(self, spec: ModelSpec, prior: PriorSpec | None) -> None:
+        """Raises ValueError unless these are the parameters and a golden batch of ``spec``, and of
+        the prior."""
         check_params(spec, self.params)
+        self._require_prior(prior)
         if set(self.golden) != set(GOLDEN):
             raise ValueError(f"its golden arrays are {', '.join(self.golden) or '(none)'}")
         shapes = {name: port.shape[1:] for name, port in ports(spec).items()}
@@ -351,6 +402,19 @@ class Oracle:
             if array.dtype != dtype or array.shape != shape:
                 found = f"{array.dtype} {array.shape}"
                 raise ValueError(f"golden/{name} is {found}, expected {np.dtype(dtype)} {shape}")
-        for name, array in self.params.items():
+        for name, array in (*self.params.items(), *self.prior.items()):
             if array.dtype != np.float32:
                 raise ValueError(f"param/{name} is {array.dtype}, expected float32")
+
+    def _require_prior(self, spec: PriorSpec | None) -> None:
+        if spec is None:
+            if self.prior or self.golden_prior:
+                raise ValueError("it holds a prior, which the manifest does not")
+            return
+        check_params(spec, self.prior)
+        indices = self.golden_prior.get("indices", np.empty(0))
+        shape = (len(indices) if indices.ndim else 0, spec.latent_size)
+        for name, dtype in GOLDEN_PRIOR.items():
+            array = self.golden_prior.get(name)
+            if array is None or array.dtype != dtype or array.shape != shape or not len(array):
+                raise ValueError(f"its golden tokens have no {name} of {shape}")

@@ -5,21 +5,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import index
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vqdeploy.bundle import Bundle
 from vqdeploy.runtime.sessions import Runtime, Session, open_sessions
+from vqdeploy.stages import PRIOR_STAGES
 from vqref.host.images import as_batch
 from vqref.host.streams import plain
 from vqref.spec import CODEBOOK
 from vqref.validation import Array, as_indices
+
+if TYPE_CHECKING:
+    from vqdeploy.sampling import Drawn
+    from vqref.prior import PriorSpec
 
 Pictures = Any
 """A path, a PIL image, or a sequence of them."""
@@ -119,12 +124,15 @@ class Codec:
         self.__init__(*made_from)  # type: ignore[misc]
 
     def _run(self, stage: str, array: Array) -> Array:
+        return self._all(stage, array)[0]
+
+    def _all(self, stage: str, *arrays: Array) -> list[Array]:
         sessions = self._sessions
         if sessions is None:
             raise ValueError("the Codec was closed")
         if stage not in sessions:
             self._open(stage, sessions)
-        return sessions[stage](array)[0]
+        return sessions[stage](*arrays)
 
     def _open(self, stage: str, sessions: dict[str, Session]) -> None:
         """Opens a graph that ``load`` did not, on the device of the others. Raises what ``load``
@@ -134,9 +142,9 @@ class Codec:
         with self._opening:
             if stage not in sessions:
                 graphs = {stage: bundle.graph(stage)}
-                opened = open_sessions(
-                    graphs, bundle.spec, device, batch=bundle.batch, runtime=runtime
-                )
+                spec = bundle.prior if stage in PRIOR_STAGES else bundle.spec
+                assert spec is not None
+                opened = open_sessions(graphs, spec, device, batch=bundle.batch, runtime=runtime)
                 sessions.update(opened[0])
 
     def _batch(self, images: Images) -> npt.NDArray[np.float32]:
@@ -207,16 +215,77 @@ class Codec:
         return self.decode(self.encode(images), uint8=uint8)
 
     def sample(
-        self, n: int, *, seed: int | np.random.Generator | None = None
-    ) -> npt.NDArray[np.float32]:
-        """Reconstructions (n, C, H, W) of indices that are drawn from the uniform prior.
+        self,
+        n: int,
+        *,
+        seed: int | np.random.Generator | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        certify: bool = False,
+    ) -> Any:
+        """Reconstructions (n, C, H, W) of indices that are drawn from the bundle's prior; from the
+        uniform one if it has none.
 
-        seed: an integer from 0 on, a generator to draw from, or None for another draw each time.
+        seed: an integer from 0 on, or None for another draw each time; of the uniform prior also a
+        generator to draw from. A sample of a learned prior is a function of seed, temperature,
+        top_k and its own number alone.
+        temperature, top_k: see ``vqref.prior.choose``; a learned prior's alone.
+        certify: give also which images (n,) are certified: no error within the tolerance of the
+        graphs changes one of their tokens, so every machine draws the same.
         Raises TypeError or ValueError for anything else.
         """
-        rng = _generator(seed)
-        size = (_whole("n", n), self.spec.latent_size)
-        return self.decode(rng.integers(self.spec.num_codes, size=size))
+        if self.prior is None:
+            if certify or top_k is not None or temperature != 1.0:
+                raise ValueError("temperature, top_k and certify need a bundle with a prior")
+            rng = _generator(seed)
+            size = (_whole("n", n), self.spec.latent_size)
+            return self.decode(rng.integers(self.spec.num_codes, size=size))
+        drawn = self.draw(n, seed=seed, temperature=temperature, top_k=top_k)
+        images = self.decode(drawn.indices)
+        return (images, drawn.certified.all(axis=1)) if certify else images
+
+    def draw(
+        self,
+        n: int,
+        *,
+        seed: int | np.random.Generator | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+    ) -> Drawn:
+        """Tokens of a learned prior: indices (n, S), and which of them (n, S) are certified, given
+        the tokens before them. The first call opens another graph of the bundle. Raises as
+        ``sample``."""
+        from vqdeploy.sampling import draw
+
+        prior, count = self._prior(), _whole("n", n)
+        if isinstance(seed, np.random.Generator):
+            raise TypeError("seed is a generator; a learned prior takes an integer or None")
+        number = int(np.random.SeedSequence().entropy) if seed is None else _whole("seed", seed)  # type: ignore[arg-type]
+        step = partial(self._all, "prior_step")
+        return draw(step, prior, number, count, temperature, top_k)
+
+    def log_likelihood(self, indices: npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """log p (N,) of indices (N, S) under the learned prior, in nats. Raises ValueError for
+        another shape or dtype, an index outside 0 to num_codes - 1, and a bundle without a
+        prior."""
+        prior = self._prior()
+        rows = as_indices(indices, ("N", prior.latent_size), prior.num_codes)
+        found = self._all("prior", rows)[0]
+        taken = np.take_along_axis(found, rows[..., None], axis=2)[..., 0]
+        total: npt.NDArray[np.float64] = taken.sum(axis=1, dtype=np.float64)
+        return total
+
+    @property
+    def prior(self) -> PriorSpec | None:
+        """The learned prior's specification, if the bundle has one."""
+        return self._made_from[0].prior
+
+    def _prior(self) -> PriorSpec:
+        """Raises ValueError if there is none."""
+        prior = self.prior
+        if prior is None:
+            raise ValueError("the bundle has no learned prior: vqtrain prior learns one")
+        return prior
 
 
 def _generator(seed: Any) -> np.random.Generator:

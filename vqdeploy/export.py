@@ -25,15 +25,18 @@ from vqdeploy.bundle import (
 from vqdeploy.card import write_card
 from vqdeploy.graphs.build import GRAPHS_VERSION, GraphOptions, build_graphs
 from vqdeploy.graphs.int8 import quantize_graphs
+from vqdeploy.graphs.prior import build_prior_graph
 from vqdeploy.proof.advance import told_at_export
 from vqdeploy.proof.golden import Answered, golden_batch, golden_images
 from vqdeploy.proof.measure import kept_tokens, measure, measured_images
+from vqdeploy.proof.prior import check_prior, golden_tokens
 from vqdeploy.proof.samples import aimed_images, draw_images
 from vqdeploy.proof.structure import check_structure
 from vqdeploy.runtime.protobuf import IR_VERSION, read_graph
 from vqdeploy.runtime.sessions import CPU, open_sessions
 from vqdeploy.sealed import sealed
 from vqdeploy.sources import read_source
+from vqdeploy.stages import PRIOR_STAGES
 from vqdeploy.verify import Written, check_answers
 from vqref import modelfile
 from vqref.agreement.report import Report
@@ -42,6 +45,7 @@ from vqref.host.files import publish_folder, require_new_folder
 from vqref.modelfile import Model
 from vqref.precisions import of_option
 from vqref.preprocessing import Preprocessing
+from vqref.prior import Prior
 from vqref.spec import ModelSpec
 from vqref.validation import Array, Params
 
@@ -96,9 +100,42 @@ def export(
         "kept": kept_tokens(sessions["tokenizer"](asked.images)[0], asked.known.indices),
     }
     facts |= told_at_export(spec, params, measured_on.images, facts)
-    oracle = Oracle(params, golden_batch(asked, len(golden)))
+    oracle, learned = Oracle(params, golden_batch(asked, len(golden))), model.prior
+    if learned is not None:
+        golden_prior = golden_tokens(learned.spec, learned.params)
+        oracle = Oracle(params, oracle.golden, dict(learned.params), golden_prior)
+        contents |= _prior_graphs(name, learned, options, golden_prior)
+        facts |= _about_prior(spec, learned, options)
     publish_folder(output, _files(spec, contents, oracle, facts, report), replace=replace)
     return report
+
+
+def _prior_graphs(
+    name: str, learned: Prior, options: GraphOptions, golden: Mapping[str, Array]
+) -> dict[str, bytes]:
+    """The graphs of a prior, once they agree with the oracle. Raises ParityError."""
+    graphs = {
+        stage: build_prior_graph(stage, learned.spec, learned.params, options)
+        for stage in PRIOR_STAGES
+    }
+    sessions, _ = open_sessions(graphs, learned.spec, "cpu", batch=options.batch)
+    report = Report(tuple(check_prior(learned.spec, learned.params, golden, sessions)))
+    if not report.passed:
+        what = "not exported: the prior disagrees with the oracle"
+        raise ParityError(f"{name}: {what}: {report.failures[0]}", report)
+    return {stage: graph.to_bytes() for stage, graph in graphs.items()}
+
+
+def _about_prior(spec: ModelSpec, learned: Prior, options: GraphOptions) -> dict[str, Any]:
+    """The manifest's entries that a prior adds or changes."""
+    return {
+        "graphs": describe_graphs(spec, options.batch, options.index_type, learned.spec),
+        "prior": {
+            "spec": learned.spec.to_dict(),
+            "training": dict(learned.training),
+            "nats": float(learned.metrics.get("held_out", 0.0)),
+        },
+    }
 
 
 def _source(source: str | Path | Model) -> tuple[str, Model, dict[str, str]]:

@@ -14,6 +14,9 @@ INDICES, INDEX_TYPES = "indices", ("int64", "int32")
 """The one port that graphs may have in several types. JavaScript has no arrays of int64 that it
 counts with, and TensorRT computes in int32."""
 
+PREVIOUS, POSITION = "previous", "position"
+"""Ports of one step of a prior: indices, and the one that has no row per image."""
+
 
 @dataclass(frozen=True)
 class Port:
@@ -45,7 +48,7 @@ STAGES = {
 PRIOR_STAGES = {
     "prior": Stage(("indices",), ("log_probabilities",)),
     "prior_step": Stage(
-        ("previous", "position", "keys", "values"),
+        (PREVIOUS, POSITION, "keys", "values"),
         ("log_probabilities", "next_keys", "next_values"),
     ),
 }
@@ -86,8 +89,8 @@ def prior_ports(
         Port("log_probabilities", "float32", (n, spec.latent_size, spec.num_codes)),
     )
     step = (
-        Port("previous", index_type, (n,)),
-        Port("position", "int64", (1,)),
+        Port(PREVIOUS, index_type, (n,)),
+        Port(POSITION, "int64", (1,)),
         *(Port(name, "float32", kept) for name in ("keys", "values", "next_keys", "next_values")),
         Port("log_probabilities", "float32", (n, spec.num_codes)),
     )
@@ -95,3 +98,17 @@ def prior_ports(
         stage: {port.name: port for port in found}
         for stage, found in (("prior", whole), ("prior_step", step))
     }
+
+
+def stage_of(name: str) -> Stage:
+    """One of STAGES or PRIOR_STAGES."""
+    return {**STAGES, **PRIOR_STAGES}[name]
+
+
+def ports_of(
+    stage: str, spec: ModelSpec | PriorSpec, batch: int | None, index_type: str
+) -> dict[str, Port]:
+    """The arrays of a stage, by name; spec: of the prior for one of PRIOR_STAGES."""
+    if isinstance(spec, PriorSpec):
+        return prior_ports(spec, batch, index_type)[stage]
+    return ports(spec, batch, index_type)

@@ -21,12 +21,13 @@ from vqdeploy.proof.advance import (
 )
 from vqdeploy.proof.golden import Answered, check_recorded, require_golden
 from vqdeploy.proof.measure import check_kept
+from vqdeploy.proof.prior import check_prior
 from vqdeploy.proof.samples import aimed_images, check_codes, check_composed, check_samples
 from vqdeploy.proof.structure import check_structure
 from vqdeploy.proof.table import check_table
 from vqdeploy.runtime.protobuf import Graph, read_graph
 from vqdeploy.runtime.sessions import Runtime, Session, open_sessions
-from vqdeploy.stages import STAGES
+from vqdeploy.stages import PRIOR_STAGES, STAGES
 from vqref.agreement.advance import CLAIM, Proof, count_proved, prove
 from vqref.agreement.report import Check, Report
 from vqref.errors import InputError
@@ -81,7 +82,9 @@ def verify(
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     spec, oracle, options = bundle.spec, bundle.oracle(), _options(bundle)
     bundle.read(CARD)
-    graphs = {stage: read_graph(f"{stage}.onnx", bundle.graph(stage)) for stage in STAGES}
+    stages = (*STAGES, *(PRIOR_STAGES if bundle.prior else ()))
+    graphs = {stage: read_graph(f"{stage}.onnx", bundle.graph(stage)) for stage in stages}
+    learned = None if bundle.prior is None else (bundle.prior, oracle.prior)
     golden = oracle.golden["images"]
     try:
         require_golden(spec, golden)
@@ -90,7 +93,7 @@ def verify(
             spec, oracle.params, own if images is None else np.concatenate([own, images])
         )
         recorded = check_recorded(spec, oracle, asked.known)
-        structure = check_structure(spec, oracle.params, graphs, options)
+        structure = check_structure(spec, oracle.params, graphs, options, learned)
     except ValueError as error:
         raise InputError(
             f"{bundle.path}: the oracle file does not fit the manifest: {error}"
@@ -100,7 +103,10 @@ def verify(
     advance = _in_advance(bundle, oracle.params, asked.images, len(own), len(golden))
     if structure[0].passed:
         runtime = Runtime(intra_op_num_threads=threads)
-        sessions, chosen = open_sessions(graphs, spec, device, batch=bundle.batch, runtime=runtime)
+        own_graphs = {stage: graphs[stage] for stage in STAGES}
+        sessions, chosen = open_sessions(
+            own_graphs, spec, device, batch=bundle.batch, runtime=runtime
+        )
         written, kept = Written(graphs, sessions, options), bundle.manifest["kept"]
         checks += check_answers(spec, oracle.params, asked, written, len(own), kept)
         few = asked.images[:EXPLAINED]
@@ -113,6 +119,11 @@ def verify(
         composed, found = check_composed(spec, oracle.params, sessions, bundle.precision)
         checks.append(composed)
         tokens.append(found)
+        if learned is not None:
+            both = {stage: graphs[stage] for stage in PRIOR_STAGES}
+            opened, _ = open_sessions(both, learned[0], chosen, batch=bundle.batch, runtime=runtime)
+            checks += check_prior(*learned, oracle.golden_prior, opened)
+            sessions |= opened
         if samples:
             checks += check_samples(spec, oracle.params, sessions, samples)
         placement = {stage: session.placement() for stage, session in sessions.items()}

@@ -26,10 +26,10 @@ class InspectOptions:
 
 
 def run(options: InspectOptions) -> int:
-    from vqdeploy.bundle import FILES, Bundle
+    from vqdeploy.bundle import Bundle
 
     bundle = Bundle.open(options.bundle)
-    for name in FILES:
+    for name in bundle.manifest["files"]:
         bundle.read(name)
     if options.json:
         print(json.dumps(bundle.manifest, indent=2))
@@ -55,7 +55,16 @@ def _model(bundle: Bundle) -> list[str]:
         f"            {tokens}",
         *wrap(f"pictures    {prepared}", 79, subsequent_indent=" " * 12),
         f"graphs      {form}, detokenizer a {'table' if bundle.folded else 'network'}",
+        *_prior(bundle),
     ]
+
+
+def _prior(bundle: Bundle) -> list[str]:
+    """What the learned prior is, and what tokens cost under it."""
+    if bundle.prior is None:
+        return []
+    nats, rows = bundle.manifest["prior"]["nats"], len(bundle.prior.rows)
+    return [f"prior       {bundle.prior.kind}, {rows} rows; held-out tokens cost {nats:.2f} nats"]
 
 
 def _files(manifest: Mapping[str, Any]) -> list[str]:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vqdeploy.commands.shared import BundleOptions, draw, opened, require_room
-from vqref.errors import ExitCode
+from vqref.errors import ExitCode, UsageError
 from vqref.host.commandline import Command, count, option, positive
+from vqref.validation import Array
+
+if TYPE_CHECKING:
+    from vqdeploy.codec import Codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +24,20 @@ class SampleOptions(BundleOptions):
     )
     number: int = option("--number", default=64, type=positive, metavar="N", help="how many")
     seed: int = option("--seed", default=0, type=count, metavar="N", help="of the draw")
+    temperature: float = option(
+        "--temperature",
+        default=1.0,
+        type=float,
+        metavar="X",
+        help="of a learned prior: below 1, likelier images (default: 1)",
+    )
+    top_k: int | None = option(
+        "--top-k",
+        default=None,
+        type=positive,
+        metavar="N",
+        help="of a learned prior: at each position the N likeliest codes alone",
+    )
 
 
 def run(options: SampleOptions) -> int:
@@ -27,10 +46,31 @@ def run(options: SampleOptions) -> int:
     require_format(options.output, (".png", ".PNG"))
     with opened(options, options.output) as codec:
         require_room("--number", options.number, codec.spec)
-        draw(options.output, codec.sample(options.number, seed=options.seed))
-        done = f"{options.number} samples of the uniform prior on {codec.device}"
+        of = "uniform" if codec.prior is None else codec.prior.kind
+        images, told = _drawn(codec, options)
+        draw(options.output, images)
+        done = f"{options.number} samples of the {of} prior on {codec.device}{told}"
         print(f"{done}; wrote {options.output}")
     return ExitCode.DONE
 
 
-COMMAND = Command("sample", "a sheet of images of the uniform prior", SampleOptions, run)
+def _drawn(codec: Codec, options: SampleOptions) -> tuple[Array, str]:
+    """The images, and how many of them are the same on every machine. Raises UsageError."""
+    if codec.prior is None:
+        if options.temperature != 1.0 or options.top_k is not None:
+            raise UsageError("--temperature and --top-k need a bundle with a learned prior")
+        return codec.sample(options.number, seed=options.seed), ""
+    try:
+        images, sure = codec.sample(
+            options.number,
+            seed=options.seed,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            certify=True,
+        )
+    except ValueError as error:
+        raise UsageError(f"--{error}") from None
+    return images, f", {sure.sum()} certified"
+
+
+COMMAND = Command("sample", "a sheet of images of the prior", SampleOptions, run)

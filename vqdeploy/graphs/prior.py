@@ -8,37 +8,31 @@ from __future__ import annotations
 import numpy as np
 
 from vqdeploy.graphs import network
+from vqdeploy.graphs.build import GraphOptions
 from vqdeploy.graphs.network import GraphBuilder
 from vqdeploy.runtime.protobuf import Graph
-from vqdeploy.stages import INDEX_TYPES, PRIOR_STAGES, prior_ports
+from vqdeploy.stages import PRIOR_STAGES, prior_ports
 from vqref.prior import LOGITS, PriorSpec
 from vqref.spec import Layer, plan
 from vqref.validation import Params, check_params
 
 
-def build_prior_graph(
-    stage: str,
-    spec: PriorSpec,
-    params: Params,
-    *,
-    opset: int,
-    batch: int | None = None,
-    index_type: str = INDEX_TYPES[0],
-) -> Graph:
-    """The graph of one of ``PRIOR_STAGES``. Raises ValueError for parameters that do not fit, and
-    for graphs that an ONNX file cannot hold."""
+def build_prior_graph(stage: str, spec: PriorSpec, params: Params, options: GraphOptions) -> Graph:
+    """The graph of one of ``PRIOR_STAGES``. Of the options count opset, batch and index_type.
+    Raises ValueError for parameters that do not fit, and for graphs that an ONNX file cannot
+    hold."""
     check_params(spec, params)
-    builder = GraphBuilder(params, index_type=index_type)
+    builder = GraphBuilder(params, index_type=options.index_type)
     if stage == "prior":
         _whole(builder, spec)
     else:
         _step(builder, spec)
-    known = prior_ports(spec, batch, index_type)[stage]
+    known = prior_ports(spec, options.batch, options.index_type)[stage]
     inputs, outputs = (
         tuple(known[name] for name in names)
         for names in (PRIOR_STAGES[stage].inputs, PRIOR_STAGES[stage].outputs)
     )
-    return Graph(stage, opset, inputs, outputs, tuple(builder.nodes), builder.tensors)
+    return Graph(stage, options.opset, inputs, outputs, tuple(builder.nodes), builder.tensors)
 
 
 def _whole(builder: GraphBuilder, spec: PriorSpec) -> None:

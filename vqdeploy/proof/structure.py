@@ -12,9 +12,12 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from vqdeploy.graphs.build import GraphOptions, build_graph
+from vqdeploy.graphs.prior import build_prior_graph
 from vqdeploy.runtime.protobuf import Graph, Node, Tensor, attributes_of
+from vqdeploy.stages import PRIOR_STAGES
 from vqref.agreement.report import Check
 from vqref.precisions import of_option
+from vqref.prior import PriorSpec
 from vqref.spec import ModelSpec
 from vqref.validation import Array, Params
 
@@ -39,9 +42,14 @@ Found = Iterator[str | None]
 
 
 def check_structure(
-    spec: ModelSpec, params: Params, graphs: Mapping[str, Graph], options: GraphOptions
+    spec: ModelSpec,
+    params: Params,
+    graphs: Mapping[str, Graph],
+    options: GraphOptions,
+    prior: tuple[PriorSpec, Params] | None = None,
 ) -> tuple[Check, Check]:
-    """Holds the graphs of a bundle, of each of ``STAGES``, to those that are written anew.
+    """Holds the graphs of a bundle, of each of ``STAGES`` and those of its prior, to those that are
+    written anew.
 
     The first check is of nodes, and of the shapes of what they take: graphs that fail it are not to
     be run, for a node that does not fit its input can end the process. The second is of numbers.
@@ -49,6 +57,7 @@ def check_structure(
     what has one name in several graphs must be the same in all.
     """
     small, networks = options.precision == "int8", dict(graphs)
+    learned = {stage: networks.pop(stage) for stage in PRIOR_STAGES if stage in networks}
     nodes, numbers = list[Found](), list[Found]()
     if options.folds(spec):
         nodes.append(_table(networks.pop("detokenizer"), spec, params, options))
@@ -60,6 +69,11 @@ def check_structure(
             nodes.append(_paired(found))
     if small:
         numbers.append(_one_meaning(networks))
+    for stage, found in learned.items():
+        assert prior is not None
+        expected = build_prior_graph(stage, *prior, options)
+        nodes += [_head(found, expected), _nodes(found, expected, False), _shapes(found, expected)]
+        numbers.append(_numbers(found, expected, prior[1]))
     return _check("graphs", options, nodes), _check("weights", options, numbers)
 
 

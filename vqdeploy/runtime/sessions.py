@@ -17,8 +17,17 @@ import numpy as np
 
 from vqdeploy.runtime.library import onnxruntime
 from vqdeploy.runtime.protobuf import Graph, read_graph
-from vqdeploy.stages import INDEX_TYPES, INDICES, STAGES, ports
+from vqdeploy.stages import (
+    INDEX_TYPES,
+    INDICES,
+    POSITION,
+    PREVIOUS,
+    Port,
+    ports_of,
+    stage_of,
+)
 from vqref.errors import CommandError, InputError, MachineError, Remark
+from vqref.prior import PriorSpec
 from vqref.spec import Layer, ModelSpec, plan
 from vqref.validation import Array
 
@@ -79,8 +88,9 @@ class Runtime:
 class Session:
     """One graph of a bundle in onnxruntime. Calls are thread-safe, as onnxruntime's are.
 
-    stage: one of ``STAGES``.
+    stage: one of ``STAGES`` or ``PRIOR_STAGES``.
     content: the bytes of its ONNX file, or what ``read_graph`` returned for them.
+    spec: of the model, or of the prior for its stages.
     device: "cpu" or "cuda".
     batch: the one size that the graph takes, to which smaller inputs are padded, or None if it
         takes any.
@@ -102,17 +112,17 @@ class Session:
         self,
         stage: str,
         content: bytes | Graph,
-        spec: ModelSpec,
+        spec: ModelSpec | PriorSpec,
         device: str,
         *,
         batch: int | None = None,
         runtime: Runtime | None = None,
     ) -> None:
         self._name = f"{stage}.onnx"
-        self._outputs = STAGES[stage].outputs
+        self._outputs = stage_of(stage).outputs
         self._fixed = batch
         graph = inspected(stage, content, spec, batch)
-        self._input = graph.inputs[0]
+        self._inputs = graph.inputs
         self._open(graph, device, runtime or Runtime())
         self._largest = batch or batch_size(spec, graph.operators, self._cores)
         if self._on_card:
@@ -150,7 +160,9 @@ class Session:
     def _warm_up(self) -> None:
         """Runs once. Raises MachineError if that fails."""
         try:
-            self._call(np.zeros([1, *map(int, self._input.shape[1:])], self._input.dtype))
+            self._call(
+                *(np.zeros([1, *map(int, port.shape[1:])], port.dtype) for port in self._inputs)
+            )
         except Exception as error:  # onnxruntime's exceptions share no base class
             found = f"{self._name}: its first run on {CUDA} failed"
             raise _failure(found, error, MachineError) from None
@@ -165,19 +177,20 @@ class Session:
             found[part.ep_name] = dict(sorted(counts.items()))
         return found
 
-    def __call__(self, array: Array) -> list[Array]:
-        """Returns the graph's outputs for its one input, in their order. Indices are int64 here,
+    def __call__(self, *arrays: Array) -> list[Array]:
+        """Returns the graph's outputs for its inputs, in their order. Indices are int64 here,
         whatever they are in the graph.
 
         Large inputs are run a few images at a time. Raises InputError if the graph cannot be run on
         the CPU, MachineError if on another provider, or if memory does not suffice.
         """
         try:
-            if len(array) <= self._largest:
-                return self._call(array)
+            count = len(arrays[0])
+            if count <= self._largest:
+                return self._call(*arrays)
             parts = [
-                self._call(array[start : start + self._largest])
-                for start in range(0, len(array), self._largest)
+                self._call(*self._part(arrays, slice(start, start + self._largest)))
+                for start in range(0, count, self._largest)
             ]
             return [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
         except Exception as error:  # onnxruntime's exceptions share no base class
@@ -185,48 +198,66 @@ class Session:
             kind = InputError if self.providers[0] == CPU else MachineError
             raise _failure(found, error, kind) from None
 
-    def _call(self, array: Array) -> list[Array]:
+    def _part(self, arrays: Sequence[Array], rows: slice) -> list[Array]:
+        """Some images of those inputs that have one row per image."""
+        return [
+            array[rows] if self._per_image(port) else array
+            for port, array in zip(self._inputs, arrays, strict=True)
+        ]
+
+    def _per_image(self, port: Port) -> bool:
+        return port.name != POSITION
+
+    def _call(self, *arrays: Array) -> list[Array]:
         """Pads the batch with zeros, runs the graph, and crops the outputs.
 
         A fixed graph takes one size; on a card sizes are powers of two, since cuDNN looks for its
         algorithms again at each new one.
         """
-        count = len(array)
-        if self._input.name == INDICES:
-            array = array.astype(self._input.dtype, copy=False)
+        count = len(arrays[0])
         size = self._fixed or count
         if self._on_card and not self._fixed and count:
             size = 1 << (count - 1).bit_length()
-        if size != count:
-            array = np.concatenate([array, np.zeros((size - count, *array.shape[1:]), array.dtype)])
-        if self._on_card:
-            found = self._bound(array)
-        else:
-            found = self._session.run(None, {self._input.name: array})
+        given = {
+            port.name: self._fitted(port, array, size - count)
+            for port, array in zip(self._inputs, arrays, strict=True)
+        }
+        found = self._bound(given) if self._on_card else self._session.run(None, given)
         return [
             np.asarray(output, np.int64 if name == INDICES else None)[:count]
             for name, output in zip(self._outputs, found, strict=True)
         ]
 
-    def _bound(self, array: Array) -> list[Array]:
+    def _fitted(self, port: Port, array: Array, more: int) -> Array:
+        """An input in the graph's own type of indices, and with so many rows of zeros more."""
+        if port.name in (INDICES, PREVIOUS):
+            array = array.astype(port.dtype, copy=False)
+        if not more or not self._per_image(port):
+            return array
+        return np.concatenate([array, np.zeros((more, *array.shape[1:]), array.dtype)])
+
+    def _bound(self, given: Mapping[str, Array]) -> list[Array]:
         """Runs with bound outputs: onnxruntime copies each once, after the last node."""
         binding = self._session.io_binding()
-        binding.bind_cpu_input(self._input.name, np.ascontiguousarray(array))
+        for name, array in given.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
         for name in self._outputs:
             binding.bind_output(name)
         self._session.run_with_iobinding(binding)
         return list(binding.copy_outputs_to_cpu())
 
 
-def inspected(stage: str, content: bytes | Graph, spec: ModelSpec, batch: int | None) -> Graph:
+def inspected(
+    stage: str, content: bytes | Graph, spec: ModelSpec | PriorSpec, batch: int | None
+) -> Graph:
     """Returns the graph of ``stage``. Raises InputError unless it is plain, see ``read_graph``, and
     its inputs and outputs are those of the stage of a model of ``spec``."""
     name = f"{stage}.onnx"
     graph = content if isinstance(content, Graph) else read_graph(name, content)
-    known = ports(spec, batch, _index_type(graph))
+    known = ports_of(stage, spec, batch, _index_type(graph))
     for way, names, found in (
-        ("inputs", STAGES[stage].inputs, graph.inputs),
-        ("outputs", STAGES[stage].outputs, graph.outputs),
+        ("inputs", stage_of(stage).inputs, graph.inputs),
+        ("outputs", stage_of(stage).outputs, graph.outputs),
     ):
         wanted = tuple(known[port] for port in names)
         if found != wanted:
@@ -242,7 +273,9 @@ def inspected(stage: str, content: bytes | Graph, spec: ModelSpec, batch: int | 
 
 def _index_type(graph: Graph) -> str:
     """Returns the one of ``INDEX_TYPES`` that the indices of a graph have; if none, the first."""
-    found = {port.dtype for port in (*graph.inputs, *graph.outputs) if port.name == INDICES}
+    found = {
+        port.dtype for port in (*graph.inputs, *graph.outputs) if port.name in (INDICES, PREVIOUS)
+    }
     return next((dtype for dtype in INDEX_TYPES if dtype in found), INDEX_TYPES[0])
 
 
@@ -278,13 +311,18 @@ def _failure(found: str, error: Exception, kind: type[CommandError]) -> CommandE
     return kind(f"{found}: {line}")
 
 
-def batch_size(spec: ModelSpec, operators: frozenset[str], cores: int = 0) -> int:
+def batch_size(spec: ModelSpec | PriorSpec, operators: frozenset[str], cores: int = 0) -> int:
     """Returns how many images go through a graph of ``operators`` at once.
 
     What the graph holds at a time stays within WORK_BYTES: the values of its network that are still
     needed, or the arrays of its search. On a CPU of so many cores, the widest row of a network
     stays within CACHE_BYTES per core. cores: 0 if that does not matter.
     """
+    if isinstance(spec, PriorSpec):
+        widest = max(
+            [spec.latent_size * spec.num_codes, *(math.prod(r.out_shape) for r in spec.rows)]
+        )
+        return max(1, min(LARGEST_BATCH, WORK_BYTES // (4 * 4 * widest)))
     k, d, held = spec.num_codes, spec.code_size, 1
     if operators & NETWORK_OPERATORS:
         held = 4 * max(_most_values(spec.encoder), _most_values(spec.decoder))
@@ -314,7 +352,7 @@ def _most_values(layers: tuple[Layer, ...]) -> int:
 
 def open_sessions(
     graphs: Mapping[str, bytes | Graph],
-    spec: ModelSpec,
+    spec: ModelSpec | PriorSpec,
     device: str,
     *,
     batch: int | None = None,
