@@ -31,6 +31,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -45,20 +46,22 @@ from benchmarks.pictures import fields
 from vqdeploy.graphs.build import TARGETS, GraphOptions, build_graph
 from vqdeploy.runtime.library import onnxruntime
 from vqdeploy.runtime.sessions import Runtime, Session, open_sessions
-from vqref.agreement.advance import Enclosure, Proof, enclose, prove, reach
-from vqref.agreement.arithmetics import ARITHMETICS, activation_error
+from vqref.agreement.advance import Proof, prove
+from vqref.agreement.arithmetics import ARITHMETICS, Arithmetic, activation_error
+from vqref.agreement.enclosure import Network, enclose
+from vqref.agreement.pulled import Enclosure, Row, reach
 from vqref.families import residual
 from vqref.host.images import to_unit_interval
 from vqref.host.pictures import load_any
 from vqref.modelfile import Model
-from vqref.network import ACTIVATIONS, KINDS, before_activation, weights_of
+from vqref.network import ACTIVATIONS, KINDS
 from vqref.spec import CODEBOOK, ModelSpec, plan
 from vqref.validation import Array, Float64, Params
 from vqtrain import VQVAE
 from vqtrain.modelfile import read_model
 
 Tokenizer = Callable[[Array], Array]
-Signs = dict[int, tuple[Float64, Float64]]
+Signs = dict[int, tuple[Float64, Float64, Float64]]
 
 BATCH = 64
 LEVELS = ("DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL")
@@ -116,40 +119,43 @@ def bounds_on_length(enclosure: Enclosure, tokens: npt.NDArray[np.int64]) -> Flo
 
 
 def worst(found: Enclosure, token: int, direction: Float64) -> Signs:
-    """The signs of every row's error, before and after its activation, that push the latent of a
-    token furthest in a direction."""
+    """The signs of every row's errors, of its inputs, before and after its activation, that push
+    the latent of a token furthest in a direction."""
     last = len(found.steps)
-    gradients = {last: np.zeros_like(found.values[last])[None]}
+    gradients = {last: np.zeros_like(found.latents)[None]}
     gradients[last][0, token] = direction
     signs = {}
     for number, step in reversed([*enumerate(found.steps, 1)]):
         if number not in gradients:
             continue
         after = gradients.pop(number)
-        g = after * found.slopes[number]
-        signs[number] = np.sign(g[0]), np.sign(after[0])
-        taken = [found.values[i][None] for i in step.sources]
+        g = after * found.rows[number].slope
+        taken = [found.rows[i].value[None] for i in step.sources]
         weights = found.weights[step.layer.name]
         pulled = KINDS[step.layer.kind].backward(step.layer, g, *taken, *weights)
+        signs[number] = np.sign(pulled[0][0]), np.sign(g[0]), np.sign(after[0])
         for source, each in zip(step.sources, pulled, strict=True):
             gradients[source] = gradients.get(source, 0) + each
     return signs
 
 
 def moved(
-    spec: ModelSpec,
-    params: Params,
-    image: Float64,
-    wrong: Callable[[int, Float64], tuple[Float64, Float64]],
-) -> Float64:
-    """Latents (S, D) of a network whose rows are off: ``wrong(number, z)`` is what a row gets wrong
-    before its activation, and what that adds."""
-    values, weights = {0: image[None].astype(np.float64)}, weights_of(spec.encoder, params)
-    for number, step in enumerate(plan(spec.encoder), 1):
-        z = before_activation(step, values, weights)
-        before, after = wrong(number, z[0])
-        values[number] = ACTIVATIONS[step.layer.activation].value(z + before) + after
-    return np.asarray(values[number][0])
+    found: Enclosure, wrong: Callable[[int, Row], tuple[Float64, Float64, Float64]]
+) -> list[tuple[Float64, Float64]]:
+    """By what each row is off before and after its activation, by number. ``wrong`` says by what
+    factors move on rounding, and what the row and its activation get wrong."""
+    off = [(np.zeros_like(found.rows[0].value),) * 2]
+    for number, (step, row) in enumerate(zip(found.steps, found.rows[1:], strict=True), 1):
+        layer, (rho, error, rounding) = step.layer, wrong(number, row)
+        taken = [off[i][1][None] + rho for i in step.sources]
+        weights = found.weights[layer.name]
+        linear = layer if layer.kind != "affine" else replace(layer, shift=0.0)
+        if weights:
+            weights = [weights[0], np.zeros_like(weights[1])]
+        before = KINDS[layer.kind].value(linear, *taken, *weights)[0] + error
+        after = ACTIVATIONS[layer.activation].value(row.z + before) + rounding - row.value
+        off.append((before, after))
+    return off
 
 
 def share_of_bound(
@@ -158,20 +164,28 @@ def share_of_bound(
     """How far the worst perturbation of all rows at once moves a token's latent in a direction
     between two codes, over the bound."""
     arithmetic, codebook = ARITHMETICS[name], params[CODEBOOK].astype(np.float64)
-    found = enclose(spec, params, image[None].astype(np.float64), arithmetic)
+    found = enclose(Network(spec, params, arithmetic), image.astype(np.float64))
     token = int(rng.integers(spec.latent_size))
     a, b = codebook[rng.choice(len(codebook), 2, replace=False)]
     (bound,) = reach(found, np.array([token]), (a - b)[None], np.array([-np.inf]))
     signs = worst(found, token, a - b)
 
-    def wrong(number: int, z: Float64) -> tuple[Float64, Float64]:
-        activation = found.steps[number - 1].layer.activation
-        rounding = activation_error(activation, z, np.zeros_like(z), arithmetic)
-        before, after = signs.get(number, (np.zeros_like(z), np.zeros_like(z)))
-        return before * found.errors[number], after * rounding
+    def wrong(number: int, row: Row) -> tuple[Float64, Float64, Float64]:
+        if number not in signs:
+            return (np.zeros(()),) * 3
+        of_inputs, before, after = signs[number]
+        rounding = activation_of(found, number, arithmetic)
+        rho = np.zeros(()) if row.inputs is None else of_inputs * row.inputs
+        return rho, before * row.error, after * rounding
 
-    off = moved(spec, params, image, wrong) - found.latents
+    off = moved(found, wrong)[-1][1]
     return float(off[token] @ (a - b)) / float(bound)
+
+
+def activation_of(found: Enclosure, number: int, arithmetic: Arithmetic) -> Float64:
+    """What an activation's own result is off by, of the exact input."""
+    z, activation = found.rows[number].z, found.steps[number - 1].layer.activation
+    return activation_error(activation, z, np.zeros_like(z), arithmetic)
 
 
 # Machines
@@ -204,7 +218,7 @@ def products(x: Array, weight: Array, order: str, rng: np.random.Generator) -> A
     return total
 
 
-def in_float32(
+def latents_in_float32(
     spec: ModelSpec,
     params: Params,
     images: Array,
@@ -212,8 +226,8 @@ def in_float32(
     cut: Callable[[Array], Array] = lambda factor: factor,
     seed: int = 0,
 ) -> Array:
-    """Tokens of a network of convolutions and dense rows in NumPy's float32: every sum in an order,
-    factors cut before."""
+    """Latents of a network of convolutions and dense rows in NumPy's float32: every sum in an
+    order, factors cut before."""
     rng = np.random.default_rng(seed)
     values: dict[int, Array] = {0: images.astype(np.float32)}
     for number, step in enumerate(plan(spec.encoder), 1):
@@ -237,8 +251,25 @@ def in_float32(
             y = y / (np.float32(1) + np.exp(-y))
         elif layer.activation == "relu":
             y = np.maximum(y, np.float32(0))
+        elif layer.activation == "gelu":
+            bent = np.float32(0.7978845608) * (y + np.float32(0.044715) * y * y * y)
+            y = np.float32(0.5) * y * (np.float32(1) + np.tanh(bent))
         values[number] = y
-    difference = values[number][:, :, None] - np.asarray(params[CODEBOOK], np.float32)
+    return values[len(values) - 1]
+
+
+def in_float32(
+    spec: ModelSpec,
+    params: Params,
+    images: Array,
+    order: str = "forwards",
+    cut: Callable[[Array], Array] = lambda factor: factor,
+    seed: int = 0,
+) -> Array:
+    """Tokens of ``latents_in_float32``, whose distances add in the same order."""
+    latents = latents_in_float32(spec, params, images, order, cut, seed)
+    difference = latents[:, :, None] - np.asarray(params[CODEBOOK], np.float32)
+    rng = np.random.default_rng(seed)
     return np.asarray(sums(np.square(difference), order, rng).argmin(axis=-1))
 
 
@@ -406,7 +437,8 @@ def shares(record: Record, model: Model, images: Array, count: int) -> None:
         ratios = []
         for image, own in zip(part[:40], latents, strict=False):
             with np.errstate(over="ignore", invalid="ignore"):
-                enclosure = enclose(spec, params, image[None].astype(np.float64), arithmetic)
+                network = Network(spec, params, arithmetic)
+                enclosure = enclose(network, image.astype(np.float64), closely=False)
                 token = rng.integers(spec.latent_size, size=1)
                 far = bounds_on_length(enclosure, token)
             ratios.append(float(far[0] / np.sqrt(np.square(own[token[0]]).sum())))

@@ -15,6 +15,7 @@ import torch
 import vqref
 from vqref import families
 from vqref.modelfile import Model
+from vqref.prior import PriorSpec
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, KINDS, Layer, ModelSpec
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,15 @@ def small_model(spec: ModelSpec, seed: int = 0) -> Model:
     params[EMA_MEANS] = params[CODEBOOK] * params[EMA_COUNT][:, None]
     data = {"source": "test", "sha256": "0" * 64, "images": 1}
     return Model(spec, params, {"epochs": 1}, {}, {"data": data})
+
+
+def prior_params(spec: PriorSpec, seed: int = 0, scale: float = 20.0) -> dict[str, np.ndarray]:
+    """Of an untrained prior, its weights large enough to matter."""
+    found = vqref.init_params(spec, np.random.default_rng(seed))
+    return {
+        name: array if "norm" in name else (scale * array).astype(np.float32)
+        for name, array in found.items()
+    }
 
 
 def trainer(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import prior_params
 
-import vqref
 from vqdeploy.graphs.build import GraphOptions
 from vqdeploy.graphs.prior import build_prior_graph
 from vqdeploy.runtime.library import onnxruntime
@@ -27,16 +27,7 @@ SPEC = transformer(6, 5, width=8, depth=2, heads=2)
 TINY = transformer(3, 4, width=8, depth=2, heads=2)
 
 
-def params_of(spec, seed=0, scale=20.0):
-    """Of an untrained prior, its weights large enough to matter."""
-    found = vqref.init_params(spec, np.random.default_rng(seed))
-    return {
-        name: array if "norm" in name else (scale * array).astype(np.float32)
-        for name, array in found.items()
-    }
-
-
-PARAMS, INDICES = params_of(SPEC), np.random.default_rng(1).integers(0, 5, (7, 6))
+PARAMS, INDICES = prior_params(SPEC), np.random.default_rng(1).integers(0, 5, (7, 6))
 
 
 @pytest.fixture(scope="module", params=["autoregressive", "categorical"])
@@ -58,7 +49,7 @@ def off(found, expected):
 
 def test_the_probabilities_of_all_sequences_add_up_to_1():
     for spec, params in (
-        (TINY, params_of(TINY)),
+        (TINY, prior_params(TINY)),
         categorical(np.random.default_rng(0).integers(0, 4, (9, 3)), 4),
     ):
         total = np.exp(-prior.nats(spec, params, every_sequence(spec))).sum()
@@ -133,7 +124,7 @@ def test_pytorch_pulls_back_the_oracles_gradients(case):
 
 
 def test_pytorchs_probabilities_add_up_to_1_and_see_nothing_ahead():
-    module = in_torch(TINY, params_of(TINY), np.float32)
+    module = in_torch(TINY, prior_params(TINY), np.float32)
     sequences = torch.from_numpy(every_sequence(TINY))
     with torch.no_grad():
         total = (-module.nats(sequences)).double().exp().sum().item()
@@ -189,7 +180,7 @@ def test_both_graphs_agree_with_the_oracle(case, options):
 
 
 def test_the_graphs_probabilities_add_up_to_1_and_see_nothing_ahead():
-    params, sequences = params_of(TINY), every_sequence(TINY)
+    params, sequences = prior_params(TINY), every_sequence(TINY)
     whole = in_onnx("prior", TINY, params)
     (usual,) = whole.run(None, {"indices": sequences})
     taken = np.take_along_axis(usual, sequences[..., None], 2).astype(np.float64)
@@ -216,7 +207,7 @@ def test_a_categorical_prior_is_the_smoothed_frequencies():
 
 
 def test_samples_have_the_probabilities_of_the_prior():
-    params = params_of(TINY)
+    params = prior_params(TINY)
     noise = gumbel(5, TINY, 4000)
     found = prior.sample(TINY, params, noise)
     sequences = every_sequence(TINY)

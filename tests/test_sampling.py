@@ -5,8 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from support import sign
-from test_prior import params_of
+from support import prior_params, sign
 
 from vqdeploy import Codec
 from vqdeploy.bundle import FILES, PRIOR_FILES, Bundle
@@ -19,7 +18,7 @@ from vqref.prior import Prior, categorical, gumbel, transformer
 from vqtrain.modelfile import write_model
 
 SPEC = transformer(4, 16, width=16, depth=2, heads=2)
-PARAMS = params_of(SPEC)
+PARAMS = prior_params(SPEC)
 
 
 def with_prior(model, spec=SPEC, params=PARAMS):

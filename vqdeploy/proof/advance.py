@@ -34,9 +34,6 @@ EXPORT_SECONDS = 2.5
 EXPLAINED = 4
 """Images with tokens that differ, for which another arithmetic is sought."""
 
-BITS = {"tf32": 10, "float16": 10, "bfloat16": 7}
-"""After the point, of factors."""
-
 
 def require_float32(bundle: Bundle) -> None:
     """Raises InputError for a bundle of whose networks nothing is proved."""
@@ -158,7 +155,7 @@ def explained(
             continue
         if row.factors is None:
             rest.append(name)
-        elif _share_given(spec, params, images, indices, wrong, BITS[row.factors]) > 0.5:
+        elif _share_given(spec, params, images, indices, wrong, row.factors.bits) > 0.5:
             given.append(name)
     return given or rest
 
@@ -186,8 +183,12 @@ def explained_encoder(
         return check
     exact = encode(spec, params, images)
     far, names = np.abs(encoder(images)[0] - exact).max(), []
-    for name, bits in BITS.items():
-        ways = (latents_of(spec, params, images, bits, cut=cut) for cut in (True, False))
+    for name, row in ARITHMETICS.items():
+        if row.factors is None:
+            continue
+        ways = (
+            latents_of(spec, params, images, row.factors.bits, cut=cut) for cut in (True, False)
+        )
         least, most = sorted(float(np.abs(each - exact).max()) for each in ways)
         if least / 3 <= far <= 3 * most:
             names.append(name)

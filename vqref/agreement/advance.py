@@ -9,7 +9,7 @@ these δ_i is W δ_(i-1) + e_i without remainder. An activation f at z, its inpu
 Δ, gives f(z + δ) = f(z) + f'(z) δ + r, where
 
     elu     |r| <= Δ² exp(min(0, z + Δ)) / 2 if z - Δ < 0, else 0: f'' is exp(z) below 0 and 0
-            above, and f' is continuous
+            above, and f' is continuous; ``arithmetics`` has a closer one
     relu    |r| <= max(0, Δ - |z|): where the input crosses 0, the way beyond
     silu    |r| <= Δ² / 4: |f''| <= 1/2
 
@@ -17,9 +17,32 @@ With r and the activation's own rounding counted as local errors, the latents mo
 
     δ_L = Σ over rows of J_i (e_i + r_i)
 
-with the exact Jacobians J_i at the exact values: an identity, not an approximation. Δ_i comes from
-the rows' magnitudes alone, Δ_i = |W| Δ_(i-1) + |e_i|. It is far too large at the end, but enters
-squared, or only where a relu's input is near 0.
+with the exact Jacobians J_i at the exact values: an identity, not an approximation.
+
+Where factors are rounded, the exact network's weights are replaced by the centres of what theirs
+may be rounded to, and its inputs by those moved by a known shift (z_i stands for what this network
+takes). A machine's are within ρ of these: W (δ_(i-1) + ρ_i) + e_i, so that J W ρ_i is one more
+term, in which W ρ_i cancels as W δ does; that the weights are off is in e_i. The network with its
+own factors is one of those that are covered, so the token that is proved is its token.
+
+Δ_i comes from the rows' magnitudes alone at the first look, Δ_i = |W| Δ_(i-1) + |e_i|. It is far
+too large at the end, but enters squared, or only where a relu's input is near 0. If that leaves
+tokens open, a second look also bounds lengths, of all of δ_i and at each place of a grid:
+
+    ||δ_i|| <= ||W|| (||δ_(i-1)|| + ||ρ_i||) + ||e_i||
+
+with ||W|| of the whole row, and of what one place sees. All signs at once that are worst for one
+element are not so for the others, which magnitudes do not know: of 800 weights |W| is 20 times
+larger than ||W||. An element is off by at most its weights' length times that of what it sees. A
+row of few results, as the post's last convolution, gets its Δ from exact Jacobians. And Σ |g| |r|,
+g the gradient after a row, is not larger than ||δ|| allows: where |r| <= c δ²,
+
+    Σ |g| |r| <= p ||δ||² + Σ max(0, |g| c - p) Δ²     for every p > 0
+
+A third look, for tokens that would be proved without r, bounds the elements of a row for which
+|g| c is largest one by one, from row to row: their gradients are pulled back, and meet the lengths
+on the way, until they are small enough or the work for it is spent. What remains has small c, so
+that ||δ||² may as well be its.
 
 The machine answers by the direct form, Σ (x - c)², in float32, and by the first code if some are
 equally near. Code k can win over the nearest code b if ||x + δ - c_k||² - ||x + δ - c_b||², which
@@ -30,41 +53,29 @@ a token is proved if for every k
 
 Codes that cannot win even with Δ_L need no Jacobian. The direction c_k - c_b of each other is
 pulled back row by row, and no further ones of a token with a code that could win; once the errors
-of the rows passed, and Δ for what lies below, cannot close the gap, it is dropped. On grids, whose
-rows see a few neighbours, only the window that a token sees is pulled.
+of the rows passed, and Δ for what lies below, cannot close the gap, it is dropped.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vqref.agreement.arithmetics import (
-    ARITHMETICS,
-    Arithmetic,
-    activation_error,
-    local_error,
-    products,
-    remainder,
-    spread,
-)
+from vqref.agreement.arithmetics import ARITHMETICS
 from vqref.agreement.bounds import distance_error
-from vqref.network import ACTIVATIONS, KINDS, before_activation, scattered, weights_of
-from vqref.quantizer import squared_distances
-from vqref.spec import CODEBOOK, Layer, ModelSpec, Step, plan
+from vqref.agreement.enclosure import Network, enclose
+from vqref.agreement.pulled import PULLED_VALUES, SLACK, Enclosure, Told, Window, pulled, reach
+from vqref.network import encode
+from vqref.quantizer import quantize, squared_distances
+from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Float64, Int64, Params, as_images, check_params
 
-SLACK = 1 + 1e-7
-"""Bounds are computed in float64, whose unit is 2e-9 of float32's: what it does to the exact values
-is 4e-9 of the bound, and this leaves 25 times as much for what cancels in a Jacobian."""
-
-PULLED_VALUES = 2**22
-"""Values of gradients held at once, 32 MiB per array."""
+SHARPENED, WORK = 2048, 64
+"""How many results of a row are pulled back at the third look, at most, and for how many times the
+multiplications of the encoder."""
 
 
 CLAIM = "float32"
@@ -82,7 +93,7 @@ class Proof(NamedTuple):
     S): the code that comes nearest to winning, or one that could; the token itself if there is no
     other code. excess (N, S): by how much that code's squared distance stays beyond what rounding
     can do; negative if it could win. moved (N, S): a bound on the length by which the latent can
-    move, from magnitudes alone: far too large.
+    move in any direction, from that of the centres where factors are rounded: far too large.
     """
 
     indices: Int64
@@ -105,17 +116,20 @@ def prove(
     x = as_images(images, spec).astype(np.float32).astype(np.float64)
     params = {name: np.asarray(each, np.float32) for name, each in params.items()}
     codebook = params[CODEBOOK].astype(np.float64)
+    network = Network(spec, params, ARITHMETICS[arithmetic])
     with np.errstate(over="ignore", invalid="ignore"):  # what has no bound is not proved
-        found = [
-            _prove_one(enclose(spec, params, image[None], ARITHMETICS[arithmetic]), codebook)
-            for image in x
-        ]
+        found = [_prove_one(network, image, codebook) for image in x]
     if not found:
         nothing = np.empty((0, spec.latent_size))
         return Proof(
             nothing.astype(np.int64), nothing > 0, nothing.astype(np.int64), nothing, nothing
         )
-    return Proof(*(np.stack(each) for each in zip(*found, strict=True)))
+    proof = Proof(*(np.stack(each) for each in zip(*found, strict=True)))
+    if network.spare and not proof.proved.all():  # the others are those of other weights
+        exact = quantize(encode(spec, params, x), codebook).indices
+        rivals = np.where(proof.rivals == exact, proof.indices, proof.rivals)
+        proof = proof._replace(indices=exact, rivals=rivals)
+    return proof
 
 
 def count_proved(
@@ -146,62 +160,74 @@ def tell_proved(counts: Mapping[str, Any]) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Enclosure:
-    """One image through the encoder, and what rounding can do on the way.
-
-    steps: the rows. weights: by the names of rows. By number of a value, from 0 for the image:
-    values and radius, |δ| <= radius. By number of a row, from 1: slopes, of its activation; errors,
-    |e|, and after, |r| and the activation's rounding. All without the axis of images.
-    """
-
-    steps: tuple[Step, ...]
-    weights: Mapping[str, list[Float64]]
-    values: list[Float64]
-    radius: list[Float64]
-    slopes: list[Float64]
-    errors: list[Float64]
-    after: list[Float64]
-
-    @property
-    def latents(self) -> Float64:
-        return self.values[-1]
-
-
-def enclose(spec: ModelSpec, params: Params, image: Float64, arithmetic: Arithmetic) -> Enclosure:
-    """The encoder on one image (1, C, H, W), with bounds."""
-    weights, steps = weights_of(spec.encoder, params), plan(spec.encoder)
-    values, radius = [image], [np.zeros_like(image)]
-    slopes, errors, after = [image], [image], [image]  # of value 0: not used
-    for step in steps:
-        layer, kind = step.layer, ACTIVATIONS[step.layer.activation]
-        taken = [(values[i], radius[i]) for i in step.sources]
-        z = before_activation(step, dict(enumerate(values)), weights)
-        merged = [_merged(steps, i) for i in step.sources]
-        wide = spread(layer, taken, weights[layer.name])
-        error = local_error(layer, arithmetic, taken, weights[layer.name], z, wide, merged)
-        wide = (wide + error) * SLACK
-        y, slope = kind.value(z), kind.slope(z)
-        left = remainder(layer.activation, z, wide)
-        left += activation_error(layer.activation, z, wide, arithmetic)
-        values.append(y)
-        radius.append((np.abs(slope) * wide + left) * SLACK)
-        for kept, each in ((slopes, slope), (errors, error * SLACK), (after, left * SLACK)):
-            kept.append(each)
-    parts = (values, radius, slopes, errors, after)
-    return Enclosure(steps, weights, *([array[0] for array in part] for part in parts))
-
-
-def _merged(steps: tuple[Step, ...], value: int) -> int:
-    """How many products a value sums up, if a runtime may go on adding to that sum."""
-    if value == 0 or steps[value - 1].layer.activation != "linear":
-        return 0
-    return products(steps[value - 1].layer)
-
-
-def _prove_one(enclosure: Enclosure, codebook: Float64) -> Proof:
+def _prove_one(network: Network, image: Float64, codebook: Float64) -> Proof:
     """A Proof without its first axis."""
-    latents, radius = enclosure.latents, enclosure.radius[-1]
+    if network.arithmetic.factors is None:
+        first = _looked(enclose(network, image, closely=False), codebook)
+        if first.proved.all():
+            return first
+    enclosure = enclose(network, image)
+    second = _looked(enclosure, codebook)
+    if second.proved.all():
+        return second
+    sharper = _sharpened(network, enclosure, second, codebook)
+    return second if sharper is None else _looked(sharper, codebook)
+
+
+def _sharpened(
+    network: Network, enclosure: Enclosure, proof: Proof, codebook: Float64
+) -> Enclosure | None:
+    """The enclosure with tighter bounds on those results whose curvature weighs most for tokens
+    that would be proved without it; None if there is nothing to win."""
+    tokens = np.flatnonzero(~proof.proved & np.isfinite(proof.excess))
+    directions = codebook[proof.rivals[tokens]] - codebook[proof.indices[tokens]]
+    seen = {
+        number: np.zeros_like(enclosure.rows[number].value)
+        for number, step in enumerate(enclosure.steps, 1)
+        if number > 1 and step.layer.activation != "linear" and len(step.layer.out_shape) == 3
+    }
+    told = Told(np.zeros(len(tokens)), seen)
+    bounds = reach(enclosure, tokens, directions, np.full(len(tokens), -np.inf), told)
+    room = bounds + proof.excess[tokens] / 2
+    room, sharper = room[bounds - told.curved < room], False
+    if not len(room):
+        return None
+    for number, weight in seen.items():
+        row = enclosure.rows[number]
+        worst = weight * row.bend
+        top = np.argsort(worst, axis=None)[::-1][:SHARPENED]
+        if not (weight * row.after).sum() >= 0.1 * room.min() or not worst.any():
+            continue
+        where = np.unravel_index(top[worst.reshape(-1)[top] > 0], worst.shape)
+        cap = row.before.radius.copy()
+        share = 0.1 * np.median(room) / len(where[0])
+        enough = np.sqrt(share / worst[where])
+        if enclosure.steps[number - 1].layer.activation == "relu":
+            enough = np.maximum(enough, np.abs(row.z[where]))
+        cap[where] = np.minimum(cap[where], _pulled_each(enclosure.before(number), where, enough))
+        enclosure = enclose(network, row.value, begun=enclosure.rows[:number], cap=cap)
+        sharper = True
+    return enclosure if sharper else None
+
+
+def _pulled_each(enclosure: Enclosure, where: tuple[Int64, ...], enough: Float64) -> Float64:
+    """Bounds on |δ| of single elements of the last row, at channels, rows and columns, each pulled
+    back until it is less than ``enough``."""
+    channels, rows, columns = where
+    work = WORK * sum(step.layer.products for step in enclosure.steps) / len(channels)
+    found, chunks = np.empty(len(channels)), len(channels) * 2**15 // PULLED_VALUES + 1
+    for start in range(chunks):
+        part = slice(start, None, chunks)
+        values = np.zeros((len(channels[part]), len(enclosure.latents), 1, 1))
+        values[np.arange(len(values)), channels[part]] = 1.0
+        window = Window(values, np.stack([rows[part], columns[part]], axis=1))
+        found[part] = pulled(enclosure, window, enough[part], work=work * len(values))
+    return found
+
+
+def _looked(enclosure: Enclosure, codebook: Float64) -> Proof:
+    """The tokens of an enclosure, as far as it proves them."""
+    latents, radius = enclosure.latents, enclosure.rows[-1].off.radius
     moved = np.sqrt(np.square(radius).sum(axis=1))
     size, norms = codebook.shape[1], np.sqrt(np.square(codebook).sum(axis=1))
     count = len(latents)
@@ -238,7 +264,9 @@ def _bounds(enclosure: Enclosure, tokens: Int64, directions: Float64, room: Floa
     """Bounds (B,) on |direction . δ|, from magnitudes alone where these suffice. Elsewhere the
     direction of each token that leaves least room for its length is pulled back first; if it is not
     less than its room the token is not proved, and its others need not be known: -inf."""
-    bounds: Float64 = SLACK * (np.abs(directions) * enclosure.radius[-1][tokens]).sum(axis=1)
+    bounds: Float64 = SLACK * (np.abs(directions) * enclosure.rows[-1].off.radius[tokens]).sum(
+        axis=1
+    )
     hopeless = np.isin(tokens, tokens[~(room > 0)])
     pending = ~(bounds < room) & ~hopeless
     near = room / np.sqrt(np.square(directions).sum(axis=1))
@@ -252,164 +280,3 @@ def _bounds(enclosure: Enclosure, tokens: Int64, directions: Float64, room: Floa
     rest = np.flatnonzero(pending & ~lost)
     bounds[rest] = reach(enclosure, tokens[rest], directions[rest], room[rest])
     return bounds
-
-
-class _Window(NamedTuple):
-    """A part of each of B gradients of a value, outside of which they are 0.
-
-    values (B, C, h, w). origin (B, 2): row and column of its first place, which may lie outside of
-    the value; None: it is the whole value, of any shape.
-    """
-
-    values: Float64
-    origin: Int64 | None
-
-    def take(self, kept: npt.NDArray[np.bool_]) -> _Window:
-        return _Window(self.values[kept], None if self.origin is None else self.origin[kept])
-
-
-def reach(enclosure: Enclosure, tokens: Int64, directions: Float64, room: Float64) -> Float64:
-    """Bounds (B,) on |direction . δ|, δ what the latents of some tokens (B,) can move by,
-    directions (B, D): what the exact Jacobian gives, or anything that is proved to be less than
-    ``room`` (B,)."""
-    largest = max(value.size for value in enclosure.values)
-    step = max(1, PULLED_VALUES // min(largest, PULLED_VALUES // 8))
-    bounds = np.empty(len(tokens))
-    for start in range(0, len(tokens), step):
-        part = slice(start, start + step)
-        bounds[part] = _pulled_at_once(enclosure, tokens[part], directions[part], room[part])
-    return bounds
-
-
-def _pulled_at_once(
-    enclosure: Enclosure, tokens: Int64, directions: Float64, room: Float64
-) -> Float64:
-    bounds, spent = np.empty(len(tokens)), np.zeros(len(tokens))
-    live, last = np.arange(len(tokens)), len(enclosure.steps)
-    gradients = {last: _start(enclosure, tokens, directions)}
-    for number, step in reversed([*enumerate(enclosure.steps, 1)]):
-        if number not in gradients:
-            continue
-        g = gradients.pop(number)
-        spent += _weighed(g, enclosure.after[number])
-        g = g._replace(values=g.values * _cut(enclosure.slopes[number], g))
-        spent += _weighed(g, enclosure.errors[number])
-        for source, each in zip(step.sources, _pull(enclosure, step, g), strict=True):
-            other = gradients.get(source)
-            gradients[source] = (
-                each if other is None else _joined(each, other, enclosure.values[source])
-            )
-        reached = spent + sum(_weighed(g, enclosure.radius[i]) for i, g in gradients.items())
-        bounds[live] = SLACK * reached
-        kept = ~(SLACK * reached < room[live])
-        if not kept.any():
-            break
-        live, spent = live[kept], spent[kept]
-        gradients = {i: g.take(kept) for i, g in gradients.items()}
-    return bounds
-
-
-def _start(enclosure: Enclosure, tokens: Int64, directions: Float64) -> _Window:
-    """The directions as gradients of the latents (S, D)."""
-    values = np.zeros((len(tokens), *enclosure.latents.shape))
-    values[np.arange(len(tokens)), tokens] = directions
-    return _Window(values, None)
-
-
-def _pull(enclosure: Enclosure, step: Step, g: _Window) -> Iterator[_Window]:
-    """The gradients of a row's inputs."""
-    layer, weights = step.layer, enclosure.weights[step.layer.name]
-    if g.origin is not None and layer.kind in ("affine", "add", "activation"):
-        scale = layer.scale if layer.kind == "affine" else 1.0
-        yield from [g._replace(values=scale * g.values)] * len(step.sources)
-    elif g.origin is not None and layer.kind == "conv":
-        yield _through_conv(layer, g, weights[0])
-    elif layer.kind == "to_vectors" and g.origin is None:
-        yield _to_places(layer, g)
-    else:
-        whole = g if g.origin is None else _whole(g, layer.out_shape)
-        taken = [
-            np.broadcast_to(enclosure.values[i], (len(g.values), *enclosure.values[i].shape))
-            for i in step.sources
-        ]
-        for each in KINDS[layer.kind].backward(layer, whole.values, *taken, *weights):
-            yield _Window(each, None)
-
-
-def _to_places(layer: Layer, g: _Window) -> _Window:
-    """The gradient of a grid's latents (S, D) as that of one place of the grid each, if there is
-    one place."""
-    (whole,) = KINDS[layer.kind].backward(
-        layer, g.values, np.empty((len(g.values), *layer.in_shape))
-    )
-    flat = (whole != 0).max(axis=1).reshape(len(whole), -1)  # (B, h*w)
-    place = np.stack(np.unravel_index(flat.argmax(axis=1), layer.in_shape[1:]), axis=1)
-    if (flat.sum(axis=1) > 1).any():
-        return _Window(whole, None)
-    each = np.arange(len(whole))
-    return _Window(whole[each, :, place[:, 0], place[:, 1]][:, :, None, None], place)
-
-
-def _through_conv(layer: Layer, g: _Window, weight: Float64) -> _Window:
-    """As ``conv_backward``, of a window: the input's window begins where the kernel of its first
-    place does."""
-    assert g.origin is not None
-    taps = np.tensordot(g.values, weight, axes=((1,), (0,)))
-    sides = (layer.stride * (n - 1) + k for n, k in zip(taps.shape[1:3], layer.kernel, strict=True))
-    values = scattered(layer, taps, (len(taps), layer.in_shape[0], *sides))
-    window = _Window(values, layer.stride * g.origin - np.array([pads[0] for pads in layer.pads]))
-    if math.prod(values.shape[2:]) > math.prod(layer.in_shape[1:]):
-        return _whole(window, layer.in_shape)
-    return window
-
-
-def _joined(a: _Window, b: _Window, value: Float64) -> _Window:
-    """The sum of two gradients of one value."""
-    if a.origin is None or b.origin is None:
-        a, b = (g if g.origin is None else _whole(g, value.shape) for g in (a, b))
-        return _Window(a.values + b.values, None)
-    apart = (b.origin - a.origin)[0]  # the same for all: both came down from one place
-    ends = np.maximum(a.values.shape[2:], apart + b.values.shape[2:])
-    begin = np.minimum(0, apart)
-    total = np.zeros((*a.values.shape[:2], *(ends - begin)))
-    for g, (top, left) in ((a, -begin), (b, apart - begin)):
-        height, width = g.values.shape[2:]
-        total[:, :, top : top + height, left : left + width] += g.values
-    return _Window(total, a.origin + begin)
-
-
-def _whole(g: _Window, shape: tuple[int, ...]) -> _Window:
-    """A window as the whole value of ``shape`` (C, H, W)."""
-    assert g.origin is not None
-    total = np.zeros((len(g.values), *shape))
-    rows, columns, inside = _places(g, shape)
-    each = np.arange(len(total))[:, None, None]
-    moved = np.where(inside[:, None], g.values, 0.0).transpose(0, 2, 3, 1)  # (B, h, w, C)
-    np.add.at(total.transpose(0, 2, 3, 1), (each, rows, columns), moved)
-    return _Window(total, None)
-
-
-def _cut(array: Float64, g: _Window) -> Float64:
-    """The part of an array of the value's shape that a window covers, 0 outside of it."""
-    if g.origin is None:
-        return array[None]
-    rows, columns, inside = _places(g, array.shape)
-    return np.where(inside[:, None], array[:, rows, columns].transpose(1, 0, 2, 3), 0.0)
-
-
-def _places(g: _Window, shape: tuple[int, ...]) -> tuple[Int64, Int64, npt.NDArray[np.bool_]]:
-    """Rows (B, h, 1) and columns (B, 1, w) of a window's places, clipped to the value, and which
-    lie in it, (B, h, w)."""
-    assert g.origin is not None
-    height, width = g.values.shape[2:]
-    rows = (g.origin[:, :1] + np.arange(height))[:, :, None]
-    columns = (g.origin[:, 1:] + np.arange(width))[:, None, :]
-    inside = (rows >= 0) & (rows < shape[1]) & (columns >= 0) & (columns < shape[2])
-    return rows.clip(0, shape[1] - 1), columns.clip(0, shape[2] - 1), inside
-
-
-def _weighed(g: _Window, array: Float64) -> Float64:
-    """Σ |g| a over a value's elements, (B,)."""
-    part = np.abs(g.values) * _cut(array, g)
-    total: Float64 = part.reshape(len(part), -1).sum(axis=1)
-    return total

@@ -35,6 +35,7 @@ from vqref.spec import Layer
 from vqref.validation import Float64
 
 UNIT, TINY = 2.0**-24, 2.0**-126
+LARGEST = distances_in("float32").largest
 """The unit roundoff and the smallest normal number of float32, in which every arithmetic adds
 up."""
 
@@ -57,6 +58,55 @@ def in_a_tree(n: int) -> int:
 
 
 @dataclass(frozen=True)
+class Factors:
+    """How factors are rounded: to how many bits after the point, and whether some machines cut them
+    instead of rounding to nearest. Each row may do it in its own way, or not at all, but rounds one
+    input the same way for all its products. Results below tiny, the smallest normal number, may be
+    flushed to zero; none may reach the largest."""
+
+    bits: int
+    cut: bool
+    tiny: float
+    largest: float
+
+    def ulp(self, size: Float64) -> Float64:
+        """The distance of two neighbours at a magnitude."""
+        spacing = np.ldexp(1.0, np.frexp(size)[1] - 1 - self.bits)
+        return np.where(size > 0, np.maximum(spacing, self.tiny * 2.0**-self.bits), 0.0)
+
+    def rounded(self, x: Float64) -> tuple[Float64, Float64]:
+        """Centre and radius of what known numbers may be rounded to, and of themselves: whoever
+        rounds less is covered."""
+        size, ulp = np.abs(x), self.ulp(np.abs(x))
+        down = np.floor(size / np.where(ulp > 0, ulp, 1.0)) * ulp
+        rest = size - down
+        low = np.where((rest <= ulp / 2) | self.cut, down, size)
+        low = np.where(size < self.tiny, 0.0, low)
+        high = np.where((rest >= ulp / 2) & (rest > 0), down + ulp, size)
+        return np.sign(x) * (low + high) / 2, (high - low) / 2
+
+    def of_inputs(self, x: Float64, radius: Float64) -> tuple[Float64, Float64]:
+        """Values x, of which a machine has others within a radius, move on rounding by what is
+        within ρ of a known shift. Returns x + shift, and ρ.
+
+        In units of the last place they move by -1/2 to 1/2, or from -1 if they are cut, which is
+        3/4 to either side of -1/4."""
+        size = np.abs(x)
+        most = self.ulp(size + radius)
+        shift = self.ulp(size) / 4 * ((radius < size) & self.cut)
+        low = (most if self.cut else most / 2) - shift
+        spread = np.maximum(low, most / 2 + shift)
+        flushed = np.where(size - radius < self.tiny, np.minimum(size + radius, self.tiny), 0.0)
+        spread = np.maximum(spread, flushed + shift)
+        centre, known = self.rounded(x)
+        exact = radius == 0
+        return (
+            np.where(exact, centre, x - np.sign(x) * shift),
+            np.where(exact, known, spread),
+        )
+
+
+@dataclass(frozen=True)
 class Arithmetic:
     """How a machine computes the rows of a network.
 
@@ -69,7 +119,7 @@ class Arithmetic:
     by exp u.
 
     meaning: in words. way: how many roundings a term passes, of the number of products. unit: of
-    sums. factors: of ``vqref.precisions``, whose rounding factors take; None if none. winograd:
+    sums. factors: how factors are rounded; None if they are not. winograd:
     whether convolutions of 3x3 and stride 1 are computed by Winograd's F(4x4, 3x3), see
     ``_winograd``.
     """
@@ -77,7 +127,7 @@ class Arithmetic:
     meaning: str
     way: Callable[[int], int] = any_order
     unit: float = UNIT
-    factors: str | None = None
+    factors: Factors | None = None
     exp: float = 8
     winograd: bool = False
 
@@ -98,12 +148,20 @@ ARITHMETICS: Mapping[str, Arithmetic] = MappingProxyType(
         "winograd": Arithmetic(
             "float32, 3x3 convolutions by Winograd's F(4x4, 3x3)", winograd=True
         ),
-        "tf32": Arithmetic("factors cut to TF32, sums in float32", unit=CUT, factors="tf32"),
+        "tf32": Arithmetic(
+            "factors cut or rounded to TF32, sums in float32",
+            unit=CUT,
+            factors=Factors(10, True, TINY, LARGEST),
+        ),
         "float16": Arithmetic(
-            "factors rounded to float16, sums in float32", unit=CUT, factors="float16"
+            "factors rounded to float16, sums in float32",
+            unit=CUT,
+            factors=Factors(10, False, 2.0**-14, 65504.0),
         ),
         "bfloat16": Arithmetic(
-            "factors rounded to bfloat16, sums in float32", unit=CUT, factors="bfloat16"
+            "factors rounded to bfloat16, sums in float32",
+            unit=CUT,
+            factors=Factors(7, False, TINY, LARGEST),
         ),
     }
 )
@@ -130,9 +188,11 @@ def local_error(
     z: Float64,
     wide: Float64,
     merged: Sequence[int] = (),
+    spare: Float64 | None = None,
 ) -> Float64:
     """What a row's result is off by, beside the exact result of the machine's own inputs, which is
-    z in the oracle and off by at most ``wide``.
+    z in the oracle and off by at most ``wide``. Inputs are those after rounding, and weights the
+    centres of what theirs may be, within ``spare``.
 
     merged: of an addition, how many products each input sums up, 0 if it is no such sum. A runtime
     may add the other input y within that sum, first or last: M grows by |y| and every addition may
@@ -143,7 +203,13 @@ def local_error(
         return np.full_like(z, np.inf)
     if weights:
         weight, bias = map(np.abs, weights)
-        return _product_error(layer, arithmetic, sizes[0], weight, bias, np.abs(z), wide)
+        off = np.zeros_like(z)
+        if spare is not None:
+            off = KINDS[layer.kind].value(layer, sizes[0], spare, np.zeros_like(bias))
+            weight = weight + spare
+        return off + _product_error(
+            layer, arithmetic, sizes[0], weight, bias, np.abs(z), wide + off
+        )
     if layer.kind == "affine":
         exact = layer.scale == 1 and layer.shift == 0
         terms = abs(layer.scale) * sizes[0] + abs(layer.shift)
@@ -179,33 +245,13 @@ def _product_error(
         error = each * (all_terms + z + wide) / 2 + (1 + each) * arithmetic.unit * total
         error = np.minimum(error, arithmetic.sums(count) * all_terms)
     error += 2 * count * TINY * (1 + size.max() + weight.max())
-    error[2 * all_terms >= distances_in("float32").largest] = np.inf
+    error[2 * all_terms >= LARGEST] = np.inf
     if (count + 2) * arithmetic.unit >= 0.5:  # g is no bound
         error[:] = np.inf
-    return (
-        error
-        if arithmetic.factors is None
-        else error + _factors_error(layer, arithmetic, size, weight, total)
-    )
-
-
-def _factors_error(
-    layer: Layer, arithmetic: Arithmetic, size: Float64, weight: Float64, total: Float64
-) -> Float64:
-    """What rounding the factors first adds: (1 + f)² - 1 of each product, and of what sums of them
-    are off by; products of factors that may be flushed to zero."""
-    assert arithmetic.factors is not None
-    row, value, count = distances_in(arithmetic.factors), KINDS[layer.kind].value, products(layer)
-    f = max(row.inputs, row.factors)
-    error: Float64 = (1 + arithmetic.sums(count)) * (2 * f + f * f) * total
-    if row.tiny > TINY:  # |w| tiny + |x| tiny + tiny² each
-        none = np.zeros(layer.parameters[1][1])
-        error = error + row.tiny * (
-            value(layer, np.ones_like(size), weight, none)
-            + value(layer, size, np.ones_like(weight), none)
-            + count * row.tiny
-        )
-    return error if max(size.max(), weight.max()) < row.largest else np.full_like(error, np.inf)
+    factors = arithmetic.factors
+    if factors is not None and max(size.max(), weight.max()) >= factors.largest:
+        error[:] = np.inf
+    return error
 
 
 def products(layer: Layer) -> int:
@@ -220,8 +266,8 @@ def products(layer: Layer) -> int:
 UNBOUNDED = frozenset({"embedding", "layer_norm", "attention"})
 """Kinds of rows, of a prior mostly, of which no bound is known: behind them nothing is proved."""
 
-GELU_CURVE = 0.82
-"""More than |f''| of gelu anywhere: 0.798 at 0, where it is largest."""
+BENT = {"silu": 0.25, "gelu": 0.41}
+"""Half the largest |f''| of an activation, or more: gelu's is 0.798, at 0."""
 
 WINOGRAD_DATA = (  # B', d -> B'dB, of F(4x4, 3x3) (Lavin and Gray 2016)
     (4, 0, -5, 0, 1, 0),
@@ -252,41 +298,73 @@ def _winograd(layer: Layer, size: Float64, weight: Float64, bias: Float64) -> Fl
     than those of the convolution and cancel.
 
     Each factor passes two transforms, of at most 6 terms each, and so does the result; C products
-    are added between: C + 50 roundings. With |B'||d||B| <= β² max |d|, β the largest row sum of
-    |B'|, and m the columnwise largest of |A'||G|, a result's terms add up to at most β² Σ over c of
-    max |d_c| Σ over a,b of m_a m_b |g_cab|, the largest over all pixels of any tile that the result
-    may be in: four to each side.
+    are added between: C + 50 roundings, of terms whose magnitudes add up to at most
+
+        |A'| [Σ over channels of (|G| |g| |G'|) ⊙ (|B'| |d| |B|)] |A|
+
+    in a tile. A result may be at any of the 16 places of its tile: the largest of these holds.
     """
     from numpy.lib.stride_tricks import sliding_window_view
 
     data, of_weights, result = map(
         np.abs, map(np.array, (WINOGRAD_DATA, WINOGRAD_WEIGHTS, WINOGRAD_RESULT))
     )
-    growth = data.sum(axis=1).max() ** 2
-    m = (result @ of_weights).max(axis=0)
     sides = [(before + 3, after + 3) for before, after in layer.pads]
-    padded = np.pad(size, ((0, 0), (0, 0), *sides))
-    largest = sliding_window_view(padded, (9, 9), axis=(2, 3)).max(axis=(4, 5))
-    each = np.einsum("ocab,a,b->oc", weight, m, m)
-    total = growth * np.einsum("oc,nchw->nohw", each, largest) + bias[:, None, None]
-    error: Float64 = roundings(size.shape[1] + 50, UNIT) * total
+    padded = np.pad(size[0], ((0, 0), *sides))
+    height, width = layer.out_shape[1:]
+    of_g = (of_weights @ weight @ of_weights.T).reshape(*weight.shape[:2], 36).transpose(2, 0, 1)
+    total = np.zeros((1, *layer.out_shape))
+    for row in range(height + 3):  # of tiles, one to begin at each place
+        tiles = sliding_window_view(padded[:, row : row + 6], (6, 6), axis=(1, 2))[:, 0]
+        of_d = (data @ tiles @ data.T).reshape(*tiles.shape[:2], 36).transpose(2, 0, 1)
+        terms = (of_g @ of_d).transpose(1, 2, 0).reshape(len(weight), -1, 6, 6)
+        found = result @ terms @ result.T  # (O, W + 3, 4, 4)
+        for a, b in np.ndindex(4, 4):
+            if 0 <= row - 3 + a < height:
+                at = total[0, :, row - 3 + a]
+                np.maximum(at, found[:, 3 - b : 3 - b + width, a, b], out=at)
+    error: Float64 = roundings(size.shape[1] + 50, UNIT) * (total + bias[:, None, None])
     return error
+
+
+def curvature(activation: str, z: Float64, wide: Float64) -> Float64:
+    """The largest |r| / δ² of an activation at z whose input is off by at most ``wide``."""
+    if activation == "elu":
+        return _elu_curvature(z, wide)
+    if activation == "relu":  # (δ - |z|) / δ², which is largest at 2 |z|
+        at = np.maximum(np.minimum(wide, 2 * np.abs(z)), TINY)
+        bend: Float64 = np.maximum(0.0, at - np.abs(z)) / np.square(at)
+        return bend
+    return np.full_like(z, BENT.get(activation, 0.0))
+
+
+def _elu_curvature(z: Float64, wide: Float64) -> Float64:
+    """At z = -m < 0 it is exp(-m) (exp(δ) - 1 - δ) / δ² for what stays below 0, which grows with δ,
+    and (δ - m + 1 - exp(-m) (1 + δ)) / δ² for what crosses it, which is largest at δ = 2 (m - 1 +
+    exp(-m)) / (1 - exp(-m)). At z >= 0 nothing is bent but the last Δ - z, where f'' is at most 1:
+    (Δ - z)² / (2 Δ²). Where these cancel, half the largest f''."""
+    plain = np.where(z - wide < 0, 0.5 * np.exp(np.minimum(0.0, z + wide)), 0.0)
+    inside, m = np.clip(wide, 0.01, 700.0), np.maximum(-z, 0.01)
+    below = np.exp(z) * (np.expm1(inside) - inside) / np.square(inside)
+    across = np.square(np.expm1(-m)) / (4 * (m + np.expm1(-m)))
+    below = np.where(wide >= 0.01, below, plain)
+    above = 0.5 * np.square((wide - z).clip(0) / np.maximum(wide, TINY))
+    found = np.where(z < -0.01, np.where(wide <= -z, below, across), plain)
+    found = np.where(z < 0, found, above)
+    least: Float64 = np.minimum(found, plain)
+    return least
 
 
 def remainder(activation: str, z: Float64, wide: Float64) -> Float64:
     """|r| of an activation at z whose input is off by at most ``wide``."""
-    if activation == "elu":
-        half = 0.5 * np.square(wide) * np.exp(np.minimum(0.0, z + wide))
-        return np.where(z - wide < 0, half, 0.0)
     if activation == "relu":
         return np.maximum(0.0, wide - np.abs(z))
-    if activation == "silu":
-        quarter: Float64 = 0.25 * np.square(wide)
-        return quarter
-    if activation == "gelu":
-        bent: Float64 = GELU_CURVE / 2 * np.square(wide)
-        return bent
-    return np.zeros_like(z)
+    bent: Float64 = curvature(activation, z, wide) * np.square(wide)
+    return bent
+
+
+LIPSCHITZ = {"linear": 1.0, "elu": 1.0, "relu": 1.0, "silu": 1.1, "gelu": 1.13}
+"""The largest slope of each activation, or more."""
 
 
 def activation_error(activation: str, z: Float64, wide: Float64, arithmetic: Arithmetic) -> Float64:
