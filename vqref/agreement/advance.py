@@ -73,9 +73,10 @@ from vqref.quantizer import quantize, squared_distances
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Float64, Int64, Params, as_images, check_params
 
-SHARPENED, WORK = 2048, 64
+SHARPENED, WORK, LITTLE = 2048, 64, 8
 """How many results of a row are pulled back at the third look, at most, and for how many times the
-multiplications of the encoder."""
+multiplications of the encoder: the last of these if factors are not rounded, where magnitudes alone
+prove nearly all that can be."""
 
 
 CLAIM = "float32"
@@ -104,12 +105,19 @@ class Proof(NamedTuple):
 
 
 def prove(
-    spec: ModelSpec, params: Params, images: npt.ArrayLike, arithmetic: str = "float32"
+    spec: ModelSpec,
+    params: Params,
+    images: npt.ArrayLike,
+    arithmetic: str = "float32",
+    *,
+    closely: bool = True,
 ) -> Proof:
     """Proves the tokens of images (N, C, H, W) in [0, 1] as far as they can be, under a name of
-    ARITHMETICS. Images and parameters count as float32 rounds them. Raises ValueError for another
-    name, for images or parameters that do not fit, and for latents so large that float64 cannot
-    hold their distances."""
+    ARITHMETICS. Images and parameters count as float32 rounds them. closely: if the first look
+    leaves tokens open, look again, which proves some more and may take a hundred times as long on a
+    network of which little can be proved. Raises ValueError for another name, for images or
+    parameters that do not fit, and for latents so large that float64 cannot hold their
+    distances."""
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic is {arithmetic!r}, expected {', '.join(ARITHMETICS)}")
     check_params(spec, params)
@@ -118,7 +126,7 @@ def prove(
     codebook = params[CODEBOOK].astype(np.float64)
     network = Network(spec, params, ARITHMETICS[arithmetic])
     with np.errstate(over="ignore", invalid="ignore"):  # what has no bound is not proved
-        found = [_prove_one(network, image, codebook) for image in x]
+        found = [_prove_one(network, image, codebook, closely=closely) for image in x]
     if not found:
         nothing = np.empty((0, spec.latent_size))
         return Proof(
@@ -138,16 +146,17 @@ def count_proved(
     images: Array,
     proved: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, int]:
-    """How many tokens of images (N, C, H, W) are proved, plain data: images, tokens, and a count
-    for CLAIM and NARROW each.
+    """How many tokens of images (N, C, H, W) are proved at the first look, plain data: images,
+    tokens, and a count for CLAIM and NARROW each.
 
     proved: which are for CLAIM, if the caller knows. These are for NARROW, too.
     """
-    wide = prove(spec, params, images, CLAIM).proved if proved is None else proved
-    rest = ~wide.all(axis=1)
-    also = prove(spec, params, images[rest], NARROW).proved
-    counts = {CLAIM: int(wide.sum()), NARROW: int(wide[~rest].sum() + also.sum())}
-    return {"images": len(images), "tokens": wide.size, **counts}
+    if proved is None:
+        proved = prove(spec, params, images, CLAIM, closely=False).proved
+    rest = ~proved.all(axis=1)
+    also = prove(spec, params, images[rest], NARROW, closely=False).proved
+    counts = {CLAIM: int(proved.sum()), NARROW: int(proved[~rest].sum() + also.sum())}
+    return {"images": len(images), "tokens": proved.size, **counts}
 
 
 def tell_proved(counts: Mapping[str, Any]) -> str:
@@ -160,11 +169,11 @@ def tell_proved(counts: Mapping[str, Any]) -> str:
     )
 
 
-def _prove_one(network: Network, image: Float64, codebook: Float64) -> Proof:
+def _prove_one(network: Network, image: Float64, codebook: Float64, *, closely: bool) -> Proof:
     """A Proof without its first axis."""
-    if network.arithmetic.factors is None:
+    if network.arithmetic.factors is None or not closely:
         first = _looked(enclose(network, image, closely=False), codebook)
-        if first.proved.all():
+        if first.proved.all() or not closely:
             return first
     enclosure = enclose(network, image)
     second = _looked(enclosure, codebook)
@@ -204,17 +213,21 @@ def _sharpened(
         enough = np.sqrt(share / worst[where])
         if enclosure.steps[number - 1].layer.activation == "relu":
             enough = np.maximum(enough, np.abs(row.z[where]))
-        cap[where] = np.minimum(cap[where], _pulled_each(enclosure.before(number), where, enough))
+        work = LITTLE if network.arithmetic.plain else WORK
+        found = _pulled_each(enclosure.before(number), where, enough, work)
+        cap[where] = np.minimum(cap[where], found)
         enclosure = enclose(network, row.value, begun=enclosure.rows[:number], cap=cap)
         sharper = True
     return enclosure if sharper else None
 
 
-def _pulled_each(enclosure: Enclosure, where: tuple[Int64, ...], enough: Float64) -> Float64:
+def _pulled_each(
+    enclosure: Enclosure, where: tuple[Int64, ...], enough: Float64, times: int
+) -> Float64:
     """Bounds on |δ| of single elements of the last row, at channels, rows and columns, each pulled
-    back until it is less than ``enough``."""
+    back until it is less than ``enough``, or the work of so many passes is spent."""
     channels, rows, columns = where
-    work = WORK * sum(step.layer.products for step in enclosure.steps) / len(channels)
+    work = times * sum(step.layer.products for step in enclosure.steps) / len(channels)
     found, chunks = np.empty(len(channels)), len(channels) * 2**15 // PULLED_VALUES + 1
     for start in range(chunks):
         part = slice(start, None, chunks)

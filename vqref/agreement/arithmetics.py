@@ -131,6 +131,11 @@ class Arithmetic:
     exp: float = 8
     winograd: bool = False
 
+    @property
+    def plain(self) -> bool:
+        """Whether rows are sums of products of float32 and nothing else."""
+        return self.factors is None and not self.winograd
+
     def sums(self, n: int) -> float:
         """What n products and a bias are off by, beside the sum of their magnitudes."""
         return roundings(self.way(n), self.unit)
