@@ -34,12 +34,12 @@ def main(bundle, files, folder):
     size = manifest["batch"] or BATCH
     starts = range(0, len(images), size)
     levels = (images[i : i + size].astype(np.float32) / np.float32(255) for i in starts)
-    tokens = [encode(part) for part in levels]  # each (n, S)
+    tokens = [encode(part)[0] for part in levels]  # each (n, S)
     print(json.dumps([row for part in tokens for row in part.tolist()]))
 
     if folder:
         decode = opened(bundle, manifest, "detokenizer")
-        save(folder, [image for part in tokens for image in decode(part)])
+        save(folder, [image for part in tokens for image in decode(part)[0]])
 
 
 def channels_first(images, shape):
@@ -55,18 +55,22 @@ def channels_first(images, shape):
 
 
 def opened(bundle, manifest, stage):
-    """A function that runs a graph on as many images as the graph takes, or fewer."""
+    """A function that runs a graph on as many images as the graph takes, or fewer, and returns its
+    outputs. Each input but ``position`` has a row per image."""
     graph = manifest["graphs"][stage]
     content = (bundle / graph["file"]).read_bytes()
     if hashlib.sha256(content).hexdigest() != manifest["files"][graph["file"]]["sha256"]:
         raise ValueError(f"{graph['file']}: damaged")
     session = ort.InferenceSession(content, providers=["CPUExecutionProvider"])
-    taken, given = graph["inputs"][0], graph["outputs"][0]
 
-    def run(array):
-        padded = np.zeros((manifest["batch"] or len(array), *array.shape[1:]), taken["dtype"])
-        padded[: len(array)] = array
-        return session.run([given["name"]], {taken["name"]: padded})[0][: len(array)]
+    def run(*arrays):
+        count, given = len(arrays[0]), {}
+        for port, array in zip(graph["inputs"], arrays, strict=True):
+            rows = 1 if port["name"] == "position" else manifest["batch"] or count
+            given[port["name"]] = np.zeros((rows, *array.shape[1:]), port["dtype"])
+            given[port["name"]][: len(array)] = array
+        names = [port["name"] for port in graph["outputs"]]
+        return [output[:count] for output in session.run(names, given)]
 
     return run
 

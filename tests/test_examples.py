@@ -11,13 +11,14 @@ import mixed_pictures
 import numpy as np
 import pytest
 from PIL import Image
-from support import ROOT, small_model
+from support import ROOT, prior_params, small_model
 
 from vqdeploy import Codec
 from vqdeploy.export import export
 from vqdeploy.graphs.build import GraphOptions
 from vqref import families
 from vqref.preprocessing import Preprocessing
+from vqref.prior import Prior, transformer
 
 EXAMPLES = ROOT / "examples"
 SIZES = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
@@ -142,7 +143,8 @@ def test_reconstructions_are_drawn_below_their_images(
 
 
 def test_the_examples_know_nothing_of_the_package():
-    for path in ("plain_onnxruntime.py", "javascript/tokens.js", "javascript/pictures.js"):
+    names = ("tokens.js", "pictures.js", "samples.js")
+    for path in ("plain_onnxruntime.py", "samples.py", *(f"javascript/{name}" for name in names)):
         text = (EXAMPLES / path).read_text()
         assert not any(f"{way} {name}" in text for way in ("import", "from") for name in NAMES)
     assert "import " not in (EXAMPLES / "javascript/pictures.js").read_text()
@@ -308,3 +310,27 @@ def test_a_damaged_graph_is_refused(bundle_of, refusal, tmp_path):
     content[-1] ^= 1
     (copy / "tokenizer.onnx").write_bytes(content)
     assert refusal(copy, tmp_path / "images.npy") == "tokenizer.onnx: damaged"
+
+
+@pytest.mark.parametrize("options", [{}, {"index_type": "int32"}, {"batch": 4}])
+@pytest.mark.parametrize("language", ["Python", "JavaScript"])
+def test_samples_of_a_seed_are_the_codecs_in_every_language(
+    request, run, model, tmp_path, language, options
+):
+    spec = transformer(4, 16, width=16, depth=2, heads=2)
+    learned = Prior(spec, prior_params(spec), model.digest(), {}, {"held_out": 9.5})
+    bundle = tmp_path / "bundle"
+    export(dataclasses.replace(model, prior=learned), bundle, options=GraphOptions(**options))
+    seed = 12345678901234567890123  # of more than 64 bits
+    drawn = Codec.load(bundle, "cpu").draw(70, seed=seed)
+    assert drawn.certified.all(axis=1).mean() > 0.9
+    if language == "Python":
+        done = run(EXAMPLES / "samples.py", bundle, 70, "--seed", seed, "--decode", "drawn")
+        assert len([*(tmp_path / "drawn").iterdir()]) == 70
+    else:
+        folder = request.getfixturevalue("javascript")
+        words = ["node", "samples.js", str(bundle), "70", "--seed", str(seed)]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    held = np.logical_and.accumulate(drawn.certified, axis=1)
+    assert (np.array(json.loads(done.stdout)) == drawn.indices)[held].all()
