@@ -18,10 +18,12 @@ import vqref
 from vqdeploy.graphs.build import OPSETS, TARGETS, GraphOptions, build_graphs
 from vqdeploy.graphs.int8 import quantize_graphs
 from vqdeploy.graphs.network import GraphBuilder
+from vqdeploy.graphs.prior import build_prior_graph
 from vqdeploy.runtime.protobuf import Graph
 from vqdeploy.runtime.sessions import CPU, CUDA
-from vqdeploy.stages import Port
+from vqdeploy.stages import PRIOR_STAGES, Port
 from vqref.families import post, residual
+from vqref.prior import categorical, transformer
 from vqref.spec import Layer
 
 needs_stub = pytest.mark.skipif(stub.obstacle() is not None, reason=str(stub.obstacle()))
@@ -123,6 +125,26 @@ def violations(found):
         if set(graph.get("placement", ())) != {CUDA}
         or any("Memcpy" in operator for operator in graph["operators"])
     ]
+
+
+@needs_stub
+def test_both_graphs_of_a_prior_are_placed_wholly_on_cuda(place, tmp_path):
+    priors = {
+        "transformer": transformer(6, 9, width=8, depth=2, heads=2),
+        "categorical": categorical(np.zeros((1, 4), int), 5)[0],
+    }
+    variants = [{}, {"opset": 20}, {"batch": 8}, {"index_type": "int32"}]
+    for name, spec in priors.items():
+        params = vqref.init_params(spec, np.random.default_rng(0))
+        for i, options in enumerate(variants):
+            graphs = {
+                stage: build_prior_graph(stage, spec, params, GraphOptions(**options)).to_bytes()
+                for stage in PRIOR_STAGES
+            }
+            write(tmp_path / f"{name} {i}", spec, graphs, options.get("batch"))
+    found = place(tmp_path)
+    assert len(found) == 2 * 2 * len(variants)
+    assert not violations(found), {name: found[name] for name in violations(found)}
 
 
 @needs_stub

@@ -54,6 +54,15 @@ def test_a_bundle_with_a_prior_holds_its_graphs_and_verifies_them(learned):
     assert Bundle.open(learned).manifest["prior"]["nats"] == 9.5
 
 
+def test_verify_counts_the_samples_that_are_certified(learned):
+    for asked, images in ((0, 4), (1000, 64)):
+        found = verify(Bundle.open(learned), "cpu", samples=asked)
+        (check,) = [check for check in found.report.checks if check.stage == "samples"]
+        assert check.compared == 4 * images
+        assert (check.violations, check.certified) == (0, check.compared - check.near_ties)
+        assert check.certified > 0.95 * check.compared
+
+
 @pytest.mark.parametrize(
     "options", [{"batch": 3}, {"precision": "fp16"}, {"precision": "int8"}, {"opset": 20},
                 {"index_type": "int32"}, {"target": "cpu"}],

@@ -21,7 +21,7 @@ from vqdeploy.proof.advance import (
 )
 from vqdeploy.proof.golden import Answered, check_recorded, require_golden
 from vqdeploy.proof.measure import check_kept
-from vqdeploy.proof.prior import check_prior
+from vqdeploy.proof.prior import MANY, SAMPLED, check_prior
 from vqdeploy.proof.samples import aimed_images, check_codes, check_composed, check_samples
 from vqdeploy.proof.structure import check_structure
 from vqdeploy.proof.table import check_table
@@ -75,7 +75,8 @@ def verify(
 
     bundle: its folder, or what was opened of it. device: "cpu", "cuda" or "auto". images: further
     images (N, C, H, W), float32 in [0, 1], beside the golden batch and those that are aimed at
-    every code. samples: how many latents to feed the quantizer, see ``vqdeploy.proof.samples``.
+    every code. samples: how many latents to feed the quantizer, see ``vqdeploy.proof.samples``; if
+    any, more samples of a prior are drawn, too.
     threads: within an operator; None leaves that to onnxruntime. Raises InputError for a damaged
     bundle, MachineError if the device cannot be used.
     """
@@ -122,7 +123,8 @@ def verify(
         if learned is not None:
             both = {stage: graphs[stage] for stage in PRIOR_STAGES}
             opened, _ = open_sessions(both, learned[0], chosen, batch=bundle.batch, runtime=runtime)
-            checks += check_prior(*learned, oracle.golden_prior, opened)
+            sampled = MANY if samples else SAMPLED
+            checks += check_prior(*learned, oracle.golden_prior, opened, sampled)
             sessions |= opened
         if samples:
             checks += check_samples(spec, oracle.params, sessions, samples)

@@ -19,6 +19,7 @@ import onnxruntime as ort
 
 from vqdeploy.runtime.sessions import CUDA, Runtime, Session
 from vqref.errors import CommandError
+from vqref.prior import PriorSpec
 from vqref.spec import ModelSpec
 
 
@@ -40,7 +41,7 @@ def placed(path: Path, providers: tuple[str, ...]) -> dict[str, Any]:
         session = Session(
             path.stem,
             path.read_bytes(),
-            ModelSpec.from_dict(model["spec"]),
+            (PriorSpec if "rows" in model["spec"] else ModelSpec).from_dict(model["spec"]),
             "cuda",
             batch=model["batch"],
             runtime=Runtime(list(providers) or None, options),

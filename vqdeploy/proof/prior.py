@@ -15,8 +15,9 @@ from vqref.agreement.report import Check
 from vqref.prior import PriorSpec
 from vqref.validation import Array, Int64, Params
 
-GOLDEN_ROWS, SAMPLED = 8, 4
-"""Rows of tokens of a golden batch, and images that a check draws; fewer of long rows."""
+GOLDEN_ROWS, SAMPLED, MANY = 8, 4, 64
+"""Rows of tokens of a golden batch, images that a check draws, and that one draws that was asked
+for samples; fewer of long rows."""
 
 MOST_SCORES = 2**22
 """The most log-probabilities that one of these takes."""
@@ -49,8 +50,9 @@ def check_prior(
     params: Params,
     golden: Mapping[str, Array],
     sessions: Mapping[str, Session],
+    sampled: int = SAMPLED,
 ) -> Iterator[Check]:
-    """The recorded answers, both graphs on the golden tokens, and samples."""
+    """The recorded answers, both graphs on the golden tokens, and ``sampled`` samples."""
     rows = golden["indices"]
     expected = prior.log_probabilities(spec, params, rows)
     yield check(
@@ -64,7 +66,7 @@ def check_prior(
     yield check("log_probabilities", found, expected, precision="float32", name="prior")
     walked = np.stack([*steps(sessions["prior_step"], spec, rows)], axis=1)
     yield check("log_probabilities", walked, expected, precision="float32", name="prior_step")
-    yield check_samples(spec, params, sessions["prior_step"], _count(spec, SAMPLED))
+    yield check_samples(spec, params, sessions["prior_step"], _count(spec, sampled))
 
 
 def check_samples(spec: PriorSpec, params: Params, step: Session, count: int) -> Check:
