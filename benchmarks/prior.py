@@ -1,0 +1,220 @@
+"""``python -m benchmarks.prior MODEL DATA``: what a model's learned prior is worth, and what
+drawing from it takes.
+
+What held-out tokens cost: under the uniform prior, the frequencies of each position, a bigram (the
+index before, its counts backed off to the position's frequencies), and the model's own. How far
+samples are from held-out images by a kernel distance (KID's polynomial kernel, Binkowski et al.
+2018, on images averaged to 8x8), beside samples of the uniform prior and other held-out images.
+Samples of one seed by the oracle, onnxruntime, PyTorch and, with ``--javascript FOLDER``,
+onnxruntime-web: tokens that are certified and differ. Images a second, by the graph of one step
+with what it keeps, and without it.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.measure import Record, in_turns, parser, timed
+from vqdeploy import Codec
+from vqdeploy.export import export
+from vqref import prior
+from vqref.host.images import to_unit_interval
+from vqref.host.pictures import Reading, load_any
+from vqref.modelfile import Model
+from vqref.prior import SMOOTHING, Prior
+from vqref.validation import Array, Float64, Int64
+from vqtrain.data.measured import choose
+from vqtrain.modelfile import read_model
+from vqtrain.prior import Prior as Module
+from vqtrain.run.priors import draw_samples
+
+SIDE, SAMPLES = 8, 500
+"""Pixels to a side of what a kernel compares, and images of each kind."""
+
+BACKED_OFF = (1.0, 4.0, 16.0, 64.0, 256.0)
+"""How many counts the position's frequencies are worth in the bigram: the best of these on the
+held-out tokens themselves, in its favour."""
+
+
+def bigram(train: Int64, held_out: Int64, codes: int) -> Float64:
+    """What rows of held-out tokens cost under p(index | index before), (N,)."""
+    costs = [_bigram(train, held_out, codes, weight) for weight in BACKED_OFF]
+    return min(costs, key=lambda each: float(each.mean()))
+
+
+def _bigram(train: Int64, held_out: Int64, codes: int, weight: float) -> Float64:
+    counts = np.zeros((codes, codes), np.float64)
+    np.add.at(counts, (train[:, :-1].ravel(), train[:, 1:].ravel()), 1.0)
+    usual = np.stack([np.bincount(column, minlength=codes) for column in train.T]) + SMOOTHING
+    usual /= usual.sum(axis=1, keepdims=True)
+    cost = -np.log(usual[0][held_out[:, 0]])
+    for s in range(1, held_out.shape[1]):
+        before, now = held_out[:, s - 1], held_out[:, s]
+        row = counts[before, now] + weight * usual[s][now]
+        cost -= np.log(row / (counts[before].sum(axis=1) + weight))
+    return cost
+
+
+def features(images: Array) -> Float64:
+    """Images (N, C, H, W) averaged to SIDE x SIDE, (N, F)."""
+    n, c, h, w = images.shape
+    small = images.reshape(n, c, SIDE, h // SIDE, SIDE, w // SIDE).mean(axis=(3, 5))
+    return small.reshape(n, -1).astype(np.float64)
+
+
+def kernel_distance(a: Float64, b: Float64) -> float:
+    """The unbiased squared distance of two sets (N, F) under (x.y / F + 1)^3."""
+
+    def kernel(x: Float64, y: Float64) -> Float64:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    within = [
+        (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(a, a), kernel(b, b))
+    ]
+    return float(sum(within) - 2 * kernel(a, b).mean())
+
+
+def costs(record: Record, model: Model, learned: Prior, train: Int64, held_out: Int64) -> None:
+    codes, size = model.spec.num_codes, model.spec.latent_size
+    own = prior.nats(learned.spec, learned.params, held_out)
+    counted = prior.nats(*prior.categorical(train, codes), held_out)
+    found = {
+        "uniform": size * math.log(codes),
+        "frequencies of each position": float(counted.mean()),
+        "bigram": float(bigram(train, held_out, codes).mean()),
+        "the model's prior": float(own.mean()),
+    }
+    parameters = sum(array.size for array in learned.params.values())
+    record.say(f"{len(held_out)} held-out images of {size} tokens; {parameters:,} parameters")
+    dimensions = math.log(2) * math.prod(model.spec.image_shape)
+    for name, nats in found.items():
+        record.say(f"{name:<32}{nats:>9.2f} nats{nats / dimensions:>9.4f} bits a dimension")
+        record.figures[name] = nats
+    record.figures["parameters"] = parameters
+
+
+def distances(record: Record, codec: Codec, held_out: Array) -> None:
+    real = features(to_unit_interval(held_out))
+    half = len(real) // 2
+    rng, count = np.random.default_rng(0), min(SAMPLES, len(real))
+    spec = codec.spec
+    uniform = codec.decode(rng.integers(0, spec.num_codes, (count, spec.latent_size)))
+    found = {"uniform": kernel_distance(features(uniform), real)}
+    for temperature in (1.0, 0.8):
+        drawn = codec.sample(count, seed=0, temperature=temperature)
+        found[f"the prior at {temperature:g}"] = kernel_distance(features(drawn), real)
+    found["reconstructions"] = kernel_distance(features(codec.reconstruct(held_out[:count])), real)
+    found["half of the images"] = kernel_distance(real[:half], real[half:])
+    record.say("kernel distance to the held-out images, times 1,000")
+    for name, distance in found.items():
+        record.say(f"{name:<32}{1000 * distance:>9.2f}")
+        record.figures[f"distance, {name}"] = distance
+
+
+def equal(
+    record: Record, learned: Prior, codec: Codec, count: int, web: Callable[[], Array] | None
+) -> None:
+    """Compares what implementations draw of one seed."""
+    drawn = codec.draw(count, seed=0)
+    held = np.logical_and.accumulate(drawn.certified, axis=1)
+    module = Module(learned.spec, learned.params)
+    parts = [(first, min(64, count - first)) for first in range(0, count, 64)]
+    noise = partial(prior.gumbel, 0, learned.spec)
+    others: dict[str, Callable[[], Array]] = {
+        "the oracle": lambda: np.concatenate(
+            [prior.sample(learned.spec, learned.params, noise(n, first)) for first, n in parts]
+        ),
+        "PyTorch": lambda: np.concatenate(
+            [draw_samples(module, noise(n, first)) for first, n in parts]
+        ),
+    }
+    if web is not None:
+        others["onnxruntime-web"] = web
+    record.say(
+        f"{count} samples of a seed by onnxruntime: {drawn.certified.mean():.4%} of the tokens and "
+        f"{drawn.certified.all(axis=1).mean():.2%} of the images are certified"
+    )
+    record.figures["certified images"] = float(drawn.certified.all(axis=1).mean())
+    for name, draw in others.items():
+        start = time.perf_counter()
+        found = draw()
+        wrong = int(((found != drawn.indices) & held[: len(found)]).sum())
+        record.say(
+            f"{name:<18}{held.sum():>10,} certified tokens compared, {wrong} differ; "
+            f"{count / (time.perf_counter() - start):.1f} images a second"
+        )
+        record.figures[f"differ, {name}"] = wrong
+
+
+def speeds(record: Record, codec: Codec) -> None:
+    spec = codec.prior
+    assert spec is not None
+
+    def without(count: int) -> None:
+        noise = prior.gumbel(0, spec, count)
+        indices = np.zeros((count, spec.latent_size), np.int64)
+        for s in range(spec.latent_size):
+            log_p = codec._all("prior", indices)[0][:, s]
+            indices[:, s] = prior.choose(log_p, noise[:, s])
+
+    record.say(f"{'images a second':<18}{'one step':>12}{'without':>12}{'ratio':>8}")
+    for count in (1, 64):
+        runs = {
+            "with": partial(timed, partial(codec.draw, count, seed=0)),
+            "without": partial(timed, partial(without, count)),
+        }
+        found = {name: count / np.median(taken) for name, taken in in_turns(runs, rounds=3).items()}
+        ratio = found["with"] / found["without"]
+        record.say(
+            f"batch {count:<12}{found['with']:>12.2f}{found['without']:>12.2f}{ratio:>7.1f}x"
+        )
+        record.figures[f"batch {count}"] = found
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("model", type=Path, help="a model.pt with a prior")
+    options.add_argument("data", type=Path, help="the images that it was trained on")
+    options.add_argument("--samples", type=int, default=10_000, help="of one seed")
+    options.add_argument("--javascript", type=Path, metavar="FOLDER", help="with samples.js")
+    arguments = options.parse_args()
+    model, record = read_model(arguments.model), Record(arguments)
+    learned = model.prior
+    if learned is None:
+        raise SystemExit(f"{arguments.model}: it has no prior")
+    chosen = choose(load_any(arguments.data), model, None, Reading())
+    assert chosen.others is not None
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = Path(folder) / "bundle"
+        export(arguments.model, bundle)
+        codec = Codec.load(bundle, "cpu")
+        tokens = [codec.encode(images) for images in (chosen.others, chosen.images)]
+        costs(record, model, learned, *tokens)
+        distances(record, codec, chosen.images)
+        web = None
+        if arguments.javascript is not None:
+            words = ["node", "samples.js", str(bundle), str(arguments.samples)]
+
+            def web() -> Array:
+                import json
+
+                done = subprocess.run(
+                    words, cwd=arguments.javascript, check=True, capture_output=True, text=True
+                )
+                return np.array(json.loads(done.stdout))
+
+        equal(record, learned, codec, arguments.samples, web)
+        speeds(record, codec)
+    record.write()
+
+
+if __name__ == "__main__":
+    main()
