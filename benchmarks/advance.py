@@ -72,7 +72,7 @@ FEW = 64
 IN_JAVASCRIPT = 2048
 """Images that onnxruntime-web takes."""
 
-OTHERS, EXPLAINED = 10_000, 2 * BATCH
+OTHERS, EXPLAINED = 10_000, BATCH
 """Tokens that each machine of another arithmetic makes, and images of which tokens are proved for
 every arithmetic."""
 

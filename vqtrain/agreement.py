@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqref.agreement import Backend, Report, compare
 from vqref.agreement.advance import CLAIM, NARROW, count_proved
-from vqref.agreement.budget import seconds_per_image
+from vqref.agreement.budget import seconds_per_proof
 from vqref.spec import ModelSpec
 from vqref.validation import Array, Params
 from vqtrain.device import arithmetic
@@ -24,9 +24,9 @@ from vqtrain.run.rules import NEAREST
 from vqtrain.run.step import forward_and_back
 
 PROOF_SECONDS, FEWEST_PROVED, MOST_PROVED, TRAINED_PER_PROOF = 1.0, 8, 64, 150
-"""Of the proofs after an epoch: about how long they may take, in the oracle's time for as many
-images; the fewest and the most images; how many are trained on for each. A proof takes about three
-training steps' time per image."""
+"""Of the proofs after an epoch: about how long they may take at worst; the fewest and the most
+images; how many are trained on for each. A proof takes about three training steps' time per
+image."""
 
 
 def check_against_oracle(model: VQVAE, images: Array, options: TrainingOptions) -> Report:
@@ -53,7 +53,7 @@ def images_to_prove(spec: ModelSpec, trained: int) -> int:
     """Of how many images an epoch on ``trained`` images proves the tokens: about a fiftieth of what
     the epoch takes on a processor, and PROOF_SECONDS at most; 0 if these say too little, fewer than
     FEWEST_PROVED."""
-    within = int(PROOF_SECONDS / seconds_per_image(spec))
+    within = int(PROOF_SECONDS / seconds_per_proof(spec))
     count = min(MOST_PROVED, trained // TRAINED_PER_PROOF, within)
     return count if count >= FEWEST_PROVED else 0
 

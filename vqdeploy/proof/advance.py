@@ -14,7 +14,7 @@ from vqdeploy.bundle import Bundle
 from vqdeploy.runtime.sessions import Session
 from vqref.agreement.advance import CLAIM, Proof, count_proved, prove
 from vqref.agreement.arithmetics import ARITHMETICS
-from vqref.agreement.budget import seconds_per_image
+from vqref.agreement.budget import seconds_per_proof
 from vqref.agreement.report import Check
 from vqref.errors import InputError
 from vqref.network import ACTIVATIONS, before_activation, encode, weights_of
@@ -25,8 +25,8 @@ from vqref.validation import Array, Float64, Int64, Params
 REFUTED_BY = "a machine that computes float32 in any order and gives another token for one of them"
 
 OWN_SECONDS, DATA_SECONDS, DATA_SHARE = 1.2, 5.0, 4
-"""Proofs of a ``verify``: as many as the oracle's checks of images in the first, and a fourth of
-the further images more, within the second. They take half to six times as long as that."""
+"""What proofs of a ``verify`` take at worst: as many as go into the first, and a fourth of the
+further images more, within the second."""
 
 EXPORT_SECONDS = 2.5
 """The same of an ``export``."""
@@ -47,7 +47,7 @@ def require_float32(bundle: Bundle) -> None:
 def provable(spec: ModelSpec, own: int, data: int) -> int:
     """Of how many of ``own`` images and ``data`` further ones a ``verify`` proves the tokens; none
     if the oracle is too slow."""
-    one = seconds_per_image(spec)
+    one = seconds_per_proof(spec)
     seconds = OWN_SECONDS + min(DATA_SECONDS, data * one / DATA_SHARE)
     return min(own + data, int(seconds / one))
 
@@ -61,7 +61,7 @@ def told_at_export(
 
     facts: the manifest's others.
     """
-    few = int(EXPORT_SECONDS / seconds_per_image(spec))
+    few = int(EXPORT_SECONDS / seconds_per_proof(spec))
     if facts["precision"] != CLAIM or not few:
         return {}
     counts = count_proved(spec, params, images[:few])

@@ -26,6 +26,15 @@ def seconds_per_image(spec: ModelSpec) -> float:
     return products / PRODUCTS_PER_SECOND + 3 * differences / DIFFERENCES_PER_SECOND
 
 
+TOKENS_PULLED = 16
+"""Tokens of which nothing is proved that take as long as an image's pass: each is pulled back."""
+
+
+def seconds_per_proof(spec: ModelSpec) -> float:
+    """About how long a first look at one image takes if nothing of it can be proved."""
+    return seconds_per_image(spec) * (1 + spec.latent_size / TOKENS_PULLED)
+
+
 def images_within(spec: ModelSpec, most: int = 64, seconds: float = SECONDS) -> int:
     """How many images fit ``seconds``: at least FEWEST, at most ``most``. The same on every
     machine."""

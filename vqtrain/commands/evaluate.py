@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vqref.agreement.budget import seconds_per_image
+from vqref.agreement.budget import seconds_per_proof
 from vqref.errors import ExitCode
 from vqref.host.commandline import Command, count, option
 from vqref.host.images import to_unit_interval
@@ -64,7 +64,7 @@ MOST_IMAGES, MOST_PIXELS = 256, 2**18
 """Of a batch, so that large images are measured a few at a time."""
 
 PROOF_SECONDS = 5.0
-"""Of the images whose tokens are proved, in the oracle's time for as many."""
+"""Of the images whose tokens are proved, at worst."""
 
 LARGEST_VARIANCE = 0.25
 """No values in [0, 1] have a larger variance: a spec that says so does not know its data's."""
@@ -182,7 +182,7 @@ def _measure(
     found = metrics.evaluate(module, batches, TrainingOptions(), variance, measured).to_dict(spec)
     if model.prior is not None:
         found |= _with_prior(model, model.prior, module, batches, found)
-    count = int(PROOF_SECONDS / seconds_per_image(spec))
+    count = int(PROOF_SECONDS / seconds_per_proof(spec))
     found |= share_proved(spec, model.params, to_unit_interval(images[:count]))
     found |= floors(spec, fitted, images, variance, options.seed)
     if "clustering_floor" in found:
