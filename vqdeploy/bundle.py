@@ -59,16 +59,16 @@ class Bundle:
     """A bundle's place and its manifest, which is checked here; files are checked as they are read.
 
     manifest: the parsed ``manifest.json``, without its seal. spec: the model's specification, from
-    the manifest. preprocessing: what is to be done to pictures. prior: the specification of the
-    learned prior, if there is one. content: the manifest's bytes.
+    the manifest. preprocessing: what is to be done to pictures. content: the manifest's bytes.
+    prior: the specification of the learned prior, if there is one.
     """
 
     path: Path
     manifest: Mapping[str, Any]
     spec: ModelSpec
     preprocessing: Preprocessing
-    prior: PriorSpec | None
     content: bytes
+    prior: PriorSpec | None = None
 
     @classmethod
     def open(cls, path: str | Path, manifest_sha256: str | None = None) -> Bundle:
@@ -102,7 +102,7 @@ class Bundle:
         except (KeyError, TypeError, ValueError) as error:
             reason = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{where}: damaged: {reason}") from None
-        return cls(path, manifest, spec, prepared, prior, content)
+        return cls(path, manifest, spec, prepared, content, prior)
 
     @property
     def sha256(self) -> str:
