@@ -52,6 +52,9 @@ def test_a_bundle_with_a_prior_holds_its_graphs_and_verifies_them(learned):
     assert {"prior", "prior_step"} <= set(found.placement)
     assert Bundle.open(learned).prior == SPEC
     assert Bundle.open(learned).manifest["prior"]["nats"] == 9.5
+    card = (learned / "README.md").read_text()
+    assert "| `prior_step.onnx` | one position |" in card
+    assert "held-out ones cost 9.5 nats" in " ".join(card.split())
 
 
 def test_verify_counts_the_samples_that_are_certified(learned):

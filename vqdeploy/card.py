@@ -78,7 +78,7 @@ names their inputs and outputs. Check on your machine that what runs is what was
 | `decoder.onnx` | quantized | outputs, reconstructions |
 | `oracle.npz` | | the parameters, and a golden batch with the float64 oracle's answers |
 | `manifest.json` | | specification, names, digests, provenance, agreement |
-
+{_prior(manifest)}
 ## Training
 
 {_training(manifest)}
@@ -175,6 +175,20 @@ def _measured(measured: Mapping[str, Any]) -> str:
         f"Beside the float64 oracle, on {measured['images']} images ({measured['of']}): "
         f"{measured['equal_tokens']:.4%} of the tokens equal, {lost}."
     )
+
+
+def _prior(manifest: Mapping[str, Any]) -> str:
+    """The files of a learned prior, and how to draw from it, if there is one."""
+    if "prior" not in manifest:
+        return ""
+    kind, nats = manifest["prior"]["spec"]["kind"], manifest["prior"]["nats"]
+    return f"""| `prior.onnx` | indices | log-probabilities of each, given those before |
+| `prior_step.onnx` | one position | log-probabilities of the next |
+
+The {kind} prior is of these tokens: held-out ones cost {nats:.1f} nats an image. `codec.sample(16,
+seed=0)` draws images, the same on every machine where `certify=True` says so, and
+`codec.log_likelihood(indices)` is log p.
+"""
 
 
 def _proved(manifest: Mapping[str, Any]) -> str:
