@@ -1,4 +1,5 @@
-"""``python -m vqtrain``: trains a model on images, or measures one."""
+"""``python -m vqtrain``: trains a model on images, measures one, or learns a prior over its
+tokens."""
 
 from __future__ import annotations
 
@@ -58,7 +59,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="vqtrain",
         description="Train a VQ model on images, held to the NumPy oracle as it goes.",
-        epilog="python -m vqtrain evaluate model.pt measures a model: see vqtrain evaluate --help.",
+        epilog="python -m vqtrain evaluate model.pt measures a model, and python -m vqtrain prior "
+        "model.pt learns a prior over its tokens: see their --help.",
     )
     parser.add_version()
     for title, options in GROUPS.items():
