@@ -30,6 +30,7 @@ from benchmarks.advance import (
     Machine,
     Tokenizer,
     first_of,
+    held_out,
     refuted,
 )
 from benchmarks.measure import Record, in_turns, parser, timed
@@ -46,7 +47,6 @@ from vqref.checks.adversary import CASES
 from vqref.errors import CommandError
 from vqref.families import post
 from vqref.host.images import to_unit_interval
-from vqref.host.pictures import load_any
 from vqref.modelfile import Model
 from vqref.spec import CODEBOOK
 from vqref.validation import Array
@@ -300,8 +300,7 @@ def main() -> None:
         check=True, capture_output=True, text=True,
     ).stdout.strip()  # fmt: skip
     record.say(f"{driver}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}")
-    source = load_any(arguments.images)
-    images = source.train if source.held_out is None else source.held_out
+    images = held_out(arguments.images)
     model = read_model(arguments.model)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

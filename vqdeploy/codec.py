@@ -9,7 +9,7 @@ from functools import cached_property, partial
 from operator import index
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -213,6 +213,28 @@ class Codec:
     def reconstruct(self, images: Images, *, uint8: bool = False) -> Array:
         """``decode(encode(images), uint8=uint8)``."""
         return self.decode(self.encode(images), uint8=uint8)
+
+    @overload
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int | np.random.Generator | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        certify: Literal[False] = False,
+    ) -> npt.NDArray[np.float32]: ...
+
+    @overload
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int | np.random.Generator | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        certify: Literal[True],
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]: ...
 
     def sample(
         self,

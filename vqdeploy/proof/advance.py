@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vqdeploy.bundle import Bundle
-from vqdeploy.runtime.sessions import Session
 from vqref.agreement.advance import CLAIM, Proof, count_proved, prove
 from vqref.agreement.arithmetics import ARITHMETICS
 from vqref.agreement.budget import seconds_per_proof
@@ -21,6 +20,9 @@ from vqref.network import ACTIVATIONS, before_activation, encode, weights_of
 from vqref.quantizer import quantize
 from vqref.spec import CODEBOOK, ModelSpec, plan
 from vqref.validation import Array, Float64, Int64, Params
+
+if TYPE_CHECKING:
+    from vqdeploy.runtime.sessions import Session
 
 REFUTED_BY = "a machine that computes float32 in any order and gives another token for one of them"
 

@@ -17,6 +17,8 @@ from torch import Tensor
 
 import vqref
 from vqref import prior
+from vqref.agreement.parity import check
+from vqref.agreement.report import Report
 from vqref.errors import CommandError, InputError, ParityError
 from vqref.host.interrupts import Interrupted, hold, watched
 from vqref.host.sheets import save_square
@@ -50,11 +52,7 @@ TEMPERATURES, SHOWN = (1.0, 0.8), 64
 MEASURED_AT_ONCE, LINE_SECONDS, SNAPSHOT_STEPS = 256, 30.0, 500
 
 CHECKED = 16
-"""Rows of tokens on which the module is held to the oracle, fewer of a long row."""
-
-ALLOWED = 2e-5
-"""By how much float32's log-probabilities may differ from the oracle's, over the largest magnitude:
-2.9e-6 were measured of four blocks of 128."""
+"""Rows of tokens on which the module is held to the oracle."""
 
 
 @dataclass(frozen=True)
@@ -268,13 +266,9 @@ class PriorTrainer:
         self.module.eval()
         with torch.no_grad():
             found = self.module(rows).cpu().numpy()
-        scale = np.abs(expected).max(initial=1.0)
-        off = float(np.abs(found - expected).max(initial=0.0)) / scale
-        if not off <= ALLOWED:
-            raise ParityError(
-                f"the prior disagrees with the oracle: log_probabilities off by {off:.1e} of the "
-                f"largest, allowed {ALLOWED:.0e}"
-            )
+        judged = check("log_probabilities", found, expected, precision="float32")
+        if not judged.passed:
+            raise ParityError(f"the prior disagrees with the oracle: {judged}", Report((judged,)))
 
     @torch.no_grad()
     def _draw(self, epoch: int) -> None:
