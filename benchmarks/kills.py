@@ -1,8 +1,10 @@
-"""``python -m benchmarks.kills [--kills N]``: kills a short run N times at random moments, resumes
-it each time, and compares what it ends with to a run that nobody disturbed.
+"""``python -m benchmarks.kills [--kills N]``: kills a short run of training, and then one of a prior,
+N times each at random moments, resumes it each time, and compares what it ends with to a run that
+nobody disturbed.
 
-A small network on random images, a snapshot every second step. SIGKILL, so that nothing in the
-process can help; ``benchmarks.hostile.signals`` sends those that a process can answer.
+A small network on random images, a snapshot every second step, or every epoch of a prior. SIGKILL,
+so that nothing in the process can help; ``benchmarks.hostile.signals`` sends those that a process
+can answer.
 """
 
 from __future__ import annotations
@@ -13,20 +15,30 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.random import Generator
 
 from benchmarks.measure import ROOT, Record, parser
 from vqtrain.modelfile import read_model
 from vqtrain.run.folder import SNAPSHOTS, latest_state
 from vqtrain.run.snapshot import list_states
 
+SHARED = ("--data", "data.npz", "--batch-size", "16", "--device", "cpu")
 OPTIONS = (
-    *("--data", "data.npz", "--base-depth", "2", "--num-codes", "8", "--batch-size", "16"),
-    *("--snapshot-steps", "2", "--device", "cpu"),
+    *("--base-depth", "2", "--num-codes", "8", "--latent-size", "2", "--snapshot-steps", "2"),
+    *SHARED,
 )
+OF_PRIOR = ("--width", "8", "--depth", "1", "--heads", "1", "--patience", "1000000", *SHARED)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+EPOCHS_OF_PRIOR = 20
+"""For each of training, which takes about as long."""
 
 
 def write_images(place: Path, rng: np.random.Generator) -> None:
@@ -36,14 +48,59 @@ def write_images(place: Path, rng: np.random.Generator) -> None:
 
 def training(name: str, epochs: int) -> list[str]:
     """The command of a run, which writes NAME.pt."""
-    words = [sys.executable, "-m", "vqtrain", *OPTIONS, "--epochs", str(epochs)]
-    return [*words, "--name", name, "--output", f"{name}.pt"]
+    return _command(OPTIONS, name, epochs)
+
+
+def of_prior(name: str, epochs: int, model: str = "whole.pt") -> list[str]:
+    """The command of a prior's run on a model of ``training``, which writes NAME.pt."""
+    return _command(("prior", model, *OF_PRIOR), name, epochs)
+
+
+def _command(words: Sequence[str], name: str, epochs: int) -> list[str]:
+    ends = ["--epochs", str(epochs), "--name", name, "--output", f"{name}.pt"]
+    return [sys.executable, "-m", "vqtrain", *words, *ends]
 
 
 def equal(first: Path, second: Path) -> bool:
-    """Whether two models have the same parameters, bit for bit."""
-    a, b = read_model(first).params, read_model(second).params
-    return all(np.array_equal(a[name], b[name]) for name in a)
+    """Whether two models and their priors have the same parameters, bit for bit."""
+    a, b = (
+        {**model.params, **(model.prior.params if model.prior else {})}
+        for model in map(read_model, (first, second))
+    )
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def start(words: Sequence[str], place: Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(words, cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+
+
+def campaign(
+    place: Path, command: Callable[[str], list[str]], whole: str, kills: int, rng: Generator
+) -> dict[str, Any]:
+    """Kills ``command("NAME")`` until it was killed so often or came to its end, and compares."""
+    name = f"{whole}-killed"
+    if start(command(whole), place).wait() != 0:
+        raise RuntimeError("the undisturbed run failed")
+    done = lost = restarts = 0
+    furthest = -1
+    while done < kills:
+        process = start(command(name), place)
+        time.sleep(rng.uniform(0.1, 6.0))
+        if process.poll() is not None:
+            break  # it came to its end
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done += 1
+        states = list_states(place / "runs" / name / SNAPSHOTS)
+        reached = int(states[0].stem.removeprefix("step-")) if states else -1
+        found = latest_state(place / "runs" / name) if states else None
+        lost += bool(found and found[2]) + (reached < furthest)
+        restarts += reached == furthest
+        furthest = max(furthest, reached)
+    if not (place / f"{name}.pt").exists():
+        start(command(name), place).wait()
+    same = equal(place / f"{whole}.pt", place / f"{name}.pt")
+    return {"kills": done, "without a new snapshot": restarts, "lost": lost, "equal": same}
 
 
 def main() -> int:
@@ -63,47 +120,23 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_images(place, rng)
-
-        def start(name: str) -> subprocess.Popen[bytes]:
-            words = training(name, arguments.epochs)
-            return subprocess.Popen(words, cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-
-        if start("whole").wait() != 0:
-            return 1
-        kills = lost = restarts = 0
-        furthest = -1
-        while kills < arguments.kills:
-            process = start("killed")
-            time.sleep(rng.uniform(0.1, 6.0))
-            if process.poll() is not None:
-                break  # it came to its end
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-            states = list_states(place / "runs" / "killed" / SNAPSHOTS)
-            reached = int(states[0].stem.removeprefix("step-")) if states else -1
-            found = latest_state(place / "runs" / "killed") if states else None
-            lost += bool(found and found[2]) + (reached < furthest)
-            restarts += reached == furthest
-            furthest = max(furthest, reached)
-        if process.poll() is None or not (place / "killed.pt").exists():
-            start("killed").wait()
-        same = equal(place / "whole.pt", place / "killed.pt")
-    record.say(
-        f"{kills} SIGKILLs, {restarts} of them before a new snapshot; "
-        f"{lost} lost or damaged snapshots"
-    )
-    record.say(
-        f"final parameters {'equal' if same else 'NOT equal'} to the undisturbed run's bit for bit"
-    )
-    record.figures = {
-        "kills": kills,
-        "without a new snapshot": restarts,
-        "lost": lost,
-        "equal": same,
-    }
+        runs = {
+            "training": (partial(training, epochs=arguments.epochs), "whole"),
+            "prior": (partial(of_prior, epochs=EPOCHS_OF_PRIOR * arguments.epochs), "prior"),
+        }
+        for name, (command, whole) in runs.items():
+            found = campaign(place, command, whole, arguments.kills, rng)
+            record.figures[name] = found
+            record.say(
+                f"{name}: {found['kills']} SIGKILLs, {found['without a new snapshot']} of them "
+                f"before a new snapshot; {found['lost']} lost or damaged snapshots"
+            )
+            record.say(
+                f"final parameters {'equal' if found['equal'] else 'NOT equal'} to the undisturbed "
+                "run's bit for bit"
+            )
     record.write()
-    return 0 if same and not lost else 1
+    return 0 if all(each["equal"] and not each["lost"] for each in record.figures.values()) else 1
 
 
 if __name__ == "__main__":

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.kills import ENVIRONMENT, equal, training, write_images
+from benchmarks.kills import ENVIRONMENT, equal, of_prior, training, write_images
 from benchmarks.measure import Record, parser
 
 EPOCHS = 6
-OTHERS = ("export", "verify", "evaluate", "vectors")
+OTHERS = ("export", "verify", "evaluate", "vectors", "prior")
 """Commands beside training: verify takes what export wrote."""
 
 LONGEST = 120.0
@@ -86,7 +86,9 @@ def _words(kind: str, name: str, epochs: int) -> list[str]:
         "evaluate": ["vqtrain", "evaluate", "whole.pt", "--data", "data.npz"],
         "vectors": ["vqref", "vectors", f"{name}-vectors"],
     }
-    return [sys.executable, "-m", *commands[kind]] if kind in commands else training(name, epochs)
+    if kind in commands:
+        return [sys.executable, "-m", *commands[kind]]
+    return (of_prior if kind == "prior" else training)(name, epochs)
 
 
 def _span(place: Path, words: Sequence[str]) -> float:
@@ -158,7 +160,6 @@ def _signalled(
 
 
 def is_right(state: str, number: int, code: int, said: str) -> bool:
-    """Whether a process in that state answers the signal so."""
     """Whether that is how a process in this state answers this signal."""
     answered = (
         code == 128 + number and re.fullmatch(r"vq\w+: interrupted[^\n]*\n", said) is not None
