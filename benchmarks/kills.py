@@ -1,5 +1,5 @@
-"""``python -m benchmarks.kills [--kills N]``: kills a short run of training, and then one of a prior,
-N times each at random moments, resumes it each time, and compares what it ends with to a run that
+"""``python -m benchmarks.kills [--kills N]``: kills a short run of training, and one of a prior, N
+times each at random moments, resumes it each time, and compares what it ends with to a run that
 nobody disturbed.
 
 A small network on random images, a snapshot every second step, or every epoch of a prior. SIGKILL,

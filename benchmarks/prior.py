@@ -1,10 +1,10 @@
-"""``python -m benchmarks.prior MODEL DATA``: what a model's learned prior is worth, and what
+"""``python -m benchmarks.prior MODEL DATA [MODEL DATA …]``: what a learned prior is worth, and what
 drawing from it takes.
 
 What held-out tokens cost: under the uniform prior, the frequencies of each position, a bigram (the
 index before, its counts backed off to the position's frequencies), and the model's own. How far
 samples are from held-out images by a kernel distance (KID's polynomial kernel, Binkowski et al.
-2018, on images averaged to 8x8), beside samples of the uniform prior and other held-out images.
+2018, on averages of 4x4 pixels), beside samples of the uniform prior and other held-out images.
 Samples of one seed by the oracle, onnxruntime, PyTorch and, with ``--javascript FOLDER``,
 onnxruntime-web: tokens that are certified and differ. Images a second, by the graph of one step
 with what it keeps, and without it.
@@ -12,13 +12,15 @@ with what it keeps, and without it.
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,12 +38,26 @@ from vqtrain.modelfile import read_model
 from vqtrain.prior import Prior as Module
 from vqtrain.run.priors import draw_samples
 
-SIDE, SAMPLES = 8, 500
-"""Pixels to a side of what a kernel compares, and images of each kind."""
+PIXELS, SAMPLES = 4, 500
+"""To a side of the squares whose averages a kernel compares, and images of each kind."""
 
 BACKED_OFF = (1.0, 4.0, 16.0, 64.0, 256.0)
 """How many counts the position's frequencies are worth in the bigram: the best of these on the
 held-out tokens themselves, in its favour."""
+
+
+PAIRS = "models with a prior, each with the images that it was trained on"
+
+Web = subprocess.Popen[str]
+"""A process that prints samples as JSON; it draws while others do."""
+
+
+class Part(dict[str, Any]):
+    """The figures of one model, and what says them."""
+
+    def __init__(self, record: Record) -> None:
+        super().__init__()
+        self.say = record.say
 
 
 def bigram(train: Int64, held_out: Int64, codes: int) -> Float64:
@@ -64,9 +80,9 @@ def _bigram(train: Int64, held_out: Int64, codes: int, weight: float) -> Float64
 
 
 def features(images: Array) -> Float64:
-    """Images (N, C, H, W) averaged to SIDE x SIDE, (N, F)."""
+    """Averages of the squares of images (N, C, H, W), (N, F)."""
     n, c, h, w = images.shape
-    small = images.reshape(n, c, SIDE, h // SIDE, SIDE, w // SIDE).mean(axis=(3, 5))
+    small = images.reshape(n, c, h // PIXELS, PIXELS, w // PIXELS, PIXELS).mean(axis=(3, 5))
     return small.reshape(n, -1).astype(np.float64)
 
 
@@ -82,7 +98,7 @@ def kernel_distance(a: Float64, b: Float64) -> float:
     return float(sum(within) - 2 * kernel(a, b).mean())
 
 
-def costs(record: Record, model: Model, learned: Prior, train: Int64, held_out: Int64) -> None:
+def costs(figures: Part, model: Model, learned: Prior, train: Int64, held_out: Int64) -> None:
     codes, size = model.spec.num_codes, model.spec.latent_size
     own = prior.nats(learned.spec, learned.params, held_out)
     counted = prior.nats(*prior.categorical(train, codes), held_out)
@@ -93,15 +109,20 @@ def costs(record: Record, model: Model, learned: Prior, train: Int64, held_out: 
         "the model's prior": float(own.mean()),
     }
     parameters = sum(array.size for array in learned.params.values())
-    record.say(f"{len(held_out)} held-out images of {size} tokens; {parameters:,} parameters")
+    seen = len(train) // learned.training["batch_size"] * learned.training["batch_size"] * size
+    minutes = sum(seen / line["tokens_per_second"] for line in learned.metrics["history"]) / 60
+    epochs, precision = (learned.training[name] for name in ("epochs_trained", "precision"))
+    figures.say(
+        f"{len(held_out)} held-out images of {size} tokens of {codes} codes; {parameters:,} "
+        f"parameters, {epochs} epochs of {len(train)} images in {minutes:.1f} min ({precision})"
+    )
     dimensions = math.log(2) * math.prod(model.spec.image_shape)
     for name, nats in found.items():
-        record.say(f"{name:<32}{nats:>9.2f} nats{nats / dimensions:>9.4f} bits a dimension")
-        record.figures[name] = nats
-    record.figures["parameters"] = parameters
+        figures.say(f"{name:<32}{nats:>9.2f} nats{nats / dimensions:>9.4f} bits a dimension")
+    figures |= {**found, "parameters": parameters, "minutes": minutes}
 
 
-def distances(record: Record, codec: Codec, held_out: Array) -> None:
+def distances(figures: Part, codec: Codec, held_out: Array) -> None:
     real = features(to_unit_interval(held_out))
     half = len(real) // 2
     rng, count = np.random.default_rng(0), min(SAMPLES, len(real))
@@ -113,18 +134,15 @@ def distances(record: Record, codec: Codec, held_out: Array) -> None:
         found[f"the prior at {temperature:g}"] = kernel_distance(features(drawn), real)
     found["reconstructions"] = kernel_distance(features(codec.reconstruct(held_out[:count])), real)
     found["half of the images"] = kernel_distance(real[:half], real[half:])
-    record.say("kernel distance to the held-out images, times 1,000")
+    figures.say("kernel distance to the held-out images, times 1,000")
     for name, distance in found.items():
-        record.say(f"{name:<32}{1000 * distance:>9.2f}")
-        record.figures[f"distance, {name}"] = distance
+        figures.say(f"{name:<32}{1000 * distance:>9.2f}")
+        figures[f"distance, {name}"] = distance
 
 
-def equal(
-    record: Record, learned: Prior, codec: Codec, count: int, web: Callable[[], Array] | None
-) -> None:
+def equal(figures: Part, learned: Prior, codec: Codec, count: int, web: Web | None) -> None:
     """Compares what implementations draw of one seed."""
     drawn = codec.draw(count, seed=0)
-    held = np.logical_and.accumulate(drawn.certified, axis=1)
     module = Module(learned.spec, learned.params)
     parts = [(first, min(64, count - first)) for first in range(0, count, 64)]
     noise = partial(prior.gumbel, 0, learned.spec)
@@ -137,24 +155,27 @@ def equal(
         ),
     }
     if web is not None:
-        others["onnxruntime-web"] = web
-    record.say(
-        f"{count} samples of a seed by onnxruntime: {drawn.certified.mean():.4%} of the tokens and "
-        f"{drawn.certified.all(axis=1).mean():.2%} of the images are certified"
+        others["onnxruntime-web"] = lambda: np.array(json.loads(web.communicate()[0]))
+    shares = drawn.certified.mean(), drawn.certified.all(axis=1).mean()
+    figures.say(
+        f"{count:,} samples of a seed by onnxruntime: {shares[0]:.4%} of the tokens and "
+        f"{shares[1]:.2%} of the images are certified"
     )
-    record.figures["certified images"] = float(drawn.certified.all(axis=1).mean())
+    figures["certified images"] = float(shares[1])
+    held = np.logical_and.accumulate(drawn.certified, axis=1)
     for name, draw in others.items():
-        start = time.perf_counter()
         found = draw()
-        wrong = int(((found != drawn.indices) & held[: len(found)]).sum())
-        record.say(
-            f"{name:<18}{held.sum():>10,} certified tokens compared, {wrong} differ; "
-            f"{count / (time.perf_counter() - start):.1f} images a second"
+        assert found.shape == held.shape
+        wrong = int(((found != drawn.indices) & held).sum())
+        images = int((found != drawn.indices).any(axis=1).sum())
+        figures.say(
+            f"{name:<16}{held.sum():>8,} certified tokens compared, {wrong} differ; of all images "
+            f"{images} differ"
         )
-        record.figures[f"differ, {name}"] = wrong
+        figures[f"differ, {name}"] = wrong
 
 
-def speeds(record: Record, codec: Codec) -> None:
+def speeds(figures: Part, codec: Codec) -> None:
     spec = codec.prior
     assert spec is not None
 
@@ -165,7 +186,7 @@ def speeds(record: Record, codec: Codec) -> None:
             log_p = codec._all("prior", indices)[0][:, s]
             indices[:, s] = prior.choose(log_p, noise[:, s])
 
-    record.say(f"{'images a second':<18}{'one step':>12}{'without':>12}{'ratio':>8}")
+    figures.say(f"{'images a second':<18}{'one step':>12}{'without':>12}{'ratio':>8}")
     for count in (1, 64):
         runs = {
             "with": partial(timed, partial(codec.draw, count, seed=0)),
@@ -173,46 +194,46 @@ def speeds(record: Record, codec: Codec) -> None:
         }
         found = {name: count / np.median(taken) for name, taken in in_turns(runs, rounds=3).items()}
         ratio = found["with"] / found["without"]
-        record.say(
+        figures.say(
             f"batch {count:<12}{found['with']:>12.2f}{found['without']:>12.2f}{ratio:>7.1f}x"
         )
-        record.figures[f"batch {count}"] = found
+        figures[f"batch {count}"] = found
+
+
+def one(record: Record, arguments: argparse.Namespace, path: Path, data: Path) -> None:
+    model = read_model(path)
+    learned, figures = model.prior, Part(record)
+    if learned is None:
+        raise SystemExit(f"{path}: it has no prior")
+    chosen = choose(load_any(data), model, None, Reading())
+    assert chosen.others is not None
+    with tempfile.TemporaryDirectory() as folder:
+        bundle, web = Path(folder) / "bundle", None
+        export(path, bundle)
+        if arguments.javascript is not None:
+            words = ["node", "samples.js", str(bundle), str(arguments.samples)]
+            web = subprocess.Popen(
+                words, cwd=arguments.javascript, stdout=subprocess.PIPE, text=True
+            )
+        codec = Codec.load(bundle, "cpu")
+        tokens = [codec.encode(images) for images in (chosen.others, chosen.images)]
+        costs(figures, model, learned, *tokens)
+        distances(figures, codec, chosen.images)
+        equal(figures, learned, codec, arguments.samples, web)
+        speeds(figures, codec)
+    record.figures[f"{data.stem}, {model.spec.latent_size} tokens"] = dict(figures)
 
 
 def main() -> None:
     options = parser(__doc__)
-    options.add_argument("model", type=Path, help="a model.pt with a prior")
-    options.add_argument("data", type=Path, help="the images that it was trained on")
+    options.add_argument("models", type=Path, nargs="+", metavar="MODEL DATA", help=PAIRS)
     options.add_argument("--samples", type=int, default=10_000, help="of one seed")
     options.add_argument("--javascript", type=Path, metavar="FOLDER", help="with samples.js")
     arguments = options.parse_args()
-    model, record = read_model(arguments.model), Record(arguments)
-    learned = model.prior
-    if learned is None:
-        raise SystemExit(f"{arguments.model}: it has no prior")
-    chosen = choose(load_any(arguments.data), model, None, Reading())
-    assert chosen.others is not None
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = Path(folder) / "bundle"
-        export(arguments.model, bundle)
-        codec = Codec.load(bundle, "cpu")
-        tokens = [codec.encode(images) for images in (chosen.others, chosen.images)]
-        costs(record, model, learned, *tokens)
-        distances(record, codec, chosen.images)
-        web = None
-        if arguments.javascript is not None:
-            words = ["node", "samples.js", str(bundle), str(arguments.samples)]
-
-            def web() -> Array:
-                import json
-
-                done = subprocess.run(
-                    words, cwd=arguments.javascript, check=True, capture_output=True, text=True
-                )
-                return np.array(json.loads(done.stdout))
-
-        equal(record, learned, codec, arguments.samples, web)
-        speeds(record, codec)
+    record = Record(arguments)
+    for path, data in zip(arguments.models[::2], arguments.models[1::2], strict=True):
+        record.say(f"{path.name}, {data.name}")
+        one(record, arguments, path, data)
     record.write()
 
 

@@ -7,11 +7,14 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from support import small_model
 
 import vqdeploy.graphs.quantizer
+import vqdeploy.search
 import vqref
 from vqdeploy import Codec
 from vqdeploy.bundle import Bundle
@@ -20,7 +23,7 @@ from vqdeploy.graphs.build import GraphOptions, build_graph
 from vqdeploy.graphs.quantizer import takes_products
 from vqdeploy.runtime.sessions import open_sessions
 from vqdeploy.verify import verify
-from vqref.agreement.bounds import distance_error, roundings
+from vqref.agreement.bounds import distance_error, roundings, score_slack
 from vqref.agreement.parity import check_indices
 from vqref.checks.adversary import CASES
 from vqref.checks.checks import check_quantizer
@@ -54,10 +57,10 @@ def operators(content):
 
 
 def test_small_codebooks_take_the_direct_form_and_large_ones_a_product():
-    assert "Gemm" not in operators(graph(np.ones((K, D))))
+    assert "MatMul" not in operators(graph(np.ones((K, D))))
     assert not takes_products(post())
     assert takes_products(LARGE)
-    assert "Gemm" in operators(graph(np.ones((1000, 16)), LARGE))
+    assert "MatMul" in operators(graph(np.ones((1000, 16)), LARGE))
 
 
 @pytest.mark.usefixtures("products")
@@ -110,16 +113,19 @@ def in_tf32(array):
 
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("margin", [True, False])
-def test_a_product_in_tf32_changes_no_certified_index_because_of_the_margin(margin):
-    """Only the factors of the product are rounded, as on a card if a program leaves TF32 on."""
+def test_a_product_in_tf32_changes_no_certified_index_because_of_the_margin(margin, monkeypatch):
+    """Only a factor of the product is rounded, as on a card if a program leaves TF32 on; in parts
+    it would not matter."""
+    monkeypatch.setattr(vqdeploy.graphs.quantizer, "MOST_IN_PARTS", 0)
     latents, codebook = CASES["bisector"](np.random.default_rng(3), 2000, K, D, "float32")
     model = onnx.load_from_string(graph(codebook))
-    (product,) = (node for node in model.graph.node if node.op_type == "Gemm")
+    (product,) = (node for node in model.graph.node if node.op_type == "MatMul")
     rounded = in_tf32(by_name(graph(codebook))[product.input[1]])
     model.graph.initializer.append(numpy_helper.from_array(rounded, "rounded"))
     product.input[1] = "rounded"
+    slopes = [f"quantizer.{name}" for name in ("squares", "products", "floor")]
     for tensor in model.graph.initializer:
-        if tensor.name in ("quantizer.squares", "quantizer.products") and not margin:
+        if tensor.name in slopes and not margin:
             tensor.CopyFrom(numpy_helper.from_array(np.float32(0), tensor.name))
     found = ReferenceEvaluator(model).run(None, {"latents": latents})[0]
     assert check_indices(found, latents, codebook, precision="float32").passed is margin
@@ -137,23 +143,62 @@ def test_what_is_not_a_number_or_overflows_is_an_index_all_the_same():
 
 
 @pytest.mark.usefixtures("products")
-def test_the_margin_is_no_less_than_what_rounding_can_do():
-    """For latents of any length: the errors of two half distances by the bounds of the judge."""
+def test_the_margin_is_no_less_than_what_rounding_can_do(monkeypatch):
+    """For latents of any length: what scores and direct distances may be off by."""
+    monkeypatch.setattr(vqdeploy.graphs.quantizer, "MOST_IN_PARTS", 0)
     codebook = np.random.default_rng(5).normal(size=(K, D))
     constants = by_name(graph(codebook))
     squares, products, floor, longest = (
         float(constants[f"quantizer.{name}"])
         for name in ("squares", "products", "floor", "longest")
     )
-    assert squares > 2 * roundings(D + 2, 2.0**-24)
-    assert products > 4 * 2.0**-10
-    norm = np.linalg.norm(codebook, axis=1).max(keepdims=True)
-    for length in (1e-30, 1e-3, 1.0, float(norm[0]), 1e3, 1e15):
+    unit, factor = 2.0**-24, 2.0**-10  # of TF32's factors, cut off
+    norm = float(np.linalg.norm(codebook, axis=1).max())
+    for length in (0.0, 1e-30, 1e-3, 1.0, norm, 1e3, 1e15):
         margin = squares * (length + longest) ** 2 + products * length * longest + floor
-        latent, farthest = np.array([[length]]), np.array([[(length + norm[0]) ** 2]])
-        expanded = distance_error(farthest, latent, norm, D, precision="tf32", form="expanded")
-        direct = distance_error(farthest, latent, norm, D, precision="float32")
-        assert margin > expanded[0, 0] + direct[0, 0]
+        latent, farthest = np.array([[length]]), np.array([[(length + norm) ** 2]])
+        direct = distance_error(farthest, latent, np.array([norm]), D, precision="float32")[0, 0]
+        score = (roundings(2 * D + 1, unit) + 2 * factor) * (norm**2 / 2 + length * norm)
+        assert margin > direct + 2 * score
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    d=st.integers(1, 40),
+    scale=st.sampled_from([1e-12, 1e-3, 1.0, 1e6]),
+    far=st.sampled_from([0.0, 1.0, 100.0]),
+    seed=st.integers(0, 999),
+)
+def test_scores_and_distances_are_off_by_less_than_their_slack(d, scale, far, seed):
+    """In float32, in NumPy's order and one after another, and with factors cut to TF32."""
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(20, d)) * scale + far).astype(np.float32)
+    c = (rng.normal(size=(30, d)) + far).astype(np.float32)
+    halves = np.float32(0.5) * np.cumsum(c * c, axis=1, dtype=np.float32)[:, -1:]
+    wide, columns = np.append(x, np.ones_like(x[:, :1]), 1), np.append(-c, halves, 1)
+    exact = np.square(c.astype(float)).sum(1) / 2 - x.astype(float) @ c.astype(float).T
+    norms, longest = np.linalg.norm(x.astype(float), axis=1), np.linalg.norm(c, axis=1).max()
+    for precision, cut in (("float32", lambda a: a), ("tf32", in_tf32)):
+        found = np.cumsum(cut(wide)[:, None] * cut(columns), axis=2, dtype=np.float32)[..., -1]
+        slack = score_slack(d, precision)
+        own = slack.products * (longest**2 / 2 + norms * longest) + slack.floor
+        assert (np.abs(found - exact).max(axis=1) <= own / 2).all()
+
+
+@pytest.mark.parametrize(("k", "d", "tiles"), [(5000, 3, 3), (262_144, 4, 64)])
+def test_scores_of_many_codes_are_made_tile_by_tile(k, d, tiles, monkeypatch):
+    monkeypatch.setattr(vqdeploy.search, "TILE_SCORES", 2**13)
+    spec = post((1, 4, 4), base_depth=1, latent_size=4, num_codes=k, code_size=d)
+    rng = np.random.default_rng(8)
+    codebook = rng.normal(size=(k, d)).astype(np.float32)
+    content = graph(codebook, spec)
+    products = [n for n in onnx.load_from_string(content).graph.node if n.op_type == "MatMul"]
+    assert len(products) == tiles
+    latents = (codebook[rng.integers(0, k, (25, 4))] + 0.01 * rng.normal(size=(25, 4, d))).astype(
+        np.float32
+    )
+    found = open_sessions({"quantizer": content}, spec, "cpu")[0]["quantizer"](latents)[0]
+    check_indices(found, latents, codebook, precision="float32").require()
 
 
 def pairs(content, latents):

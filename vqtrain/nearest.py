@@ -10,12 +10,11 @@ among them, and chooses what it would have chosen among all codes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqref.agreement.bounds import distance_error
+from vqref.agreement.bounds import score_slack
 
 PROCESSOR_BYTES, CARD_BYTES = 4 * 2**20, 64 * 2**20
 """Bytes of an intermediate array, so that memory stays flat in the number of latents. On a
@@ -38,10 +37,6 @@ TILE = 64
 
 MOST_GROUPS = 8
 """A latent is compared to every code if more groups than this may hold its nearest one."""
-
-FORMS = ("direct", "expanded")
-"""The forms of a distance that decide about an index here, as ``vqref.agreement.bounds`` names
-them."""
 
 _FLOAT32_PRODUCTS = {"highest": "float32", "high": "tf32"}
 """The arithmetic of a product under each setting of ``torch.set_float32_matmul_precision``. With
@@ -203,20 +198,13 @@ def _with_one(x: Tensor) -> Tensor:
     return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
 
 
-def margin(latents: Tensor, largest_norm: Tensor) -> Tensor:
-    """Margins (M, 1) of the scores ||c||^2 / 2 - x.c of latents (M, D): a code whose score is
-    further than this from the best cannot be the choice of the direct form.
-
-    A score is half a distance, so each of the two that are compared adds half the error of the
-    expanded form, and each of the two direct distances half the error of the direct form.
-    """
-    precision = product_precision(latents.dtype)
-    norms, longest = latents.double().norm(dim=-1, keepdim=True), largest_norm.double()
-    farthest = (norms + longest).square()
-    bound: Any = distance_error  # arithmetic alone, so that it takes tensors as it takes arrays
-    error = sum(
-        bound(farthest, norms, longest, latents.shape[-1], precision=precision, form=form)
-        for form in FORMS
-    )
-    allowed: Tensor = error * (1 + 1e-6)
-    return allowed.to(latents.dtype)
+def margin(latents: Tensor, longest: Tensor) -> Tensor:
+    """Margins (M, 1) of the scores ||c||^2 / 2 - x.c of latents (M, D), the longest code of a norm
+    (): a code whose score is further than this from the best cannot be the choice of the direct
+    form."""
+    slack = score_slack(latents.shape[-1], product_precision(latents.dtype) or "")
+    norms, longest = latents.double().norm(dim=-1, keepdim=True), longest.double()
+    products = longest.square() / 2 + norms * longest
+    squares = (norms + longest).square()
+    allowed: Tensor = slack.squares * squares + slack.products * products + slack.floor
+    return allowed.mul(1 + 1e-6).to(latents.dtype)

@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vqdeploy.graphs.network import GraphBuilder
-from vqref.agreement.bounds import distance_error
+from vqdeploy.search import SMALLEST_GROUP, group_size, tile_size
+from vqref.agreement.bounds import score_slack
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array
 
@@ -26,8 +27,10 @@ PRODUCT_ELEMENTS = 2**13
 DIRECT_ELEMENTS = 2**24
 """Elements, S*K*D, up to which the direct form's arrays, 64 MiB per image, are still small."""
 
-GROUP = 16
-"""Codes of which only the best score is kept."""
+MOST_IN_PARTS, SPLIT = 16, 2.0**13 + 1
+"""Elements of a code up to which a product takes every number as two, so that TF32 tells nearly as
+many codes apart as float32: in few dimensions many codes are near. And the factor by which float32
+is parted."""
 
 WIDE = "int64"
 """The type in which ArgMin gives places and GatherND takes them; Gather takes int32, too."""
@@ -37,7 +40,7 @@ def takes_products(spec: ModelSpec) -> bool:
     """Returns whether the codebook of a model of ``spec`` is a large one."""
     elements = spec.num_codes * spec.code_size
     large = elements >= PRODUCT_ELEMENTS or spec.latent_size * elements > DIRECT_ELEMENTS
-    return large and spec.num_codes >= 2 * GROUP
+    return large and spec.num_codes >= 2 * SMALLEST_GROUP
 
 
 class Nodes:
@@ -58,11 +61,6 @@ class Nodes:
     def reshaped(self, x: str, name: str, *shape: int) -> str:
         return self("Reshape", [x, self.builder.integers(f"quantizer.{name}_shape", shape)], name)
 
-    def squared(self, difference: str, axis: int) -> str:
-        """The sum of squares along the last axis, which is ``axis``."""
-        square = self("Mul", [difference, difference], "square")
-        return self("ReduceSum", [square, self.axis(axis)], "distances", keepdims=0)
-
 
 def nearest(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str) -> str:
     """Adds what maps latents (N, S, D) to indices (N, S), the argmin over K of the sum over D of
@@ -80,15 +78,17 @@ def directly(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str)
     node = Nodes(builder)
     column = node("Unsqueeze", [latents, node.axis(2)], "column")
     difference = node("Sub", [column, builder.parameter(CODEBOOK)], "difference")  # (N, S, K, D)
-    distances = node.squared(difference, 3)  # (N, S, K)
+    square = node("Mul", [difference, difference], "square")
+    distances = node("ReduceSum", [square, node.axis(3)], "distances", keepdims=0)  # (N, S, K)
     return builder.node("ArgMin", [distances], indices, axis=2, keepdims=0, select_last_index=0)
 
 
 def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str) -> str:
-    """Adds the same, in int64, in three steps. M = N*S latents, B groups of ``GROUP`` consecutive
-    codes.
+    """Adds the same, in int64, in three steps. M = N*S latents, B groups of
+    ``group_size`` consecutive codes.
 
-    1. The least score ||c||^2 / 2 - x.c of each group, (M, B).
+    1. The least score ||c||^2 / 2 - x.c of each group, (M, B): a product with a tile of the codes
+       at a time, of the latents with a one beside them and -c above ||c||^2 / 2.
     2. The P pairs of a latent and a group whose score is within a margin of the latent's least.
     3. The direct form on those pairs, and the first of the nearest.
 
@@ -96,72 +96,87 @@ def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: s
     leaves TF32 on gets the same tokens. Latents whose scores are not a number or whose margin
     overflows have every group as a pair: the direct form decides alone.
 
-    The graph holds M*K scores and, at a time, two arrays of GROUP*D numbers per pair.
+    The graph holds, at a time, the scores of a tile, a few arrays (M, B), and two of a group's
+    codes per pair.
     """
-    node = Nodes(builder)
+    node, group = Nodes(builder), group_size(spec)
     codebook = np.asarray(builder.params[CODEBOOK], np.float32)
-    count = -(-len(codebook) // GROUP)
-    copies = codebook[-1:].repeat(GROUP * count - len(codebook), axis=0)  # fill the last group
+    count = -(-len(codebook) // group)
+    copies = codebook[-1:].repeat(group * count - len(codebook), axis=0)  # fill the last group
     if len(copies):
         codes = node.constant("codes", np.concatenate([codebook, copies]))
     else:
         codes = builder.parameter(CODEBOOK)
     rows = node.reshaped(latents, "rows", -1, spec.code_size)  # (M, D)
-    near = _near(node, spec, rows, codes, np.concatenate([codebook, copies]))  # (M, B)
-    flat = node.reshaped(near, "flat_near", -1)
-    pairs = node("Squeeze", [node("NonZero", [flat], "where"), node.axis(0)], "pairs")  # (P,)
-    groups = node.reshaped(codes, "groups", count, GROUP, spec.code_size)
-    distance, place = _compared(node, rows, groups, pairs, count)
-    decided = _scattered(node, near, pairs, distance, np.float32(np.inf), count)
-    within = _scattered(node, near, pairs, place, np.int64(0), count)
-    winner = node("ArgMin", [decided], "winner", axis=1, keepdims=1, select_last_index=0)  # (M, 1)
-    start = node("Mul", [winner, node.constant("group_size", np.int64(GROUP))], "winner_start")
-    place = node("GatherElements", [within, winner], "winner_place", axis=1)
-    index = node("Add", [start, place], "index")
+    near = _near(node, spec, rows, np.concatenate([codebook, copies]), group)  # (M, B)
+    groups = node.reshaped(codes, "groups", count, group, spec.code_size)
+    least = _least(node, rows, groups, near, count)
+    winner = node("ArgMin", [least], "winner", axis=1, keepdims=0, select_last_index=0)  # (M,)
+    place = node("ArgMin", [_distances(node, rows, groups, winner, "own_")], "place", axis=1)
+    start = node("Mul", [winner, node.constant("group_size", np.int64(group))], "winner_start")
+    index = node("Add", [node.reshaped(start, "start", -1, 1), place], "index")
     if len(copies):  # sums are rounded by their place: a copy may come out below its row
         index = node("Min", [index, node.constant("last", np.int64(len(codebook) - 1))], "bounded")
     shape = builder.integers("quantizer.indices_shape", [-1, spec.latent_size])
     return builder.node("Reshape", [index, shape], indices)
 
 
-def _near(node: Nodes, spec: ModelSpec, rows: str, codes: str, codebook: Array) -> str:
+def _near(node: Nodes, spec: ModelSpec, rows: str, codebook: Array, group: int) -> str:
     """Whether a group may hold the nearest code of a latent, (M, B)."""
     half_norms = np.square(codebook.astype(np.float64)).sum(axis=1) / 2
     with np.errstate(over="ignore"):  # then the margin is infinite, too
-        halves = node.constant("half_norms", half_norms.astype(np.float32))
-    scores = node("Gemm", [rows, codes, halves], "scores", alpha=-1.0, transB=1)
-    grouped = node.reshaped(scores, "grouped", -1, len(codebook) // GROUP, GROUP)
-    best = node("ReduceMin", [grouped, node.axis(2)], "best", keepdims=0)  # (M, B)
+        columns = np.concatenate([-codebook.T, half_norms[None]]).astype(np.float32)
+    factors, ones, parts = rows, 1, spec.code_size <= MOST_IN_PARTS
+    if parts:
+        factors, ones, first = _in_parts(node, rows), 2, _first_part(columns)
+        second = columns - first
+        columns = np.concatenate([first[:-1], second[:-1], first[:-1], first[-1:], second[-1:]])
+    ends = node.builder.integers("quantizer.ones", [0, 0, 0, ones])
+    wide = node("Pad", [factors, ends, node.constant("one", np.float32(1))], "wide")
+    bests: list[str] = []
+    size = tile_size(spec)
+    for tile in np.split(columns, range(size, len(codebook), size), axis=1):
+        number = f"_{len(bests)}"
+        scores = node("MatMul", [wide, node.constant(f"columns{number}", tile)], f"scores{number}")
+        grouped = node.reshaped(scores, f"grouped{number}", -1, tile.shape[1] // group, group)
+        bests.append(node("ReduceMin", [grouped, node.axis(2)], f"best{number}", keepdims=0))
+    best = bests[0] if len(bests) == 1 else node("Concat", bests, "best", axis=1)  # (M, B)
     least = node("ReduceMin", [best, node.axis(1)], "least", keepdims=1)  # (M, 1)
-    margin = _margin(node, spec, rows, float(np.sqrt(2 * half_norms.max())))
+    margin = _margin(node, spec, rows, float(np.sqrt(2 * half_norms.max())), parts)
     far = node("Greater", [best, node("Add", [least, margin], "limit")], "far")
     return node("Not", [far], "near")  # so is what is not a number
 
 
-def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float) -> str:
-    """The score margin, (M, 1): a code whose score is further from the least cannot win.
+def _first_part(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The first 11 bits of each number, by ``_in_parts``' rule (Veltkamp 1968)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        moved = np.float32(SPLIT) * numbers
+        return moved - (moved - numbers)
 
-    Scores are half distances and two of them err, so the margin is the error of a direct distance
-    in float32 and that of an expanded one in TF32, as ``vqref.agreement.bounds`` has them, for the
-    longest code: at most squares * (||x|| + ||c||)^2 + products * ||x|| * ||c|| + floor, where
-    products is what the rounding of factors adds. The rounding of the margin itself and of the half
-    norms, at most D + 8 units, is less than a thousandth of it.
-    """
 
-    def bound(distance: float, latent_norm: float, code_norm: float) -> float:
-        args = np.full((1, 1), distance), np.full((1, 1), latent_norm), np.full(1, code_norm)
-        direct = distance_error(*args, spec.code_size, precision="float32", form="direct")
-        expanded = distance_error(*args, spec.code_size, precision="tf32", form="expanded")
-        return float((direct + expanded)[0, 0])
+def _in_parts(node: Nodes, rows: str) -> str:
+    """The first parts of numbers (M, D), these again, and the rest, (M, 3*D): beside the first, the
+    second and the first parts of codes."""
+    moved = node("Mul", [rows, node.constant("split", np.float32(SPLIT))], "moved")
+    first = node("Sub", [moved, node("Sub", [moved, rows], "moved_less")], "first_part")
+    second = node("Sub", [rows, first], "second_part")
+    return node("Concat", [first, first, second], "parts", axis=1)
 
-    squares = bound(1, 0, 1)
+
+def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float, parts: bool) -> str:
+    """The score margin, (M, 1), by ``vqref.agreement.bounds.score_slack`` in TF32. The rounding of
+    the margin itself, at most 8 units, is less than a thousandth of it."""
+    slack = score_slack(spec.code_size, "tf32", parts=parts)
+    longest *= 1.001
     numbers = {
-        "longest": 1.001 * longest,
-        "squares": 1.001 * squares,
-        "products": 1.001 * 4 * (bound(1, 0.5, 0.5) - squares),
-        "floor": bound(0, 0, 0),
+        "longest": longest,
+        "squares": 1.001 * slack.squares,
+        "products": 1.001 * slack.products,
+        "floor": 1.001 * (slack.floor + slack.products * longest**2 / 2),
     }
-    constants = {name: node.constant(name, np.float32(value)) for name, value in numbers.items()}
+    with np.errstate(over="ignore"):
+        values = {name: np.float32(value) for name, value in numbers.items()}
+    constants = {name: node.constant(name, value) for name, value in values.items()}
     norm = node("ReduceL2", [rows, node.axis(1)], "norm", keepdims=1)
     both = node("Add", [norm, constants["longest"]], "norms")
     square = node("Mul", [both, both], "norms_squared")
@@ -171,31 +186,30 @@ def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float) -> str:
     return node("Add", [node("Add", [square, product], "slopes"), constants["floor"]], "margin")
 
 
-def _compared(node: Nodes, rows: str, groups: str, pairs: str, count: int) -> tuple[str, str]:
-    """For each pair the least distance in its group and the place of the code there, (P,) both."""
-    groups_per_row = node.constant("group_count", np.int64(count))
-    row = node("Div", [pairs, groups_per_row], "row")
-    group = node("Mod", [pairs, groups_per_row], "group")
-    x = node("Gather", [rows, row], "pair_rows", axis=0)
-    x = node("Unsqueeze", [x, node.axis(1)], "pair_latents")  # (P, 1, D)
-    candidates = node("Gather", [groups, group], "candidates", axis=0)  # (P, GROUP, D)
-    distances = node.squared(node("Sub", [x, candidates], "difference"), 2)  # (P, GROUP)
-    least = node("ReduceMin", [distances, node.axis(1)], "pair_distance", keepdims=0)
-    place = node("ArgMin", [distances], "pair_place", axis=1, keepdims=0, select_last_index=0)
-    return least, place
+def _least(node: Nodes, rows: str, groups: str, near: str, count: int) -> str:
+    """The least distance of each latent in each group that is near, (M, B), and infinity elsewhere.
+    Where knows that shape without a Shape node, which would run on the CPU."""
+    flat = node.reshaped(near, "flat_near", -1)
+    pairs = node("Squeeze", [node("NonZero", [flat], "where"), node.axis(0)], "pairs")  # (P,)
+    per_row = node.constant("group_count", np.int64(count))
+    x = node("Gather", [rows, node("Div", [pairs, per_row], "row")], "pair_rows", axis=0)
+    group = node("Mod", [pairs, per_row], "group")
+    distances = _distances(node, x, groups, group, "pair_")
+    least = node("ReduceMin", [distances, node.axis(1)], "pair_least", keepdims=0)
+    infinity = node.constant("infinity", np.float32(np.inf))
+    empty = node.reshaped(node("Where", [near, infinity, infinity], "no_least"), "empty", -1)
+    filled = node("ScatterElements", [empty, pairs, least], "filled", axis=0)
+    return node.reshaped(filled, "by_group", -1, count)
 
 
-def _scattered(
-    node: Nodes, near: str, pairs: str, values: str, other: np.generic, count: int
-) -> str:
-    """``values`` (P,) at their pairs in (M, B), ``other`` elsewhere. Where knows that shape without
-    a Shape node, which would run on the CPU."""
-    name = values.removeprefix("quantizer.")
-    default = node.constant(f"no_{name}", other)
-    empty = node("Where", [near, default, default], f"{name}_defaults")
-    empty = node.reshaped(empty, f"{name}_empty", -1)
-    filled = node("ScatterElements", [empty, pairs, values], f"{name}_filled", axis=0)
-    return node.reshaped(filled, f"{name}_by_group", -1, count)
+def _distances(node: Nodes, rows: str, groups: str, chosen: str, name: str) -> str:
+    """The squared distances of rows (P, D) to the codes of their groups, chosen (P,), as (P,
+    group)."""
+    x = node("Unsqueeze", [rows, node.axis(1)], f"{name}latents")  # (P, 1, D)
+    codes = node("Gather", [groups, chosen], f"{name}codes", axis=0)  # (P, group, D)
+    difference = node("Sub", [x, codes], f"{name}difference")
+    square = node("Mul", [difference, difference], f"{name}square")
+    return node("ReduceSum", [square, node.axis(2)], f"{name}distances", keepdims=0)
 
 
 def lookup(builder: GraphBuilder, indices: str, quantized: str) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 
 from vqdeploy.runtime.library import onnxruntime
 from vqdeploy.runtime.protobuf import Graph, read_graph
+from vqdeploy.search import bytes_per_latent
 from vqdeploy.stages import (
     INDEX_TYPES,
     INDICES,
@@ -61,11 +62,6 @@ INT8_OPERATOR = "QuantizeLinear"
 
 DIRECT_OPERATOR, PRODUCT_OPERATOR = "ArgMin", "NonZero"
 """Operators of every search for the nearest code, and of searches by products alone."""
-
-SCORE_BYTES, PAIR_BYTES = 6, 512
-"""What a search by products takes per latent and code, for scores, and per latent and element, for
-a few pairs of a latent and a group of codes. At S 1,024, K 16,384 and D 64 the two make 128 MiB per
-image, where 101 MiB were measured."""
 
 OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
 """Words of onnxruntime's errors if memory does not suffice."""
@@ -329,7 +325,7 @@ def batch_size(spec: ModelSpec | PriorSpec, operators: frozenset[str], cores: in
     if DIRECT_OPERATOR in operators:
         per_latent = 8 * k * d  # differences and their squares, float32
         if PRODUCT_OPERATOR in operators:
-            per_latent = SCORE_BYTES * k + PAIR_BYTES * d
+            per_latent = bytes_per_latent(spec)
         held = max(held, spec.latent_size * per_latent)
     largest = min(LARGEST_BATCH, WORK_BYTES // held)
     if cores:

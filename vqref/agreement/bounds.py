@@ -8,6 +8,7 @@ the code_size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -63,8 +64,9 @@ def require_bound(code_size: int, precision: str, form: str) -> None:
 
 
 def roundings(count: int, unit: float) -> float:
-    """g(count): the largest relative error of ``count`` roundings in a row."""
-    return count * unit / (1 - count * unit)
+    """g(count): the largest relative error of ``count`` roundings in a row, infinite if they may
+    leave nothing."""
+    return count * unit / (1 - count * unit) if count * unit < 1 else math.inf
 
 
 def distance_error(
@@ -114,6 +116,46 @@ def distance_error(
     if shape.rooted:
         error += roundings(2, number.unit) * (true + error)
     return error
+
+
+@dataclass(frozen=True)
+class ScoreSlack:
+    """How far above the least a computed score c.c / 2 - x.c of a latent may lie if the direct form
+    may choose its code: squares * (||x|| + L)^2 + products * (L^2 / 2 + ||x|| * L) + floor, L the
+    longest code's norm."""
+
+    squares: float
+    products: float
+    floor: float
+
+
+def score_slack(code_size: int, precision: str, *, parts: bool = False) -> ScoreSlack:
+    """The slack of scores that are one product each, of a latent and a one with -c and h = c.c / 2.
+
+    A score is half a distance less half of x.x, so each of the two that are compared adds half of
+    what its direct distance is off, and its own error. A product of n terms, in any order, rounds
+    each n times, h has D roundings before, and factors are rounded by f each. So with n = D + 1 a
+    score is off by (g + (1 + g) * (2f + f^2)) * (h + ||x||*||c||), g = g(n + D), and 2*n operations
+    may lose tiny.
+
+    parts: every number is given as two, the first of 11 bits or fewer, which no factor's rounding
+    changes, and the second at most 2^-11 of the whole; their products are taken but for that of two
+    second ones. Then n = 3*D + 2, and f^2 + 2f + 1 times 2^-22, and two times 2^-11 * f, take the
+    place of 2f + f^2.
+    """
+    number = arithmetic(precision)
+    terms, factors = code_size + 1, 2 * number.factors + number.factors**2
+    if parts:
+        terms, second = 3 * code_size + 2, 2.0**-11
+        factors = second**2 * (1 + factors) + 2 * second * number.factors
+    each = roundings(terms + code_size, number.unit)
+
+    def direct(distance: float, norms: float) -> float:
+        wide = np.full((1, 1), distance), np.full((1, 1), norms), np.zeros(1)
+        return float(distance_error(*wide, code_size, precision=precision)[0, 0])
+
+    floor, own = direct(0, 0), each + (1 + each) * factors
+    return ScoreSlack(direct(1, 1) - floor, 2 * own, floor + 4 * terms * number.tiny)
 
 
 def choices(
