@@ -80,7 +80,7 @@ def _recognised(checkpoint: Checkpoint, choices: Choices) -> Importer:
         raise InputError(f"holds no tensors; its entries are {names or 'none'}")
     if choices.mapping is not None:
         return mapped.IMPORTER
-    for importer in IMPORTERS:
+    for importer in IMPORTERS[:-1]:
         if any(importer.knows(table) for table in tables.values()):
             return importer
     names = ", ".join([*next(iter(tables.values()))][:4])
@@ -102,14 +102,13 @@ def _tensors(
     importer: Importer, checkpoint: Checkpoint, weights: str | None
 ) -> tuple[str, dict[str, Any]]:
     """The dictionary of tensors that is imported, and its entry. Raises InputError."""
-    tables = checkpoint.tables
+    tables = {n: table for n, table in checkpoint.tables.items() if importer.knows(table)}
     if weights is not None and weights not in tables:
-        raise InputError(f"holds no tensors {weights}; it has {', '.join(filter(None, tables))}")
-    wanted = importer.entries if weights is None else (weights,)
-    for entry in wanted:
-        if entry in tables and (importer.name == "mapped" or importer.knows(tables[entry])):
-            return entry, tables[entry]
-    return next(iter(tables.items()))
+        known = ", ".join(filter(None, tables)) or "one network alone"
+        raise InputError(f"has no network {weights}; it has {known}")
+    order = [*importer.entries, *tables] if weights is None else [weights]
+    entry = next(entry for entry in order if entry in tables)
+    return entry, tables[entry]
 
 
 def _kept(base: Model | None) -> Mapping[str, Array]:
@@ -121,11 +120,15 @@ def _kept(base: Model | None) -> Mapping[str, Array]:
 
 def _said(entry: str, plan: Plan, taken: Taken) -> tuple[str, ...]:
     """What the user should know: which tensors were taken, changed and left out."""
+
+    def tensors(count: int) -> str:
+        return f"{count} tensor{'s' * (count > 1)}"
+
     return (
         *([f"took the tensors {plain(entry)}"] if entry else []),
         *plan.said,
-        *(f"{count} tensors converted from {dtype}" for dtype, count in taken.converted.items()),
-        *(f"left out {count} tensors {name}" for name, count in taken.left_out.items()),
+        *(f"converted {tensors(count)} of {dtype}" for dtype, count in taken.converted.items()),
+        *(f"left out {plain(name)}, {tensors(count)}" for name, count in taken.left_out.items()),
     )
 
 

@@ -128,7 +128,7 @@ IMPORTER = Importer(
     "mapped",
     "a state dict that a TOML file describes",
     ("mapping",),
-    lambda tensors: False,
+    lambda tensors: True,
     _plan,
     ("", "state_dict", "model", "model_state_dict"),
 )

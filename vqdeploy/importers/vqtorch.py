@@ -47,7 +47,7 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
         sources[EMA_MEANS] = Source(f"{book}embed_avg", (0,))
     said = [f"the network of {choices.model}"]
     if others := len(tensors) - len(own):
-        said.append(f"left out {others} tensors that are not under {quantizer}")
+        said.append(f"left out {others} tensors that are not of {quantizer or 'the quantizer'}")
     if model.prior is not None:
         said.append("left out the prior, which is of the former tokens")
     spec = dataclasses.replace(model.spec, num_codes=found[1])
