@@ -118,11 +118,14 @@ def affine_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
 def conv(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
     """y[n,o,i,j] = bias[o] + sum over c,a,b of weight[o,c,a,b] * padded[n, c, s*i + a, s*j + b]."""
     windows = _gathered(layer, np.pad(x, ((0, 0), (0, 0), *layer.pads)))
-    y = np.empty((len(x), *layer.out_shape))
-    for band in _bands(layer, len(x)):
-        part = np.tensordot(windows[:, :, band], weight, axes=((1, 4, 5), (1, 2, 3)))
-        y[:, :, band] = part.transpose(0, 3, 1, 2)  # of (N, H', W', O)
-    return y + bias[:, None, None]
+    y = np.concatenate(
+        [
+            np.tensordot(windows[:, :, band], weight, axes=((1, 4, 5), (1, 2, 3)))
+            for band in _bands(layer, len(x))
+        ],
+        axis=1,
+    )  # (N, H', W', O)
+    return y.transpose(0, 3, 1, 2) + bias[:, None, None]
 
 
 def conv_backward(
