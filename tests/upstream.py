@@ -96,7 +96,10 @@ class Side(nn.Module):
                 conv = Conv(widths[i + 1], down=down)
                 level.add_module("downsample" if down else "upsample", conv)
             self.conv_blocks.append(level)
-        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], outputs, 3, padding=1)
+        self.norm_out, self.conv_out = (
+            norm(widths[-1]),
+            nn.Conv2d(widths[-1], outputs, 3, padding=1),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)
@@ -242,4 +245,6 @@ class SonnetLike:
     def outputs(self, indices: torch.Tensor, side: int) -> torch.Tensor:
         rows = torch.from_numpy(self.variables["vq/embeddings"].T).double()[indices]
         h = self._conv(rows.transpose(1, 2).reshape(len(rows), -1, side, side), "decoder/dec_1")
-        return self._up(F.relu(self._up(self._stack(h, "decoder"), "decoder/dec_2")), "decoder/dec_3")
+        return self._up(
+            F.relu(self._up(self._stack(h, "decoder"), "decoder/dec_2")), "decoder/dec_3"
+        )

@@ -41,9 +41,10 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
                 raise mapping.table("tensors").fail(theirs, f"a name other than {ours}, again")
             sources[ours] = source
     for pattern in mapping.texts("zeros", []):
-        zeros = {name for name in names - set(sources) if fnmatchcase(name, pattern)}
+        biases = (name for name in names - set(sources) if name.endswith(".bias"))
+        zeros = [name for name in biases if fnmatchcase(name, pattern)]
         if not zeros:
-            raise mapping.fail("zeros", f"names that are not mapped; none is like {pattern}")
+            raise mapping.fail("zeros", f"biases that are not mapped; none is like {pattern}")
         sources |= dict.fromkeys(zeros)
     left_out = mapping.texts("left_out", [])
     return Plan(spec, tensors, sources, left_out, files={mapping.path.name: mapping.sha256})

@@ -72,48 +72,67 @@ def take(
     expected.
     """
     wanted = {p.name: p.shape for p in spec.parameters if p.name not in kept}
-    if unknown := sorted(set(sources) - set(wanted)):
-        raise InputError(f"the network has no {unknown[0]}; {_some('it has', [*wanted])}")
-    free = {EMA_COUNT, EMA_MEANS} if EMA_COUNT not in sources else set()
-    if unsaid := [name for name in wanted if name not in sources and name not in free]:
-        raise InputError(_some("nothing is said to be", unsaid))
-    used = Counter(source.name for source in sources.values() if source is not None)
-    if missing := [name for name in used if name not in tensors]:
-        raise InputError(_some("lacks", missing))
-    if twice := [name for name, count in used.items() if count > 1]:
-        raise InputError(_some("used more than once:", twice))
-    if sum(claimed(tensors[name]) for name in used) > size:
+    _require_all(wanted, sources)
+    used = {name: source for name, source in sources.items() if source is not None}
+    _require_there(used, wanted, tensors)
+    gone = _left_out(tensors, used, left_out)
+    if sum(claimed(tensors[source.name]) for source in used.values()) > size:
         raise InputError("its tensors claim to be larger than the file")
-    gone: Counter[str] = Counter()
-    for name in tensors:
-        if name not in used:
-            gone[_pattern(name, left_out)] += 1
-    params = dict(kept)
+    params = {
+        **kept,
+        **{name: np.zeros(wanted[name], np.float32) for name in sources.keys() - used},
+    }
     converted: Counter[str] = Counter()
-    for name, shape in wanted.items():
-        source = sources.get(name)
-        if source is not None:
-            params[name], dtype = _taken(source, tensors[source.name], shape)
-            converted[dtype] += dtype != "float32"
-        elif name in sources:
-            params[name] = np.zeros(shape, np.float32)
+    for name, source in used.items():
+        params[name], dtype = _taken(source, tensors[source.name])
+        converted[dtype] += dtype != "float32"
     return Taken(averaged(params), +converted, gone)
 
 
 def averaged(params: Mapping[str, Array]) -> dict[str, Array]:
     """With averages in which each code counts once, unless they are there."""
     codebook = params[CODEBOOK]
-    return {EMA_COUNT: np.ones(len(codebook), np.float32), EMA_MEANS: codebook, **params}
+    return {EMA_COUNT: np.ones(len(codebook), np.float32), EMA_MEANS: codebook.copy(), **params}
 
 
-def _taken(source: Source, tensor: Any, ours: Shape) -> tuple[Array, str]:
-    """One of ours, and the dtype of theirs. Raises InputError."""
-    found, expected = tuple(getattr(tensor, "shape", ())), source.shape(ours)
-    if found != expected:
-        raise InputError(f"the tensor {source.name} has shape {found}, expected {expected}")
+def _require_all(wanted: Mapping[str, Shape], sources: Mapping[str, Source | None]) -> None:
+    """Raises InputError for a parameter without a source, and for a source without a parameter."""
+    if unknown := sorted(set(sources) - set(wanted)):
+        raise InputError(f"the network has no {unknown[0]}; {_some('it has', [*wanted])}")
+    free = () if EMA_COUNT in sources else (EMA_COUNT, EMA_MEANS)
+    if unsaid := [name for name in wanted if name not in sources and name not in free]:
+        raise InputError(_some("nothing is said to be", unsaid))
+
+
+def _require_there(
+    used: Mapping[str, Source], wanted: Mapping[str, Shape], tensors: Mapping[str, Any]
+) -> None:
+    """Raises InputError for a tensor that is missing, used twice or of another shape."""
+    names = Counter(source.name for source in used.values())
+    if missing := [name for name in names if name not in tensors]:
+        raise InputError(_some("lacks", missing))
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise InputError(_some("used more than once:", twice))
+    for name, source in used.items():
+        found = tuple(getattr(tensors[source.name], "shape", ()))
+        if found != (expected := source.shape(wanted[name])):
+            raise InputError(f"the tensor {source.name} has shape {found}, expected {expected}")
+
+
+def _left_out(
+    tensors: Mapping[str, Any], used: Mapping[str, Source], patterns: Sequence[str]
+) -> Counter[str]:
+    """How many tensors that are not used fit each pattern. Raises InputError for one that fits
+    none."""
+    names = {source.name for source in used.values()}
+    return Counter(_pattern(name, patterns) for name in tensors if name not in names)
+
+
+def _taken(source: Source, tensor: Any) -> tuple[Array, str]:
+    """One of ours, memory of its own, and the dtype of theirs. Raises InputError."""
     theirs = floats(source.name, tensor)
     with np.errstate(over="ignore"):
-        values = np.ascontiguousarray(source.turned(theirs.values), np.float32)
+        values = np.array(source.turned(theirs.values), np.float32, order="C")
     if not np.isfinite(values).all():
         raise InputError(f"the tensor {source.name} holds numbers that float32 does not")
     return values, theirs.dtype
