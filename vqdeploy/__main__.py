@@ -41,7 +41,9 @@ def command(argv: Sequence[str] | None) -> int:
 
     makers = (import_, export)
     users = (verify, prove, inspect, bench, encode, decode, reconstruct, sample, doctor)
-    summary = "Export trained VQ-VAEs to ONNX bundles, prove, verify and run them."
+    summary = (
+        "Export VQ-VAEs, trained here or elsewhere, to ONNX bundles; prove, verify and run them."
+    )
     return run_command("vqdeploy", summary, [module.COMMAND for module in (*makers, *users)], argv)
 
 

@@ -89,6 +89,9 @@ def read_checkpoint(content: bytes) -> Any:
     with parsed("not a checkpoint"), zipfile.ZipFile(io.BytesIO(content)) as archive:
         if any(name.endswith(".npy") for name in archive.namelist()):
             return read_npz(content)
+        damaged = archive.testzip()  # PyTorch reads on
+        if damaged is not None:
+            raise InputError(f"damaged: the checksum of {plain(damaged)} is not that of its bytes")
     return vqref.modelfile.unpickled(content, _load_pickle, "checkpoint")
 
 

@@ -92,7 +92,7 @@ def take(
 def averaged(params: Mapping[str, Array]) -> dict[str, Array]:
     """With averages in which each code counts once, unless they are there."""
     codebook = params[CODEBOOK]
-    return {EMA_COUNT: np.ones(len(codebook), np.float32), EMA_MEANS: codebook.copy(), **params}
+    return {EMA_COUNT: np.ones(len(codebook), np.float32), EMA_MEANS: codebook, **params}
 
 
 def _require_all(wanted: Mapping[str, Shape], sources: Mapping[str, Source | None]) -> None:
@@ -129,10 +129,10 @@ def _left_out(
 
 
 def _taken(source: Source, tensor: Any) -> tuple[Array, str]:
-    """One of ours, memory of its own, and the dtype of theirs. Raises InputError."""
+    """One of ours, and the dtype of theirs. Raises InputError."""
     theirs = floats(source.name, tensor)
     with np.errstate(over="ignore"):
-        values = np.array(source.turned(theirs.values), np.float32, order="C")
+        values = np.ascontiguousarray(source.turned(theirs.values), np.float32)
     if not np.isfinite(values).all():
         raise InputError(f"the tensor {source.name} holds numbers that float32 does not")
     return values, theirs.dtype
