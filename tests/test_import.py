@@ -373,7 +373,7 @@ def hostile(kind, path):
 
 
 HOSTILE = {
-    "a pickle that acts": "refused: not a checkpoint but a pickle of other things; nothing was ex",
+    "a pickle that acts": r"refused: holds \w+\.system, no data; nothing was executed",
     "tensors of terabytes": r"decoder\.conv_in\.bias has shape \(1099511627776,\), exp",
     "an old pickle": r"neither safetensors, \.npz nor a file of torch\.save since PyTorch 1\.6",
     "a cut archive": "not a checkpoint: ",
@@ -582,6 +582,7 @@ MAPPED = {
     'family = "residual"': ('family = "other"', "network.family is 'other', expected 'post' or"),
     "blocks = 2": ("blocks = 3", "lacks _encoder._residual_stack._layers.2._block.1.weight"),
     "num_codes = 512": ("num_codes = 5", r"embedding.weight has shape \(512, 64\), expected \(5,"),
+    "-0.5, 0.5": ("-1e30, 0.5", "scale is 1e.30; it must be a number within"),
     "[-0.5, 0.5]": ("[0.5, -0.5]", "network.range is .*, expected two numbers, the lower first"),
     '= "encoder.to_latents"': ('= "encoder.to_latent"', "expected the name of a row or parameter"),
     '= "decoder.up2"': ('= "decoder.up1"', "expected a name other than decoder.up1.weight, again"),
@@ -681,6 +682,14 @@ BOOKS = {
     "never initialised": (
         lambda b: b.update({"_codebook.initted": torch.tensor(False)}),
         "_codebook.initted is false",
+    ),
+    "of more codes than there can be": (
+        lambda b: b.update({"_codebook.embed": torch.zeros(1).expand(1, 2**30, 8)}),
+        "num_codes is 1073741824; it must be an integer from 1 to",
+    ),
+    "of an unclear beginning": (
+        lambda b: b.update({"_codebook.initted": torch.tensor([True, False])}),
+        "_codebook.initted is no truth value",
     ),
     "behind a projection": (
         lambda b: b.update({"project_in.weight": torch.zeros(8, 16)}),

@@ -107,7 +107,8 @@ def write_model(path: Path, model: Model) -> None:
 
 
 def _load_pickle(file: BinaryIO) -> Any:
-    """``argparse.Namespace``, in which some trainers keep their options, is plain data, too."""
+    """``argparse.Namespace``, in which some trainers keep their options, is plain data, too. Raises
+    InputError that names what is none."""
     import torch
 
     class Inert:
@@ -116,6 +117,13 @@ def _load_pickle(file: BinaryIO) -> Any:
 
     known: list[Any] = [argparse.Namespace, *((Inert, name) for name in INERT)]
     with torch.serialization.safe_globals(known):
+        if others := sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)):
+            names = plain(", ".join(others[:3]))
+            raise InputError(
+                f"refused: holds {names}, no data; nothing was executed; where it was made, save "
+                "its state_dict alone"
+            )
+        file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 from vqdeploy.importers.checkpoint import Checkpoint
@@ -59,9 +60,9 @@ def _network(fields: Fields) -> ModelSpec:
     fields.require_known("family", "range", "relu_in_place", *known)
     given = {name: known[name].default for name in known if name in fields.values}
     sizes = {name: _size(fields, name, default) for name, default in given.items()}
-    spec = fitting(str(fields.path), lambda: make(**sizes))
+    spec = fitting(str(fields.path), partial(make, **sizes))
     low, high = fields.pair("range", spec.value_range)
-    spec = ranged(spec, low, high)
+    spec = fitting(str(fields.path), partial(ranged, spec, low, high))
     if fields.truth("relu_in_place", False):
         encoder, decoder = _in_place(spec.encoder), _in_place(spec.decoder)
         spec = dataclasses.replace(spec, encoder=encoder, decoder=decoder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from vqdeploy.importers.plan import fitting
@@ -80,7 +81,7 @@ class Names:
 
 def described(where: str, **sizes: Any) -> ModelSpec:
     """The network of these sizes. where: what says them. Raises InputError if none has them."""
-    return fitting(where, lambda: families.vqgan(**sizes))
+    return fitting(where, partial(families.vqgan, **sizes))
 
 
 def grid_sides(side: int, levels: int) -> tuple[int, ...]:

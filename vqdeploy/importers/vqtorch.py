@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from vqdeploy.importers.checkpoint import Checkpoint
-from vqdeploy.importers.plan import Choices, Importer, Plan
+from vqdeploy.importers.plan import Choices, Importer, Plan, fitting
 from vqdeploy.importers.tables import Source
 from vqdeploy.sources import read_source
 from vqref.errors import InputError, UsageError
+from vqref.host.files import parsed
 from vqref.modelfile import Model
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
 from vqref.validation import Array
@@ -39,7 +41,9 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
     size = model.spec.code_size
     if len(found) != 3 or found[0] != 1 or found[2] != size or not found[1]:
         raise InputError(f"the tensor {book}embed has shape {found}, expected (1, K, {size})")
-    if not bool(own.get(f"{book}initted", True)):
+    with parsed(f"{book}initted is no truth value"):
+        begun = bool(own.get(f"{book}initted", True))
+    if not begun:
         raise InputError(f"{book}initted is false: the codebook was never initialised")
     sources: dict[str, Source | None] = {CODEBOOK: Source(f"{book}embed", (0,))}
     if f"{book}cluster_size" in own and f"{book}embed_avg" in own:
@@ -50,9 +54,9 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
         said.append(f"left out {others} tensors that are not of {quantizer or 'the quantizer'}")
     if model.prior is not None:
         said.append("left out the prior, which is of the former tokens")
-    spec = dataclasses.replace(model.spec, num_codes=found[1])
+    changed = partial(dataclasses.replace, model.spec, num_codes=found[1])
     return Plan(
-        spec,
+        fitting("it", changed),
         own,
         sources,
         (f"{book}initted",),
