@@ -48,10 +48,14 @@ ROWS = {
     "activation": Layer("x.y", "activation", (2, 3), (2, 3)),
     "embedding": Layer("x.y", "embedding", (4,), (4, 3), num_codes=5),
     "layer_norm": Layer("x.y", "layer_norm", (4, 3), (4, 3)),
+    "group_norm": Layer("x.y", "group_norm", (6, 2, 3), (6, 2, 3), groups=3),
+    "unit_norm": Layer("x.y", "unit_norm", (4, 3), (4, 3)),
+    "upsample": Layer("x.y", "upsample", (2, 3, 4), (2, 6, 8)),
     "attention": Layer(
         "x.y", "attention", (5, 6), (5, 6), ("x.a", "x.b", "x.c"), heads=2, causal=True
     ),
 }
+ROWS["attention that is not causal"] = dataclasses.replace(ROWS["attention"], causal=False)
 """A row of each kind, whose sizes all differ."""
 
 

@@ -235,7 +235,7 @@ def test_pictures_are_drawn_of_reconstructions_and_samples(deploy, bundle, image
 
 def test_help_answers_without_a_heavy_library(run):
     names = ("export", "verify", "prove", "inspect", "bench", "encode", "decode", "reconstruct")
-    names = (*names, "sample")
+    names = (*names, "sample", "import")
     for words in ([], *([name] for name in (*names, "doctor"))):
         code = (
             "import sys; from vqdeploy.__main__ import main\n"

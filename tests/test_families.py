@@ -1,5 +1,6 @@
 """The families: the rows are the published networks, whatever their sizes."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 import vqref
 from vqref import families
-from vqref.families import FAMILIES, choose, of_parameters, same_pads, sizes
+from vqref.families import FAMILIES, choose, make, of_parameters, same_pads, sizes, spelt
 from vqref.likelihoods import LIKELIHOODS
 from vqref.spec import CODEBOOK
 
@@ -111,7 +112,16 @@ def test_blocks_compute_what_the_paper_says():
 SIZES = {
     "post": {"base_depth": 2, "latent_size": 3},
     "residual": {"hidden": 4, "blocks": 1, "block_hidden": 2, "depth": 2},
+    "vqgan": {
+        "channels": 4,
+        "multipliers": (1, 1, 2),
+        "blocks": 1,
+        "attention": (4, 8, 16),
+        "groups": 2,
+        "latent_channels": 3,
+    },
 }
+LATENTS = {"post": lambda h, w: (3,), "residual": lambda h, w: (h, w, 2)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -123,7 +133,7 @@ def test_each_row_starts_where_its_input_ended(family, likelihood, channels, h, 
     outputs = (LIKELIHOODS[likelihood].parameters * channels, *image[1:])
     vectors = (spec.latent_size, 6)
     assert spec.output_shape == outputs
-    assert spec.latent_shape == ((3,) if family == "post" else (h, w, 2))
+    assert spec.latent_shape == LATENTS.get(family, lambda h, w: (h, w))(h, w)
     for rows, first, last in ((spec.encoder, image, vectors), (spec.decoder, vectors, outputs)):
         assert rows[0].in_shape == first
         assert rows[-1].out_shape == last
@@ -180,12 +190,88 @@ def test_same_padding_gives_the_size_divided_by_the_stride_rounded_up(n, k, s):
         ("residual", {"downsample": 8, "image_shape": (3, 36, 32)}, "must be divisible by 8"),
         ("residual", {"blocks": -1}, r"blocks is -1|blocks \+ 1 is 0"),
         ("residual", {"depth": 0}, "depth is 0"),
+        ("vqgan", {"channels": 48}, "groups is 32; it must divide the 48 channels of a level"),
+        ("vqgan", {"multipliers": ()}, r"multipliers are \(\); there must be 1 to 10"),
+        ("vqgan", {"multipliers": (1,) * 11}, "there must be 1 to 10"),
+        ("vqgan", {"multipliers": [1, 2]}, r"multipliers is \[1, 2\], expected a tuple of inte"),
+        ("vqgan", {"multipliers": (1, 0)}, "multipliers is 0; it must be an integer from 1"),
+        ("vqgan", {"attention": (16.0,)}, "attention is 16.0; it must be an integer from 1"),
+        ("vqgan", {"blocks": 0}, "blocks is 0; it must be an integer from 1"),
+        ("vqgan", {"groups": 0}, "groups is 0; it must be an integer from 1"),
+        ("vqgan", {"latent_channels": 0}, "latent_channels is 0; it must be an integer from 1"),
+        ("vqgan", {"image_shape": (3, 40, 32)}, "height and width must be divisible by 16"),
         ("residual", {"variance": -1.0}, "variance is -1.0, expected a positive number"),
     ],
 )
 def test_a_size_that_cannot_be_is_refused_by_name(family, fields, message):
     with pytest.raises(ValueError, match=message):
         FAMILIES[family](**fields)
+
+
+def test_sizes_of_several_numbers_are_spelt_as_the_command_line_has_them():
+    assert [spelt(size) for size in (3, True, (), (16,), (1, 2))] == [3, True, "none", "16", "1,2"]
+
+
+def test_the_default_vqgan_is_the_published_one_of_16_pixels_to_a_latent():
+    """The sizes of taming-transformers' configuration for ImageNet."""
+    spec = families.vqgan()
+    assert (spec.latent_shape, spec.num_codes, spec.code_size) == ((16, 16), 1024, 256)
+    assert (spec.value_range, spec.likelihood, spec.normalized) == ((-1.0, 1.0), "gaussian", False)
+    scale = spec.encoder[0]
+    assert (scale.name, scale.scale, scale.shift) == ("encoder.scale", 2.0, -1.0)
+    found = {row.name: row for row in spec.layers}
+    widths = [found[f"encoder.level{i}.block2.sum"].out_shape for i in range(1, 6)]
+    assert widths == [(128, 256, 256), (128, 128, 128), (256, 64, 64), (256, 32, 32), (512, 16, 16)]
+    attended = [name for name in found if name.endswith(".attention")]
+    levels = [f"encoder.level5.attention{j}" for j in (1, 2)]
+    levels += [f"decoder.level5.attention{j}" for j in (1, 2, 3)]
+    middles = [f"{side}.middle.attention" for side in ("encoder", "decoder")]
+    assert {*attended} == {f"{name}.attention" for name in levels + middles}
+    assert {found[name].heads for name in attended} == {1}
+    assert not any(found[name].causal for name in attended)
+    norms = [row for row in spec.layers if row.kind == "group_norm"]
+    assert {row.groups for row in norms} == {32}
+    plain = {row.name.rsplit(".", 1)[1] for row in norms if row.activation == "linear"}
+    assert plain == {"norm"}
+    assert {row.activation for row in norms} == {"linear", "silu"}
+
+
+def test_a_vqgan_halves_with_zeros_on_the_right_and_below_and_doubles_by_copies():
+    spec = families.vqgan((3, 32, 32), **SIZES["vqgan"], num_codes=8, code_size=4)
+    found = {row.name: row for row in spec.layers}
+    for i in (1, 2):
+        down, up = found[f"encoder.level{i}.down"], found[f"decoder.level{i + 1}.upsample"]
+        assert (down.kernel, down.stride, down.pads) == ((3, 3), 2, ((0, 1), (0, 1)))
+        assert up.out_shape[1:] == tuple(2 * side for side in up.in_shape[1:])
+        assert up.in_shape[0] == found[f"decoder.level{i + 1}.up"].out_shape[0]
+    assert "encoder.level3.down" not in found
+    assert "decoder.level1.up" not in found
+    shortcuts = [name.removesuffix(".shortcut") for name in found if name.endswith("shortcut")]
+    assert shortcuts == ["encoder.level3.block1", "decoder.level2.block1"]
+    for name in shortcuts:
+        before = found[f"{name}.norm1"].in_shape
+        assert found[f"{name}.shortcut"].in_shape == before
+        assert found[f"{name}.sum"].inputs == (f"{name}.shortcut", f"{name}.conv2")
+
+
+def test_attention_goes_by_the_longer_side_and_the_middles_can_be_left_out():
+    sizes = {**SIZES["vqgan"], "attention": (8,), "num_codes": 8, "code_size": 4}
+    spec = families.vqgan((3, 16, 8), **sizes, middle_attention=False)
+    attended = [row for row in spec.layers if row.kind == "attention"]
+    assert {row.name.split(".")[1] for row in attended} == {"level2"}
+    assert {row.in_shape for row in attended} == {(32, 4)}
+
+
+def test_a_normalized_vqgan_ends_its_encoder_on_the_sphere_and_starts_with_unit_codes():
+    sizes = {**SIZES["vqgan"], "num_codes": 8, "code_size": 4}
+    spec = families.vqgan((3, 8, 8), **sizes, normalized=True)
+    params = vqref.init_params(spec, np.random.default_rng(0))
+    np.testing.assert_allclose(np.linalg.norm(params[CODEBOOK], axis=1), 1, rtol=1e-6)
+    latents = vqref.encode(spec, params, np.random.default_rng(1).random((2, 3, 8, 8)))
+    np.testing.assert_allclose(np.linalg.norm(latents, axis=2), 1, rtol=1e-14)
+    assert spec.encoder[-1].name == "encoder.unit"
+    with pytest.raises(ValueError, match=r"encoder\.latents: is a to_vectors; an encoder of a nor"):
+        dataclasses.replace(spec, encoder=spec.encoder[:-1])
 
 
 @pytest.mark.parametrize(
@@ -205,8 +291,9 @@ def test_auto_takes_the_post_for_small_grey_images(image_shape, family):
 def test_the_sizes_of_a_family_are_its_arguments_with_their_defaults(family):
     found = sizes(family)
     assert set(found) >= {"num_codes", "code_size"}
-    assert not set(found) & {"image_shape", "likelihood", "variance"}
-    assert FAMILIES[family](**found) == FAMILIES[family]()
+    assert not set(found) & {"image_shape", "likelihood", "variance", "normalized", "channels"}
+    default = FAMILIES[family]()
+    assert make(family, default.image_shape, found) == default
 
 
 @given(

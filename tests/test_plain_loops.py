@@ -135,6 +135,28 @@ def layer_norm(layer, x, weight, bias):
     return out
 
 
+def group_norm(layer, x, weight, bias):
+    out, size = [], len(x) // layer.groups
+    for c, channel in enumerate(x):
+        first = c // size * size
+        values = [v for other in x[first : first + size] for row in other for v in row]
+        mean = sum(values) / len(values)
+        variance = sum((value - mean) ** 2 for value in values) / len(values)
+        by = weight[c] / math.sqrt(variance + 1e-6)
+        out.append([[by * (value - mean) + bias[c] for value in row] for row in channel])
+    return out
+
+
+def unit_norm(layer, x):
+    return [[value / max(math.hypot(*vector), 1e-12) for value in vector] for vector in x]
+
+
+def upsample(layer, x):
+    _, height, width = layer.out_shape
+    f = height // layer.in_shape[1]
+    return [[[c[i // f][j // f] for j in range(width)] for i in range(height)] for c in x]
+
+
 def attention(layer, q, k, v):
     places, size = layer.in_shape
     part = size // layer.heads
@@ -163,6 +185,9 @@ LOOPS = {
     "activation": lambda layer, x: x,
     "embedding": embedding,
     "layer_norm": layer_norm,
+    "group_norm": group_norm,
+    "unit_norm": unit_norm,
+    "upsample": upsample,
     "attention": attention,
 }
 NUMBERS = {
@@ -197,9 +222,10 @@ def off(found, expected):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("kind", KINDS)
-def test_loops_numpy_and_pytorch_agree_in_every_kind_and_activation(kind, activation):
-    row, rng = ROWS[kind], np.random.default_rng(0)
+@pytest.mark.parametrize("name", ROWS)
+def test_loops_numpy_and_pytorch_agree_in_every_kind_and_activation(name, activation):
+    row, rng = ROWS[name], np.random.default_rng(0)
+    kind = row.kind
     weights = [rng.normal(size=shape) for _, shape in row.parameters]
     inputs = inputs_of(row, rng)
     expected = np.array(
@@ -215,6 +241,10 @@ def test_loops_numpy_and_pytorch_agree_in_every_kind_and_activation(kind, activa
     for array in (found, in_torch.numpy()):
         assert array.shape == (3, *row.out_shape)
         assert off(array, expected) <= 1e-12
+
+
+def test_there_is_a_row_of_every_kind():
+    assert {row.kind for row in ROWS.values()} == set(KINDS)
 
 
 @pytest.fixture(scope="module")

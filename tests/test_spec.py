@@ -76,6 +76,8 @@ def rows(draw):
     size, side = draw(PIXELS), image[1] * image[2]
     if kind == "embedding":
         fields = {"num_codes": draw(PIXELS)}
+    if kind == "group_norm":
+        fields = {"groups": draw(st.sampled_from([n for n in range(1, 9) if image[0] % n == 0]))}
     if kind == "attention":
         fields = {"heads": draw(PIXELS), "causal": draw(st.booleans())}
     wide = (side, size * fields.get("heads", 1))
@@ -87,6 +89,8 @@ def rows(draw):
         "to_grid": (vectors, (image[0] * size, *image[1:])),
         "embedding": ((side + 1,), (side + 1, size)),
         "layer_norm": (wide, wide),
+        "unit_norm": (wide, wide),
+        "upsample": (image, (image[0], size * image[1], size * image[2])),
         "attention": (wide, wide),
     }
     first, last = shapes.get(kind, (image, image))
@@ -109,6 +113,17 @@ def conv_shape(kind, channels, image, kernel, stride, pads):
 def test_a_row_survives_plain_data_and_json(row):
     assert Layer.from_dict(row.to_dict()) == row
     assert Layer.from_dict(json.loads(json.dumps(row.to_dict(), allow_nan=False))) == row
+
+
+def test_a_field_that_came_later_is_in_files_only_where_it_says_something():
+    spec = families.vqgan((3, 8, 8), 4, (1,), 1, groups=2, latent_channels=2, code_size=2)
+    assert "normalized" not in spec.to_dict()
+    assert not ModelSpec.from_dict(spec.to_dict()).normalized
+    unit = families.vqgan(
+        (3, 8, 8), 4, (1,), 1, groups=2, latent_channels=2, code_size=2, normalized=True
+    )
+    assert unit.to_dict()["normalized"] is True
+    assert ModelSpec.from_dict(json.loads(json.dumps(unit.to_dict()))) == unit
 
 
 @given(row=rows())
@@ -147,6 +162,16 @@ def conv(**fields):
             lambda: Layer("a", "attention", (2, 6), (2, 6), ("b", "c", "d"), heads=4),
             "an? attention of these sizes gives nothing",
         ),
+        (
+            lambda: Layer("a", "group_norm", (6, 2, 2), (6, 2, 2), groups=4),
+            "a group_norm of these sizes gives nothing",
+        ),
+        (lambda: Layer("a", "group_norm", (6, 2), (6, 2)), "a group_norm of these sizes gives no"),
+        (lambda: Layer("a", "unit_norm", (3,), (3,)), "a unit_norm of these sizes gives nothing"),
+        (lambda: Layer("a", "upsample", (2, 3, 3), (2, 6, 9)), r"upsample of .* \(2, 6, 6\)"),
+        (lambda: Layer("a", "upsample", (2, 3, 3), (3, 6, 6)), r"upsample of .* \(2, 6, 6\)"),
+        (lambda: Layer("a", "upsample", (2, 3, 3), (2, 2, 2)), "an? upsample of .* gives nothing"),
+        (lambda: conv(groups=0), r"x\.y: groups is 0; it must be an integer from 1"),
         (lambda: conv(heads=0), r"x\.y: heads is 0; it must be an integer from 1"),
         (lambda: conv(causal=1), r"x\.y: causal is 1, expected bool"),
         (lambda: conv(num_codes=True), r"x\.y: num_codes is True, expected int"),
@@ -200,7 +225,10 @@ BAD_FIELDS = {
     "a row that is a number": (lambda f: f["encoder"].append(3), "a row is 3, expected a table"),
     "a row without a name": (lambda f: f["encoder"][0].pop("name"), "expected a table with a name"),
     "a row without a kind": (lambda f: f["encoder"][0].pop("kind"), r"encoder\.conv1: lacks kind"),
-    "a row's unknown field": (lambda f: add_row(f, groups=2), r"decoder\.more: unknown fields: gr"),
+    "a row's unknown field": (
+        lambda f: add_row(f, dilation=2),
+        r"decoder\.more: unknown fields: di",
+    ),
     "an unknown kind": (lambda f: add_row(f, kind="norm"), r"decoder\.more: kind is 'norm'"),
     "an unknown activation": (lambda f: add_row(f, activation="mish"), "activation is 'mish'"),
     "a name of two lines": (lambda f: add_row(f, name="decoder.a\nb"), r"named 'decoder\.a\\nb'"),

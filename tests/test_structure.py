@@ -41,6 +41,7 @@ HOMES = {
     "requests": ("vqtrain/data",),
     "PIL": ("vqref/host",),
     "safetensors": ("vqdeploy/sources.py",),
+    "yaml": ("vqdeploy/importers/configuration.py",),
     "pyarrow": ("vqdeploy/tokens.py",),
     "cryptography": ("vqdeploy/proof/signature.py",),
 }

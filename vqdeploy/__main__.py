@@ -30,6 +30,7 @@ def command(argv: Sequence[str] | None) -> int:
         doctor,
         encode,
         export,
+        import_,
         inspect,
         prove,
         reconstruct,
@@ -38,9 +39,12 @@ def command(argv: Sequence[str] | None) -> int:
     )
     from vqref.host.commandline import run_command
 
-    modules = (export, verify, prove, inspect, bench, encode, decode, reconstruct, sample, doctor)
-    summary = "Export trained VQ-VAEs to ONNX bundles, prove, verify and run them."
-    return run_command("vqdeploy", summary, [module.COMMAND for module in modules], argv)
+    makers = (import_, export)
+    users = (verify, prove, inspect, bench, encode, decode, reconstruct, sample, doctor)
+    summary = (
+        "Export VQ-VAEs, trained here or elsewhere, to ONNX bundles; prove, verify and run them."
+    )
+    return run_command("vqdeploy", summary, [module.COMMAND for module in (*makers, *users)], argv)
 
 
 if __name__ == "__main__":

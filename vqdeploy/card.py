@@ -148,9 +148,18 @@ def _training(manifest: Mapping[str, Any]) -> str:
     if data:
         counted = f"{data.get('source')}, {data.get('images', '?')} images"
         source = f"{counted}, sha256 `{data.get('sha256', 'not recorded')}`"
-    return f"""Data: {source}.
+    imported = "".join(f"Imported from {told}.\n" for told in tell_imported(provenance))
+    return f"""{imported}Data: {source}.
 Recipe {provenance.get("recipe", "not recorded")}: {trained}.
 {file}: sha256 `{provenance["model_sha256"]}`."""
+
+
+def tell_imported(provenance: Mapping[str, Any]) -> list[str]:
+    """Whose checkpoint a model was imported from, if it was: one phrase, or none."""
+    found = provenance.get("imported")
+    if not isinstance(found, dict):
+        return []
+    return [f"{found.get('file')} ({found.get('importer')}), sha256 {found.get('sha256')}"]
 
 
 def _form(manifest: Mapping[str, Any]) -> str:

@@ -1,14 +1,18 @@
-"""What an export starts from: a model.pt, or a file of parameters under the spec's names.
+"""What an export starts from: a model.pt, or a file of parameters under the spec's names; and what
+an import starts from and ends with: a checkpoint of others, and a model.pt.
 
 This is the one place where deployment needs torch, and safetensors, each for its files alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import io
 import json
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,6 +28,13 @@ from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
 from vqref.validation import Array, check_params
 
 PARAMETER_FORMATS = (".npz", ".safetensors")
+
+INERT = (
+    "pytorch_lightning.callbacks.early_stopping.EarlyStopping",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+)
+"""Classes that trainers left in published checkpoints, as keys of dictionaries. They are not
+imported: an empty class stands for them."""
 
 SPEC = "spec"
 """The entry of a parameter file that holds the spec as JSON: a string array of an .npz, a metadata
@@ -60,6 +71,69 @@ def read_parameters(path: Path) -> tuple[Model, str]:
         except ValueError as error:
             raise InputError(str(error)) from None
     return model, hashlib.sha256(content).hexdigest()
+
+
+def read_checkpoint(content: bytes) -> Any:
+    """What stands in the bytes of a file that ``torch.save``, safetensors or ``numpy.savez`` wrote,
+    whatever it is called: plain data, tensors and arrays. Nothing in it is executed.
+
+    Raises InputError, and MachineError if the library that the file needs is not installed.
+    """
+    if content[8:9] == b"{":
+        return _load_safetensors(content)
+    if not content.startswith(b"PK"):
+        raise InputError(
+            "neither safetensors, .npz nor a file of torch.save since PyTorch 1.6; if it is an "
+            "older one, load it with weights_only=True and save it again"
+        )
+    with parsed("not a checkpoint"), zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if any(name.endswith(".npy") for name in archive.namelist()):
+            return read_npz(content)
+        damaged = archive.testzip()  # PyTorch reads on
+        if damaged is not None:
+            raise InputError(f"damaged: the checksum of {plain(damaged)} is not that of its bytes")
+    return vqref.modelfile.unpickled(content, _load_pickle, "checkpoint")
+
+
+def write_model(path: Path, model: Model) -> None:
+    """Publishes the model at ``path``. Raises OSError; ``path`` is then as it was."""
+    import torch
+
+    def save(plain: dict[str, Any], file: BinaryIO) -> None:
+        turned = vqref.modelfile.with_arrays(plain, lambda a: torch.from_numpy(np.asarray(a)))
+        torch.save(turned, file)
+
+    vqref.modelfile.write(path, model, save)
+
+
+def _load_pickle(file: BinaryIO) -> Any:
+    """``argparse.Namespace``, in which some trainers keep their options, is plain data, too. Raises
+    InputError that names what is none."""
+    import torch
+
+    class Inert:
+        def __init__(self, *_: object) -> None: ...
+        def __setstate__(self, _: object) -> None: ...
+
+    known: list[Any] = [argparse.Namespace, *((Inert, name) for name in INERT)]
+    with torch.serialization.safe_globals(known):
+        if others := sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)):
+            names = plain(", ".join(others[:3]))
+            raise InputError(
+                f"refused: holds {names}, no data; nothing was executed; where it was made, save "
+                "its state_dict alone"
+            )
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _load_safetensors(content: bytes) -> dict[str, Any]:
+    """As tensors, for NumPy lacks bfloat16."""
+    from safetensors.torch import load
+
+    with parsed("not a safetensors file"):
+        found: dict[str, Any] = load(content)
+    return found
 
 
 def _model(path: Path, params: dict[str, Array], written: str | None) -> Model:

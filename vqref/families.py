@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -125,6 +125,87 @@ def residual(
     return ModelSpec("residual", *shapes, likelihood, *rows, variance, (-0.5, 0.5), "fan_in")
 
 
+def vqgan(
+    image_shape: tuple[int, int, int] = (3, 256, 256),
+    channels: int = 128,
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
+    blocks: int = 2,
+    attention: tuple[int, ...] = (16,),
+    middle_attention: bool = True,
+    groups: int = 32,
+    latent_channels: int = 256,
+    num_codes: int = 1024,
+    code_size: int = 256,
+    normalized: bool = False,
+    likelihood: str = "gaussian",
+    variance: float = 1.0,
+) -> ModelSpec:
+    """The network of Esser, Rombach and Ommer, "Taming Transformers for High-Resolution Image
+    Synthesis" (2021), as taming-transformers, diffusers and LlamaGen have it: a grid of latents.
+
+    image_shape: (C, H, W), H and W divisible by 2 for each level but one.
+    channels, multipliers: level i, of 1 for the finest, has channels * multipliers[i - 1]; the next
+        one sees half its height and width.
+    blocks: residual blocks of a level of the encoder; the decoder has one more.
+    attention: where the longer side of a level is one of these, attention follows each block.
+    middle_attention: whether attention stands between the two blocks on either side of the latents.
+    groups: of channels, in every norm.
+    latent_channels: between the 3x3 convolutions and the 1x1 ones next to the latents.
+    num_codes, code_size, normalized, likelihood, variance: as in ``ModelSpec``.
+
+    The networks see images in [-1, 1].
+
+    Raises ValueError that names the size and what it must be.
+    """
+    sizes = {"channels": channels, "groups": groups, "latent_channels": latent_channels}
+    _require_sizes({**sizes, "blocks": blocks, "code_size": code_size})
+    _require_tuples({"multipliers": multipliers, "attention": attention})
+    widths = [channels * each for each in multipliers]
+    if not 1 <= len(widths) <= MOST_LEVELS:
+        raise ValueError(f"multipliers are {multipliers}; there must be 1 to {MOST_LEVELS}")
+    if wrong := [width for width in widths if width % groups]:
+        raise ValueError(f"groups is {groups}; it must divide the {wrong[0]} channels of a level")
+    factor = 2 ** (len(widths) - 1)
+    _, height, width = _image(image_shape, factor)
+    grid = (height // factor, width // factor)
+    latents = (math.prod(grid), code_size)
+
+    how = widths, groups, attention, middle_attention
+    encoder = _Levels("encoder", image_shape, *how)
+    encoder.row("scale", "affine", image_shape, scale=2.0, shift=-1.0)
+    encoder.conv("conv_in", channels, 3)
+    for number in range(1, len(widths) + 1):
+        encoder.level(number, blocks)
+        if number < len(widths):
+            encoder.down(f"level{number}")
+    encoder.middle()
+    encoder.norm("norm_out")
+    encoder.conv("conv_out", latent_channels, 3)
+    encoder.conv("quant_conv", code_size, 1)
+    encoder.row("latents", "to_vectors", latents)
+    if normalized:
+        encoder.row("unit", "unit_norm", latents)
+
+    decoder = _Levels("decoder", latents, *how)
+    decoder.row("grid", "to_grid", (code_size, *grid))
+    decoder.conv("post_quant_conv", latent_channels, 1)
+    decoder.conv("conv_in", widths[-1], 3)
+    decoder.middle()
+    for number in range(len(widths), 0, -1):
+        decoder.level(number, blocks + 1)
+        if number > 1:
+            decoder.up(f"level{number}")
+    decoder.norm("norm_out")
+    decoder.conv("conv_out", output_channels(likelihood, image_shape[0]), 3)
+    shapes, rows = (image_shape, grid, num_codes, code_size), (encoder.rows, decoder.rows)
+    rest: Fields = {"value_range": (-1.0, 1.0), "initial": "fan_in", "normalized": normalized}
+    return ModelSpec("vqgan", *shapes, likelihood, *rows, variance, **rest)
+
+
+MOST_LEVELS = 10
+"""Levels that a vqgan may have: of 512 pixels, one is left."""
+
+
 def _blocks(stack: Stack, blocks: int, block_hidden: int) -> None:
     """h + conv1(relu(conv3(relu(h)))), ``blocks`` times; the last sum has a relu of its own."""
     for i in range(1, blocks + 1):
@@ -141,7 +222,7 @@ def _blocks(stack: Stack, blocks: int, block_hidden: int) -> None:
 
 
 FAMILIES: Mapping[str, Callable[..., ModelSpec]] = MappingProxyType(
-    {"post": post, "residual": residual}
+    {"post": post, "residual": residual, "vqgan": vqgan}
 )
 """By name."""
 
@@ -152,11 +233,36 @@ def choose(image_shape: tuple[int, int, int]) -> str:
     return "post" if channels == 1 and max(height, width) <= LARGEST_POST else "residual"
 
 
-def sizes(family: str) -> dict[str, int]:
-    """The sizes of a family that a user may set, with their defaults; the image's are not among
-    them."""
+Size = int | tuple[int, ...]
+
+
+def spelt(size: Size) -> int | str:
+    """A size as the command line has it: (1, 2) is "1,2", () is "none"."""
+    return size if isinstance(size, int) else ",".join(map(str, size)) or "none"
+
+
+OPTIONS = {"channels": "base_channels"}
+"""Sizes that have another name as options: there, channels are those of pictures."""
+
+NO_SIZES = ("image_shape", "likelihood", "variance", "normalized")
+"""Arguments of families that are no sizes that a run may choose. Codes cannot be trained to be unit
+vectors: the moving averages leave the sphere."""
+
+
+def sizes(family: str) -> dict[str, Size]:
+    """The sizes of a family that a user may set, by their names as options, with their defaults."""
     parameters = inspect.signature(FAMILIES[family]).parameters
-    return {n: p.default for n, p in parameters.items() if isinstance(p.default, int)}
+    return {OPTIONS.get(n, n): p.default for n, p in parameters.items() if n not in NO_SIZES}
+
+
+def make(
+    family: str, image_shape: tuple[int, int, int], sizes: Mapping[str, Size], **fields: Any
+) -> ModelSpec:
+    """The spec of a family with sizes by their names as options. Raises ValueError as the family
+    does."""
+    arguments = {option: name for name, option in OPTIONS.items()}
+    known = {arguments.get(name, name): size for name, size in sizes.items()}
+    return FAMILIES[family](image_shape, **known, **fields)
 
 
 def of_parameters(shapes: Mapping[str, Shape]) -> ModelSpec:
@@ -181,6 +287,9 @@ def of_parameters(shapes: Mapping[str, Shape]) -> ModelSpec:
     return spec
 
 
+Fields = dict[str, Any]
+
+
 class Stack:
     """Writes the rows of one network: each starts from the shape at which the last one ended."""
 
@@ -188,8 +297,12 @@ class Stack:
         self.prefix, self.shape = prefix, in_shape
         self.rows: tuple[Layer, ...] = ()
 
-    def row(self, name: str, kind: str, out_shape: Shape, **fields: Any) -> Layer:
-        """Adds a row of any kind."""
+    def row(
+        self, name: str, kind: str, out_shape: Shape, *, of: Layer | None = None, **fields: Any
+    ) -> Layer:
+        """Adds a row of any kind; ``of``: the row that it takes, if not the one before."""
+        if of is not None:
+            self.shape, fields["inputs"] = of.out_shape, (of.name,)
         row = Layer(f"{self.prefix}.{name}", kind, self.shape, out_shape, **fields)
         self.rows, self.shape = (*self.rows, row), out_shape
         return row
@@ -203,14 +316,16 @@ class Stack:
         stride: int = 1,
         same: bool = True,
         activation: str = "linear",
+        of: Layer | None = None,
     ) -> Layer:
         """Adds a convolution; ``same`` pads by TensorFlow's rule, to ceil(n / stride) pixels."""
         size = (kernel, kernel) if isinstance(kernel, int) else kernel
-        pads = same_pads(self.shape, size, stride) if same else ((0, 0), (0, 0))
-        spans = [n + sum(p) - k for n, p, k in zip(self.shape[1:], pads, size, strict=True)]
+        shape = self.shape if of is None else of.out_shape
+        pads = same_pads(shape, size, stride) if same else ((0, 0), (0, 0))
+        spans = [n + sum(p) - k for n, p, k in zip(shape[1:], pads, size, strict=True)]
         out = (channels, *(span // stride + 1 for span in spans))
-        how = {"kernel": size, "stride": stride, "pads": pads, "activation": activation}
-        return self.row(name, "conv", out, **how)
+        how: Fields = {"kernel": size, "stride": stride, "pads": pads, "activation": activation}
+        return self.row(name, "conv", out, of=of, **how)
 
     def conv_transpose(
         self,
@@ -231,7 +346,7 @@ class Stack:
             pads = ((0, 0), (0, 0))
             spans = zip(self.shape[1:], size, strict=True)
             out = (channels, *(stride * (n - 1) + k for n, k in spans))
-        how = {"kernel": size, "stride": stride, "pads": pads, "activation": activation}
+        how: Fields = {"kernel": size, "stride": stride, "pads": pads, "activation": activation}
         return self.row(name, "conv_transpose", out, **how)
 
 
@@ -258,6 +373,83 @@ def _image(image_shape: tuple[int, int, int], factor: int) -> tuple[int, int, in
     return channels, height, width
 
 
+def _require_tuples(named: Mapping[str, Any]) -> None:
+    for name, sizes in named.items():
+        if not isinstance(sizes, tuple):
+            raise ValueError(f"{name} is {ascii(sizes)[:80]}, expected a tuple of integers")
+        for size in sizes:
+            require_sizes(name, (size,))
+
+
 def _require_sizes(named: Mapping[str, Any]) -> None:
     for name, size in named.items():
         require_sizes(name, (size,))
+
+
+class _Levels(Stack):
+    """Writes the rows of one side of a vqgan. widths: channels of each level, the finest first."""
+
+    def __init__(
+        self,
+        prefix: str,
+        in_shape: Shape,
+        widths: Sequence[int],
+        groups: int,
+        attention: Sequence[int],
+        middle_attention: bool,
+    ) -> None:
+        super().__init__(prefix, in_shape)
+        self.widths, self.groups = widths, groups
+        self.attention, self.middle_attention = attention, middle_attention
+
+    def level(self, number: int, blocks: int) -> None:
+        attends = max(self.shape[1:]) in self.attention
+        for j in range(1, blocks + 1):
+            self.block(f"level{number}.block{j}", self.widths[number - 1])
+            if attends:
+                self.attend(f"level{number}.attention{j}")
+
+    def middle(self) -> None:
+        self.block("middle.block1", self.widths[-1])
+        if self.middle_attention:
+            self.attend("middle.attention")
+        self.block("middle.block2", self.widths[-1])
+
+    def down(self, level: str) -> None:
+        """Halves height and width, a row of zeros below and a column on the right."""
+        half = (self.shape[0], *(side // 2 for side in self.shape[1:]))
+        pads = ((0, 1), (0, 1))
+        self.row(f"{level}.down", "conv", half, kernel=(3, 3), stride=2, pads=pads)
+
+    def up(self, level: str) -> None:
+        double = (self.shape[0], *(2 * side for side in self.shape[1:]))
+        self.row(f"{level}.upsample", "upsample", double)
+        self.conv(f"{level}.up", self.shape[0], 3)
+
+    def norm(self, name: str, activation: str = "silu") -> Layer:
+        return self.row(name, "group_norm", self.shape, groups=self.groups, activation=activation)
+
+    def block(self, name: str, channels: int) -> None:
+        """h + conv2(silu(norm2(conv1(silu(norm1(h)))))), h through a 1x1 convolution if its
+        channels change."""
+        h = self.rows[-1]
+        self.norm(f"{name}.norm1")
+        self.conv(f"{name}.conv1", channels, 3)
+        self.norm(f"{name}.norm2")
+        inner = self.conv(f"{name}.conv2", channels, 3)
+        if h.out_shape[0] != channels:
+            h = self.conv(f"{name}.shortcut", channels, 1, of=h)
+        self.row(f"{name}.sum", "add", self.shape, inputs=(h.name, inner.name))
+
+    def attend(self, name: str) -> None:
+        """h + out(attention(query, key, value of norm(h))), each place to all, in one head."""
+        h = self.rows[-1]
+        channels, height, width = h.out_shape
+        vectors = (height * width, channels)
+        self.norm(f"{name}.norm", "linear")
+        x = self.row(f"{name}.vectors", "to_vectors", vectors)
+        seen = [self.row(f"{name}.{n}", "dense", vectors, of=x) for n in ("query", "key", "value")]
+        self.row(f"{name}.attention", "attention", vectors, inputs=tuple(r.name for r in seen))
+        self.row(f"{name}.out", "dense", vectors)
+        found = self.row(f"{name}.grid", "to_grid", h.out_shape)
+        self.row(f"{name}.sum", "add", h.out_shape, inputs=(h.name, found.name))

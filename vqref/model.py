@@ -59,11 +59,18 @@ def _truncated_normal(parameter: Parameter, rng: np.random.Generator) -> Float64
     return parameter.scale * values
 
 
+def _unit_rows(parameter: Parameter, rng: np.random.Generator) -> Float64:
+    rows = rng.standard_normal(parameter.shape)
+    length: Float64 = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
+    return rows / length
+
+
 INITIALS: dict[str, Callable[[Parameter, np.random.Generator], Float64]] = {
     "uniform": _uniform,
     "truncated_normal": _truncated_normal,
     "zeros": lambda parameter, rng: np.zeros(parameter.shape),
     "ones": lambda parameter, rng: np.ones(parameter.shape),
+    "unit_rows": _unit_rows,
 }
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from vqref.errors import InputError
 from vqref.families import post
-from vqref.host.files import about, parsed, read_bytes
+from vqref.host.files import about, parsed, read_bytes, write_file
 from vqref.host.pickles import require_bounded, require_bounded_pickles
 from vqref.preprocessing import Preprocessing
 from vqref.prior import Prior
@@ -202,8 +202,7 @@ def read(path: str | Path, load: Callable[[BinaryIO], Any]) -> tuple[Model, str]
     """
     content = read_bytes(Path(path), FILE_BYTES)
     with about(Path(path)):
-        _require_whole(content)
-        data = _loaded(content, load)
+        data = unpickled(content, load)
         if isinstance(data, dict):
             data = with_arrays(data, _as_array)
             arrays = [*_arrays(data).values(), *_arrays(data.get(PRIOR)).values()]
@@ -212,6 +211,19 @@ def read(path: str | Path, load: Callable[[BinaryIO], Any]) -> tuple[Model, str]
             ):
                 raise InputError("its parameters claim to be larger than the file")
         return Model.from_plain(data), hashlib.sha256(content).hexdigest()
+
+
+def write(path: Path, model: Model, save: Callable[[dict[str, Any], BinaryIO], None]) -> None:
+    """Publishes the model at ``path``, sealed.
+
+    save: writes a dictionary of plain data and arrays as ``torch.save`` writes one of tensors.
+    Raises OSError; ``path`` is then as it was.
+    """
+    plain = model.to_plain()
+    plain[DIGEST] = digest(plain)
+    content = io.BytesIO()
+    save(plain, content)
+    write_file(path, seal(content.getvalue()))
 
 
 def with_arrays(plain: Mapping[str, Any], turn: Callable[[Any], Any]) -> dict[str, Any]:
@@ -235,7 +247,20 @@ def seal(content: bytes) -> bytes:
     return before + _SEAL + hashlib.sha256(before).hexdigest().encode()
 
 
-def _require_whole(content: bytes) -> None:
+def unpickled(content: bytes, load: Callable[[BinaryIO], Any], what: str = "model file") -> Any:
+    """What the loader makes of the bytes of a file that ``torch.save`` wrote, once it is known that
+    they claim no more than is there. what: it should be. Raises InputError."""
+    _require_whole(content, what)
+    with parsed(f"not a {what}"):
+        try:
+            return load(io.BytesIO(content))
+        except pickle.UnpicklingError:
+            raise InputError(
+                f"refused: not a {what} but a pickle of other things; nothing was executed"
+            ) from None
+
+
+def _require_whole(content: bytes, what: str) -> None:
     """Raises InputError for a zip archive that was cut, that holds other than stored data, or whose
     seal is not its own. One without a comment has no seal, for others write such files, too."""
     if not content.startswith(b"PK"):
@@ -243,28 +268,15 @@ def _require_whole(content: bytes) -> None:
         return
     end = content.rfind(_ZIP_END)
     if end < 0:
-        raise InputError("not a model file: it is cut off, or no zip archive")
+        raise InputError(f"not a {what}: it is cut off, or no zip archive")
     if len(content) > end + 22 and content != seal(content[: end + 20] + b"\0\0"):
         raise InputError("damaged: its seal is not the digest of its bytes")
-    with parsed("not a model file"), zipfile.ZipFile(io.BytesIO(content)) as archive:
+    with parsed(f"not a {what}"), zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > len(content):
-            raise InputError(
-                "not a model file: its data are compressed, or said to be larger than it"
-            )
+            raise InputError(f"not a {what}: its data are compressed, or said to be larger than it")
         require_bounded(archive)
-
-
-def _loaded(content: bytes, load: Callable[[BinaryIO], Any]) -> Any:
-    """What the loader makes of a file. Raises InputError."""
-    with parsed("not a model file"):
-        try:
-            return load(io.BytesIO(content))
-        except pickle.UnpicklingError:
-            raise InputError(
-                "refused: not a model file but a pickle of other things; nothing was executed"
-            ) from None
 
 
 def _require_version(data: Any) -> int:

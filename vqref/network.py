@@ -6,12 +6,15 @@ and its vector-Jacobian product beside it.
 inputs, and ``KIND_learn(layer, g, x)`` those with respect to weight and bias.
 
 A convolution is sliding windows and one matrix product, so that a batch takes seconds, not minutes.
-Batches are cut so that the windows of the widest row stay under ``WINDOW_BYTES``.
+Batches are cut so that the windows of the widest row stay under ``WINDOW_BYTES``; of one large
+image, windows are taken in bands, and so are the queries of attention.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -32,6 +35,12 @@ WINDOW_BYTES = 64 * 2**20
 
 NORM_EPSILON = 1e-5
 """What layer_norm adds to a variance."""
+
+GROUP_EPSILON = 1e-6
+"""What group_norm adds to a variance."""
+
+LEAST_LENGTH = 1e-12
+"""What unit_norm divides shorter vectors by."""
 
 
 def encode(spec: ModelSpec, params: Params, images: npt.ArrayLike) -> Float64:
@@ -109,7 +118,13 @@ def affine_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
 def conv(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
     """y[n,o,i,j] = bias[o] + sum over c,a,b of weight[o,c,a,b] * padded[n, c, s*i + a, s*j + b]."""
     windows = _gathered(layer, np.pad(x, ((0, 0), (0, 0), *layer.pads)))
-    y = np.tensordot(windows, weight, axes=((1, 4, 5), (1, 2, 3)))  # (N, H', W', O)
+    y = np.concatenate(
+        [
+            np.tensordot(windows[:, :, band], weight, axes=((1, 4, 5), (1, 2, 3)))
+            for band in _bands(layer, len(x))
+        ],
+        axis=1,
+    )  # (N, H', W', O)
     return y.transpose(0, 3, 1, 2) + bias[:, None, None]
 
 
@@ -117,14 +132,23 @@ def conv_backward(
     layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
 ) -> Gradients:
     """of padded[n, c, s*i + a, s*j + b]: the sum over o of g[n,o,i,j] * weight[o,c,a,b]."""
-    taps = np.tensordot(g, weight, axes=((1,), (0,)))  # (N, H', W', C, kh, kw)
-    sides = (n + sum(pads) for n, pads in zip(x.shape[2:], layer.pads, strict=True))
-    return (_cropped(layer, scattered(layer, taps, (*x.shape[:2], *sides))),)
+    sides = [n + sum(pads) for n, pads in zip(x.shape[2:], layer.pads, strict=True)]
+    total, s = np.zeros((*x.shape[:2], *sides)), layer.stride
+    for band in _bands(layer, len(x)):
+        taps = np.tensordot(g[:, :, band], weight, axes=((1,), (0,)))  # (N, H', W', C, kh, kw)
+        rows = slice(s * band.start, s * (band.stop - 1) + layer.kernel[0])
+        total[:, :, rows] += scattered(layer, taps, total[:, :, rows].shape)
+    return (_cropped(layer, total),)
 
 
 def conv_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
     windows = _gathered(layer, np.pad(x, ((0, 0), (0, 0), *layer.pads)))
-    return np.tensordot(g, windows, axes=((0, 2, 3), (0, 2, 3))), g.sum(axis=(0, 2, 3))
+    places = (0, 2, 3)
+    parts = (
+        np.tensordot(g[:, :, band], windows[:, :, band], axes=(places, places))
+        for band in _bands(layer, len(x))
+    )
+    return functools.reduce(operator.add, parts), g.sum(axis=places)
 
 
 def conv_transpose(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
@@ -231,26 +255,56 @@ def embedding_learn(layer: Layer, g: Float64, x: Int64) -> Gradients:
 def layer_norm(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
     """y = weight * (x - mean) / sqrt(variance + NORM_EPSILON) + bias, over the last axis (Ba, Kiros
     and Hinton 2016)."""
-    return weight * _normalised(x)[0] + bias
+    return weight * _normalised(x, NORM_EPSILON)[0] + bias
 
 
 def layer_norm_backward(
     layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
 ) -> Gradients:
-    """With h the normalised x, and c = weight * g: (c - mean(c) - h mean(c h)) / deviation."""
-    (h, deviation), c = _normalised(x), weight * g
-    return ((c - _mean(c) - h * _mean(c * h)) / deviation,)
+    return (_normalised_backward(weight * g, *_normalised(x, NORM_EPSILON)),)
 
 
 def layer_norm_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
-    return (g * _normalised(x)[0]).sum(axis=(0, 1)), g.sum(axis=(0, 1))
+    return (g * _normalised(x, NORM_EPSILON)[0]).sum(axis=(0, 1)), g.sum(axis=(0, 1))
 
 
-def _normalised(x: Float64) -> tuple[Float64, Float64]:
+def group_norm(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
+    """y = weight[c] * (x - mean) / sqrt(variance + GROUP_EPSILON) + bias[c], mean and variance over
+    all places of the channels of a group (Wu and He 2018)."""
+    h, _ = _normalised(_in_groups(layer, x), GROUP_EPSILON)
+    return weight[:, None, None] * h.reshape(x.shape) + bias[:, None, None]
+
+
+def group_norm_backward(
+    layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
+) -> Gradients:
+    c = _in_groups(layer, weight[:, None, None] * g)
+    known = _normalised(_in_groups(layer, x), GROUP_EPSILON)
+    return (_normalised_backward(c, *known).reshape(x.shape),)
+
+
+def group_norm_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    h, _ = _normalised(_in_groups(layer, x), GROUP_EPSILON)
+    return (g * h.reshape(x.shape)).sum(axis=(0, 2, 3)), g.sum(axis=(0, 2, 3))
+
+
+def _in_groups(layer: Layer, x: Float64) -> Float64:
+    """(N, C, H, W) as (N, groups, C / groups * H * W)."""
+    return x.reshape(len(x), layer.groups, -1)
+
+
+def _normalised(x: Float64, epsilon: float) -> tuple[Float64, Float64]:
     """x without its mean and of unit variance along the last axis, and what it was divided by."""
     centred = x - _mean(x)
-    deviation = np.sqrt(_mean(np.square(centred)) + NORM_EPSILON)
+    deviation = np.sqrt(_mean(np.square(centred)) + epsilon)
     return centred / deviation, deviation
+
+
+def _normalised_backward(c: Float64, h: Float64, deviation: Float64) -> Float64:
+    """Of x, with h the normalised x, and c the gradient of h: (c - mean(c) - h mean(c h)) /
+    deviation."""
+    pulled: Float64 = (c - _mean(c) - h * _mean(c * h)) / deviation
+    return pulled
 
 
 def _mean(x: Float64) -> Float64:
@@ -258,31 +312,76 @@ def _mean(x: Float64) -> Float64:
     return mean
 
 
+def unit_norm(layer: Layer, x: Float64) -> Float64:
+    """y = x / max(||x||, LEAST_LENGTH), of each vector."""
+    return x / np.maximum(_length(x), LEAST_LENGTH)
+
+
+def unit_norm_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    """(g - y g.y) / ||x||; of shorter vectors, which are divided by a constant, g / that."""
+    length, y = _length(x), unit_norm(layer, x)
+    along = np.where(length < LEAST_LENGTH, 0.0, (g * y).sum(axis=-1, keepdims=True))
+    return ((g - along * y) / np.maximum(length, LEAST_LENGTH),)
+
+
+def _length(x: Float64) -> Float64:
+    length: Float64 = np.sqrt(np.square(x).sum(axis=-1, keepdims=True))
+    return length
+
+
+def upsample(layer: Layer, x: Float64) -> Float64:
+    """y[n,c,i,j] = x[n, c, i // f, j // f]."""
+    factor = upsample_factor(layer)
+    return x.repeat(factor, axis=2).repeat(factor, axis=3)
+
+
+def upsample_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    """The sum over the f x f places of g that show a place of x."""
+    (n, channels, height, width), f = x.shape, upsample_factor(layer)
+    return (g.reshape(n, channels, height, f, width, f).sum(axis=(3, 5)),)
+
+
+def upsample_factor(layer: Layer) -> int:
+    """f of a row of kind upsample."""
+    return layer.out_shape[1] // layer.in_shape[1]
+
+
 def attention(layer: Layer, q: Float64, k: Float64, v: Float64) -> Float64:
     """In each head y[n,s] = sum over t of a[n,s,t] * v[n,t], a the softmax over t of
     q[n,s].k[n,t] / sqrt(size of a head) (Vaswani et al. 2017); causal: over t <= s."""
-    return _joined(_weights(layer, q, k) @ _heads(layer, v))
+    q, k, v = (_heads(layer, each) for each in (q, k, v))
+    parts = [_weights(layer, q, k, part) @ v for part in _queries(q, k)]
+    return _joined(np.concatenate(parts, axis=2))
 
 
 def attention_backward(layer: Layer, g: Float64, q: Float64, k: Float64, v: Float64) -> Gradients:
     """With b = g.v': of the scores, a * (b - sum over t of a * b)."""
-    a, (q, k, v, g) = _weights(layer, q, k), (_heads(layer, each) for each in (q, k, v, g))
-    b = g @ v.swapaxes(2, 3)
-    scores = a * (b - (a * b).sum(axis=3, keepdims=True)) / math.sqrt(q.shape[3])
-    pulled = scores @ k, scores.swapaxes(2, 3) @ q, a.swapaxes(2, 3) @ g
-    return tuple(_joined(each) for each in pulled)
+    q, k, v, g = (_heads(layer, each) for each in (q, k, v, g))
+    of_q, of_k, of_v = (np.zeros_like(each) for each in (q, k, v))
+    for part in _queries(q, k):
+        a, b = _weights(layer, q, k, part), g[:, :, part] @ v.swapaxes(2, 3)
+        scores = a * (b - (a * b).sum(axis=3, keepdims=True)) / math.sqrt(q.shape[3])
+        of_q[:, :, part] = scores @ k
+        of_k += scores.swapaxes(2, 3) @ q[:, :, part]
+        of_v += a.swapaxes(2, 3) @ g[:, :, part]
+    return _joined(of_q), _joined(of_k), _joined(of_v)
 
 
-def _weights(layer: Layer, q: Float64, k: Float64) -> Float64:
-    """a (N, heads, S, S)."""
-    q, k = _heads(layer, q), _heads(layer, k)
-    scores = q @ k.swapaxes(2, 3) / math.sqrt(q.shape[3])
+def _weights(layer: Layer, q: Float64, k: Float64, part: slice) -> Float64:
+    """a (N, heads, queries, S), of a part of the queries."""
+    scores = q[:, :, part] @ k.swapaxes(2, 3) / math.sqrt(q.shape[3])
     if layer.causal:
-        later = np.triu(np.ones(scores.shape[2:], bool), 1)
+        later = np.triu(np.ones(scores.shape[2:], bool), 1 + part.start)
         scores = np.where(later, -np.inf, scores)
     powers = np.exp(scores - scores.max(axis=3, keepdims=True))
     a: Float64 = powers / powers.sum(axis=3, keepdims=True)
     return a
+
+
+def _queries(q: Float64, k: Float64) -> list[slice]:
+    """Parts of the queries whose weights and two more such arrays fit ``WINDOW_BYTES``."""
+    n, heads, queries, _ = q.shape
+    return _parts(queries, 8 * 3 * n * heads * k.shape[2])
 
 
 def _heads(layer: Layer, x: Float64) -> Float64:
@@ -383,6 +482,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "activation": Kind(activation, activation_backward),
         "embedding": Kind(embedding, embedding_backward, embedding_learn),
         "layer_norm": Kind(layer_norm, layer_norm_backward, layer_norm_learn),
+        "group_norm": Kind(group_norm, group_norm_backward, group_norm_learn),
+        "unit_norm": Kind(unit_norm, unit_norm_backward),
+        "upsample": Kind(upsample, upsample_backward),
         "attention": Kind(attention, attention_backward),
     }
 )
@@ -414,6 +516,19 @@ def before_activation(
     layer = step.layer
     taken = (values[i] for i in step.sources)
     return KINDS[layer.kind].value(layer, *taken, *weights[layer.name])
+
+
+def _bands(layer: Layer, count: int) -> list[slice]:
+    """Rows of a convolution's result, of which the windows of ``count`` images fit
+    ``WINDOW_BYTES``."""
+    height = layer.out_shape[1]
+    return _parts(height, count * _window_bytes(layer) // height)
+
+
+def _parts(length: int, each: int) -> list[slice]:
+    """Slices of 0 to length, as long as ``WINDOW_BYTES`` allow at so many bytes each, or 1."""
+    step = max(1, WINDOW_BYTES // max(1, each))
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def _gathered(layer: Layer, x: Float64) -> Float64:

@@ -40,7 +40,8 @@ class Parameter:
     """One array of the model: its name in every file format, its shape, and how it starts.
 
     initial: "uniform" in ±``scale``, "truncated_normal" of standard deviation ``scale`` cut off at
-    two of them, "zeros", "ones", or "codebook", a copy of the codebook.
+    two of them, "zeros", "ones", "unit_rows" of length 1 in any direction, or "codebook", a copy
+    of the codebook.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Layer:
     scale, shift: of affine, which computes scale * x + shift.
     num_codes: of embedding, K.
     heads, causal: of attention; whether a place attends to itself and the places before it alone.
+    groups: of group_norm: groups of adjacent channels that share mean and variance.
 
     Raises ValueError that names the row and what is wrong with it.
     """
@@ -81,6 +83,7 @@ class Layer:
     num_codes: int = 1
     heads: int = 1
     causal: bool = False
+    groups: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -207,6 +210,21 @@ def _layer_norm(row: Layer) -> Shape:
     return row.in_shape if len(row.in_shape) == 2 else ()
 
 
+def _group_norm(row: Layer) -> Shape:
+    return row.in_shape if len(row.in_shape) == 3 and row.in_shape[0] % row.groups == 0 else ()
+
+
+def _unit_norm(row: Layer) -> Shape:
+    return row.in_shape if len(row.in_shape) == 2 else ()
+
+
+def _upsample(row: Layer) -> Shape:
+    if not len(row.in_shape) == len(row.out_shape) == 3:
+        return ()
+    factor = row.out_shape[1] // row.in_shape[1]
+    return (row.in_shape[0], *(factor * side for side in row.in_shape[1:])) if factor else ()
+
+
 def _attention(row: Layer) -> Shape:
     fits = len(row.in_shape) == 2 and row.heads > 0 and row.in_shape[1] % row.heads == 0
     return row.in_shape if fits else ()
@@ -239,6 +257,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             _embedding, lambda row: ((row.num_codes, row.out_shape[1]), row.out_shape)
         ),
         "layer_norm": Kind(_layer_norm, lambda row: (row.in_shape[1:], row.in_shape[1:])),
+        "group_norm": Kind(_group_norm, lambda row: (row.in_shape[:1], row.in_shape[:1])),
+        "unit_norm": Kind(_unit_norm),
+        "upsample": Kind(_upsample),
         "attention": Kind(
             _attention, products=lambda row: 2 * row.in_shape[0] * math.prod(row.in_shape), inputs=3
         ),
@@ -257,8 +278,15 @@ add             the sum of two rows
 activation      an activation alone
 embedding       indices (S,) to (S, F): weight (K, F) of the index before a place, and bias (S, F)
 layer_norm      each vector of (S, F) less its mean, over its deviation; weight and bias (F,)
+group_norm      channels in groups of (C, H, W), each less its mean, over its deviation; weight and
+                bias (C,)
+unit_norm       each vector of (S, D) over its length
+upsample        (C, H, W) to (C, f*H, f*W): each place f x f times
 attention       of queries, keys and values (S, F) each, in heads
 """
+
+NORMS = frozenset({"layer_norm", "group_norm"})
+"""Kinds whose weight starts at 1."""
 
 ACTIVATIONS = ("linear", "elu", "relu", "silu", "gelu")
 
@@ -320,6 +348,8 @@ class ModelSpec:
         W), the parameters of the likelihood.
     variance: σ² of a gaussian likelihood: that of the training images' values in [0, 1].
     value_range: what 0 and 1 of an image are to the networks; outputs lie in the same range.
+    normalized: whether codes are unit vectors, which the encoder's last row makes of latents, too:
+        a unit_norm. Their rows are to have length 1; nothing divides them again.
     initial: how weights and codebook start: "glorot_uniform" (Glorot and Bengio 2010, equation 16)
         or "fan_in", normal of variance 1 / fan-in cut off at two deviations, and a codebook uniform
         in ±sqrt(3 / D), as Sonnet has it.
@@ -338,6 +368,7 @@ class ModelSpec:
     variance: float = 1.0
     value_range: tuple[float, float] = (0.0, 1.0)
     initial: str = "glorot_uniform"
+    normalized: bool = False
 
     def __post_init__(self) -> None:
         _require_types({name: value for name, value in vars(self).items() if name not in NETWORKS})
@@ -360,6 +391,12 @@ class ModelSpec:
         low, high = self.value_range
         if not low < high:
             raise ValueError(f"value_range is {self.value_range}, expected (low, high)")
+        if self.normalized and self.encoder and self.encoder[-1].kind != "unit_norm":
+            last = self.encoder[-1]
+            raise ValueError(
+                f"{last.name}: is a {last.kind}; an encoder of a normalized model ends in a "
+                "unit_norm"
+            )
         vectors = (self.latent_size, self.code_size)
         outputs = (output_channels(self.likelihood, self.image_shape[0]), *self.image_shape[1:])
         self._require_chain("encoder", self.encoder, self.image_shape, vectors)
@@ -402,7 +439,7 @@ class ModelSpec:
         width = math.sqrt(6.0 / (k + d) if self.initial == "glorot_uniform" else 3.0 / d)
         return (
             *(parameter for layer in self.layers for parameter in self._initialised(layer)),
-            Parameter(CODEBOOK, (k, d), "uniform", width),
+            Parameter(CODEBOOK, (k, d), "unit_rows" if self.normalized else "uniform", width),
             Parameter(EMA_COUNT, (k,), "zeros"),
             Parameter(EMA_MEANS, (k, d), "codebook"),
         )
@@ -411,7 +448,10 @@ class ModelSpec:
         if not layer.parameters:
             return ()
         (weight, weight_shape), (bias, bias_shape) = layer.parameters
-        if self.initial == "glorot_uniform":
+        how: tuple[str, float]
+        if layer.kind in NORMS:
+            how = "ones", 0.0
+        elif self.initial == "glorot_uniform":
             how = "uniform", math.sqrt(6.0 / (layer.fan_in + layer.fan_out))
         else:
             how = "truncated_normal", 1.0 / math.sqrt(layer.fan_in)
@@ -420,6 +460,9 @@ class ModelSpec:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain data for JSON and files."""
         plain = {f.name: _listed(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        for name in LATER:
+            if plain[name] == getattr(type(self), name):
+                del plain[name]
         return plain | {name: [row.to_dict() for row in getattr(self, name)] for name in NETWORKS}
 
     @classmethod
@@ -429,7 +472,7 @@ class ModelSpec:
         if not isinstance(fields, dict):
             raise ValueError("the spec is no table")
         known = {field.name for field in dataclasses.fields(cls)}
-        if missing := sorted(known - set(fields)):
+        if missing := sorted(known - LATER - set(fields)):
             raise ValueError(f"the spec lacks {', '.join(missing)}")
         if unknown := sorted(ascii(name).strip("'") for name in fields if name not in known):
             raise ValueError(f"the spec has unknown fields: {', '.join(unknown)[:80]}")
@@ -442,6 +485,9 @@ class ModelSpec:
 
 
 NETWORKS = ("encoder", "decoder")
+
+LATER = frozenset({"normalized"})
+"""Fields that files have only where they are not at their default: they came after the format."""
 
 
 def require_sizes(name: str, sizes: Shape) -> None:
@@ -456,7 +502,7 @@ def require_sizes(name: str, sizes: Shape) -> None:
 _PAIRS = {"kernel", "value_range"}
 _NUMBERS = {"scale", "shift", "variance"}
 _NAMES = {"name", "kind", "activation", "family", "likelihood", "initial"}
-_TRUTHS = {"causal"}
+_TRUTHS = {"causal", "normalized"}
 _TUPLES = {"in_shape", "out_shape", "inputs", "image_shape", "latent_shape", "pads", *_PAIRS}
 _WANTED: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(_NAMES, (str,)),
@@ -485,7 +531,7 @@ def _require_types(values: Mapping[str, Any], whose: str = "") -> None:
     names = (*values.get("inputs", ()), values.get("family", "x"))
     if wrong := [n for n in names if not isinstance(n, str) or not NAME.fullmatch(n)]:
         raise ValueError(f"{whose}{ascii(wrong[0])[:80]} is no name, expected words and dots")
-    for name in {"kernel", "stride", "num_codes", "heads"} & values.keys():
+    for name in {"kernel", "stride", "num_codes", "heads", "groups"} & values.keys():
         size = values[name]
         require_sizes(whose + name, size if isinstance(size, tuple) else (size,))
     pads = values.get("pads")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-from vqref.host.files import write_file
-from vqref.modelfile import DIGEST, Model, digest, read, seal, with_arrays
+from vqref.modelfile import Model, read, with_arrays, write
 
 
 def read_model(path: Path) -> Model:
@@ -20,8 +19,8 @@ def read_model(path: Path) -> Model:
 
 def write_model(path: Path, model: Model) -> None:
     """Publishes the model at ``path``. Raises OSError; ``path`` is then as it was."""
-    plain = model.to_plain()
-    plain[DIGEST] = digest(plain)
-    content = io.BytesIO()
-    torch.save(with_arrays(plain, lambda array: torch.from_numpy(np.asarray(array))), content)
-    write_file(path, seal(content.getvalue()))
+    write(path, model, _save)
+
+
+def _save(plain: dict[str, Any], file: BinaryIO) -> None:
+    torch.save(with_arrays(plain, lambda array: torch.from_numpy(np.asarray(array))), file)

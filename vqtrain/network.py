@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqref.network import NORM_EPSILON
+from vqref.network import GROUP_EPSILON, LEAST_LENGTH, NORM_EPSILON, upsample_factor
 from vqref.spec import Layer, plan
 
 
@@ -215,6 +215,18 @@ def layer_norm(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, NORM_EPSILON)
 
 
+def group_norm(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.group_norm(x, layer.groups, weight, bias, GROUP_EPSILON)
+
+
+def unit_norm(layer: Layer, x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1, eps=LEAST_LENGTH)
+
+
+def upsample(layer: Layer, x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=float(upsample_factor(layer)), mode="nearest")
+
+
 def attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """One query alone is that of the last place, which sees all keys."""
     n, places, size = q.shape
@@ -274,6 +286,9 @@ KINDS: dict[str, Callable[..., Tensor]] = {
     "activation": activation,
     "embedding": embedding,
     "layer_norm": layer_norm,
+    "group_norm": group_norm,
+    "unit_norm": unit_norm,
+    "upsample": upsample,
     "attention": attention,
 }
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

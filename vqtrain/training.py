@@ -21,7 +21,7 @@ import torch
 
 from vqref import families
 from vqref.errors import InputError, UsageError
-from vqref.families import FAMILIES
+from vqref.families import FAMILIES, Size
 from vqref.host.files import require_writable
 from vqref.host.images import OFFICIAL_NAMES, ImageSet, as_images
 from vqref.host.interrupts import Interrupted
@@ -85,7 +85,7 @@ class Plan:
     recipe: str = DEFAULT_RECIPE
     network: str = AUTO
     likelihood: str | None = None
-    sizes: Mapping[str, int] = field(default_factory=dict)
+    sizes: Mapping[str, Size] = field(default_factory=dict)
     changes: Mapping[str, Any] = field(default_factory=dict)
     device: torch.device
     chosen: bool
@@ -306,12 +306,13 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
 
 
 def _resolved(
-    asked: Mapping[str, Any], training: TrainingOptions, spec: ModelSpec, sizes: Mapping[str, int]
+    asked: Mapping[str, Any], training: TrainingOptions, spec: ModelSpec, sizes: Mapping[str, Size]
 ) -> dict[str, dict[str, Any]]:
     """What ``--config`` needs to begin the same run: options as given, the recipe spelt out."""
     tables = {
         "training": training.to_dict(),
-        "model": {"network": spec.family, "likelihood": spec.likelihood, **sizes},
+        "model": {"network": spec.family, "likelihood": spec.likelihood}
+        | {name: families.spelt(size) for name, size in sizes.items()},
     }
     spelt_out = {name for table in tables.values() for name in table}
     given = {
@@ -339,7 +340,7 @@ def _provenance(images: ImageSet, plan: Plan, training: TrainingOptions) -> dict
     }
 
 
-def build_spec(plan: Plan, images: ImageSet) -> tuple[ModelSpec, dict[str, int]]:
+def build_spec(plan: Plan, images: ImageSet) -> tuple[ModelSpec, dict[str, Size]]:
     """The network for these images, and all sizes of its family.
 
     Raises OptionError for a size that the family lacks or cannot have, InputError for images that
@@ -355,7 +356,7 @@ def build_spec(plan: Plan, images: ImageSet) -> tuple[ModelSpec, dict[str, int]]
     likelihood = {} if plan.likelihood is None else {"likelihood": plan.likelihood}
     variance = max(variance_of(images.train), LEAST_ERROR) if len(images.train) else 1.0
     try:
-        return FAMILIES[family](shape, variance=variance, **sizes, **likelihood), sizes
+        return families.make(family, shape, sizes, variance=variance, **likelihood), sizes
     except ValueError as error:
         if str(error).startswith("image_shape"):
             raise InputError(f"{images.source}: {error}") from None

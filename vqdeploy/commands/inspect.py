@@ -81,6 +81,8 @@ def _files(manifest: Mapping[str, Any]) -> list[str]:
 
 def _proof(manifest: Mapping[str, Any]) -> list[str]:
     """Where the model came from, and how its graphs agreed with the oracle."""
+    from vqdeploy.card import tell_imported
+
     provenance, agreement = manifest["provenance"], manifest["agreement"]
     data = provenance.get("data")
     source = data.get("source", "not recorded") if isinstance(data, dict) else "not recorded"
@@ -88,6 +90,7 @@ def _proof(manifest: Mapping[str, Any]) -> list[str]:
     measured = manifest["measured"]
     lost = f"{measured['nats_lost']:+.4f} nats per image, {-measured['psnr_lost']:+.4f} dB"
     return [
+        *(f"imported    from {told}" for told in tell_imported(provenance)),
         f"trained on  {source}, recipe {provenance.get('recipe', 'not recorded')}",
         f"model file  {_origin(provenance)}",
         f"agreement   {wrong} violations on {agreement['images']} images, {agreement['provider']}",

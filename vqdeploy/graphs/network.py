@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from vqdeploy.runtime.protobuf import DTYPE_NUMBERS, Node, Tensor, attributes_of
 from vqdeploy.stages import INDEX_TYPES
-from vqref.network import NORM_EPSILON
+from vqref.network import GROUP_EPSILON, LEAST_LENGTH, NORM_EPSILON, upsample_factor
 from vqref.spec import Layer, plan
 from vqref.validation import Array, Params
 
@@ -259,6 +259,60 @@ def layer_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
     return builder.node("LayerNormalization", inputs, output, axis=-1, epsilon=NORM_EPSILON)
 
 
+def group_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    """Group by group, in float32 whatever the rows are: mean, then the mean square of what is left.
+    No InstanceNormalization, whose sums on CUDA are cuDNN's secret, and no GroupNormalization,
+    which has a weight per group before opset 21."""
+    channels = (layer.groups, layer.in_shape[0] // layer.groups)
+    x = _full(builder, x, f"{output}.full")
+    places = (*channels, math.prod(layer.in_shape[1:]))
+    x = _reshaped(builder, f"{layer.name}.groups_shape", f"{output}.groups", x, places)
+    axes = builder.integers("group_axes", [2, 3])
+    mean = builder.node("ReduceMean", [x, axes], f"{output}.mean", keepdims=1)
+    x = builder.node("Sub", [x, mean], f"{output}.centred")
+    square = builder.node("Mul", [x, x], f"{output}.square")
+    square = builder.node("ReduceMean", [square, axes], f"{output}.variance", keepdims=1)
+    least = builder.constant("group_epsilon", np.float32(GROUP_EPSILON))
+    square = builder.node("Add", [square, least], f"{output}.positive")
+    deviation = builder.node("Sqrt", [square], f"{output}.deviation")
+    shape = builder.integers(f"{layer.name}.channels_shape", [*channels, 1])
+    weight, bias = (
+        builder.node("Reshape", [builder.parameter(name), shape], f"{name}.of_groups")
+        for name, _ in layer.parameters
+    )
+    scale = builder.node("Div", [weight, deviation], f"{output}.scale")
+    x = builder.node("Mul", [x, scale], f"{output}.scaled")
+    x = builder.node("Add", [x, bias], f"{output}.shifted")
+    if builder.half:
+        x = builder.cast(x, f"{output}.rounded", "float16")
+    return reshape(builder, layer, output, x)
+
+
+def _full(builder: GraphBuilder, x: str, output: str) -> str:
+    """A value in float32."""
+    return builder.cast(x, output, "float32") if builder.half else x
+
+
+def unit_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    """In float32, too: float16 holds no square of LEAST_LENGTH."""
+    x = _full(builder, x, f"{output}.full")
+    axes = builder.integers("vector_axes", [2])
+    length = builder.node("ReduceL2", [x, axes], f"{output}.length", keepdims=1)
+    least = builder.constant("least_length", np.float32(LEAST_LENGTH))
+    length = builder.node("Clip", [length, least], f"{output}.divisor")
+    x = builder.node("Div", [x, length], f"{output}.unit" if builder.half else output)
+    return builder.cast(x, output, "float16") if builder.half else x
+
+
+def upsample(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    """Each column, then each row, taken f times."""
+    factor, (_, height, width) = upsample_factor(layer), layer.in_shape
+    for axis, name, side in ((3, f"{output}.wide", width), (2, output, height)):
+        taken = builder.integers(f"each{side}x{factor}", np.repeat(range(side), factor).tolist())
+        x = builder.node("Gather", [x, taken], name, axis=axis)
+    return x
+
+
 def attention(builder: GraphBuilder, layer: Layer, output: str, q: str, k: str, v: str) -> str:
     later = None
     if layer.causal:
@@ -329,6 +383,9 @@ KINDS: dict[str, Callable[..., str]] = {
     "activation": activation,
     "embedding": embedding,
     "layer_norm": layer_norm,
+    "group_norm": group_norm,
+    "unit_norm": unit_norm,
+    "upsample": upsample,
     "attention": attention,
 }
 

@@ -268,8 +268,10 @@ def products(layer: Layer) -> int:
     return layer.fan_in
 
 
-UNBOUNDED = frozenset({"embedding", "layer_norm", "attention"})
-"""Kinds of rows, of a prior mostly, of which no bound is known: behind them nothing is proved."""
+UNBOUNDED = frozenset(
+    {"embedding", "layer_norm", "group_norm", "unit_norm", "upsample", "attention"}
+)
+"""Kinds of rows of which no bound is derived here: behind them nothing is proved."""
 
 BENT = {"silu": 0.25, "gelu": 0.41}
 """Half the largest |f''| of an activation, or more: gelu's is 0.798, at 0."""

@@ -365,12 +365,21 @@ def _check_gradients(
     beta: float,
 ) -> Check:
     """The gradient of every parameter on a few of the images, with the codes that were taken there:
-    another code at a near tie is another gradient."""
+    another code at a near tie is another gradient.
+
+    A bias is judged beside its row's weight, too: those of keys, and those before a norm of single
+    channels, move no result, so that their gradients are rounding and nothing else.
+    """
     images = case.images[:GRADIENT_IMAGES]
     indices, found = pulled(images)
     exact, terms = (
         of(case.spec, case.params, images, beta, indices) for of in (gradients, gradient_terms)
     )
+    sizes = {name: np.abs(each) + np.abs(terms[name]) for name, each in exact.items()}
+    for name, size in sizes.items():
+        if name.endswith(".bias"):
+            weight = sizes[f"{name.removesuffix('.bias')}.weight"]
+            sizes[name] = np.maximum(size, weight.max())
     return merge(
         f"{precision} gradients",
         precision,
@@ -381,7 +390,7 @@ def _check_gradients(
                 each,
                 precision=precision,
                 name=f"of {name}",
-                magnitude=np.abs(each) + np.abs(terms[name]),
+                magnitude=sizes[name],
             )
             for name, each in exact.items()
         ),

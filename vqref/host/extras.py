@@ -20,6 +20,7 @@ EXTRAS = {
     "PIL": "pictures",
     "pyarrow": "parquet",
     "safetensors": "safetensors",
+    "yaml": "import",
     "cryptography": "sign",
     "tensorboard": "tensorboard",
 }

@@ -54,14 +54,24 @@ def _switch(flag: str, help: str) -> Any:
     return _recipe(flag, help, action=argparse.BooleanOptionalAction)
 
 
+def integers(text: str) -> tuple[int, ...]:
+    """The type of options like ``--multipliers``: integers with commas between them, or none."""
+    return () if text == "none" else tuple(map(int, text.split(",")))
+
+
 def _size(flag: str, help: str) -> Any:
     """A size of the network that is its family's unless it is given."""
     name = flag.removeprefix("--").replace("-", "_")
     defaults = {f: families.sizes(f)[name] for f in FAMILIES if name in families.sizes(f)}
-    text = f"{help} {_by_family(defaults)}"
+    text = f"{help} {_by_family({f: families.spelt(size) for f, size in defaults.items()})}"
     if len(defaults) < len(FAMILIES):
         text = f"{', '.join(defaults)}: {text}"
-    return option(flag, default=None, type=int, metavar="N", help=text)
+    default, how = next(iter(defaults.values())), dict[str, Any](type=int, metavar="N")
+    if isinstance(default, bool):
+        how = {"action": argparse.BooleanOptionalAction}
+    elif isinstance(default, tuple):
+        how = {"type": integers, "metavar": "N,N,…"}
+    return option(flag, default=None, help=text, **how)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +226,22 @@ class SizeOptions:
     base_depth: int | None = _size("--base-depth", "channels of the outer convolutions")
     latent_size: int | None = _size("--latent-size", "latents, and so indices, per image")
     hidden: int | None = _size("--hidden", "channels")
-    blocks: int | None = _size("--blocks", "residual blocks of encoder and of decoder")
+    blocks: int | None = _size(
+        "--blocks", "residual blocks of encoder and of decoder, or of each level of the encoder"
+    )
     block_hidden: int | None = _size("--block-hidden", "channels within a block")
     downsample: int | None = _size("--downsample", "pixels to a side of a latent, a power of two")
     depth: int | None = _size("--depth", "latents at each place of the grid")
+    base_channels: int | None = _size("--base-channels", "channels that levels have a multiple of")
+    multipliers: tuple[int, ...] | None = _size("--multipliers", "of each level, the finest first")
+    attention: tuple[int, ...] | None = _size(
+        "--attention", "sides of the levels with attention after each block, or none"
+    )
+    middle_attention: bool | None = _size(
+        "--middle-attention", "attention between the two blocks next to the latents"
+    )
+    groups: int | None = _size("--groups", "of channels in every norm")
+    latent_channels: int | None = _size("--latent-channels", "next to the 1x1 convolutions")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,7 +334,8 @@ GROUPS: Mapping[str, type[Any]] = {
     "checks against the oracle": CheckOptions,
     "the network": NetworkOptions,
     "sizes of the network": SizeOptions,
-    f"training (defaults of recipe {DEFAULT_RECIPE}; residual's for 3x32x32)": RecipeOptions,
+    f"training (defaults of recipe {DEFAULT_RECIPE}; residual's for 3x32x32, "
+    "vqgan's for 3x256x256)": RecipeOptions,
 }
 """The options by their titles in ``--help``."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vqref.errors import InputError, UsageError
+from vqref.families import Size, spelt
 from vqref.host.files import about, parsed, read_bytes, sweep, write_file
 from vqref.host.pickles import require_bounded
 from vqref.preprocessing import Preprocessing
@@ -43,7 +44,7 @@ Course = Mapping[str, Any]
 def course_of(
     spec: ModelSpec,
     options: TrainingOptions,
-    sizes: Mapping[str, int],
+    sizes: Mapping[str, Size],
     data_sha256: str,
     held_out: float | str | None = None,
     preprocessing: Preprocessing | None = None,
@@ -58,7 +59,7 @@ def course_of(
     return {
         **options.to_dict(),
         "network": spec.family,
-        **sizes,
+        **{name: spelt(size) for name, size in sizes.items()},
         "image_shape": list(spec.image_shape),
         "num_codes": spec.num_codes,
         "code_size": spec.code_size,
