@@ -26,6 +26,18 @@ SPEC = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=8, code
 """The network that ``trainer`` trains."""
 
 
+VQGAN = {
+    "channels": 4,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (8,),
+    "groups": 2,
+    "latent_channels": 6,
+    "num_codes": 16,
+    "code_size": 4,
+}
+"""Sizes of a small vqgan: attention in its second level, for images 16 pixels high."""
+
 ROWS = {
     "affine": Layer("x.y", "affine", (2, 3), (2, 3), scale=-1.5, shift=0.25),
     "conv": Layer(
