@@ -103,6 +103,9 @@ def small_model(spec: ModelSpec, seed: int = 0) -> Model:
     latents = vqref.encode(spec, params, rng.random((64, *spec.image_shape)))
     rows = rng.choice(latents.reshape(-1, spec.code_size), spec.num_codes)
     params[CODEBOOK] = (rows + rng.normal(0, 0.05, rows.shape)).astype(np.float32)
+    if spec.normalized:
+        lengths = np.linalg.norm(params[CODEBOOK].astype(np.float64), axis=1, keepdims=True)
+        params[CODEBOOK] = (params[CODEBOOK] / lengths).astype(np.float32)
     params[EMA_COUNT] = rng.uniform(0, 4, spec.num_codes).astype(np.float32)
     params[EMA_MEANS] = params[CODEBOOK] * params[EMA_COUNT][:, None]
     data = {"source": "test", "sha256": "0" * 64, "images": 1}
