@@ -26,6 +26,18 @@ SPEC = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=8, code
 """The network that ``trainer`` trains."""
 
 
+VQGAN = {
+    "channels": 4,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (8,),
+    "groups": 2,
+    "latent_channels": 6,
+    "num_codes": 16,
+    "code_size": 4,
+}
+"""Sizes of a small vqgan: attention in its second level, for images 16 pixels high."""
+
 ROWS = {
     "affine": Layer("x.y", "affine", (2, 3), (2, 3), scale=-1.5, shift=0.25),
     "conv": Layer(
@@ -91,6 +103,9 @@ def small_model(spec: ModelSpec, seed: int = 0) -> Model:
     latents = vqref.encode(spec, params, rng.random((64, *spec.image_shape)))
     rows = rng.choice(latents.reshape(-1, spec.code_size), spec.num_codes)
     params[CODEBOOK] = (rows + rng.normal(0, 0.05, rows.shape)).astype(np.float32)
+    if spec.normalized:
+        lengths = np.linalg.norm(params[CODEBOOK].astype(np.float64), axis=1, keepdims=True)
+        params[CODEBOOK] = (params[CODEBOOK] / lengths).astype(np.float32)
     params[EMA_COUNT] = rng.uniform(0, 4, spec.num_codes).astype(np.float32)
     params[EMA_MEANS] = params[CODEBOOK] * params[EMA_COUNT][:, None]
     data = {"source": "test", "sha256": "0" * 64, "images": 1}

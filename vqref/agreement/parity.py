@@ -83,13 +83,20 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
         ),
         ("copy", "float64"): Tolerance(0.0, "element", "rows of the codebook, to the last bit"),
         ("encoder", "float32"): Tolerance(
-            1e-5, "array", "1.5e-6 measured; TF32 rounds each factor by 5e-4", ELU_FLOOR
+            1e-5,
+            "array",
+            "2.5e-6 measured, 8e-6 of a grey image in a vqgan of 256x256; TF32 rounds each factor "
+            "by 5e-4",
+            ELU_FLOOR,
         ),
         ("decoder", "float32"): Tolerance(
-            1e-5, "image", "1.9e-6 measured; TF32 rounds each factor by 5e-4", ELU_FLOOR
+            3e-5,
+            "image",
+            "1.9e-6 measured, 9e-6 in a vqgan of 256x256; TF32 rounds each factor by 5e-4",
+            ELU_FLOOR,
         ),
         ("reconstructions", "float32"): Tolerance(
-            1e-5, "element", "as the decoder, times the sigmoid's slope; 7e-8 measured"
+            3e-5, "element", "as the decoder, times the sigmoid's slope; 7e-8 measured"
         ),
         ("losses", "float32"): Tolerance(
             1e-5, "element", "a sum of N*C*H*W terms of one sign; 2e-7 measured"
