@@ -10,7 +10,7 @@ from support import small_model
 import vqref
 from vqref import families
 from vqref.agreement import budget, stages
-from vqref.agreement.stages import Backend, check_reconstructions, compare
+from vqref.agreement.stages import Backend, check_ema, check_reconstructions, compare
 from vqref.dialects import DIALECTS, POST
 from vqref.likelihoods import LIKELIHOODS
 from vqref.spec import CODEBOOK
@@ -18,11 +18,13 @@ from vqref.spec import CODEBOOK
 DECAY, EPSILON = 0.99, 1e-5
 
 
-def honest(model, precision, dialect=POST, steps=0):
+def honest(model, precision, dialect=POST, steps=0, normalized=None):
     """The oracle itself behind the interface of a backend, rounded to ``precision``."""
     spec, params = model.spec, model.params
     how = DECAY, EPSILON, dialect
     codebook = params[CODEBOOK]
+    on_sphere = spec.normalized if normalized is None else normalized
+    state = vqref.EMAState.from_params(params, steps, normalized=on_sphere)
 
     def quantizer(latents):
         q = vqref.quantize(latents, codebook)
@@ -37,7 +39,7 @@ def honest(model, precision, dialect=POST, steps=0):
         return np.array([out.reconstruction, out.commitment, out.prior, out.total], precision)
 
     def ema(latents, indices):
-        after = vqref.update_ema(vqref.EMAState.from_params(params, steps), latents, indices, *how)
+        after = vqref.update_ema(state, latents, indices, *how)
         return tuple(
             getattr(after, name).astype(precision)
             for name in ("codebook", "ema_count", "ema_means")
@@ -47,7 +49,6 @@ def honest(model, precision, dialect=POST, steps=0):
         return vqref.draw_indices(latents, codebook, gumbel, temperature)
 
     def reset(codes, rows, counts):
-        state = vqref.EMAState.from_params(params, steps)
         after = vqref.reset_codes(state, codes, rows, counts, *how)
         return tuple(
             getattr(after, name).astype(precision)
@@ -119,6 +120,41 @@ def test_averages_and_resets_are_judged_in_the_dialect_and_at_the_step_of_the_ru
     ):
         how = {"dialect": judge, "steps": steps}
         assert compare(model.spec, model.params, real_images, backend, **how).passed is passes
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_codes_that_leave_the_sphere_are_found(precision):
+    """The rules of unit codes agree, those of others do not, after an update as after a reset."""
+    sizes = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
+    model = small_model(families.residual((3, 16, 16), **sizes, normalized=True))
+    images = np.random.default_rng(0).random((4, 3, 16, 16))
+    how = model.spec, model.params, images
+    right = honest(model, precision)
+    assert [c.stage for c in compare(*how, right).require().checks] == ALL_STAGES
+    plain = honest(model, precision, normalized=False)
+    found = compare(*how, dataclasses.replace(right, ema=plain.ema))
+    assert [c.stage for c in found.checks if not c.passed] == ["codebook"]
+
+    def reset(codes, rows, counts):
+        return plain.reset(codes, 2 * rows, counts)
+
+    found = compare(*how, dataclasses.replace(right, reset=reset))
+    assert [c.stage for c in found.checks if not c.passed] == ["reset codebook", "reset means"]
+
+
+def test_a_unit_code_is_judged_beside_the_length_that_is_left_of_its_sum():
+    """Two opposed latents leave 1e-3 of their lengths, so that a rounding of theirs turns the code
+    by a thousand times as much: that passes, and ten times more does not."""
+    state = vqref.EMAState(np.eye(2), np.ones(2), np.eye(2), normalized=True)
+    latents, indices = np.array([[[1.0, 1e-3], [-1.0, 0.0]]]), np.zeros((1, 2), int)
+    how = {"decay": 0.0, "epsilon": EPSILON}
+    after = vqref.update_ema(state, latents, indices, **how)
+    for turned, passes in ((1e-4, True), (1e-1, False)):
+        codebook = after.codebook + [[turned, 0.0], [0.0, 0.0]]
+        arrays = (codebook, after.ema_count, after.ema_means)
+        found = tuple(array.astype(np.float32) for array in arrays)
+        judged = check_ema(found, state, latents, indices, precision="float32", **how)
+        assert next(judged).passed is passes
 
 
 def test_what_the_caller_knows_is_not_computed_again(model, real_images, monkeypatch):

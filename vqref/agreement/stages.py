@@ -7,6 +7,7 @@ the same.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from vqref.dialects import POST, Dialect
 from vqref.likelihoods import LIKELIHOODS, mean
 from vqref.losses import compute_losses
 from vqref.model import Forward, gradient_terms, gradients
-from vqref.network import decode, encode
+from vqref.network import LEAST_LENGTH, decode, encode
 from vqref.quantizer import EMAState, draw_scores, quantize, reset_codes, update_ema
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Float64, Int64, Params, check_params
@@ -125,7 +126,7 @@ def compare(
     if backend.decoder or backend.detokenizer or backend.losses:
         checks += _check_decoder(backend, case, known, beta)
     if backend.ema:
-        state = EMAState.from_params(params, steps)
+        state = EMAState.from_params(params, steps, normalized=spec.normalized)
         moved = backend.ema(case.latents, case.indices)
         checks += check_ema(
             moved,
@@ -140,7 +141,7 @@ def compare(
     if backend.draw:
         checks.append(_check_draw(backend.draw, case))
     if backend.reset:
-        state = EMAState.from_params(params, steps)
+        state = EMAState.from_params(params, steps, normalized=spec.normalized)
         checks += _check_reset(backend.reset, state, case, (decay, epsilon, dialect))
     for precision, pulled in backend.gradients.items():
         checks.append(_check_gradients(pulled, precision, case, beta))
@@ -353,9 +354,21 @@ def check_ema(
         np.abs(state.codebook), state.ema_count, np.abs(state.ema_means), state.steps
     )
     magnitudes = update_ema(positive, np.abs(latents), indices, *how)
+    sizes = {name: getattr(magnitudes, name) for name in STATE}
+    if state.normalized:
+        before = update_ema(dataclasses.replace(state, normalized=False), latents, indices, *how)
+        sizes["codebook"] = _on_sphere(sizes["codebook"], after.codebook, before.codebook)
     for name, array in zip(STATE, found, strict=True):
-        expected, magnitude = getattr(after, name), getattr(magnitudes, name)
+        expected, magnitude = getattr(after, name), sizes[name]
         yield check("ema", array, expected, precision=precision, name=name, magnitude=magnitude)
+
+
+def _on_sphere(magnitude: Float64, codes: Float64, before: Float64) -> Float64:
+    """The magnitudes (K, D) of codes that are rows ``before`` over their lengths: of y = x / ||x||,
+    those of x and of ||x||, which is y.x."""
+    length, lengths = (np.linalg.norm(x, axis=1, keepdims=True) for x in (before, magnitude))
+    shared: Float64 = (magnitude + np.abs(codes) * lengths) / np.maximum(length, LEAST_LENGTH)
+    return shared
 
 
 def _check_gradients(
