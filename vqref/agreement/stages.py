@@ -15,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vqref.agreement.bounds import array_dtype
-from vqref.agreement.parity import allowed_error, check, check_indices
+from vqref.agreement.parity import ELU_FLOOR, allowed_error, check, check_indices
 from vqref.agreement.report import Check, Report, merge
 from vqref.dialects import POST, Dialect
 from vqref.likelihoods import LIKELIHOODS, mean
 from vqref.losses import compute_losses
 from vqref.model import Forward, gradient_terms, gradients
-from vqref.network import LEAST_LENGTH, decode, encode
+from vqref.network import LEAST_LENGTH, decode, encode_unscaled, scaled
 from vqref.quantizer import EMAState, draw_scores, quantize, reset_codes, update_ema
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Float64, Int64, Params, check_params
@@ -118,7 +118,9 @@ def compare(
     checks: list[Check] = []
     if backend.encoder:
         found = backend.encoder(case.images)
-        checks.append(check("encoder", found, case.exact_latents, precision=case.precision))
+        scale = _of_unit_latents(case) if spec.normalized else None
+        exact, precision = case.exact_latents, case.precision
+        checks.append(check("encoder", found, exact, precision=precision, scale=scale))
     if backend.quantizer:
         checks += _check_quantizer(backend.quantizer, case)
     if backend.tokenizer:
@@ -157,6 +159,7 @@ class _Case:
     precision: str
     quantizer_precision: str
     images: Array
+    unscaled: Float64
     exact_latents: Float64
     latents: Array
     indices: Int64
@@ -172,15 +175,32 @@ class _Case:
     ) -> _Case:
         dtype = array_dtype(backend.precision)
         given = np.asarray(images).astype(dtype)
-        exact = encode(spec, params, given) if known is None else known.latents
+        unscaled = encode_unscaled(spec, params, given) if known is None else known.unscaled
+        exact = scaled(spec, unscaled) if known is None else known.latents
         latents = exact.astype(dtype)
         indices = quantize(latents, params[CODEBOOK]).indices
         precisions = backend.precision, backend.quantizer_precision or backend.precision
-        return cls(spec, params, *precisions, given, exact, latents, indices)
+        return cls(spec, params, *precisions, given, unscaled, exact, latents, indices)
 
     @property
     def codebook(self) -> Array:
         return np.asarray(self.params[CODEBOOK])
+
+
+def _of_unit_latents(case: _Case) -> Float64:
+    """The scale (N, S, D) of an error in each element of a unit vector y = x / ||x||: errors of at
+    most e in each element of x leave (e + |y| sqrt(D) e) / ||x||, first and foremost a turn, which
+    is large where x is short."""
+    largest = np.abs(case.unscaled).max(initial=ELU_FLOOR)
+    shares = 1 + np.abs(case.exact_latents) * case.spec.code_size**0.5
+    scale: Float64 = largest * shares / _lengths(case)
+    return scale
+
+
+def _lengths(case: _Case) -> Float64:
+    """(N, S, 1): by which the last row of a normalized encoder divides."""
+    found: Float64 = np.linalg.norm(case.unscaled, axis=2, keepdims=True)
+    return found.clip(min=LEAST_LENGTH)
 
 
 def _check_quantizer(
@@ -202,10 +222,11 @@ def _check_quantizer(
 
 def _check_tokenizer(tokenizer: Callable[[Array], Array], case: _Case) -> Check:
     """Images to indices: the encoder may be off by its tolerance in every element of a latent, by
-    sqrt(D) times that in all."""
-    allowed = allowed_error("encoder", case.exact_latents, precision=case.precision)
-    size = case.spec.code_size
-    delta = allowed.max(axis=2) * size**0.5  # (N, S)
+    sqrt(D) times that in all, and a unit vector by that over its length before."""
+    allowed = allowed_error("encoder", case.unscaled, precision=case.precision)
+    delta = allowed.max(axis=2) * case.spec.code_size**0.5  # (N, S)
+    if case.spec.normalized:
+        delta = delta / _lengths(case)[..., 0]
     return check_indices(
         tokenizer(case.images),
         case.exact_latents,
