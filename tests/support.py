@@ -78,6 +78,11 @@ def inputs_of(row: Layer, rng: np.random.Generator, count: int = 3) -> list[np.n
     return [rng.normal(size=(count, *row.in_shape)) for _ in range(KINDS[row.kind].inputs)]
 
 
+def unit(x: np.ndarray) -> np.ndarray:
+    """Vectors (…, D) over their lengths."""
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
 class Golden:
     """One golden file of family post: ``spec``, ``params`` and the arrays by key."""
 

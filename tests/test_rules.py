@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.cluster.vq import kmeans2
-from support import CPU, SPEC, trainer
+from support import CPU, SPEC, trainer, unit
 
 import vqref
 from vqref import families
@@ -159,6 +159,14 @@ def test_kmeans_is_a_sensible_partition_with_an_array_of_distances_and_without(m
     assert len(labels.unique()) == 8
     nearest_rows = nearest(torch.from_numpy(points)[None], rows.double())[0]
     assert (nearest_rows == labels).double().mean() > 0.99
+
+
+def test_kmeans_of_unit_latents_ends_on_the_sphere_at_the_directions_of_its_clusters():
+    points = unit(np.random.default_rng(0).normal(size=(500, 3)))
+    rows, labels = kmeans(torch.from_numpy(points), 8, seed=1, normalized=True)
+    np.testing.assert_allclose(rows.norm(dim=1).numpy(), 1, rtol=1e-14)
+    means = np.stack([points[labels == code].mean(axis=0) for code in range(8)])
+    np.testing.assert_allclose(rows, unit(means), atol=0.02)  # not yet at rest
 
 
 def test_the_alternation_moves_each_code_to_the_mean_of_its_latents(monkeypatch):

@@ -177,12 +177,14 @@ def check(
     precision: str,
     name: str | None = None,
     magnitude: npt.ArrayLike | None = None,
+    scale: npt.ArrayLike | None = None,
 ) -> Check:
     """Holds a continuous stage's output to the oracle's: shape, dtype, finiteness, then values.
 
     actual: the output, whose dtype must be the precision's. expected: the oracle's float64 array.
     name: the stage's name in the report, ``stage`` if None.
     magnitude: the scale of each element, for tolerances of an "array" or an "element".
+    scale: the scale of each element, whatever the tolerance is of.
 
     Raises ValueError for a (stage, precision) without a tolerance.
     """
@@ -199,7 +201,7 @@ def check(
         )
     if not expected.size:
         return Check(name, precision, 0, 0, 0.0, 0.0, row.relative)
-    scale = _scale(row, expected, magnitude)
+    scale = _scale(row, expected, magnitude) if scale is None else np.asarray(scale, np.float64)
     with np.errstate(invalid="ignore"):  # an infinity equals itself; other non-finite values fail
         off = np.where(actual == expected, 0.0, np.abs(actual.astype(np.float64) - expected))
     error = np.divide(off, scale, out=np.where(off > 0, np.inf, 0.0), where=scale > 0)

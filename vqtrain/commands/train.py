@@ -223,6 +223,7 @@ class NetworkOptions:
 class SizeOptions:
     num_codes: int | None = _size("--num-codes", "rows of the codebook")
     code_size: int | None = _size("--code-size", "elements of a codebook row")
+    normalized: bool | None = _size("--normalized", "codes and latents are unit vectors")
     base_depth: int | None = _size("--base-depth", "channels of the outer convolutions")
     latent_size: int | None = _size("--latent-size", "latents, and so indices, per image")
     hidden: int | None = _size("--hidden", "channels")
