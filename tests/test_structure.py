@@ -41,7 +41,7 @@ HOMES = {
     "requests": ("vqtrain/data",),
     "PIL": ("vqref/host",),
     "safetensors": ("vqdeploy/sources.py",),
-    "pyarrow": ("vqdeploy/tokens.py",),
+    "pyarrow": ("vqref/host/arrow.py",),
     "cryptography": ("vqdeploy/proof/signature.py",),
 }
 """Where each library may be imported; one that is not named here, nowhere."""

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from vqref.agreement.arithmetics import ARITHMETICS
 from vqref.errors import InputError, UsageError
-from vqref.host.extras import missing
+from vqref.host.arrow import FOOTER, parquet
 from vqref.host.files import about, parsed, read_bytes, write_file
 from vqref.host.images import LARGEST_ARRAY, ImageSet, as_batch, read_npy, read_npz
 from vqref.host.pictures import Reading, load_any
@@ -33,11 +33,6 @@ TOKEN_FORMATS = (".npz", ".npy", ".parquet")
 
 PARTS = ("train", "held-out", "all")
 """Of a folder of the official files: which images."""
-
-LARGEST_FOOTER = 2**24
-"""The longest text, and the most entries of a list, in what a parquet file says of itself."""
-
-_FOOTER = ("thrift_string_size_limit", "thrift_container_size_limit")
 
 LONGEST_SAID = 1000
 """The most bytes of what a file of tokens says of the bundle that made it, entry by entry."""
@@ -131,7 +126,7 @@ def require_format(path: Path, formats: tuple[str, ...]) -> None:
     if path.suffix not in formats:
         raise UsageError(f"{path}: its name must end in {', '.join(formats[:-1])} or {formats[-1]}")
     if path.suffix == ".parquet":
-        _parquet()
+        parquet()
     elif path.suffix in (".png", ".PNG"):
         pillow()
 
@@ -236,7 +231,7 @@ def write_tokens(path: Path, tokens: Tokens) -> None:
             arrays |= {"proved": tokens.proved, "rivals": tokens.rivals.astype(small.dtype)}
         np.savez(buffer, allow_pickle=False, indices=small, **named(tokens.names), **arrays)
     else:
-        pyarrow, parquet = _parquet()
+        pyarrow, module = parquet()
         columns = {}
         if tokens.names is not None:
             columns["key"] = pyarrow.array(tokens.names, pyarrow.string())
@@ -249,7 +244,7 @@ def write_tokens(path: Path, tokens: Tokens) -> None:
             for name, value in _told(tokens).items()
         }
         table = pyarrow.table(columns).replace_schema_metadata(told)
-        parquet.write_table(table, buffer)
+        module.write_table(table, buffer)
     write_file(path, buffer.getvalue())
 
 
@@ -304,9 +299,8 @@ def _little(name: str, array: Array) -> Any:
 def _read_parquet(content: bytes) -> Tokens:
     """The columns ``indices`` and ``proved``, (N, S), and ``key``, and the metadata of a parquet
     file. Raises InputError, MachineError, and what pyarrow raises."""
-    _, parquet = _parquet()
-    limits = dict.fromkeys(_FOOTER, LARGEST_FOOTER)
-    with parquet.ParquetFile(io.BytesIO(content), **limits) as file:
+    _, module = parquet()
+    with module.ParquetFile(io.BytesIO(content), **FOOTER) as file:
         schema, count = file.schema_arrow, file.metadata.num_rows
         found = {}
         for name, expected in (("indices", "integers"), ("proved", "booleans")):
@@ -314,7 +308,7 @@ def _read_parquet(content: bytes) -> Tokens:
                 found[name] = _lists(file, name, count, expected)
     names = None
     if "key" in schema.names:
-        with parquet.ParquetFile(io.BytesIO(content), read_dictionary=["key"], **limits) as file:
+        with module.ParquetFile(io.BytesIO(content), read_dictionary=["key"], **FOOTER) as file:
             names = _keys(file)
     said = schema.metadata or {}
     told = {name: _said(name, said[name.encode()]) for name in _SAID if name.encode() in said}
@@ -324,7 +318,7 @@ def _read_parquet(content: bytes) -> Tokens:
 def _lists(file: Any, name: str, count: int, expected: str) -> Array:
     """A column of ``count`` lists of one size, "integers" or "booleans". Raises InputError, and
     what pyarrow raises."""
-    pyarrow, _ = _parquet()
+    pyarrow, _ = parquet()
     kind = file.schema_arrow.field(name).type
     size, fits = (
         getattr(kind, "list_size", 0),
@@ -372,13 +366,3 @@ def _said(name: str, text: bytes) -> Any:
         return text.decode()
     found = json.loads(text)
     return tuple(found) if isinstance(found, list) else found
-
-
-def _parquet() -> tuple[Any, Any]:
-    """pyarrow and its parquet module. Raises MachineError if they are not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise missing(error) or error from None
-    return pyarrow, pyarrow.parquet
