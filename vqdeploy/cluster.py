@@ -17,6 +17,7 @@ import logging
 import os
 import pickle
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ from vqdeploy.archives import Job, Outcome, Part, PartEncoder
 from vqdeploy.codec import Codec
 from vqref.errors import CommandError, MachineError
 from vqref.host.archives import Record, to_image
-from vqref.host.interrupts import SIGNALS
+from vqref.host.interrupts import SIGNALS, Interrupted
 from vqref.host.pictures import Reading
 from vqref.validation import Array
 
@@ -39,9 +40,15 @@ WORKERS_PER_CARD = 4
 QUEUED = 2
 """Parts that a worker holds at a time, the one at work included."""
 
-_ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-"""No telemetry; and workers without a card of their own are told so by their job, not by a
-variable."""
+SECONDS_TO_CONNECT = 10
+"""How long a cluster may take to be reached."""
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # errors reach us as exceptions, the caller as one line
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the job says who has no card, no variable does
+}
+"""How Ray runs here, unless the user's environment says otherwise."""
 
 
 class CodecActor:
@@ -184,25 +191,62 @@ def _cluster(address: str | None) -> Iterator[None]:
     import ray
     import ray.data
 
+    if address is not None:
+        _require_open(address)
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path[:1])
-    environment = {"env_vars": {"PYTHONPATH": paths}} if address is None else None
     try:
-        ray.init(
-            address=address or "local",
-            runtime_env=environment,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=False,
-        )
-    except Exception as error:
-        raise MachineError(f"Ray: {error}") from None
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    try:
+        try:
+            with _silence():
+                ray.init(
+                    address=address or "local",
+                    runtime_env=_same_modules() if address is None else None,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    include_dashboard=False,
+                )
+        except SystemExit:  # what Ray makes of a signal while it starts
+            raise Interrupted(signal.SIGTERM) from None
+        except Exception as error:
+            raise MachineError(f"Ray: {error}") from None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
         yield
     finally:
         ray.shutdown()
+
+
+def _require_open(address: str) -> None:
+    """Raises MachineError unless somebody listens at HOST:PORT: Ray itself tries for minutes.
+    Lets other forms of addresses pass."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()) or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise MachineError(f"Ray: no cluster at {address}: {error}") from None
+
+
+def _same_modules() -> dict[str, dict[str, str]]:
+    """A ``runtime_env`` in which workers import what this process imports."""
+    return {
+        "env_vars": {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    }
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Sends nowhere what Ray's C++ says on stderr of its own log level."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
