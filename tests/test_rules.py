@@ -16,6 +16,7 @@ from vqref import families
 from vqtrain import RECIPES, VQVAE, TrainingOptions
 from vqtrain.data.batches import Batches
 from vqtrain.nearest import nearest
+from vqtrain.options import recipe_sizes
 from vqtrain.quantizer import draw
 from vqtrain.run import rules
 from vqtrain.run.rules import Rules, fits_an_array, kmeans
@@ -103,6 +104,18 @@ def test_choices_too_many_for_an_array_are_a_seed_and_a_new_one_each_step():
     assert len(set(seeds)) == 5
     again = Rules(dataclasses.replace(DEFAULT, plain_steps=0), 100)
     assert [again.choices(step, spec, 64).gumbel for step in range(5)] == seeds
+
+
+def test_large_codebooks_of_grids_have_short_rows_unless_others_are_asked_for():
+    large, small = {"num_codes": 2048}, {"num_codes": 2047}
+    for family in ("residual", "vqgan"):
+        assert recipe_sizes("default", family, large) == {"num_codes": 2048, "code_size": 8}
+        assert recipe_sizes("default", family, small) == small
+        assert recipe_sizes("default", family, {}) == {}
+        assert recipe_sizes("sonnet", family, large) == large
+        asked = {**large, "code_size": 64}
+        assert recipe_sizes("default", family, asked) == asked
+    assert recipe_sizes("default", "post", large) == large
 
 
 def test_a_short_run_has_a_codebook_too():
