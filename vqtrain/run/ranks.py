@@ -34,6 +34,7 @@ from vqref.errors import CommandError, ExitCode, MachineError
 from vqref.host.interrupts import Interrupted, deafen, hold, pending
 from vqref.host.streams import tell
 from vqtrain import torchrun
+from vqtrain.data.batches import portion
 from vqtrain.device import choose_device
 
 PATIENCE = timedelta(hours=1)
@@ -47,13 +48,6 @@ BEAT, SILENCE, GRACE = 2.0, 30.0, 10.0
 of one rank until the others end where they stand."""
 
 GOES_ON = "the same command goes on from the last snapshot"
-
-
-def portion(count: int, parts: int, part: int) -> tuple[int, int]:
-    """The first and the one after the last of ``count`` things in one of ``parts`` parts that
-    differ by one at most, the larger ones in front."""
-    first, last = (-(-count * each // parts) for each in (part, part + 1))
-    return first, last
 
 
 class Ranks:
@@ -220,13 +214,22 @@ def joined(device: str) -> Iterator[Ranks]:
     except BaseException as error:
         deafen()
         code = _code_of(error)
-        if (said := _note(store, code)) is not None:
+        said = _note(store, code)
+        pulse.end()
+        _end_within(GRACE, code if said is None else said)
+        if said is not None:
             raise SystemExit(said) from None
-        pulse.ending = code
         raise
     else:
-        pulse.ended.set()
+        pulse.end()
         dist.destroy_process_group()
+
+
+def _end_within(seconds: float, code: int) -> None:
+    """Ends the process where it stands if it has not ended by itself: a card may hold it up."""
+    timer = threading.Timer(seconds, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def _store() -> Any:
@@ -295,40 +298,40 @@ class _Pulse(threading.Thread):
     Where that falls silent, or where the process does not end by itself after another rank did, it
     ends the process: the main thread may wait for a card or for a connection that nothing closes.
 
-    ended: set where nobody is watched any more. ending: the exit status that is decided.
+    end: stops it. The interpreter must not end while it is within the store.
     """
 
     def __init__(self, store: Any, rank: int, count: int) -> None:
         super().__init__(daemon=True, name="pulse")
         self.store, self.rank, self.before = store.clone(), rank, (rank - 1) % count
-        self.ended = threading.Event()
-        self.ending: int | None = None
-        self._heard = ""
-        self._since = self._since_end = math.inf
+        self._ended = threading.Event()
+        self._ending = False
+        self._heard, self._since = b"", math.inf
+
+    def end(self) -> None:
+        self._ended.set()
+        if self.is_alive():
+            self.join()
 
     def run(self) -> None:
         self._since = time.monotonic()
         beat = 0
-        while not self.ended.wait(BEAT):
+        while not self._ended.wait(BEAT):
             beat += 1
             with suppress(RuntimeError):
                 self.store.set(f"pulse/{self.rank}", str(beat))
                 self._listen()
-            now = time.monotonic()
-            if self.ending is not None:
-                self._since_end = min(self._since_end, now)
-            if now - self._since_end > GRACE:
-                os._exit(self.ending or ExitCode.FAILED)
-            if now - self._since > SILENCE:
+            if time.monotonic() - self._since > SILENCE:
                 self._lost()
 
     def _listen(self) -> None:
-        """Takes note of the pulse before, and of what another rank noted of its end."""
+        """Takes note of the pulse before, and of another rank's end."""
         place = f"pulse/{self.before}"
         if self.store.check([place]) and (found := self.store.get(place)) != self._heard:
             self._heard, self._since = found, time.monotonic()
-        if self.ending is None and self.store.check([CODE]):
-            self.ending = int(self.store.get(CODE))
+        if not self._ending and self.store.check([CODE]):
+            self._ending = True
+            _end_within(GRACE, int(self.store.get(CODE)))
 
     def _lost(self) -> None:
         code = _note(self.store, ExitCode.ENVIRONMENT)
