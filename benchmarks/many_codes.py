@@ -85,7 +85,9 @@ def onnxruntime_product(case: str) -> Callable[[], Any]:
             model.SerializeToString(), providers=["CPUExecutionProvider"]
         )
         bound = session.io_binding()
-        bound.bind_ortvalue_output("y", ort.OrtValue.ortvalue_from_shape_and_type((m, n)))
+        bound.bind_ortvalue_output(
+            "y", ort.OrtValue.ortvalue_from_shape_and_type((m, n), np.float32)
+        )
 
         def run() -> None:
             for first in range(0, len(rows), m):
