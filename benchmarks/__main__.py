@@ -51,8 +51,10 @@ def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, li
         found["grids"] = ["--data", str(arguments.colour), *seeds]
         found["first_hour"] = [str(arguments.colour)]
         if arguments.grid is not None:
-            images = grids.files(arguments.colour)[1]
-            found["advance_grid"] = [str(arguments.grid), str(images), "--large", *tokens]
+            train, test = grids.files(arguments.colour)
+            found["advance_grid"] = [str(arguments.grid), str(test), "--large", *tokens]
+            samples = ["--samples", "1000"] if arguments.short else []
+            found["prior"] = [str(arguments.grid), str(train), *samples]
     return found
 
 
@@ -123,7 +125,9 @@ def main() -> int:
         "--model", type=Path, help="a model.pt; without one, a model is trained for two epochs"
     )
     parser.add_argument(
-        "--grid", type=Path, help="a model.pt of family residual, for agreement and advance_grid"
+        "--grid",
+        type=Path,
+        help="a model.pt of family residual with a prior, for agreement, advance_grid and prior",
     )
     parser.add_argument(
         "--data", type=Path, help="images to train on, for the time to a bound; skipped without"

@@ -336,7 +336,7 @@ def test_a_unit_code_that_nothing_hits_stays_however_long(dialect):
     before = state.codebook.copy()
     for _ in range(3):
         state = vqref.update_ema(state, latents, indices, 0.0, 1e-5, dialect)
-        module.update(*tensors(latents, indices), 0.0, 1e-5)
+        module.update(*assigned(*tensors(latents, indices), 7), 0.0, 1e-5)
         require_same(module, state)
     np.testing.assert_array_equal(state.codebook[1:], before[1:])
     assert (state.codebook[0] != before[0]).all()

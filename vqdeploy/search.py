@@ -9,8 +9,8 @@ from vqref.spec import ModelSpec
 SMALLEST_GROUP = 16
 """Codes of which only the best score is kept, at least."""
 
-TILE_SCORES, MOST_TILES = 2**22, 64
-"""Scores of an image, 16 MiB, that one product gives, if that takes no more products than this."""
+TILE_SCORES, MOST_TILES = 2**20, 256
+"""Scores of an image, 4 MiB, that one product gives, if that takes no more products than this."""
 
 GROUP_BYTES, CODE_BYTES = 13, 24
 """What a latent takes for each group of codes, for scores and distances, and for each element of

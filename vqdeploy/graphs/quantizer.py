@@ -108,10 +108,10 @@ def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: s
     else:
         codes = builder.parameter(CODEBOOK)
     rows = node.reshaped(latents, "rows", -1, spec.code_size)  # (M, D)
-    near = _near(node, spec, rows, np.concatenate([codebook, copies]), group)  # (M, B)
+    near = _near(node, spec, rows, np.concatenate([codebook, copies]), group)  # (B, M)
     groups = node.reshaped(codes, "groups", count, group, spec.code_size)
-    least = _least(node, rows, groups, near, count)
-    winner = node("ArgMin", [least], "winner", axis=1, keepdims=0, select_last_index=0)  # (M,)
+    least = _least(node, rows, groups, near)
+    winner = node("ArgMin", [least], "winner", axis=0, keepdims=0, select_last_index=0)  # (M,)
     place = node("ArgMin", [_distances(node, rows, groups, winner, "own_")], "place", axis=1)
     start = node("Mul", [winner, node.constant("group_size", np.int64(group))], "winner_start")
     index = node("Add", [node.reshaped(start, "start", -1, 1), place], "index")
@@ -122,26 +122,31 @@ def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: s
 
 
 def _near(node: Nodes, spec: ModelSpec, rows: str, codebook: Array, group: int) -> str:
-    """Whether a group may hold the nearest code of a latent, (M, B)."""
-    half_norms = np.square(codebook.astype(np.float64)).sum(axis=1) / 2
+    """Whether a group may hold the nearest code of a latent, (B, M): latents lie side by side, so
+    that the least of a group is taken of many latents at a time."""
+    half_norms = np.square(codebook.astype(np.float64)).sum(axis=1, keepdims=True) / 2
     with np.errstate(over="ignore"):  # then the margin is infinite, too
-        columns = np.concatenate([-codebook.T, half_norms[None]]).astype(np.float32)
+        wide = np.concatenate([-codebook, half_norms], axis=1).astype(np.float32)
     factors, ones, parts = rows, 1, spec.code_size <= MOST_IN_PARTS
     if parts:
-        factors, ones, first = _in_parts(node, rows), 2, _first_part(columns)
-        second = columns - first
-        columns = np.concatenate([first[:-1], second[:-1], first[:-1], first[-1:], second[-1:]])
+        factors, ones, first = _in_parts(node, rows), 2, _first_part(wide)
+        codes, half = np.split(first, [-1], axis=1)
+        second, rest = np.split(wide - first, [-1], axis=1)
+        wide = np.concatenate([codes, second, codes, half, rest], axis=1)
     ends = node.builder.integers("quantizer.ones", [0, 0, 0, ones])
-    wide = node("Pad", [factors, ends, node.constant("one", np.float32(1))], "wide")
+    factors = node("Pad", [factors, ends, node.constant("one", np.float32(1))], "padded")
+    columns = node("Transpose", [factors], "columns", perm=[1, 0])  # (D + 1, M)
     bests: list[str] = []
-    size = tile_size(spec)
-    for tile in np.split(columns, range(size, len(codebook), size), axis=1):
+    for tile in np.split(wide, range(tile_size(spec), len(wide), tile_size(spec))):
         number = f"_{len(bests)}"
-        scores = node("MatMul", [wide, node.constant(f"columns{number}", tile)], f"scores{number}")
-        grouped = node.reshaped(scores, f"grouped{number}", -1, tile.shape[1] // group, group)
-        bests.append(node("ReduceMin", [grouped, node.axis(2)], f"best{number}", keepdims=0))
-    best = bests[0] if len(bests) == 1 else node("Concat", bests, "best", axis=1)  # (M, B)
-    least = node("ReduceMin", [best, node.axis(1)], "least", keepdims=1)  # (M, 1)
+        scores = node("MatMul", [node.constant(f"codes{number}", tile), columns], f"scores{number}")
+        shape = node.builder.integers(
+            f"quantizer.tile_{len(tile)}", [len(tile) // group, group, -1]
+        )
+        grouped = node("Reshape", [scores, shape], f"grouped{number}")
+        bests.append(node("ReduceMin", [grouped, node.axis(1)], f"best{number}", keepdims=0))
+    best = bests[0] if len(bests) == 1 else node("Concat", bests, "best", axis=0)  # (B, M)
+    least = node("ReduceMin", [best, node.axis(0)], "least", keepdims=0)  # (M,)
     margin = _margin(node, spec, rows, float(np.sqrt(2 * half_norms.max())), parts)
     far = node("Greater", [best, node("Add", [least, margin], "limit")], "far")
     return node("Not", [far], "near")  # so is what is not a number
@@ -164,7 +169,7 @@ def _in_parts(node: Nodes, rows: str) -> str:
 
 
 def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float, parts: bool) -> str:
-    """The score margin, (M, 1), by ``vqref.agreement.bounds.score_slack`` in TF32. The rounding of
+    """The score margin, (M,), by ``vqref.agreement.bounds.score_slack`` in TF32. The rounding of
     the margin itself, at most 8 units, is less than a thousandth of it."""
     slack = score_slack(spec.code_size, "tf32", parts=parts)
     longest *= 1.001
@@ -177,7 +182,7 @@ def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float, parts: bool
     with np.errstate(over="ignore"):
         values = {name: np.float32(value) for name, value in numbers.items()}
     constants = {name: node.constant(name, value) for name, value in values.items()}
-    norm = node("ReduceL2", [rows, node.axis(1)], "norm", keepdims=1)
+    norm = node("ReduceL2", [rows, node.axis(1)], "norm", keepdims=0)
     both = node("Add", [norm, constants["longest"]], "norms")
     square = node("Mul", [both, both], "norms_squared")
     square = node("Mul", [square, constants["squares"]], "squares_margin")
@@ -186,20 +191,23 @@ def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float, parts: bool
     return node("Add", [node("Add", [square, product], "slopes"), constants["floor"]], "margin")
 
 
-def _least(node: Nodes, rows: str, groups: str, near: str, count: int) -> str:
-    """The least distance of each latent in each group that is near, (M, B), and infinity elsewhere.
-    Where knows that shape without a Shape node, which would run on the CPU."""
-    flat = node.reshaped(near, "flat_near", -1)
-    pairs = node("Squeeze", [node("NonZero", [flat], "where"), node.axis(0)], "pairs")  # (P,)
-    per_row = node.constant("group_count", np.int64(count))
-    x = node("Gather", [rows, node("Div", [pairs, per_row], "row")], "pair_rows", axis=0)
-    group = node("Mod", [pairs, per_row], "group")
+def _least(node: Nodes, rows: str, groups: str, near: str) -> str:
+    """The least distance of each latent in each group that is near, (B, M), and the largest number
+    elsewhere: if a distance is infinite, so is the margin, and all are near. Pairs are (group,
+    latent)."""
+    pairs = node("NonZero", [near], "pairs")  # (2, P)
+    group, row = (
+        node("Gather", [pairs, node.constant(f"row_{i}", np.int64(i))], f"pair_{name}", axis=0)
+        for i, name in enumerate(("group", "row"))
+    )
+    x = node("Gather", [rows, row], "pair_rows", axis=0)
     distances = _distances(node, x, groups, group, "pair_")
     least = node("ReduceMin", [distances, node.axis(1)], "pair_least", keepdims=0)
-    infinity = node.constant("infinity", np.float32(np.inf))
-    empty = node.reshaped(node("Where", [near, infinity, infinity], "no_least"), "empty", -1)
-    filled = node("ScatterElements", [empty, pairs, least], "filled", axis=0)
-    return node.reshaped(filled, "by_group", -1, count)
+    largest = node.constant("largest", np.finfo(np.float32).max)
+    shaped = node.builder.cast(near, "quantizer.shaped", "float32")
+    empty = node("Add", [shaped, largest], "no_least")  # of 0 or 1, which it swallows
+    where = node("Transpose", [pairs], "pair_places", perm=[1, 0])
+    return node("ScatterND", [empty, where, least], "least_distances")
 
 
 def _distances(node: Nodes, rows: str, groups: str, chosen: str, name: str) -> str:
