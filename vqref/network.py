@@ -120,12 +120,12 @@ def conv(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
     windows = _gathered(layer, np.pad(x, ((0, 0), (0, 0), *layer.pads)))
     y = np.concatenate(
         [
-            np.tensordot(windows[:, :, band], weight, axes=((1, 4, 5), (1, 2, 3)))
+            np.tensordot(weight, windows[:, :, band], axes=((1, 2, 3), (1, 4, 5)))
             for band in _bands(layer, len(x))
         ],
-        axis=1,
-    )  # (N, H', W', O)
-    return y.transpose(0, 3, 1, 2) + bias[:, None, None]
+        axis=2,
+    )  # (O, N, H', W')
+    return y.transpose(1, 0, 2, 3) + bias[:, None, None]
 
 
 def conv_backward(
