@@ -41,9 +41,8 @@ def ours(n: int, k: int) -> Callable[[], Any]:
     count = torch.ones(k)
 
     def run() -> Any:
-        return update_ema(
-            count, codebook, latents[:, None], nearest(latents[:, None], codebook), 0.99, 1e-5
-        )
+        indices = nearest(latents[:, None], codebook)
+        return update_ema(codebook, count, codebook, latents[:, None], indices, 0.99, 1e-5)
 
     return run
 

@@ -26,6 +26,18 @@ SPEC = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=8, code
 """The network that ``trainer`` trains."""
 
 
+VQGAN = {
+    "channels": 4,
+    "multipliers": (1, 2),
+    "blocks": 1,
+    "attention": (8,),
+    "groups": 2,
+    "latent_channels": 6,
+    "num_codes": 16,
+    "code_size": 4,
+}
+"""Sizes of a small vqgan: attention in its second level, for images 16 pixels high."""
+
 ROWS = {
     "affine": Layer("x.y", "affine", (2, 3), (2, 3), scale=-1.5, shift=0.25),
     "conv": Layer(
@@ -66,6 +78,11 @@ def inputs_of(row: Layer, rng: np.random.Generator, count: int = 3) -> list[np.n
     return [rng.normal(size=(count, *row.in_shape)) for _ in range(KINDS[row.kind].inputs)]
 
 
+def unit(x: np.ndarray) -> np.ndarray:
+    """Vectors (…, D) over their lengths."""
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
 class Golden:
     """One golden file of family post: ``spec``, ``params`` and the arrays by key."""
 
@@ -91,6 +108,9 @@ def small_model(spec: ModelSpec, seed: int = 0) -> Model:
     latents = vqref.encode(spec, params, rng.random((64, *spec.image_shape)))
     rows = rng.choice(latents.reshape(-1, spec.code_size), spec.num_codes)
     params[CODEBOOK] = (rows + rng.normal(0, 0.05, rows.shape)).astype(np.float32)
+    if spec.normalized:
+        lengths = np.linalg.norm(params[CODEBOOK].astype(np.float64), axis=1, keepdims=True)
+        params[CODEBOOK] = (params[CODEBOOK] / lengths).astype(np.float32)
     params[EMA_COUNT] = rng.uniform(0, 4, spec.num_codes).astype(np.float32)
     params[EMA_MEANS] = params[CODEBOOK] * params[EMA_COUNT][:, None]
     data = {"source": "test", "sha256": "0" * 64, "images": 1}

@@ -5,24 +5,27 @@ import dataclasses
 
 import numpy as np
 import pytest
-from support import small_model
+from support import small_model, unit
 
 import vqref
 from vqref import families
 from vqref.agreement import budget, stages
-from vqref.agreement.stages import Backend, check_reconstructions, compare
+from vqref.agreement.stages import Backend, check_ema, check_reconstructions, compare
 from vqref.dialects import DIALECTS, POST
 from vqref.likelihoods import LIKELIHOODS
+from vqref.network import encode_unscaled
 from vqref.spec import CODEBOOK
 
 DECAY, EPSILON = 0.99, 1e-5
 
 
-def honest(model, precision, dialect=POST, steps=0):
+def honest(model, precision, dialect=POST, steps=0, normalized=None):
     """The oracle itself behind the interface of a backend, rounded to ``precision``."""
     spec, params = model.spec, model.params
     how = DECAY, EPSILON, dialect
     codebook = params[CODEBOOK]
+    on_sphere = spec.normalized if normalized is None else normalized
+    state = vqref.EMAState.from_params(params, steps, normalized=on_sphere)
 
     def quantizer(latents):
         q = vqref.quantize(latents, codebook)
@@ -37,7 +40,7 @@ def honest(model, precision, dialect=POST, steps=0):
         return np.array([out.reconstruction, out.commitment, out.prior, out.total], precision)
 
     def ema(latents, indices):
-        after = vqref.update_ema(vqref.EMAState.from_params(params, steps), latents, indices, *how)
+        after = vqref.update_ema(state, latents, indices, *how)
         return tuple(
             getattr(after, name).astype(precision)
             for name in ("codebook", "ema_count", "ema_means")
@@ -47,7 +50,6 @@ def honest(model, precision, dialect=POST, steps=0):
         return vqref.draw_indices(latents, codebook, gumbel, temperature)
 
     def reset(codes, rows, counts):
-        state = vqref.EMAState.from_params(params, steps)
         after = vqref.reset_codes(state, codes, rows, counts, *how)
         return tuple(
             getattr(after, name).astype(precision)
@@ -121,10 +123,70 @@ def test_averages_and_resets_are_judged_in_the_dialect_and_at_the_step_of_the_ru
         assert compare(model.spec, model.params, real_images, backend, **how).passed is passes
 
 
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_codes_that_leave_the_sphere_are_found(precision):
+    """The rules of unit codes agree, those of others do not, after an update as after a reset."""
+    sizes = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
+    model = small_model(families.residual((3, 16, 16), **sizes, normalized=True))
+    images = np.random.default_rng(0).random((4, 3, 16, 16))
+    how = model.spec, model.params, images
+    right = honest(model, precision)
+    assert [c.stage for c in compare(*how, right).require().checks] == ALL_STAGES
+    plain = honest(model, precision, normalized=False)
+    found = compare(*how, dataclasses.replace(right, ema=plain.ema))
+    assert [c.stage for c in found.checks if not c.passed] == ["codebook"]
+
+    def reset(codes, rows, counts):
+        return plain.reset(codes, 2 * rows, counts)
+
+    found = compare(*how, dataclasses.replace(right, reset=reset))
+    assert [c.stage for c in found.checks if not c.passed] == ["reset codebook", "reset means"]
+
+
+def test_a_unit_code_is_judged_beside_the_length_that_is_left_of_its_sum():
+    """Two opposed latents leave 1e-3 of their lengths, so that a rounding of theirs turns the code
+    by a thousand times as much: that passes, and ten times more does not."""
+    state = vqref.EMAState(np.eye(2), np.ones(2), np.eye(2), normalized=True)
+    latents, indices = np.array([[[1.0, 1e-3], [-1.0, 0.0]]]), np.zeros((1, 2), int)
+    how = {"decay": 0.0, "epsilon": EPSILON}
+    after = vqref.update_ema(state, latents, indices, **how)
+    for turned, passes in ((1e-4, True), (1e-1, False)):
+        codebook = after.codebook + np.array([[turned, 0.0], [0.0, 0.0]])
+        arrays = (codebook, after.ema_count, after.ema_means)
+        found = tuple(array.astype(np.float32) for array in arrays)
+        judged = check_ema(found, state, latents, indices, precision="float32", **how)
+        assert next(judged).passed is passes
+
+
+def test_unit_latents_may_be_turned_by_what_their_lengths_make_of_the_encoders_tolerance():
+    """An encoder that keeps its tolerance before its last row keeps it after, however short a
+    vector was; tokens of such latents are near ties or right. One that does not is found."""
+    sizes = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
+    model = small_model(families.residual((3, 16, 16), **sizes, normalized=True))
+    how = model.spec, model.params
+    rng = np.random.default_rng(0)
+    images = rng.random((8, 3, 16, 16)).astype(np.float32)
+    bias = model.params["encoder.to_latents.bias"]
+    bias -= encode_unscaled(*how, images).mean(axis=(0, 1)).astype(np.float32)
+    unscaled = encode_unscaled(*how, images)
+    lengths, scale = np.linalg.norm(unscaled, axis=2), np.abs(unscaled).max()
+    assert lengths.min() < 0.25 * scale
+    for off, passes in ((0.9e-5, True), (1e-4, False)):
+        moved = unit(unscaled + off * scale * rng.choice([-1, 1], unscaled.shape))
+        backend = Backend(
+            "float32",
+            encoder=lambda images, moved=moved: moved.astype(np.float32),
+            tokenizer=lambda images, moved=moved: vqref.quantize(moved, how[1][CODEBOOK]).indices,
+        )
+        judged = compare(*how, images, backend).checks
+        assert judged[0].passed is passes
+        assert judged[1].passed or not passes
+
+
 def test_what_the_caller_knows_is_not_computed_again(model, real_images, monkeypatch):
     known = vqref.forward(model.spec, model.params, real_images)
     backend = honest(model, "float64")
-    monkeypatch.setattr(stages, "encode", None)
+    monkeypatch.setattr(stages, "encode_unscaled", None)
     report = compare(model.spec, model.params, real_images, backend, known=known).require()
     assert [c.stage for c in report.checks] == ALL_STAGES
     wrong = dataclasses.replace(known, latents=known.latents + 1e-3)

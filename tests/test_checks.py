@@ -30,11 +30,10 @@ def torch_quantize(latents, codebook):
 
 
 def torch_update(state, latents, indices, decay, epsilon):
-    count, means = (
-        torch.from_numpy(array.astype(np.float32)) for array in (state.ema_count, state.ema_means)
-    )
+    arrays = state.codebook, state.ema_count, state.ema_means
+    held = (torch.from_numpy(array.astype(np.float32)) for array in arrays)
     found = trained.update_ema(
-        count, means, torch.from_numpy(latents), torch.from_numpy(indices), decay, epsilon
+        *held, torch.from_numpy(latents), torch.from_numpy(indices), decay, epsilon
     )
     return tuple(tensor.numpy() for tensor in found)
 

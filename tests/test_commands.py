@@ -36,6 +36,7 @@ from vqref.host.commandline import Parser
 from vqref.host.commandline import run as run_command
 from vqref.host.streams import plain
 from vqref.preprocessing import Preprocessing
+from vqref.spec import CODEBOOK
 from vqtrain import TrainingOptions
 from vqtrain.__main__ import build_parser, parse_with_config
 from vqtrain.data.holdout import split
@@ -103,6 +104,20 @@ def test_colour_images_are_trained_exported_and_verified_on_a_grid(run, tmp_path
     assert exported.returncode == 0, exported.stderr
     verified = run("-m", "vqdeploy", "verify", "model-onnx", "--data", "colour.npy", "--limit", 20)
     assert verified.returncode == 0, verified.stderr
+
+
+def test_unit_codes_are_trained_held_to_the_oracle_exported_and_verified(
+    run, tmp_path, colour_images
+):
+    np.save(tmp_path / "colour.npy", colour_images[:96])
+    words = ("-m", "vqtrain", "--data", "colour.npy", "--epochs", 1, *GRID, "--normalized")
+    trained = run(*words, "--temperature", 0.3)
+    assert trained.returncode == 0, trained.stderr
+    model = read_model(tmp_path / "model.pt")
+    assert model.spec.normalized
+    np.testing.assert_allclose(np.linalg.norm(model.params[CODEBOOK], axis=1), 1, rtol=1e-6)
+    exported = run("-m", "vqdeploy", "export", "model.pt")
+    assert exported.returncode == 0, exported.stderr
 
 
 def test_network_likelihood_dialect_and_checks_are_options(run, data, tmp_path):

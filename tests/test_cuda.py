@@ -14,6 +14,7 @@ from vqdeploy.export import export
 from vqdeploy.graphs.build import GraphOptions, build_graphs
 from vqdeploy.runtime.sessions import CUDA, open_sessions
 from vqdeploy.verify import verify
+from vqref.agreement import stages
 from vqref.agreement.parity import check_indices
 from vqref.checks.adversary import CASES
 from vqref.checks.checks import check_quantizer
@@ -94,13 +95,8 @@ def test_the_trainers_quantizer_passes_the_kit():
         )
 
     def update(state, latents, indices, decay, epsilon):
-        count, means = (
-            torch.from_numpy(np.float32(array)).cuda()
-            for array in (state.ema_count, state.ema_means)
-        )
         found = update_ema(
-            count,
-            means,
+            *(torch.from_numpy(np.float32(getattr(state, name))).cuda() for name in stages.STATE),
             torch.from_numpy(latents).cuda(),
             torch.from_numpy(indices).cuda(),
             decay,

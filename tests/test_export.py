@@ -284,11 +284,14 @@ def test_the_smallest_golden_batch_is_a_drawn_image_and_noise(monkeypatch):
 
 def test_the_oracle_answers_each_question_once(family, monkeypatch):
     """A verification asks for one pass over the images, and decodes only the probes beside."""
-    encoded, encode = [], vqref.model.encode
+    encoded, encode = [], vqref.model.encode_unscaled
     monkeypatch.setattr(
-        "vqref.model.encode", lambda *given: encoded.append(len(given[2])) or encode(*given)
+        "vqref.model.encode_unscaled",
+        lambda *given: encoded.append(len(given[2])) or encode(*given),
     )
-    monkeypatch.setattr("vqref.agreement.stages.encode", lambda *given: pytest.fail("asked twice"))
+    monkeypatch.setattr(
+        "vqref.agreement.stages.encode_unscaled", lambda *given: pytest.fail("asked twice")
+    )
     _, path, images = family
     assert verify(Bundle.open(path), "cpu", images).report.passed
     assert len(encoded) == 1

@@ -291,7 +291,7 @@ def test_auto_takes_the_post_for_small_grey_images(image_shape, family):
 def test_the_sizes_of_a_family_are_its_arguments_with_their_defaults(family):
     found = sizes(family)
     assert set(found) >= {"num_codes", "code_size"}
-    assert not set(found) & {"image_shape", "likelihood", "variance", "normalized", "channels"}
+    assert not set(found) & {"image_shape", "likelihood", "variance", "channels"}
     default = FAMILIES[family]()
     assert make(family, default.image_shape, found) == default
 

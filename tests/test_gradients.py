@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support import GOLDEN, ROWS, inputs_of, small_model
+from support import GOLDEN, ROWS, VQGAN, inputs_of, small_model
 
 import vqref
 import vqref.network
@@ -126,18 +126,6 @@ def test_the_oracle_computes_the_golden_gradient_of_every_parameter(golden):
     assert set(found) == recorded
     for name, gradient in found.items():
         assert off(gradient, golden[f"grad/{name}"]) <= 1e-11, name
-
-
-VQGAN = {
-    "channels": 4,
-    "multipliers": (1, 2),
-    "blocks": 1,
-    "attention": (8,),
-    "groups": 2,
-    "latent_channels": 6,
-    "num_codes": 16,
-    "code_size": 4,
-}
 
 
 def cases():

@@ -159,7 +159,7 @@ def step(n):
     latents = torch.randn(n, 1, 16)
     before = peak()
     indices = nearest(latents, codebook)
-    update_ema(torch.ones(4096), codebook, latents, indices, 0.99, 1e-5)
+    update_ema(codebook, torch.ones(4096), codebook, latents, indices, 0.99, 1e-5)
     return peak() - before
 step(4096)
 print(step(131072))

@@ -1,10 +1,14 @@
 """Other people's quantizers held to the same oracle. Needs the extra ``peers``."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 import vqref
+from benchmarks.grids import CARE
+from benchmarks.peers import without_one_hot
 from vqref.agreement.parity import check_indices
 from vqref.checks.checks import quantizer_checks
 from vqref.dialects import DIALECTS, POST
@@ -111,3 +115,25 @@ def test_a_hundred_training_steps_of_vector_quantize_pytorch_are_the_oracles(dea
     assert bool(replaced) == bool(dead_below)
     assert off["codebook"] <= 1e-5
     assert off["ema_count"] <= 1e-5
+
+
+@pytest.mark.parametrize("options", [{}, {**CARE, "threshold_ema_dead_code": 2}], ids=str)
+def test_the_library_without_one_hot_matrices_is_the_library(options):
+    """Quantized, indices, commitment and gradients of five training steps, and the buffers after
+    them, each side from its own state and the same random choices."""
+    rng, found = np.random.default_rng(0), []
+    steps = [rng.normal(size=(8, 64, 8)).astype(np.float32) for _ in range(5)]
+    for plain in (True, False):
+        torch.manual_seed(0)
+        module = library.VectorQuantize(dim=8, codebook_size=100, **options).train()
+        if not plain:
+            module._codebook.forward = partial(without_one_hot, module._codebook)
+        answers = []
+        for latents in steps:
+            x = torch.from_numpy(latents).requires_grad_()
+            quantized, indices, commitment = module(x)
+            (quantized.square().sum() + commitment.sum()).backward()
+            answers += [quantized.detach(), indices, commitment.detach(), x.grad]
+        found.append([*(each.numpy() for each in answers), *read(module._codebook)])
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from cuda_stub import build as stub
+from support import VQGAN
 
 import vqref
 from vqdeploy.graphs.build import OPSETS, TARGETS, GraphOptions, build_graphs
@@ -22,7 +23,7 @@ from vqdeploy.graphs.prior import build_prior_graph
 from vqdeploy.runtime.protobuf import Graph
 from vqdeploy.runtime.sessions import CPU, CUDA
 from vqdeploy.stages import PRIOR_STAGES, Port
-from vqref.families import post, residual
+from vqref.families import post, residual, vqgan
 from vqref.prior import categorical, transformer
 from vqref.spec import Layer
 
@@ -40,6 +41,8 @@ MODELS = {
     "residual, deep, logistic": residual(
         COLOUR, **SMALL, downsample=8, depth=2, num_codes=16, code_size=4, likelihood="logistic"
     ),
+    "vqgan": vqgan(COLOUR, **VQGAN),
+    "vqgan of unit codes, large codebook": vqgan(COLOUR, **{**VQGAN, **LARGE}, normalized=True),
 }
 
 VARIANTS = {

@@ -1,6 +1,7 @@
 """The quantizer and its moving averages: the nearest code by exact arithmetic, the recurrence by
 hand, and the trainer's twin in every dialect."""
 
+import dataclasses
 import tracemalloc
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import unit
 
 import vqref
 from vqref import families, quantizer
@@ -222,11 +224,13 @@ STATE = ("codebook", "ema_count", "ema_means")
 EACH_DIALECT = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=list(DIALECTS))
 
 
-def started(dialect, rng, k=7, d=3):
+def started(dialect, rng, k=7, d=3, *, normalized=False):
     """The oracle's state as the dialect starts it, and the trainer's quantizer beside it."""
     own = rng.normal(size=(k, d)) if dialect.means == "own" else None
-    state = vqref.EMAState.start(rng.normal(size=(k, d)), dialect, own)
-    spec = families.post((1, 4, 4), 1, latent_size=2, num_codes=k, code_size=d)
+    codebook = unit(rng.normal(size=(k, d))) if normalized else rng.normal(size=(k, d))
+    state = vqref.EMAState.start(codebook, dialect, own, normalized=normalized)
+    sizes = {"hidden": 2, "blocks": 0, "downsample": 2, "num_codes": k, "code_size": d}
+    spec = families.residual((1, 2, 4), **sizes, normalized=normalized)
     module = Quantizer(spec, dialect).double()
     for name in STATE:
         getattr(module, name).copy_(torch.from_numpy(getattr(state, name)))
@@ -254,12 +258,19 @@ def dead_codes(state, latents, below, decay, dialect):
 
 @EACH_DIALECT
 @settings(deadline=None, max_examples=30)
-@given(seed=st.integers(0, 9999), decay=st.floats(0, 0.999), epsilon=st.floats(1e-7, 0.1))
-def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(dialect, seed, decay, epsilon):
+@given(
+    seed=st.integers(0, 9999),
+    decay=st.floats(0, 0.999),
+    epsilon=st.floats(1e-7, 0.1),
+    normalized=st.booleans(),
+)
+def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(
+    dialect, seed, decay, epsilon, normalized
+):
     """Each side goes on from its own state, six steps of which one in three resets codes and
-    another revives dead ones."""
+    another revives dead ones. Unit codes are unit codes after each."""
     rng, how = np.random.default_rng(seed), (decay, epsilon)
-    state, module = started(dialect, rng)
+    state, module = started(dialect, rng, normalized=normalized)
     for step in range(6):
         latents, indices = rng.normal(size=(4, 2, 3)), rng.integers(0, 5, (4, 2))
         module.update(*tensors(latents, indices), *how)
@@ -273,6 +284,7 @@ def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(dialect, seed
                 *how,
                 dialect,
                 module.steps,
+                normalized,
             )
             state = vqref.reset_codes(state, codes, rows, counts, *how, dialect)
             for name, value in zip(STATE, found, strict=True):
@@ -284,6 +296,41 @@ def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(dialect, seed
             rows = latents.reshape(-1, 3)[order[: len(dead)]]
             state = vqref.reset_codes(state, dead, rows, np.full(len(dead), 8 / 7), *how, dialect)
         require_same(module, state)
+        if normalized:
+            lengths = np.linalg.norm(state.codebook, axis=1)
+            np.testing.assert_allclose(lengths, 1, rtol=1e-14)
+
+
+def test_a_unit_code_is_the_direction_of_its_means():
+    """By hand: (3, 4) of length 5. The count does not matter, and the averages are those of other
+    codebooks."""
+    state = vqref.EMAState([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0], [[1.0, 0.0], [0.0, 1.0]])
+    unit_state = dataclasses.replace(state, normalized=True)
+    latents, indices = np.array([[[5.0, 8.0]]]), np.array([[0]])
+    plain, on_sphere = (
+        vqref.update_ema(each, latents, indices, decay=0.5) for each in (state, unit_state)
+    )
+    np.testing.assert_allclose(on_sphere.codebook, [[0.6, 0.8], [0.0, 1.0]], rtol=1e-15)
+    np.testing.assert_array_equal(on_sphere.ema_means, plain.ema_means)
+    np.testing.assert_array_equal(on_sphere.ema_count, plain.ema_count)
+    reset = vqref.reset_codes(unit_state, [1], [[0.0, -9.0]], [2.0])
+    np.testing.assert_array_equal(reset.codebook, [[1.0, 0.0], [0.0, -1.0]])
+    np.testing.assert_allclose(reset.ema_means[1], [0.0, -2.0], rtol=1e-4)
+
+
+@EACH_DIALECT
+def test_a_unit_code_that_nothing_hits_stays_however_long(dialect):
+    """Its means shrink to nothing, or start from it: decay 0 forgets them at once."""
+    rng = np.random.default_rng(0)
+    state, module = started(dialect, rng, normalized=True)
+    latents, indices = rng.normal(size=(4, 2, 3)), np.zeros((4, 2), int)
+    before = state.codebook.copy()
+    for _ in range(3):
+        state = vqref.update_ema(state, latents, indices, 0.0, 1e-5, dialect)
+        module.update(*tensors(latents, indices), 0.0, 1e-5)
+        require_same(module, state)
+    np.testing.assert_array_equal(state.codebook[1:], before[1:])
+    assert (state.codebook[0] != before[0]).all()
 
 
 @EACH_DIALECT
@@ -292,7 +339,8 @@ def test_the_order_of_updates_counts_only_for_a_debiased_dialect(dialect):
     rng = np.random.default_rng(0)
     _, module = started(dialect, rng)
     latents, indices = rng.normal(size=(4, 2, 3)), rng.integers(0, 5, (4, 2))
-    arrays = module.ema_count, module.ema_means, *tensors(latents, indices), 0.9, 1e-5, dialect
+    state = (getattr(module, name) for name in STATE)
+    arrays = *state, *tensors(latents, indices), 0.9, 1e-5, dialect
     third, same, first = (update_ema(*arrays, n) for n in (torch.tensor(2), 2, 0))
     assert all(torch.equal(a, b) for a, b in zip(third, same, strict=True))
     assert dialect.debiased != torch.equal(third[0], first[0])

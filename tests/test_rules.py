@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.cluster.vq import kmeans2
-from support import CPU, SPEC, trainer
+from support import CPU, SPEC, trainer, unit
 
 import vqref
 from vqref import families
 from vqtrain import RECIPES, VQVAE, TrainingOptions
 from vqtrain.data.batches import Batches
 from vqtrain.nearest import nearest
+from vqtrain.options import recipe_sizes
 from vqtrain.quantizer import draw
 from vqtrain.run import rules
 from vqtrain.run.rules import Rules, fits_an_array, kmeans
@@ -105,6 +106,18 @@ def test_choices_too_many_for_an_array_are_a_seed_and_a_new_one_each_step():
     assert [again.choices(step, spec, 64).gumbel for step in range(5)] == seeds
 
 
+def test_large_codebooks_of_grids_have_short_rows_unless_others_are_asked_for():
+    large, small = {"num_codes": 2048}, {"num_codes": 2047}
+    for family in ("residual", "vqgan"):
+        assert recipe_sizes("default", family, large) == {"num_codes": 2048, "code_size": 8}
+        assert recipe_sizes("default", family, small) == small
+        assert recipe_sizes("default", family, {}) == {}
+        assert recipe_sizes("sonnet", family, large) == large
+        asked = {**large, "code_size": 64}
+        assert recipe_sizes("default", family, asked) == asked
+    assert recipe_sizes("default", "post", large) == large
+
+
 def test_a_short_run_has_a_codebook_too():
     assert [step for step in range(40) if Rules(DEFAULT, 40).starts(step)] == [4]
 
@@ -159,6 +172,14 @@ def test_kmeans_is_a_sensible_partition_with_an_array_of_distances_and_without(m
     assert len(labels.unique()) == 8
     nearest_rows = nearest(torch.from_numpy(points)[None], rows.double())[0]
     assert (nearest_rows == labels).double().mean() > 0.99
+
+
+def test_kmeans_of_unit_latents_ends_on_the_sphere_at_the_directions_of_its_clusters():
+    points = unit(np.random.default_rng(0).normal(size=(500, 3)))
+    rows, labels = kmeans(torch.from_numpy(points), 8, seed=1, normalized=True)
+    np.testing.assert_allclose(rows.norm(dim=1).numpy(), 1, rtol=1e-14)
+    means = np.stack([points[labels == code].mean(axis=0) for code in range(8)])
+    np.testing.assert_allclose(rows, unit(means), atol=0.02)  # not yet at rest
 
 
 def test_the_alternation_moves_each_code_to_the_mean_of_its_latents(monkeypatch):

@@ -42,7 +42,8 @@ HOMES = {
     "PIL": ("vqref/host",),
     "safetensors": ("vqdeploy/sources.py",),
     "yaml": ("vqdeploy/importers/configuration.py",),
-    "pyarrow": ("vqdeploy/tokens.py",),
+    "pyarrow": ("vqref/host/arrow.py",),
+    "ray": ("vqdeploy/cluster.py",),
     "cryptography": ("vqdeploy/proof/signature.py",),
 }
 """Where each library may be imported; one that is not named here, nowhere."""

@@ -371,9 +371,7 @@ def test_an_ema_that_forgets_epsilon_is_caught_before_the_first_step(
     monkeypatch.setattr(
         vqtrain.agreement,
         "update_ema",
-        lambda count, means, x, i, decay, epsilon, *how: true(
-            count, means, x, i, decay, 1e-9, *how
-        ),
+        lambda *given: true(*given[:6], 1e-9, *given[7:]),
     )
     with pytest.raises(ParityError, match=r"before the first step: codebook"):
         trainer(tmp_path, many_images).run()

@@ -22,7 +22,7 @@ from vqtrain.data.holdout import split
 from vqtrain.device import choose_precision
 from vqtrain.modelfile import read_model
 from vqtrain.run.folder import latest_state
-from vqtrain.training import OPTIONS
+from vqtrain.training import OPTIONS, build_spec, make_plan
 
 SMALL = {"epochs": 1, "base_depth": 2, "num_codes": 8, "batch_size": 32, "check_images": 4}
 
@@ -299,6 +299,14 @@ def test_the_default_recipe_takes_the_devices_precision_and_exact_ones_float32(
     assert (f"precision {fastest}: what this processor multiplies fastest" in said) is (
         expected is None
     )
+
+
+@pytest.mark.parametrize(("asked", "size"), [({}, 8), ({"code_size": 5}, 5)])
+def test_a_grid_of_a_large_codebook_has_the_recipes_short_rows(colour_images, asked, size):
+    plan = make_plan({"num_codes": 2048, "device": "cpu", **asked}, runs=Path("runs"))
+    spec, sizes = build_spec(plan, ImageSet(colour_images[:4], None, "here", "0" * 64))
+    assert (spec.family, spec.num_codes, spec.code_size) == ("residual", 2048, size)
+    assert sizes["code_size"] == size
 
 
 def test_a_folder_keeps_the_run_and_a_file_the_model(place, images):

@@ -35,12 +35,13 @@ def command(argv: Sequence[str] | None) -> int:
         prove,
         reconstruct,
         sample,
+        triton,
         verify,
     )
     from vqref.host.commandline import run_command
 
     makers = (import_, export)
-    users = (verify, prove, inspect, bench, encode, decode, reconstruct, sample, doctor)
+    users = (verify, prove, inspect, bench, encode, decode, reconstruct, sample, triton, doctor)
     summary = (
         "Export VQ-VAEs, trained here or elsewhere, to ONNX bundles; prove, verify and run them."
     )

@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from vqref.agreement.arithmetics import ARITHMETICS
 from vqref.errors import InputError, UsageError
-from vqref.host.extras import missing
+from vqref.host.arrow import FOOTER, parquet
 from vqref.host.files import about, parsed, read_bytes, write_file
 from vqref.host.images import LARGEST_ARRAY, ImageSet, as_batch, read_npy, read_npz
 from vqref.host.pictures import Reading, load_any
@@ -33,11 +33,6 @@ TOKEN_FORMATS = (".npz", ".npy", ".parquet")
 
 PARTS = ("train", "held-out", "all")
 """Of a folder of the official files: which images."""
-
-LARGEST_FOOTER = 2**24
-"""The longest text, and the most entries of a list, in what a parquet file says of itself."""
-
-_FOOTER = ("thrift_string_size_limit", "thrift_container_size_limit")
 
 LONGEST_SAID = 1000
 """The most bytes of what a file of tokens says of the bundle that made it, entry by entry."""
@@ -131,7 +126,7 @@ def require_format(path: Path, formats: tuple[str, ...]) -> None:
     if path.suffix not in formats:
         raise UsageError(f"{path}: its name must end in {', '.join(formats[:-1])} or {formats[-1]}")
     if path.suffix == ".parquet":
-        _parquet()
+        parquet()
     elif path.suffix in (".png", ".PNG"):
         pillow()
 
@@ -225,8 +220,7 @@ def write_tokens(path: Path, tokens: Tokens) -> None:
     and ``proved`` of lists of S, a column ``key`` of names if there are any, and the rest in its
     metadata, but no rivals. Raises MachineError if pyarrow is not installed.
     """
-    codes = tokens.num_codes or int(tokens.indices.max(initial=0)) + 1
-    small = tokens.indices.astype(np.min_scalar_type(codes - 1))
+    small = _smallest(tokens)
     buffer = io.BytesIO()
     if path.suffix == ".npy":
         np.save(buffer, small, allow_pickle=False)
@@ -236,21 +230,34 @@ def write_tokens(path: Path, tokens: Tokens) -> None:
             arrays |= {"proved": tokens.proved, "rivals": tokens.rivals.astype(small.dtype)}
         np.savez(buffer, allow_pickle=False, indices=small, **named(tokens.names), **arrays)
     else:
-        pyarrow, parquet = _parquet()
-        columns = {}
-        if tokens.names is not None:
-            columns["key"] = pyarrow.array(tokens.names, pyarrow.string())
-        for name, array in (("indices", small), ("proved", tokens.proved)):
-            if array is not None:
-                values = pyarrow.array(array.ravel())
-                columns[name] = pyarrow.FixedSizeListArray.from_arrays(values, array.shape[1])
-        told = {
-            name: value if isinstance(value, str) else json.dumps(value)
-            for name, value in _told(tokens).items()
-        }
-        table = pyarrow.table(columns).replace_schema_metadata(told)
-        parquet.write_table(table, buffer)
+        buffer.write(parquet_bytes(tokens, {}))
     write_file(path, buffer.getvalue())
+
+
+def _smallest(tokens: Tokens) -> Array:
+    """The indices in the smallest unsigned type that holds ``num_codes`` of them."""
+    codes = tokens.num_codes or int(tokens.indices.max(initial=0)) + 1
+    return tokens.indices.astype(np.min_scalar_type(codes - 1))
+
+
+def parquet_bytes(tokens: Tokens, more: Mapping[str, str]) -> bytes:
+    """What ``write_tokens`` writes to a ``.parquet``, with more entries of its metadata. Its pages
+    carry checksums. Raises MachineError if pyarrow is not installed."""
+    pyarrow, module = parquet()
+    columns, buffer = {}, io.BytesIO()
+    if tokens.names is not None:
+        columns["key"] = pyarrow.array(tokens.names, pyarrow.string())
+    for name, array in (("indices", _smallest(tokens)), ("proved", tokens.proved)):
+        if array is not None:
+            values = pyarrow.array(array.ravel())
+            columns[name] = pyarrow.FixedSizeListArray.from_arrays(values, array.shape[1])
+    told = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in _told(tokens).items()
+    }
+    table = pyarrow.table(columns).replace_schema_metadata({**told, **more})
+    module.write_table(table, buffer, write_page_checksum=True)
+    return buffer.getvalue()
 
 
 def _told(tokens: Tokens) -> dict[str, Any]:
@@ -304,9 +311,7 @@ def _little(name: str, array: Array) -> Any:
 def _read_parquet(content: bytes) -> Tokens:
     """The columns ``indices`` and ``proved``, (N, S), and ``key``, and the metadata of a parquet
     file. Raises InputError, MachineError, and what pyarrow raises."""
-    _, parquet = _parquet()
-    limits = dict.fromkeys(_FOOTER, LARGEST_FOOTER)
-    with parquet.ParquetFile(io.BytesIO(content), **limits) as file:
+    with _opened(content) as file:
         schema, count = file.schema_arrow, file.metadata.num_rows
         found = {}
         for name, expected in (("indices", "integers"), ("proved", "booleans")):
@@ -314,17 +319,32 @@ def _read_parquet(content: bytes) -> Tokens:
                 found[name] = _lists(file, name, count, expected)
     names = None
     if "key" in schema.names:
-        with parquet.ParquetFile(io.BytesIO(content), read_dictionary=["key"], **limits) as file:
+        with _opened(content, read_dictionary=["key"]) as file:
             names = _keys(file)
     said = schema.metadata or {}
     told = {name: _said(name, said[name.encode()]) for name in _SAID if name.encode() in said}
     return Tokens(found["indices"], names, proved=found.get("proved"), **told)
 
 
+def parquet_metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a parquet file. Raises InputError, MachineError."""
+    with parsed("holds no tokens"), _opened(content) as file:
+        said = file.schema_arrow.metadata or {}
+        return {name.decode(): value.decode() for name, value in said.items()}
+
+
+def _opened(content: bytes, **how: Any) -> Any:
+    """A parquet file, whose pages are held to their checksums if they have any. Raises what pyarrow
+    raises."""
+    _, module = parquet()
+    source = io.BytesIO(content)
+    return module.ParquetFile(source, page_checksum_verification=True, **FOOTER, **how)
+
+
 def _lists(file: Any, name: str, count: int, expected: str) -> Array:
     """A column of ``count`` lists of one size, "integers" or "booleans". Raises InputError, and
     what pyarrow raises."""
-    pyarrow, _ = _parquet()
+    pyarrow, _ = parquet()
     kind = file.schema_arrow.field(name).type
     size, fits = (
         getattr(kind, "list_size", 0),
@@ -372,13 +392,3 @@ def _said(name: str, text: bytes) -> Any:
         return text.decode()
     found = json.loads(text)
     return tuple(found) if isinstance(found, list) else found
-
-
-def _parquet() -> tuple[Any, Any]:
-    """pyarrow and its parquet module. Raises MachineError if they are not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise missing(error) or error from None
-    return pyarrow, pyarrow.parquet

@@ -73,6 +73,7 @@ def residual(
     depth: int = 1,
     num_codes: int = 512,
     code_size: int = 64,
+    normalized: bool = False,
     likelihood: str = "gaussian",
     variance: float = 1.0,
 ) -> ModelSpec:
@@ -83,7 +84,7 @@ def residual(
     hidden, blocks, block_hidden: channels, residual blocks on each side, channels within a block.
     downsample: pixels of an image to a side of a latent, a power of two.
     depth: latents g at each place of the grid; latent_shape is (h, w), or (h, w, g) if g > 1.
-    num_codes, code_size, likelihood, variance: as in ``ModelSpec``.
+    num_codes, code_size, normalized, likelihood, variance: as in ``ModelSpec``.
 
     The networks see images in [-1/2, 1/2].
 
@@ -109,6 +110,8 @@ def residual(
     _blocks(encoder, blocks, block_hidden)
     encoder.conv("to_latents", depth * code_size, 1)
     encoder.row("latents", "to_vectors", latents)
+    if normalized:
+        encoder.row("unit", "unit_norm", latents)
 
     decoder = Stack("decoder", latents)
     decoder.row("grid", "to_grid", (depth * code_size, *grid))
@@ -122,7 +125,8 @@ def residual(
     latent_shape = grid if depth == 1 else (*grid, depth)
     shapes = image_shape, latent_shape, num_codes, code_size
     rows = encoder.rows, decoder.rows
-    return ModelSpec("residual", *shapes, likelihood, *rows, variance, (-0.5, 0.5), "fan_in")
+    rest: Fields = {"value_range": (-0.5, 0.5), "initial": "fan_in", "normalized": normalized}
+    return ModelSpec("residual", *shapes, likelihood, *rows, variance, **rest)
 
 
 def vqgan(
@@ -244,9 +248,8 @@ def spelt(size: Size) -> int | str:
 OPTIONS = {"channels": "base_channels"}
 """Sizes that have another name as options: there, channels are those of pictures."""
 
-NO_SIZES = ("image_shape", "likelihood", "variance", "normalized")
-"""Arguments of families that are no sizes that a run may choose. Codes cannot be trained to be unit
-vectors: the moving averages leave the sphere."""
+NO_SIZES = ("image_shape", "likelihood", "variance")
+"""Arguments of families that are no sizes that a run may choose."""
 
 
 def sizes(family: str) -> dict[str, Size]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from vqref.likelihoods import mean
 from vqref.losses import Losses, compute_losses, losses_backward
-from vqref.network import backward, decode, encode
+from vqref.network import backward, decode, encode, encode_unscaled, scaled
 from vqref.quantizer import quantize
 from vqref.spec import CODEBOOK, ModelSpec, Parameter
 from vqref.validation import Float64, Int64, Params, as_images, as_indices, check_params
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Forward:
     """Every stage of one pass, float64: latents and quantized (N, S, D), indices (N, S) int64, gap
-    (N, S), outputs (N, P, H, W), reconstructions (N, C, H, W), losses in nats per image."""
+    (N, S), outputs (N, P, H, W), reconstructions (N, C, H, W), losses in nats per image. unscaled
+    (N, S, D) is what ``vqref.network.scaled`` made latents of."""
 
+    unscaled: Float64
     latents: Float64
     indices: Int64
     gap: Float64
@@ -81,12 +83,14 @@ def forward(spec: ModelSpec, params: Params, images: npt.ArrayLike, beta: float 
     quantized itself. Raises ValueError for parameters or images that do not fit the spec.
     """
     check_params(spec, params)
-    latents = encode(spec, params, images)
+    unscaled = encode_unscaled(spec, params, images)
+    latents = scaled(spec, unscaled)
     q = quantize(latents, params[CODEBOOK])
     outputs = decode(spec, params, q.quantized)
     losses = compute_losses(spec, images, outputs, latents, q.quantized, beta)
     reconstructions = mean(spec, outputs)
-    return Forward(latents, q.indices, q.gap, q.quantized, outputs, reconstructions, losses)
+    found = q.indices, q.gap, q.quantized, outputs, reconstructions
+    return Forward(unscaled, latents, *found, losses)
 
 
 def gradients(

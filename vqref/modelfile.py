@@ -26,8 +26,8 @@ from vqref.host.files import about, parsed, read_bytes, write_file
 from vqref.host.pickles import require_bounded, require_bounded_pickles
 from vqref.preprocessing import Preprocessing
 from vqref.prior import Prior
-from vqref.spec import ModelSpec
-from vqref.validation import Params, check_params
+from vqref.spec import CODEBOOK, ModelSpec
+from vqref.validation import Array, Params, check_params
 
 FORMAT = "vqtrain-model"
 FORMAT_VERSION = 2
@@ -43,6 +43,9 @@ PREPROCESSING = "preprocessing"
 
 PRIOR = "prior"
 """The entry that only models with a learned prior have."""
+
+UNIT_ERROR = 1e-6
+"""By how much the length of a unit vector may be off, whose elements float32 rounds."""
 
 PLAIN_VALUES, PLAIN_DEPTH = 10**6, 32
 """The most values that an entry of plain data may have, and how deep it may be nested. Lists that
@@ -71,8 +74,8 @@ class Model:
                 others; None if it was trained on arrays
     prior       of its tokens; None if none was learned
 
-    Raises ValueError for parameters or a preprocessing that do not fit the spec, and for a prior of
-    another model.
+    Raises ValueError for parameters or a preprocessing that do not fit the spec, for codes of a
+    normalized model that are no unit vectors, and for a prior of another model.
     """
 
     spec: ModelSpec
@@ -86,6 +89,8 @@ class Model:
 
     def __post_init__(self) -> None:
         check_params(self.spec, self.params)
+        if self.spec.normalized:
+            _require_unit_rows(self.params[CODEBOOK])
         if self.preprocessing is not None:
             self.preprocessing.require(self.spec.image_shape)
         if self.prior is not None:
@@ -156,6 +161,16 @@ class Model:
         if found.digested and data[DIGEST] != digest(data):
             raise InputError("damaged or changed: its digest is not that of its content")
         return found
+
+
+def _require_unit_rows(codebook: Array) -> None:
+    """Raises ValueError for a code whose length is not 1, but for rounding."""
+    lengths = np.sqrt(np.square(codebook.astype(np.float64)).sum(axis=1))
+    if (wrong := np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_ERROR))).size:
+        raise ValueError(
+            f"{CODEBOOK}: row {wrong[0]} has length {lengths[wrong[0]]:.6g}; codes of a normalized "
+            "model have length 1"
+        )
 
 
 def _require_float32(arrays: Mapping[Any, Any]) -> None:

@@ -45,7 +45,19 @@ LEAST_LENGTH = 1e-12
 
 def encode(spec: ModelSpec, params: Params, images: npt.ArrayLike) -> Float64:
     """Latents (N, S, D) of images (N, C, H, W) in [0, 1]. Raises ValueError if they do not fit."""
-    return run(spec.encoder, params, as_images(images, spec))
+    return scaled(spec, encode_unscaled(spec, params, images))
+
+
+def encode_unscaled(spec: ModelSpec, params: Params, images: npt.ArrayLike) -> Float64:
+    """What ``scaled`` makes latents of: for unit codes, vectors of any length."""
+    rows = spec.encoder[:-1] if spec.normalized else spec.encoder
+    return run(rows, params, as_images(images, spec))
+
+
+def scaled(spec: ModelSpec, unscaled: Float64) -> Float64:
+    """The latents (N, S, D) that the last row of a normalized encoder gives; of another encoder, as
+    they are."""
+    return run(spec.encoder[-1:], {}, unscaled) if spec.normalized else unscaled
 
 
 def decode(spec: ModelSpec, params: Params, quantized: npt.ArrayLike) -> Float64:

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqref.dialects import POST, Dialect
+from vqref.network import LEAST_LENGTH
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
 from vqref.validation import Float64, Int64, Params, as_float64, as_indices
 
@@ -96,6 +97,8 @@ class EMAState:
 
     codebook, ema_means: (K, D). ema_count: (K,), at least 0.
     steps: how many updates they have had, which a debiased dialect needs to know.
+    normalized: whether codes are unit vectors, as in ``ModelSpec``: every code that is moved is put
+        back on the sphere. count and means are those of other codebooks.
 
     Raises ValueError for arrays that do not fit each other.
     """
@@ -104,6 +107,7 @@ class EMAState:
     ema_count: Float64
     ema_means: Float64
     steps: int = 0
+    normalized: bool = False
 
     def __post_init__(self) -> None:
         codebook = as_float64("codebook", self.codebook, ("K", "D"))
@@ -115,13 +119,18 @@ class EMAState:
             raise ValueError(f"ema_count: {found}, expected counts of at least 0")
 
     @classmethod
-    def from_params(cls, params: Params, steps: int = 0) -> EMAState:
+    def from_params(cls, params: Params, steps: int = 0, *, normalized: bool = False) -> EMAState:
         """The state held by a model's parameters, after ``steps`` updates."""
-        return cls(params[CODEBOOK], params[EMA_COUNT], params[EMA_MEANS], steps)
+        return cls(params[CODEBOOK], params[EMA_COUNT], params[EMA_MEANS], steps, normalized)
 
     @classmethod
     def start(
-        cls, codebook: npt.ArrayLike, dialect: Dialect = POST, means: npt.ArrayLike | None = None
+        cls,
+        codebook: npt.ArrayLike,
+        dialect: Dialect = POST,
+        means: npt.ArrayLike | None = None,
+        *,
+        normalized: bool = False,
     ) -> EMAState:
         """The state from which a dialect starts.
 
@@ -138,7 +147,17 @@ class EMAState:
             raise ValueError(f"means: {dialect.name} {wanted}")
         if means is None:
             means = codebook if dialect.means == "codebook" else np.zeros_like(codebook)
-        return cls(codebook, np.full(len(codebook), dialect.count), np.asarray(means, np.float64))
+        count = np.full(len(codebook), dialect.count)
+        return cls(codebook, count, np.asarray(means, np.float64), normalized=normalized)
+
+    def placed(self, rows: Float64, codes: Float64) -> Float64:
+        """Where codes (n, D) move if they are drawn to rows (n, D): there, or if they are unit
+        vectors, over the rows' lengths. Rows shorter than LEAST_LENGTH have no direction: their
+        codes stay."""
+        if not self.normalized:
+            return rows
+        length = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
+        return np.where(length < LEAST_LENGTH, codes, rows / np.maximum(length, LEAST_LENGTH))
 
 
 def update_ema(
@@ -156,7 +175,9 @@ def update_ema(
     means    <- decay * means + (1 - decay) * sum of the latents that hit
     codebook <- means / (count + epsilon)
 
-    The last line is the post's; ``vqref.dialects`` says what other dialects do instead.
+    The last line is the post's; ``vqref.dialects`` says what other dialects do instead. Unit codes
+    are put back on the sphere: codebook <- codebook / ||codebook||, row by row, but for rows that
+    have no direction, whose codes stay.
 
     Raises ValueError for arrays that do not fit, a decay outside [0, 1], an epsilon that is not
     positive, or counts of which a dialect can make no codebook.
@@ -178,8 +199,9 @@ def update_ema(
     if share == 0.0:
         raise ValueError(f"decay is {decay!r}: {dialect.name} divides by 1 - decay**steps")
     size = _smoothed(count / share, epsilon, dialect)
-    codebook = means / share / size[:, None]
-    return EMAState(codebook, size if dialect.stores_smoothed else count, means, steps)
+    codebook = state.placed(means / share / size[:, None], state.codebook)
+    count = size if dialect.stores_smoothed else count
+    return EMAState(codebook, count, means, steps, state.normalized)
 
 
 def _share(decay: float, steps: int, dialect: Dialect) -> float:
@@ -245,14 +267,15 @@ def reset_codes(
     dialect: Dialect = POST,
 ) -> EMAState:
     """The state in which codes (n,) stand at rows (n, D), as if each had long been hit counts (n,)
-    times per step: codebook, count and means together, so that they fit. A new state.
+    times per step: codebook, count and means together, so that they fit. A new state. Rows of unit
+    codes are put on the sphere first.
 
     decay, epsilon, dialect: as in ``update_ema``.
     Raises ValueError for arrays that do not fit, a code that is named twice, or counts below 0.
     """
     k, d = state.codebook.shape
     codes = as_indices(codes, ("n",), k)
-    rows = as_float64("rows", rows, (len(codes), d))
+    rows = state.placed(as_float64("rows", rows, (len(codes), d)), state.codebook[codes])
     counts = as_float64("counts", counts, (len(codes),))
     if len(np.unique(codes)) != len(codes):
         raise ValueError("codes: a code is named twice")
@@ -261,4 +284,4 @@ def reset_codes(
     codebook[codes], count[codes] = rows, share * counts
     size = _smoothed(count / share, epsilon, dialect) if share else count
     means[codes] = share * rows * size[codes, None]
-    return EMAState(codebook, count, means, state.steps)
+    return EMAState(codebook, count, means, state.steps, state.normalized)

@@ -75,7 +75,7 @@ def share_proved(spec: ModelSpec, params: Params, images: Array) -> dict[str, fl
 def _backend(model: VQVAE, options: TrainingOptions) -> Backend:
     quantizer = model.quantizer
     codebook, count, means = quantizer.codebook, quantizer.ema_count, quantizer.ema_means
-    how = options.decay, options.epsilon, quantizer.dialect, quantizer.steps
+    how = quantizer.how(options.decay, options.epsilon)
 
     def tensor(array: Array) -> Tensor:
         return torch.from_numpy(array).to(codebook.device)
@@ -94,7 +94,7 @@ def _backend(model: VQVAE, options: TrainingOptions) -> Backend:
         return _array(torch.stack(found))
 
     def ema(latents: Array, indices: Array) -> tuple[Array, Array, Array]:
-        return _arrays(update_ema(count, means, tensor(latents), tensor(indices), *how))
+        return _arrays(update_ema(codebook, count, means, tensor(latents), tensor(indices), *how))
 
     def reset(*arrays: Array) -> tuple[Array, Array, Array]:
         codes, rows, counts = map(tensor, arrays)

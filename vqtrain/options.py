@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vqref.dialects import DIALECTS
+from vqref.families import Size
 from vqref.precisions import PRECISIONS
 from vqref.spec import ModelSpec
 
@@ -174,3 +175,16 @@ RECIPES: Mapping[str, Callable[[ModelSpec], TrainingOptions]] = MappingProxyType
 """Named sets of options, functions of the model's spec."""
 
 DEFAULT_RECIPE = "default"
+
+LARGE_CODEBOOK, SHORT_ROWS = 2048, 8
+"""Codes from which the default recipe gives each fewer elements, and how many. docs/recipes.md has
+what it measures."""
+
+
+def recipe_sizes(recipe: str, family: str, asked: Mapping[str, Size]) -> Mapping[str, Size]:
+    """The sizes that are asked for by their names as options, with those that the recipe has for
+    such a codebook in place of the family's."""
+    codes = asked.get("num_codes", 0)
+    large = isinstance(codes, int) and codes >= LARGE_CODEBOOK
+    short = recipe == DEFAULT_RECIPE and family != "post" and large
+    return {"code_size": SHORT_ROWS, **asked} if short else asked

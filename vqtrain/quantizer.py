@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vqref.dialects import POST, Dialect
+from vqref.network import LEAST_LENGTH
 from vqref.quantizer import SMALLEST_VARIANCE
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
 from vqtrain.nearest import nearest, squared_distances
@@ -18,6 +19,7 @@ SETTLED = 1_000_000
 
 
 def update_ema(
+    codebook: Tensor,
     ema_count: Tensor,
     ema_means: Tensor,
     latents: Tensor,
@@ -26,6 +28,7 @@ def update_ema(
     epsilon: float,
     dialect: Dialect = POST,
     steps: Tensor | int = 0,
+    normalized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """codebook (K, D), ema_count (K,) and ema_means (K, D) after latents (N, S, D) hit indices (N,
     S): the rule of ``vqref.update_ema``, ``steps`` updates having gone before.
@@ -41,8 +44,17 @@ def update_ema(
     means = decay * ema_means + (1 - decay) * sums
     share = _share(ema_count, decay, dialect, steps + 1)
     size = _smoothed(count / share, epsilon, dialect)
-    codebook = means / share / size[:, None]
+    codebook = placed(means / share / size[:, None], codebook, normalized)
     return codebook, size if dialect.stores_smoothed else count, means
+
+
+def placed(rows: Tensor, codes: Tensor, normalized: bool) -> Tensor:
+    """Where codes (n, D) move if they are drawn to rows (n, D): the rule of
+    ``vqref.EMAState.placed``."""
+    if not normalized:
+        return rows
+    length = rows.norm(dim=1, keepdim=True)
+    return torch.where(length < LEAST_LENGTH, codes, rows / length.clamp(min=LEAST_LENGTH))
 
 
 def _share(like: Tensor, decay: float, dialect: Dialect, steps: Tensor | int) -> Tensor | float:
@@ -102,6 +114,7 @@ def reset_codes(
     epsilon: float,
     dialect: Dialect = POST,
     steps: Tensor | int = 0,
+    normalized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """codebook, ema_count and ema_means with codes (n,) at rows (n, D) and counts (n,): the rule of
     ``vqref.reset_codes``."""
@@ -109,7 +122,9 @@ def reset_codes(
     wide_counts = ema_count.index_copy(0, codes, counts)
     wide_rows = codebook.index_copy(0, codes, rows)
     state = codebook, ema_count, ema_means
-    return _replaced(*state, dead, wide_rows, wide_counts, decay, epsilon, dialect, steps)
+    return _replaced(
+        *state, dead, wide_rows, wide_counts, decay, epsilon, dialect, steps, normalized
+    )
 
 
 def revive_codes(
@@ -123,6 +138,7 @@ def revive_codes(
     epsilon: float,
     dialect: Dialect = POST,
     steps: Tensor | int = 0,
+    normalized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """codebook, ema_count and ema_means with every dead code set to a latent of latents (M, D).
 
@@ -138,7 +154,7 @@ def revive_codes(
     rows = latents[order[place.clamp(0, len(latents) - 1)]]  # (K, D), wanted for dead codes alone
     counts = torch.full_like(ema_count, mean)
     state = codebook, ema_count, ema_means
-    return _replaced(*state, dead, rows, counts, decay, epsilon, dialect, steps)
+    return _replaced(*state, dead, rows, counts, decay, epsilon, dialect, steps, normalized)
 
 
 def _replaced(
@@ -152,8 +168,10 @@ def _replaced(
     epsilon: float,
     dialect: Dialect,
     steps: Tensor | int,
+    normalized: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The state with rows (K, D) and counts (K,) in the places of dead codes (K,)."""
+    rows = placed(rows, codebook, normalized)
     share = _share(ema_count, decay, dialect, steps)
     count = torch.where(dead, share * counts, ema_count)
     size = _smoothed(count / _positive(share), epsilon, dialect)
@@ -177,7 +195,7 @@ class Quantizer(nn.Module):
 
     def __init__(self, spec: ModelSpec, dialect: Dialect = POST) -> None:
         super().__init__()
-        self.dialect = dialect
+        self.dialect, self.normalized = dialect, spec.normalized
         shapes = {parameter.name: parameter.shape for parameter in spec.parameters}
         for name in (CODEBOOK, EMA_COUNT, EMA_MEANS):
             self.register_buffer(name.rsplit(".", 1)[1], torch.empty(shapes[name]))
@@ -196,8 +214,9 @@ class Quantizer(nn.Module):
     def update(self, latents: Tensor, indices: Tensor, decay: float, epsilon: float) -> None:
         """One step of the averages in place, on the latents (N, S, D) and indices (N, S) of the
         training step that was just taken."""
-        how = decay, epsilon, self.dialect, self.steps
-        self._set(update_ema(self.ema_count, self.ema_means, latents, indices, *how))
+        codebook, count, means = self._state
+        how = self.how(decay, epsilon)
+        self._set(update_ema(codebook, count, means, latents, indices, *how))
         self.steps += 1
 
     @torch.no_grad()
@@ -206,8 +225,8 @@ class Quantizer(nn.Module):
         on."""
         self.steps.fill_(SETTLED)
         codes = torch.arange(len(rows), device=rows.device)
-        how = decay, epsilon, self.dialect, self.steps
         codebook, count, means = self._state
+        how = self.how(decay, epsilon)
         self._set(reset_codes(codebook, count, means, codes, rows, counts, *how))
 
     @torch.no_grad()
@@ -216,9 +235,13 @@ class Quantizer(nn.Module):
     ) -> None:
         """Dead codes set to latents (N, S, D) in place, as ``revive_codes`` does it."""
         rows = latents.reshape(-1, latents.shape[-1])
-        how = decay, epsilon, self.dialect, self.steps
         codebook, count, means = self._state
+        how = self.how(decay, epsilon)
         self._set(revive_codes(codebook, count, means, rows, order, below, *how))
+
+    def how(self, decay: float, epsilon: float) -> tuple[float, float, Dialect, Tensor, bool]:
+        """The last arguments of the functions of this module, for this codebook."""
+        return decay, epsilon, self.dialect, self.steps, self.normalized
 
     @property
     def _state(self) -> tuple[Tensor, Tensor, Tensor]:

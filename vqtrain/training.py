@@ -30,7 +30,7 @@ from vqref.modelfile import Model
 from vqref.spec import ModelSpec
 from vqtrain.data import holdout
 from vqtrain.device import choose_device, choose_precision, kept_memory, threads, without_variation
-from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED, TrainingOptions
+from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED, TrainingOptions, recipe_sizes
 from vqtrain.run.fitting import require_fitting
 from vqtrain.run.folder import RunFolder, open_run
 from vqtrain.run.metrics import LEAST_ERROR, variance_of
@@ -352,7 +352,7 @@ def build_spec(plan: Plan, images: ImageSet) -> tuple[ModelSpec, dict[str, Size]
     for name in plan.sizes:
         if name not in known:
             raise OptionError(f"{name}: network {family} has no such size", named=True)
-    sizes = {**known, **plan.sizes}
+    sizes = {**known, **recipe_sizes(plan.recipe, family, plan.sizes)}
     likelihood = {} if plan.likelihood is None else {"likelihood": plan.likelihood}
     variance = max(variance_of(images.train), LEAST_ERROR) if len(images.train) else 1.0
     try:

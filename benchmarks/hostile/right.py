@@ -150,7 +150,8 @@ def right_averages(dialect: Dialect) -> Mapping[str, Callable[..., Any]]:
         return tuple(a.astype(Single) for a in (after.codebook, after.ema_count, after.ema_means))
 
     def the_trainers(state: EMAState, latents: Array, indices: Array, *options: Any) -> Any:
-        single = (np.float32(array) for array in (state.ema_count, state.ema_means))
+        held = state.codebook, state.ema_count, state.ema_means
+        single = (np.float32(array) for array in held)
         given = (*single, np.ascontiguousarray(latents), np.ascontiguousarray(indices))
         tensors = map(torch.from_numpy, given)
         found = trained.update_ema(*tensors, *options, dialect, state.steps)

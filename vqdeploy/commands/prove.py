@@ -14,7 +14,7 @@ import numpy as np
 import vqref
 from vqdeploy.commands.shared import PicturesOptions, limit_option
 from vqref.agreement.advance import Proof, prove
-from vqref.agreement.arithmetics import ARITHMETICS
+from vqref.agreement.arithmetics import ARITHMETICS, unbounded
 from vqref.agreement.budget import images_within
 from vqref.agreement.parity import allowed_error, check_indices
 from vqref.errors import ExitCode, InputError, UsageError
@@ -184,6 +184,9 @@ def _lines(
         f"{options.images}: {many(len(asked.latents), 'image')}, {many(size, 'token')}, of which "
         f"{asked.near_ties} near ties"
     )
+    if kinds := unbounded(spec.encoder):
+        yield f"nothing is proved: what rounding does has no known bound in {', '.join(kinds)}"
+        return
     yield f"{'arithmetic':<12}{'proved':>9}{'moved, median':>16}{'largest':>10}{'s per image':>13}"
     for name, (proof, seconds) in found.items():
         median, largest = _moved(asked, proof)
@@ -255,6 +258,7 @@ def _as_data(
         "said": asked.images.said,
         "tokens": first.proved.size,
         "near_ties": asked.near_ties,
+        "unbounded": unbounded(bundle.spec.encoder),
         "arithmetics": {
             name: _row(asked, *each, per_token=options.per_token) for name, each in found.items()
         },

@@ -260,42 +260,45 @@ def layer_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def group_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """Group by group, in float32 whatever the rows are: mean, then the mean square of what is left.
-    No InstanceNormalization, whose sums on CUDA are cuDNN's secret, and no GroupNormalization,
-    which has a weight per group before opset 21."""
+    """In float32 whatever the rows are: each group less its mean, then over the root of the mean
+    square. Of a flat image that root is 1e-3, and what the mean is off by counts a thousandfold: so
+    the mean of what is left is taken off, too, and means are of rows first, whose sums are short.
+    Neither InstanceNormalization, whose sums on CUDA are cuDNN's own, nor GroupNormalization, which
+    has a weight per group before opset 21, says how it adds."""
     channels = (layer.groups, layer.in_shape[0] // layer.groups)
-    x = _full(builder, x, f"{output}.full")
-    places = (*channels, math.prod(layer.in_shape[1:]))
-    x = _reshaped(builder, f"{layer.name}.groups_shape", f"{output}.groups", x, places)
-    axes = builder.integers("group_axes", [2, 3])
-    mean = builder.node("ReduceMean", [x, axes], f"{output}.mean", keepdims=1)
-    x = builder.node("Sub", [x, mean], f"{output}.centred")
-    square = builder.node("Mul", [x, x], f"{output}.square")
-    square = builder.node("ReduceMean", [square, axes], f"{output}.variance", keepdims=1)
+    x = builder.cast(x, f"{output}.full", "float32") if builder.half else x
+    grid = (*channels, *layer.in_shape[1:])
+    x = _reshaped(builder, f"{layer.name}.groups_shape", f"{output}.groups", x, grid)
+    for name in ("shifted", "centred"):
+        x = builder.node("Sub", [x, _group_mean(builder, x)], f"{output}.{name}")
+    square = _group_mean(builder, builder.node("Mul", [x, x], f"{output}.square"))
     least = builder.constant("group_epsilon", np.float32(GROUP_EPSILON))
-    square = builder.node("Add", [square, least], f"{output}.positive")
+    square = builder.node("Add", [square, least], f"{output}.variance")
     deviation = builder.node("Sqrt", [square], f"{output}.deviation")
-    shape = builder.integers(f"{layer.name}.channels_shape", [*channels, 1])
+    shape = builder.integers(f"{layer.name}.channels_shape", [*channels, 1, 1])
     weight, bias = (
         builder.node("Reshape", [builder.parameter(name), shape], f"{name}.of_groups")
         for name, _ in layer.parameters
     )
     scale = builder.node("Div", [weight, deviation], f"{output}.scale")
     x = builder.node("Mul", [x, scale], f"{output}.scaled")
-    x = builder.node("Add", [x, bias], f"{output}.shifted")
+    x = builder.node("Add", [x, bias], f"{output}.normalised")
     if builder.half:
         x = builder.cast(x, f"{output}.rounded", "float16")
     return reshape(builder, layer, output, x)
 
 
-def _full(builder: GraphBuilder, x: str, output: str) -> str:
-    """A value in float32."""
-    return builder.cast(x, output, "float32") if builder.half else x
+def _group_mean(builder: GraphBuilder, x: str) -> str:
+    """Of (N, groups, C / groups, H, W), (N, groups, 1, 1, 1)."""
+    rows = [x, builder.integers("row_axes", [4])]
+    x = builder.node("ReduceMean", rows, f"{x}.of_rows", keepdims=1)
+    groups = [x, builder.integers("group_axes", [2, 3])]
+    return builder.node("ReduceMean", groups, f"{x}.of_groups", keepdims=1)
 
 
 def unit_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
     """In float32, too: float16 holds no square of LEAST_LENGTH."""
-    x = _full(builder, x, f"{output}.full")
+    x = builder.cast(x, f"{output}.full", "float32") if builder.half else x
     axes = builder.integers("vector_axes", [2])
     length = builder.node("ReduceL2", [x, axes], f"{output}.length", keepdims=1)
     least = builder.constant("least_length", np.float32(LEAST_LENGTH))
@@ -349,10 +352,14 @@ def attended(
             strict=True,
         )
     )
-    x = builder.node("MatMul", [q, k], f"{output}.products")
     part = size // layer.heads
     scale = builder.constant(f"{layer.name}.scale", builder.rounded(layer.name, part**-0.5))
-    x = builder.node("Mul", [x, scale], f"{output}.scores")
+    if builder.half:  # a product of many terms may be beyond float16
+        q = builder.node("Mul", [q, scale], f"{output}.scaled")
+        x = builder.node("MatMul", [q, k], f"{output}.scores")
+    else:
+        x = builder.node("MatMul", [q, k], f"{output}.products")
+        x = builder.node("Mul", [x, scale], f"{output}.scores")
     if later is not None:
         low = builder.constant("lowest", builder.rounded("lowest", -6e4 if builder.half else -3e38))
         x = builder.node("Where", [later, low, x], f"{output}.seen")

@@ -48,7 +48,7 @@ def require_float32(bundle: Bundle) -> None:
 
 def provable(spec: ModelSpec, own: int, data: int) -> int:
     """Of how many of ``own`` images and ``data`` further ones a ``verify`` proves the tokens; none
-    if the oracle is too slow."""
+    if the oracle is too slow, or nothing can be proved."""
     one = seconds_per_proof(spec)
     seconds = OWN_SECONDS + min(DATA_SECONDS, data * one / DATA_SHARE)
     return min(own + data, int(seconds / one))
@@ -59,7 +59,7 @@ def told_at_export(
 ) -> dict[str, Any]:
     """The manifest's entry ``proved``: ``count_proved`` of as many of the measured images as an
     export proves, and ``of`` what these are. No entry if the oracle is too slow, or the networks
-    are not float32.
+    are not float32, or nothing can be proved.
 
     facts: the manifest's others.
     """
@@ -210,7 +210,7 @@ def latents_of(spec: ModelSpec, params: Params, images: Array, bits: int, *, cut
     weights, values = weights_of(spec.encoder, params), {0: np.asarray(images, np.float64)}
     for number, step in enumerate(plan(spec.encoder), 1):
         taken, own = values, weights[step.layer.name]
-        if own:
+        if own and step.layer.products:
             taken = {i: few_bits(values[i], bits, cut=cut) for i in step.sources}
             own = [few_bits(own[0], bits, cut=cut), own[1]]
         z = before_activation(step, taken, {step.layer.name: own})

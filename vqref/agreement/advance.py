@@ -64,7 +64,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vqref.agreement.arithmetics import ARITHMETICS
+from vqref.agreement.arithmetics import ARITHMETICS, unbounded
 from vqref.agreement.bounds import distance_error
 from vqref.agreement.enclosure import Network, enclose
 from vqref.agreement.pulled import PULLED_VALUES, SLACK, Enclosure, Told, Window, pulled, reach
@@ -115,7 +115,8 @@ def prove(
     """Proves the tokens of images (N, C, H, W) in [0, 1] as far as they can be, under a name of
     ARITHMETICS. Images and parameters count as float32 rounds them. closely: if the first look
     leaves tokens open, look again, which proves some more and may take a hundred times as long on a
-    network of which little can be proved. Raises ValueError for another name, for images or
+    network of which little can be proved. Of an encoder with ``unbounded`` rows nothing is proved.
+    Raises ValueError for another name, for images or
     parameters that do not fit, and for latents so large that float64 cannot hold their
     distances."""
     if arithmetic not in ARITHMETICS:
@@ -124,6 +125,8 @@ def prove(
     x = as_images(images, spec).astype(np.float32).astype(np.float64)
     params = {name: np.asarray(each, np.float32) for name, each in params.items()}
     codebook = params[CODEBOOK].astype(np.float64)
+    if unbounded(spec.encoder):
+        return _nothing(encode(spec, params, x), codebook)
     network = Network(spec, params, ARITHMETICS[arithmetic])
     with np.errstate(over="ignore", invalid="ignore"):  # what has no bound is not proved
         found = [_prove_one(network, image, codebook, closely=closely) for image in x]
@@ -138,6 +141,20 @@ def prove(
         rivals = np.where(proof.rivals == exact, proof.indices, proof.rivals)
         proof = proof._replace(indices=exact, rivals=rivals)
     return proof
+
+
+def _nothing(latents: Float64, codebook: Float64) -> Proof:
+    """A Proof of none of the tokens of latents (N, S, D): every bound is infinite. Their rivals are
+    the next nearest codes."""
+    shape = latents.shape[:2]
+    indices = quantize(latents, codebook).indices
+    rivals = np.empty(indices.size, np.int64)
+    for rows, distances in squared_distances(latents.reshape(-1, latents.shape[2]), codebook):
+        own = indices.reshape(-1)[rows]
+        distances[np.arange(len(own)), own] = np.inf
+        rivals[rows] = distances.argmin(axis=1) if len(codebook) > 1 else own
+    infinite = np.full(shape, np.inf)
+    return Proof(indices, infinite < 0, rivals.reshape(shape), -infinite, infinite)
 
 
 def count_proved(

@@ -273,6 +273,12 @@ UNBOUNDED = frozenset(
 )
 """Kinds of rows of which no bound is derived here: behind them nothing is proved."""
 
+
+def unbounded(rows: Sequence[Layer]) -> list[str]:
+    """The kinds among some rows of which no bound is known."""
+    return sorted({row.kind for row in rows} & UNBOUNDED)
+
+
 BENT = {"silu": 0.25, "gelu": 0.41}
 """Half the largest |f''| of an activation, or more: gelu's is 0.798, at 0."""
 

@@ -3,6 +3,9 @@ not."""
 
 from __future__ import annotations
 
+import math
+
+from vqref.agreement.arithmetics import unbounded
 from vqref.spec import ModelSpec
 
 SECONDS = 2.0
@@ -32,7 +35,10 @@ TOKENS_PULLED = 16
 
 
 def seconds_per_proof(spec: ModelSpec) -> float:
-    """About how long a first look at one image takes if nothing of it can be proved."""
+    """About how long a first look at one image takes if nothing of it can be proved; infinitely
+    long if it is known that nothing can, of an encoder with ``unbounded`` rows."""
+    if unbounded(spec.encoder):
+        return math.inf
     return seconds_per_image(spec) * (1 + spec.latent_size / TOKENS_PULLED)
 
 

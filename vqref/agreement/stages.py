@@ -7,6 +7,7 @@ the same.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -14,13 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from vqref.agreement.bounds import array_dtype
-from vqref.agreement.parity import allowed_error, check, check_indices
+from vqref.agreement.parity import ELU_FLOOR, allowed_error, check, check_indices
 from vqref.agreement.report import Check, Report, merge
 from vqref.dialects import POST, Dialect
 from vqref.likelihoods import LIKELIHOODS, mean
 from vqref.losses import compute_losses
 from vqref.model import Forward, gradient_terms, gradients
-from vqref.network import decode, encode
+from vqref.network import LEAST_LENGTH, decode, encode_unscaled, scaled
 from vqref.quantizer import EMAState, draw_scores, quantize, reset_codes, update_ema
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Float64, Int64, Params, check_params
@@ -117,7 +118,9 @@ def compare(
     checks: list[Check] = []
     if backend.encoder:
         found = backend.encoder(case.images)
-        checks.append(check("encoder", found, case.exact_latents, precision=case.precision))
+        scale = _of_unit_latents(case) if spec.normalized else None
+        exact, precision = case.exact_latents, case.precision
+        checks.append(check("encoder", found, exact, precision=precision, scale=scale))
     if backend.quantizer:
         checks += _check_quantizer(backend.quantizer, case)
     if backend.tokenizer:
@@ -125,7 +128,7 @@ def compare(
     if backend.decoder or backend.detokenizer or backend.losses:
         checks += _check_decoder(backend, case, known, beta)
     if backend.ema:
-        state = EMAState.from_params(params, steps)
+        state = EMAState.from_params(params, steps, normalized=spec.normalized)
         moved = backend.ema(case.latents, case.indices)
         checks += check_ema(
             moved,
@@ -140,7 +143,7 @@ def compare(
     if backend.draw:
         checks.append(_check_draw(backend.draw, case))
     if backend.reset:
-        state = EMAState.from_params(params, steps)
+        state = EMAState.from_params(params, steps, normalized=spec.normalized)
         checks += _check_reset(backend.reset, state, case, (decay, epsilon, dialect))
     for precision, pulled in backend.gradients.items():
         checks.append(_check_gradients(pulled, precision, case, beta))
@@ -156,6 +159,7 @@ class _Case:
     precision: str
     quantizer_precision: str
     images: Array
+    unscaled: Float64
     exact_latents: Float64
     latents: Array
     indices: Int64
@@ -171,15 +175,32 @@ class _Case:
     ) -> _Case:
         dtype = array_dtype(backend.precision)
         given = np.asarray(images).astype(dtype)
-        exact = encode(spec, params, given) if known is None else known.latents
+        unscaled = encode_unscaled(spec, params, given) if known is None else known.unscaled
+        exact = scaled(spec, unscaled) if known is None else known.latents
         latents = exact.astype(dtype)
         indices = quantize(latents, params[CODEBOOK]).indices
         precisions = backend.precision, backend.quantizer_precision or backend.precision
-        return cls(spec, params, *precisions, given, exact, latents, indices)
+        return cls(spec, params, *precisions, given, unscaled, exact, latents, indices)
 
     @property
     def codebook(self) -> Array:
         return np.asarray(self.params[CODEBOOK])
+
+
+def _of_unit_latents(case: _Case) -> Float64:
+    """The scale (N, S, D) of an error in each element of a unit vector y = x / ||x||: errors of at
+    most e in each element of x leave (e + |y| sqrt(D) e) / ||x||, first and foremost a turn, which
+    is large where x is short."""
+    largest = np.abs(case.unscaled).max(initial=ELU_FLOOR)
+    shares = 1 + np.abs(case.exact_latents) * case.spec.code_size**0.5
+    scale: Float64 = largest * shares / _lengths(case)
+    return scale
+
+
+def _lengths(case: _Case) -> Float64:
+    """(N, S, 1): by which the last row of a normalized encoder divides."""
+    found: Float64 = np.linalg.norm(case.unscaled, axis=2, keepdims=True)
+    return found.clip(min=LEAST_LENGTH)
 
 
 def _check_quantizer(
@@ -201,10 +222,11 @@ def _check_quantizer(
 
 def _check_tokenizer(tokenizer: Callable[[Array], Array], case: _Case) -> Check:
     """Images to indices: the encoder may be off by its tolerance in every element of a latent, by
-    sqrt(D) times that in all."""
-    allowed = allowed_error("encoder", case.exact_latents, precision=case.precision)
-    size = case.spec.code_size
-    delta = allowed.max(axis=2) * size**0.5  # (N, S)
+    sqrt(D) times that in all, and a unit vector by that over its length before."""
+    allowed = allowed_error("encoder", case.unscaled, precision=case.precision)
+    delta = allowed.max(axis=2) * case.spec.code_size**0.5  # (N, S)
+    if case.spec.normalized:
+        delta = delta / _lengths(case)[..., 0]
     return check_indices(
         tokenizer(case.images),
         case.exact_latents,
@@ -353,9 +375,21 @@ def check_ema(
         np.abs(state.codebook), state.ema_count, np.abs(state.ema_means), state.steps
     )
     magnitudes = update_ema(positive, np.abs(latents), indices, *how)
+    sizes = {name: getattr(magnitudes, name) for name in STATE}
+    if state.normalized:
+        before = update_ema(dataclasses.replace(state, normalized=False), latents, indices, *how)
+        sizes["codebook"] = _on_sphere(sizes["codebook"], after.codebook, before.codebook)
     for name, array in zip(STATE, found, strict=True):
-        expected, magnitude = getattr(after, name), getattr(magnitudes, name)
+        expected, magnitude = getattr(after, name), sizes[name]
         yield check("ema", array, expected, precision=precision, name=name, magnitude=magnitude)
+
+
+def _on_sphere(magnitude: Float64, codes: Float64, before: Float64) -> Float64:
+    """The magnitudes (K, D) of codes that are rows ``before`` over their lengths: of y = x / ||x||,
+    those of x and of ||x||, which is y.x."""
+    length, lengths = (np.linalg.norm(x, axis=1, keepdims=True) for x in (before, magnitude))
+    shared: Float64 = (magnitude + np.abs(codes) * lengths) / np.maximum(length, LEAST_LENGTH)
+    return shared
 
 
 def _check_gradients(

@@ -8,6 +8,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -358,8 +359,9 @@ def other_layouts(move: Move) -> Iterator[Check]:
     given = _anywhere(move.kit, 9, 9)
     changed = [dataclasses.replace(given, latents=view) for _, view in layouts(given.latents)]
     changed += [dataclasses.replace(given, indices=view) for _, view in layouts(given.indices)]
-    rows = {name: np.asfortranarray(getattr(given.state, name)) for name in STATE}
-    changed.append(dataclasses.replace(given, state=EMAState(**rows, steps=given.state.steps)))
+    rows: Any = {name: np.asfortranarray(getattr(given.state, name)) for name in STATE}
+    state = dataclasses.replace(given.state, **rows)
+    changed.append(dataclasses.replace(given, state=state))
     for each in changed:
         try:
             with warnings.catch_warnings(action="ignore"):  # that an array is read-only

@@ -95,10 +95,18 @@ def load(path: str | Path) -> ImageSet:
 
 
 def as_batch(images: npt.ArrayLike, image_shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-    """Images of a known shape as (N, C, H, W) float32 in [0, 1].
+    """Images of a known shape as (N, C, H, W) float32 in [0, 1]; uint8 is divided by 255.
 
-    images: uint8, which is divided by 255, or floating in [0, 1]; (N, C, H, W), (N, H, W, C), or
-    (N, H, W) if C is 1; or one image without its N, which becomes a batch of one.
+    images, and what is raised: as of ``in_layout``.
+    """
+    return to_unit_interval(in_layout(images, image_shape))
+
+
+def in_layout(images: npt.ArrayLike, image_shape: tuple[int, int, int]) -> Array:
+    """Images of a known shape as (N, C, H, W), of the dtype that they have.
+
+    images: uint8, or floating in [0, 1]; (N, C, H, W), (N, H, W, C), or (N, H, W) if C is 1; or one
+    image without its N, which becomes a batch of one.
 
     Raises InputError that says what was found and what was expected.
     """
@@ -118,7 +126,7 @@ def as_batch(images: npt.ArrayLike, image_shape: tuple[int, int, int]) -> npt.ND
         array = array.transpose(0, 3, 1, 2)
     if array.shape[1:] != image_shape or array.ndim != 4:
         raise InputError(f"images: shape is {np.shape(images)}, expected {_layouts(image_shape)}")
-    return to_unit_interval(_check_values(array))
+    return _check_values(array)
 
 
 def as_images(images: npt.ArrayLike) -> Array:

@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures."""
+"""Which files of a folder are pictures, or of other endings."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ MOST_NAMED = 5
 
 @dataclass
 class Listing:
-    """What a folder holds: its pictures, (path within it with "/" between the parts, path), sorted;
-    how many subfolders that are not read; how many other files, by their endings."""
+    """What a folder holds: the files that were looked for, (path within it with "/" between the
+    parts, path), sorted; how many subfolders that are not read; how many other files, by their
+    endings."""
 
-    pictures: list[tuple[str, Path]] = field(default_factory=list)
+    files: list[tuple[str, Path]] = field(default_factory=list)
     subfolders: int = 0
     others: Counter[str] = field(default_factory=Counter)
 
@@ -43,9 +44,10 @@ class Listing:
         return lines
 
 
-def list_folder(folder: Path, recursive: bool) -> Listing:
-    """Lists a folder. Each folder is entered once, and none by a link that stays within the whole,
-    so that links cannot make a loop. Raises InputError for a folder that cannot be listed."""
+def list_folder(folder: Path, recursive: bool, endings: tuple[str, ...] = ENDINGS) -> Listing:
+    """Lists the files of a folder whose names end so. Each folder is entered once, and none by a
+    link that stays within the whole, so that links cannot make a loop. Raises InputError for a
+    folder that cannot be listed."""
     found, top = Listing(), os.path.realpath(folder)
     entered, waiting = {top}, [("", folder)]
     while waiting:
@@ -55,8 +57,8 @@ def list_folder(folder: Path, recursive: bool) -> Listing:
             if entry.name.startswith("."):
                 found.others["hidden"] += 1
             elif not _leads_to_folder(entry):
-                if path.suffix.lower() in ENDINGS:
-                    found.pictures.append((name, path))
+                if path.name.lower().endswith(endings):
+                    found.files.append((name, path))
                 else:
                     found.others[path.suffix.lower() or "no ending"] += 1
             elif not recursive:
@@ -67,7 +69,7 @@ def list_folder(folder: Path, recursive: bool) -> Listing:
                 if real not in entered and not inside:
                     entered.add(real)
                     waiting.append((f"{name}/", path))
-    found.pictures.sort(key=lambda one: one[0].split("/"))
+    found.files.sort(key=lambda one: one[0].split("/"))
     return found
 
 

@@ -97,7 +97,7 @@ def load_folder(folder: Path, reading: Reading = Reading()) -> ImageSet:
     for options without sense; MachineError if Pillow is not installed.
     """
     found = list_folder(folder, reading.recursive)
-    if not found.pictures:
+    if not found.files:
         if found.subfolders:
             raise InputError(
                 f"{folder}: holds no image files itself; --recursive reads its "
@@ -105,7 +105,7 @@ def load_folder(folder: Path, reading: Reading = Reading()) -> ImageSet:
             )
         within = ", nor do its subfolders" if reading.recursive else ""
         raise InputError(f"{folder}: holds no image files and no official KMNIST files{within}")
-    return _load(folder, found.pictures, reading, found.said())
+    return _load(folder, found.files, reading, found.said())
 
 
 def prepare(
@@ -136,6 +136,14 @@ def prepare(
         _require_size(name or f"picture {i}", array, reading)
         images[i] = _channels_first(array)
     return images
+
+
+def read_picture(content: bytes, reading: Reading) -> NDArray[np.uint8]:
+    """The image (C, H, W) of a picture's bytes. Raises InputError with the reason, MachineError if
+    Pillow is not installed."""
+    array, _ = _read(content, reading)
+    _require_size("", array, reading)
+    return _channels_first(array)
 
 
 def is_picture(thing: Any) -> bool:

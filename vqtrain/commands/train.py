@@ -21,7 +21,7 @@ from vqref.preprocessing import CHANNELS, WHITE, Colour
 from vqtrain.commands.shared import SourceOptions, ThreadOptions
 from vqtrain.data.holdout import hold_out
 from vqtrain.data.sources import load_source, parse_background, parse_size
-from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED
+from vqtrain.options import DEFAULT_RECIPE, LARGE_CODEBOOK, RECIPES, SHORT_ROWS, TRAINED
 
 AUTO = "auto"
 
@@ -222,7 +222,12 @@ class NetworkOptions:
 @dataclass(frozen=True, kw_only=True)
 class SizeOptions:
     num_codes: int | None = _size("--num-codes", "rows of the codebook")
-    code_size: int | None = _size("--code-size", "elements of a codebook row")
+    code_size: int | None = _size(
+        "--code-size",
+        f"elements of a codebook row; recipe {DEFAULT_RECIPE} gives the rows of grids {SHORT_ROWS} "
+        f"from {LARGE_CODEBOOK} codes up",
+    )
+    normalized: bool | None = _size("--normalized", "codes and latents are unit vectors")
     base_depth: int | None = _size("--base-depth", "channels of the outer convolutions")
     latent_size: int | None = _size("--latent-size", "latents, and so indices, per image")
     hidden: int | None = _size("--hidden", "channels")

@@ -18,6 +18,7 @@ from vqtrain.data.batches import Batches
 from vqtrain.model import VQVAE
 from vqtrain.nearest import nearest
 from vqtrain.options import TrainingOptions
+from vqtrain.quantizer import placed
 
 RISING_STEPS = 100
 """Steps in which a cosine schedule first rises to the learning rate."""
@@ -152,7 +153,8 @@ class Rules:
         """Sets the codebook by k-means on latents of the training images, without gradient."""
         latents = self._some_latents(model, batches)
         codes = model.spec.num_codes
-        rows, labels = kmeans(latents, codes, self._seed())
+        normalized = model.spec.normalized
+        rows, labels = kmeans(latents, codes, self._seed(), normalized=normalized)
         share = torch.bincount(labels, minlength=codes) / len(labels)
         counts = share * self.options.batch_size * model.spec.latent_size
         codebook, options = model.quantizer.codebook, self.options
@@ -171,9 +173,12 @@ class Rules:
         return latents[order.to(latents.device)].float()
 
 
-def kmeans(latents: Tensor, codes: int, seed: int) -> tuple[Tensor, Tensor]:
+def kmeans(
+    latents: Tensor, codes: int, seed: int, *, normalized: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rows (codes, D) of k-means on latents (M, D), and the row of each latent, (M,).
 
+    normalized: latents are unit vectors, and rows are put back on the sphere in each round.
     Lloyd's alternation with ``nearest``, which needs no array of all distances. SciPy's makes one,
     and its k-means++ computes every distance again for each further row.
     Raises ValueError for latents that are not finite.
@@ -187,7 +192,8 @@ def kmeans(latents: Tensor, codes: int, seed: int) -> tuple[Tensor, Tensor]:
         labels = nearest(latents, rows)
         counts = torch.bincount(labels, minlength=codes)[:, None]
         sums = torch.zeros_like(rows).index_add_(0, labels, latents)
-        rows = torch.where(counts > 0, sums / counts.clamp(min=1), rows)
+        moved = torch.where(counts > 0, sums / counts.clamp(min=1), rows)
+        rows = placed(moved, rows, normalized)
     return rows, nearest(latents, rows)
 
 

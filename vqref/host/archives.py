@@ -1,0 +1,364 @@
+"""Images that memory does not hold, a shard at a time: folders of pictures, ``.npy`` files, parquet
+files as Hugging Face's ``datasets`` writes them, and tars as WebDataset does.
+
+    for shard in list_shards(Path("data")):
+        for record in read_shard(shard):
+            image = to_image(record, (3, 32, 32), reading)    # (C, H, W)
+
+A shard is read on its own, by whichever process, and always gives the same records in the same
+order. What is wrong with one image is said by its record; a shard that is damaged as a whole
+raises.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vqref.errors import InputError
+from vqref.host.arrow import FOOTER, parquet
+from vqref.host.files import about, is_folder, parsed, read_bytes
+from vqref.host.images import LONGEST_HEADER, OFFICIAL_NAMES, in_layout, load
+from vqref.host.listing import ENDINGS, list_folder, many
+from vqref.host.pictures import LARGEST_PICTURE, Reading, read_picture
+from vqref.host.streams import plain
+from vqref.validation import Array
+
+SHARD_IMAGES = 8192
+"""About how many images a shard has, where a source can be cut: rows of a ``.npy``, row groups of a
+parquet file, pictures of a folder."""
+
+ROWS_AT_ONCE = 64
+"""Rows of a parquet file that are in memory at a time."""
+
+COLUMN, KEYS = "image", ("key", "__key__")
+"""Columns of a parquet file: of images, and of their names if there is one."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A part of a source that is read on its own.
+
+    form: one of FORMS. name: the file's within the source, with "/" between the parts, or the
+    folder's. path: of the file or the folder. start, stop: which of its images, or row groups of a
+    parquet file; stop None: all. images: how many, None if only reading tells. bytes: of a file
+    that does not say how many images it has. members: of a folder, the names of the pictures.
+    """
+
+    form: str
+    name: str
+    path: Path
+    start: int = 0
+    stop: int | None = None
+    images: int | None = None
+    bytes: int = 0
+    members: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> int:
+        """What the shard adds to a job: images if they are known, else bytes."""
+        return self.bytes if self.images is None else self.images
+
+
+class Record(NamedTuple):
+    """One image of a shard.
+
+    key: its name in there: the path of a picture within its folder, the name of a tar's member, the
+    ``key`` or path of a parquet row; else its number in the file. content: the bytes of a picture,
+    or an array, (H, W), (H, W, C) or (C, H, W); None if it cannot be read, for the reason
+    ``broken``.
+    """
+
+    key: str
+    content: bytes | Array | None
+    broken: str = ""
+
+
+def list_shards(
+    source: Path, *, recursive: bool = False, images: int = SHARD_IMAGES
+) -> tuple[Shard, ...]:
+    """The shards of a file or a folder, in the order of their names.
+
+    recursive: whether files in subfolders count. images: about how many a shard has, where a source
+    can be cut. A folder is one of parquet files, of tars, of ``.npy`` files, of the official files
+    or of pictures.
+
+    Raises InputError if there are none, or a folder holds files of several forms; MachineError if
+    pyarrow is needed and not installed.
+    """
+    if not is_folder(source):
+        return tuple(_list_file(source, source.name, images))
+    if any((source / train).is_file() for train, _ in OFFICIAL_NAMES):
+        return tuple(_cut("array", source.name, source, _count(source), images))
+    files = list_folder(source, recursive, ARCHIVES).files
+    forms = {_form_of(path) for _, path in files}
+    if len(forms) > 1:
+        raise InputError(f"{source}: holds files of several forms, {', '.join(sorted(forms))}")
+    if files:
+        return tuple(shard for name, path in files for shard in _list_file(path, name, images))
+    return tuple(_list_pictures(source, recursive, images))
+
+
+def read_shard(shard: Shard) -> Iterator[Record]:
+    """The records of a shard. Raises InputError that names the file if it is damaged as a whole,
+    or no longer what was listed; MachineError if pyarrow is needed and not installed."""
+    records = FORMS[shard.form].read(shard)
+    while True:
+        with about(shard.path), parsed("cannot be read"):
+            record = next(records, None)
+        if record is None:
+            return
+        yield record
+
+
+def to_image(record: Record, image_shape: tuple[int, int, int], reading: Reading) -> Array:
+    """The image (C, H, W) of a record: uint8, or floating in [0, 1] if its array is.
+
+    reading: as ``Reading.of`` gives it for a model of that shape. Raises InputError with the reason
+    if the record is broken, or gives no such image; MachineError if Pillow is not installed.
+    """
+    if record.content is None:
+        raise InputError(record.broken)
+    if isinstance(record.content, bytes):
+        return read_picture(record.content, reading)
+    image: Array = in_layout(record.content, image_shape)[0]
+    return image
+
+
+class Form(NamedTuple):
+    """How one kind of file is listed and read: list_, (path, name, images a shard) to shards; read,
+    a shard to records."""
+
+    endings: tuple[str, ...]
+    list_: Callable[[Path, str, int], Iterator[Shard]]
+    read: Callable[[Shard], Iterator[Record]]
+
+
+def _form_of(path: Path) -> str:
+    """The form of a file by the end of its name; "array" for what ``images.load`` reads."""
+    lower = path.name.lower()
+    return next((n for n, form in FORMS.items() if lower.endswith(form.endings)), "array")
+
+
+def _list_file(path: Path, name: str, images: int) -> Iterator[Shard]:
+    """The shards of one file. Raises InputError that names it."""
+    with about(path), parsed("cannot be read"):
+        yield from FORMS[_form_of(path)].list_(path, name, images)
+
+
+def _cut(form: str, name: str, path: Path, count: int, images: int) -> Iterator[Shard]:
+    for start in range(0, count, images):
+        stop = min(start + images, count)
+        yield Shard(form, name, path, start, stop, stop - start)
+
+
+# Folders of pictures
+
+
+def _list_pictures(folder: Path, recursive: bool, images: int) -> Iterator[Shard]:
+    found = list_folder(folder, recursive)
+    names = [name for name, _ in found.files]
+    if not names:
+        within = ", nor do its subfolders" if recursive else "; --recursive reads its subfolders"
+        raise InputError(f"{folder}: holds no pictures and no archives{within}")
+    for shard in _cut("pictures", folder.name, folder, len(names), images):
+        yield Shard(
+            *(shard.form, shard.name, folder, shard.start, shard.stop, shard.images),
+            members=tuple(names[shard.start : shard.stop]),
+        )
+
+
+def _list_picture(path: Path, name: str, images: int) -> Iterator[Shard]:
+    yield Shard("pictures", name, path.parent, 0, 1, 1, members=(path.name,))
+
+
+def _read_pictures(shard: Shard) -> Iterator[Record]:
+    for name in shard.members:
+        path = shard.path / name
+        try:
+            yield Record(name, read_bytes(path, LARGEST_PICTURE))
+        except InputError as error:
+            yield Record(name, None, str(error).removeprefix(f"{path}: "))
+
+
+# Arrays
+
+
+def _list_npy(path: Path, name: str, images: int) -> Iterator[Shard]:
+    return _cut("npy", name, path, len(_mapped(path)), images)
+
+
+def _read_npy(shard: Shard) -> Iterator[Record]:
+    array = _mapped(shard.path)
+    if shard.stop is None or shard.stop > len(array):
+        raise InputError(f"holds {len(array)} images, fewer than were listed")
+    for number in range(shard.start, shard.stop):
+        yield Record(str(number), np.array(array[number]))
+
+
+def _mapped(path: Path) -> Array:
+    """The array of an ``.npy``, of which only what is looked at is read. Raises InputError, and
+    what NumPy raises."""
+    with path.open("rb") as file:
+        if not file.read(6).startswith(b"\x93NUMPY"):
+            raise InputError("not a readable array")
+    array = np.lib.format.open_memmap(path, mode="r", max_header_size=LONGEST_HEADER)
+    if array.dtype.kind not in "uf" or array.ndim not in (3, 4):
+        raise InputError(f"its array is {array.dtype} {array.shape}, expected images")
+    return array
+
+
+def _list_array(path: Path, name: str, images: int) -> Iterator[Shard]:
+    return _cut("array", name, path, _count(path), images)
+
+
+def _count(path: Path) -> int:
+    return len(_loaded(path))
+
+
+def _read_array(shard: Shard) -> Iterator[Record]:
+    for number in range(shard.start, shard.stop or 0):
+        yield Record(str(number), _loaded(shard.path)[number])
+
+
+@lru_cache(1)
+def _loaded(path: Path) -> Array:
+    """Images of a file that has to be read whole, kept for the next shard. Raises InputError."""
+    return load(path).train
+
+
+# Parquet
+
+
+def _list_parquet(path: Path, name: str, images: int) -> Iterator[Shard]:
+    with _opened(path) as file:
+        _columns(file.schema_arrow)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)]
+    start = held = 0
+    for number, size in enumerate(sizes):
+        if held and held + size > images:
+            yield Shard("parquet", name, path, start, number, held)
+            start, held = number, 0
+        held += size
+    if held:
+        yield Shard("parquet", name, path, start, len(sizes), held)
+
+
+def _read_parquet(shard: Shard) -> Iterator[Record]:
+    with _opened(shard.path) as file:
+        column, key = _columns(file.schema_arrow)
+        before = (file.metadata.row_group(i).num_rows for i in range(shard.start))
+        number = sum(before)
+        batches = file.iter_batches(
+            batch_size=ROWS_AT_ONCE,
+            row_groups=list(range(shard.start, shard.stop or 0)),
+            columns=[column] if key is None else [column, key],
+            use_threads=False,
+        )
+        for batch in batches:
+            images = batch.column(column).to_pylist()
+            keys = [None] * len(images) if key is None else batch.column(key).to_pylist()
+            for image, name in zip(images, keys, strict=True):
+                yield _parquet_record(image, name, number)
+                number += 1
+
+
+def _parquet_record(image: Any, key: Any, number: int) -> Record:
+    """The record of a row: its ``image`` is bytes or {bytes, path}."""
+    said = image if isinstance(image, dict) else {"bytes": image}
+    content = said.get("bytes")
+    name = plain(str(key or said.get("path") or number))
+    if content is None:
+        return Record(name, None, "the row holds no bytes")
+    return Record(name, content)
+
+
+def _opened(path: Path) -> Any:
+    """A parquet file that is read page by page. Raises what pyarrow raises."""
+    _, module = parquet()
+    return module.ParquetFile(path, buffer_size=2**20, pre_buffer=False, **FOOTER)
+
+
+def _columns(schema: Any) -> tuple[str, str | None]:
+    """The names of the column of images, COLUMN or the only one that may be, and of that of their
+    keys. Raises InputError."""
+    fitting = [field.name for field in schema if _holds_pictures(field.type)]
+    column = COLUMN if COLUMN in fitting else fitting[0] if len(fitting) == 1 else None
+    if column is None:
+        found = plain(", ".join(schema.names)[:80])
+        raise InputError(
+            f"its columns are {found}; expected {COLUMN!r}, of bytes or of {{bytes, path}}"
+        )
+    return column, next((name for name in KEYS if name in schema.names), None)
+
+
+def _holds_pictures(kind: Any) -> bool:
+    types = parquet()[0].types
+    if types.is_struct(kind):
+        names = [kind.field(i).name for i in range(kind.num_fields)]
+        return "bytes" in names and _holds_pictures(kind.field(names.index("bytes")).type)
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+# Tars
+
+
+def _list_tar(path: Path, name: str, images: int) -> Iterator[Shard]:
+    yield Shard("tar", name, path, bytes=path.stat().st_size)
+
+
+def _read_tar(shard: Shard) -> Iterator[Record]:
+    with tarfile.open(shard.path, "r|*", tarinfo=_Member) as archive:
+        for member in archive:
+            name = PurePosixPath(member.name)
+            if not member.isreg() or name.suffix.lower() not in ENDINGS or _is_hidden(name):
+                continue
+            key, size = plain(member.name), member.size
+            if size > LARGEST_PICTURE:
+                yield Record(key, None, f"{size} bytes, more than the {LARGEST_PICTURE} read")
+                continue
+            file = archive.extractfile(member)
+            content = b"" if file is None else file.read()
+            if len(content) != size:
+                raise InputError(f"{key}: cut off after {len(content)} of {size} bytes")
+            yield Record(key, content)
+
+
+class _Member(tarfile.TarInfo):
+    """A header of a tar that ends where its end is marked: tarfile takes a cut for an end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        if not buf:
+            raise tarfile.ReadError("cut off: its end is not marked")
+        return super().frombuf(buf, encoding, errors)
+
+
+def _is_hidden(name: PurePosixPath) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in name.parts)
+
+
+FORMS = {
+    "parquet": Form((".parquet",), _list_parquet, _read_parquet),
+    "tar": Form((".tar", ".tar.gz", ".tgz"), _list_tar, _read_tar),
+    "npy": Form((".npy",), _list_npy, _read_npy),
+    "array": Form((), _list_array, _read_array),
+    "pictures": Form(ENDINGS, _list_picture, _read_pictures),
+}
+"""The forms of sources: one row, a function that lists and one that reads."""
+
+ARCHIVES = tuple(e for name, form in FORMS.items() if name != "pictures" for e in form.endings)
+"""What the names of files end in that hold many images each."""
+
+
+def describe(shards: Sequence[Shard]) -> str:
+    """How many images in how many shards, for a line."""
+    known = [shard.images for shard in shards if shard.images is not None]
+    images = f"{sum(known):,} images in " if len(known) == len(shards) else ""
+    return f"{images}{many(len(shards), 'shard')}"
