@@ -126,9 +126,11 @@ def in_turns(
 
 
 class Spent(NamedTuple):
-    """Seconds of a process, the most MiB that it held, and what it printed."""
+    """Seconds of a process, those for which it kept a core busy, the most MiB that it held, and
+    what it printed."""
 
     seconds: float
+    busy: float
     peak: float
     printed: str
 
@@ -147,7 +149,8 @@ def spent(command: Sequence[str]) -> Spent:
         if process.returncode:
             raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
         answer.seek(0)
-        return Spent(time.perf_counter() - begun, _mebibytes(usage.ru_maxrss), answer.read())
+        seconds, busy = time.perf_counter() - begun, usage.ru_utime + usage.ru_stime
+        return Spent(seconds, busy, _mebibytes(usage.ru_maxrss), answer.read())
 
 
 class Worker:
