@@ -17,7 +17,7 @@ import numpy.typing as npt
 from vqref.dialects import POST, Dialect
 from vqref.network import LEAST_LENGTH
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
-from vqref.validation import Float64, Int64, Params, as_float64, as_indices
+from vqref.validation import Array, Float64, Int64, Params, as_float64, as_indices
 
 DISTANCE_BYTES = 8 * 2**20
 """Bytes of squared distances held at once: few enough for a processor's cache, and memory stays
@@ -158,6 +158,13 @@ class EMAState:
             return rows
         length = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
         return np.where(length < LEAST_LENGTH, codes, rows / np.maximum(length, LEAST_LENGTH))
+
+
+def averaged(params: Params) -> dict[str, Array]:
+    """Parameters of a codebook that has no averages, with averages in which each code counts once;
+    those that are there stay."""
+    codebook = params[CODEBOOK]
+    return {EMA_COUNT: np.ones(len(codebook), np.float32), EMA_MEANS: codebook, **params}
 
 
 def update_ema(
