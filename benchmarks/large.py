@@ -10,18 +10,14 @@ random fields; the network is untrained, its codebook set by k-means.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import ROOT, Record, parser, timed
+from benchmarks.measure import Record, parser, spent, timed
 from benchmarks.pictures import fields
 from vqref.families import residual
 from vqref.spec import ModelSpec
@@ -107,28 +103,6 @@ PARTS: dict[str, Callable[[ModelSpec, str], float]] = {
 """By the name of ``--part``; each takes one more word."""
 
 
-def run(command: Sequence[str]) -> dict[str, float]:
-    """Seconds and peak MiB of a process, which may print seconds of its own as JSON.
-
-    A child's peak is at least what its parent held when it was made: this process must stay small,
-    without PyTorch and without images.
-    """
-    begun = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as answer:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=answer)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
-        answer.seek(0)
-        words = answer.read()
-    seconds = time.perf_counter() - begun
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    if "--part" in command:
-        seconds = json.loads(words)
-    return {"seconds": seconds, "peak": usage.ru_maxrss / unit}
-
-
 def commands(sizes: Sequence[str], folder: Path) -> dict[str, list[str]]:
     """What is measured, in this order: the later ones need the files of the earlier."""
     model, bundle = str(folder / "model.pt"), str(folder / "bundle")
@@ -167,9 +141,10 @@ def main() -> None:
     sizes = ["--pixels", str(arguments.pixels), "--num-codes", str(arguments.num_codes)]
     with tempfile.TemporaryDirectory() as folder:
         for name, command in commands(sizes, Path(folder)).items():
-            found = run(command)
-            record.figures[name] = found
-            record.say(f"{name:<28}{found['seconds']:>10.2f}{found['peak']:>10.0f}")
+            found = spent(command)
+            seconds = json.loads(found.printed) if "--part" in command else found.seconds
+            record.figures[name] = {"seconds": seconds, "peak": found.peak}
+            record.say(f"{name:<28}{seconds:>10.2f}{found.peak:>10.0f}")
     record.write()
 
 

@@ -9,11 +9,12 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -124,6 +125,34 @@ def in_turns(
     return found
 
 
+class Spent(NamedTuple):
+    """Seconds of a process, those for which it kept a core busy, the most MiB that it held, and
+    what it printed."""
+
+    seconds: float
+    busy: float
+    peak: float
+    printed: str
+
+
+def spent(command: Sequence[str]) -> Spent:
+    """Runs Python with these words. Exits if it fails.
+
+    A child's peak is at least what its parent held when it was made: this process must stay small,
+    without PyTorch and without images.
+    """
+    begun = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as answer:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=answer)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"{' '.join(command)}: exit code {process.returncode}")
+        answer.seek(0)
+        seconds, busy = time.perf_counter() - begun, usage.ru_utime + usage.ru_stime
+        return Spent(seconds, busy, _mebibytes(usage.ru_maxrss), answer.read())
+
+
 class Worker:
     """A process that does one thing whenever it is told to, and says how long that took: peers with
     environments and settings of their own take turns with us.
@@ -178,9 +207,12 @@ def serve(run: Callable[[], Any], **said: Any) -> None:
 
 def peak() -> float:
     """The most memory that this process has held, MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
+    return _mebibytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+
+def _mebibytes(resident: int) -> float:
+    """Of what the system counts in its own unit."""
+    return resident / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def product_rates() -> dict[str, float]:

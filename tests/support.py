@@ -16,6 +16,7 @@ import vqref
 from vqref import families
 from vqref.modelfile import Model
 from vqref.prior import PriorSpec
+from vqref.quantizer import grid
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, KINDS, Layer, ModelSpec
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,7 @@ ROWS = {
     "layer_norm": Layer("x.y", "layer_norm", (4, 3), (4, 3)),
     "group_norm": Layer("x.y", "group_norm", (6, 2, 3), (6, 2, 3), groups=3),
     "unit_norm": Layer("x.y", "unit_norm", (4, 3), (4, 3)),
+    "bounded": Layer("x.y", "bounded", (4, 3), (4, 3), levels=(8, 5, 3)),
     "upsample": Layer("x.y", "upsample", (2, 3, 4), (2, 6, 8)),
     "attention": Layer(
         "x.y", "attention", (5, 6), (5, 6), ("x.a", "x.b", "x.c"), heads=2, causal=True
@@ -108,6 +110,8 @@ def small_model(spec: ModelSpec, seed: int = 0) -> Model:
     latents = vqref.encode(spec, params, rng.random((64, *spec.image_shape)))
     rows = rng.choice(latents.reshape(-1, spec.code_size), spec.num_codes)
     params[CODEBOOK] = (rows + rng.normal(0, 0.05, rows.shape)).astype(np.float32)
+    if spec.levels:
+        params[CODEBOOK] = grid(spec.levels).astype(np.float32)
     if spec.normalized:
         lengths = np.linalg.norm(params[CODEBOOK].astype(np.float64), axis=1, keepdims=True)
         params[CODEBOOK] = (params[CODEBOOK] / lengths).astype(np.float32)

@@ -585,6 +585,7 @@ def test_behind_rows_without_a_bound_nothing_is_proved():
     images = np.random.default_rng(7).random((2, *spec.image_shape))
     unit = Layer("encoder.unit", "unit_norm", shape, shape)
     cases = [with_rows(spec, *more) for more in ((norm,), (norm, seen), (unit,))]
+    cases.append(families.residual((3, 8, 8), 8, 1, 4, num_codes=60, code_size=3, levels=(5, 4, 3)))
     for each in (*cases, families.vqgan((3, 8, 8), **VQGAN)):
         params = small_model(each).params
         images = np.random.default_rng(7).random((2, *each.image_shape)).astype(np.float32)

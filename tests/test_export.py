@@ -21,7 +21,7 @@ from vqdeploy.agreement import check_graphs
 from vqdeploy.bundle import FILES, Bundle, describe_files
 from vqdeploy.export import export
 from vqdeploy.graphs.build import build_graphs
-from vqdeploy.proof.golden import GOLDEN_IMAGES, golden_images
+from vqdeploy.proof.golden import GOLDEN_IMAGES, golden_count, golden_images
 from vqdeploy.proof.measure import measured_images
 from vqdeploy.proof.samples import aimed_images
 from vqdeploy.runtime.sessions import Session, open_sessions
@@ -268,6 +268,18 @@ def test_the_golden_batch_shrinks_with_the_networks_cost():
     assert len(golden_images(large, params)) == 4
     assert measured_images(small) == 256
     assert 4 <= measured_images(large) < 256
+
+
+def test_the_smallest_golden_batch_is_a_drawn_image_and_noise(monkeypatch):
+    assert golden_count(families.vqgan()) == 2
+    spec = families.residual((3, 16, 16), 4, 1, 2, **SMALL)
+    params = vqref.init_params(spec, np.random.default_rng(0))
+    usual = golden_images(spec, params)
+    monkeypatch.setattr(vqdeploy.proof.golden, "GOLDEN_IMAGES", 2)
+    drawn, noise = golden_images(spec, params)
+    assert (drawn == usual[0]).all()
+    assert noise.shape == spec.image_shape
+    assert (noise == np.random.default_rng(0).random(noise.shape).astype(np.float32)).all()
 
 
 def test_the_oracle_answers_each_question_once(family, monkeypatch):

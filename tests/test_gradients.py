@@ -139,6 +139,8 @@ def cases():
         spec = families.vqgan((3, 16, 8), **VQGAN, variance=0.07, likelihood=likelihood)
         yield f"vqgan, {likelihood}", spec
     yield "vqgan of unit codes", families.vqgan((3, 16, 8), **VQGAN, normalized=True)
+    levels = {**sizes, "num_codes": 60, "code_size": 3, "levels": (5, 4, 3)}
+    yield "a grid of codes", families.residual((3, 16, 16), **levels)
     yield "two latents at a place", families.residual((3, 8, 8), **{**sizes, "depth": 2})
 
 

@@ -41,6 +41,9 @@ MODELS = {
     "residual, deep, logistic": residual(
         COLOUR, **SMALL, downsample=8, depth=2, num_codes=16, code_size=4, likelihood="logistic"
     ),
+    "residual, a grid of codes": residual(
+        COLOUR, **SMALL, num_codes=60, code_size=3, levels=(5, 4, 3)
+    ),
     "vqgan": vqgan(COLOUR, **VQGAN),
     "vqgan of unit codes, large codebook": vqgan(COLOUR, **{**VQGAN, **LARGE}, normalized=True),
 }

@@ -151,6 +151,18 @@ def unit_norm(layer, x):
     return [[value / max(math.hypot(*vector), 1e-12) for value in vector] for vector in x]
 
 
+def bounded(layer, x):
+    out = []
+    for vector in x:
+        row = []
+        for value, n in zip(vector, layer.levels, strict=True):
+            reach, middle = 1.001 * (n - 1) / 2, 0.5 if n % 2 == 0 else 0.0
+            at = math.tanh(value + math.atanh(middle / reach))
+            row.append((reach * at - middle) / (n // 2))
+        out.append(row)
+    return out
+
+
 def upsample(layer, x):
     _, height, width = layer.out_shape
     f = height // layer.in_shape[1]
@@ -187,6 +199,7 @@ LOOPS = {
     "layer_norm": layer_norm,
     "group_norm": group_norm,
     "unit_norm": unit_norm,
+    "bounded": bounded,
     "upsample": upsample,
     "attention": attention,
 }

@@ -78,6 +78,8 @@ def rows(draw):
         fields = {"num_codes": draw(PIXELS)}
     if kind == "group_norm":
         fields = {"groups": draw(st.sampled_from([n for n in range(1, 9) if image[0] % n == 0]))}
+    if kind == "bounded":
+        fields = {"levels": tuple(draw(st.integers(3, 9)) for _ in range(size))}
     if kind == "attention":
         fields = {"heads": draw(PIXELS), "causal": draw(st.booleans())}
     wide = (side, size * fields.get("heads", 1))
@@ -90,6 +92,7 @@ def rows(draw):
         "embedding": ((side + 1,), (side + 1, size)),
         "layer_norm": (wide, wide),
         "unit_norm": (wide, wide),
+        "bounded": (wide, wide),
         "upsample": (image, (image[0], size * image[1], size * image[2])),
         "attention": (wide, wide),
     }
@@ -168,6 +171,10 @@ def conv(**fields):
         ),
         (lambda: Layer("a", "group_norm", (6, 2), (6, 2)), "a group_norm of these sizes gives no"),
         (lambda: Layer("a", "unit_norm", (3,), (3,)), "a unit_norm of these sizes gives nothing"),
+        (lambda: Layer("a", "bounded", (4, 2), (4, 2), levels=(3,)), "a bounded .* gives nothing"),
+        (lambda: Layer("a", "bounded", (4, 2), (4, 2), levels=(3, 2)), "bounded .* gives nothing"),
+        (lambda: Layer("a", "bounded", (4, 2), (4, 2), levels=(3, 0)), "levels is 0; it must be"),
+        (lambda: Layer("a", "bounded", (4, 2), (4, 2), levels=(3, "x")), "levels is 'x'; it must"),
         (lambda: Layer("a", "upsample", (2, 3, 3), (2, 6, 9)), r"upsample of .* \(2, 6, 6\)"),
         (lambda: Layer("a", "upsample", (2, 3, 3), (3, 6, 6)), r"upsample of .* \(2, 6, 6\)"),
         (lambda: Layer("a", "upsample", (2, 3, 3), (2, 2, 2)), "an? upsample of .* gives nothing"),

@@ -24,7 +24,8 @@ from vqref.host.files import about, parsed, read_bytes
 from vqref.host.images import read_npz
 from vqref.host.streams import plain
 from vqref.modelfile import Model
-from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
+from vqref.quantizer import averaged
+from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, check_params
 
 PARAMETER_FORMATS = (".npz", ".safetensors")
@@ -144,12 +145,10 @@ def _model(path: Path, params: dict[str, Array], written: str | None) -> Model:
     for name, array in params.items():
         if array.dtype.kind not in "biuf":
             raise ValueError(f"the array {plain(name)} is {array.dtype}, expected numbers")
-    codebook = np.asarray(params[CODEBOOK], np.float32)
-    if codebook.ndim != 2:
-        raise ValueError(f"{CODEBOOK} has shape {codebook.shape}, expected (K, D)")
-    count = np.ones(len(codebook), np.float32)
-    params = {EMA_COUNT: count, EMA_MEANS: codebook, **params}
     params = {name: np.asarray(array, np.float32) for name, array in params.items()}
+    if params[CODEBOOK].ndim != 2:
+        raise ValueError(f"{CODEBOOK} has shape {params[CODEBOOK].shape}, expected (K, D)")
+    params = averaged(params)
     spec = _spec(params, written)
     check_params(spec, params)
     return Model(spec, params, provenance={"parameters": plain(path.name)})

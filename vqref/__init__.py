@@ -9,7 +9,15 @@ if TYPE_CHECKING:
     from vqref.losses import Losses, compute_losses
     from vqref.model import Forward, forward, gradients, init_params
     from vqref.network import decode, encode
-    from vqref.quantizer import EMAState, Quantized, draw_indices, quantize, reset_codes, update_ema
+    from vqref.quantizer import (
+        EMAState,
+        Quantized,
+        averaged,
+        draw_indices,
+        quantize,
+        reset_codes,
+        update_ema,
+    )
     from vqref.spec import Layer, ModelSpec, Parameter
 
 __all__ = [
@@ -20,6 +28,7 @@ __all__ = [
     "ModelSpec",
     "Parameter",
     "Quantized",
+    "averaged",
     "compute_losses",
     "decode",
     "draw_indices",
@@ -44,6 +53,7 @@ __getattr__, __dir__ = lazy(
         "ModelSpec": "spec.ModelSpec",
         "Parameter": "spec.Parameter",
         "Quantized": "quantizer.Quantized",
+        "averaged": "quantizer.averaged",
         "compute_losses": "losses.compute_losses",
         "decode": "network.decode",
         "draw_indices": "quantizer.draw_indices",

@@ -73,6 +73,7 @@ def residual(
     depth: int = 1,
     num_codes: int = 512,
     code_size: int = 64,
+    levels: tuple[int, ...] = (),
     normalized: bool = False,
     likelihood: str = "gaussian",
     variance: float = 1.0,
@@ -85,6 +86,7 @@ def residual(
     downsample: pixels of an image to a side of a latent, a power of two.
     depth: latents g at each place of the grid; latent_shape is (h, w), or (h, w, g) if g > 1.
     num_codes, code_size, normalized, likelihood, variance: as in ``ModelSpec``.
+    levels: of a codebook that is a grid, one for each element of a code; (): it is learned.
 
     The networks see images in [-1/2, 1/2].
 
@@ -92,6 +94,9 @@ def residual(
     """
     sizes = {"hidden": hidden, "block_hidden": block_hidden, "depth": depth, "code_size": code_size}
     _require_sizes({**sizes, "blocks + 1": blocks + 1, "downsample": downsample})
+    _require_tuples({"levels": levels})
+    if levels and len(levels) != code_size:
+        raise ValueError(f"code_size is {code_size}; levels are {levels}, one for each element")
     halvings = downsample.bit_length() - 1
     if downsample != 2**halvings or not halvings:
         raise ValueError(f"downsample is {downsample}; it must be a power of two above 1")
@@ -110,6 +115,8 @@ def residual(
     _blocks(encoder, blocks, block_hidden)
     encoder.conv("to_latents", depth * code_size, 1)
     encoder.row("latents", "to_vectors", latents)
+    if levels:
+        encoder.row("bounded", "bounded", latents, levels=levels)
     if normalized:
         encoder.row("unit", "unit_norm", latents)
 
@@ -256,6 +263,15 @@ def sizes(family: str) -> dict[str, Size]:
     """The sizes of a family that a user may set, by their names as options, with their defaults."""
     parameters = inspect.signature(FAMILIES[family]).parameters
     return {OPTIONS.get(n, n): p.default for n, p in parameters.items() if n not in NO_SIZES}
+
+
+def implied(asked: Mapping[str, Size]) -> dict[str, Size]:
+    """The sizes that are asked for by their names as options, and those that follow from them: a
+    grid's levels say how many codes there are, and of how many elements."""
+    levels = asked.get("levels")
+    if not isinstance(levels, tuple) or not levels:
+        return {**asked}
+    return {"num_codes": math.prod(levels), "code_size": len(levels), **asked}
 
 
 def make(

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from vqref.likelihoods import mean
 from vqref.losses import Losses, compute_losses, losses_backward
 from vqref.network import backward, decode, encode, encode_unscaled, scaled
-from vqref.quantizer import quantize
+from vqref.quantizer import grid, quantize
 from vqref.spec import CODEBOOK, ModelSpec, Parameter
 from vqref.validation import Float64, Int64, Params, as_images, as_indices, check_params
 
@@ -44,6 +44,8 @@ def init_params(
     for parameter in spec.parameters:
         if parameter.initial == "codebook":
             params[parameter.name] = params[CODEBOOK].copy()
+        elif isinstance(spec, ModelSpec) and parameter.initial == "grid":
+            params[parameter.name] = grid(spec.levels).astype(np.float32)
         else:
             params[parameter.name] = INITIALS[parameter.initial](parameter, rng).astype(np.float32)
     return params

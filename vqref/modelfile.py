@@ -26,6 +26,7 @@ from vqref.host.files import about, parsed, read_bytes, write_file
 from vqref.host.pickles import require_bounded, require_bounded_pickles
 from vqref.preprocessing import Preprocessing
 from vqref.prior import Prior
+from vqref.quantizer import grid
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Params, check_params
 
@@ -45,7 +46,8 @@ PRIOR = "prior"
 """The entry that only models with a learned prior have."""
 
 UNIT_ERROR = 1e-6
-"""By how much the length of a unit vector may be off, whose elements float32 rounds."""
+"""By how much the length of a unit vector may be off, whose elements float32 rounds, and an element
+of a grid."""
 
 PLAIN_VALUES, PLAIN_DEPTH = 10**6, 32
 """The most values that an entry of plain data may have, and how deep it may be nested. Lists that
@@ -91,6 +93,8 @@ class Model:
         check_params(self.spec, self.params)
         if self.spec.normalized:
             _require_unit_rows(self.params[CODEBOOK])
+        if self.spec.levels:
+            _require_grid(self.params[CODEBOOK], self.spec.levels)
         if self.preprocessing is not None:
             self.preprocessing.require(self.spec.image_shape)
         if self.prior is not None:
@@ -170,6 +174,16 @@ def _require_unit_rows(codebook: Array) -> None:
         raise ValueError(
             f"{CODEBOOK}: row {wrong[0]} has length {lengths[wrong[0]]:.6g}; codes of a normalized "
             "model have length 1"
+        )
+
+
+def _require_grid(codebook: Array, levels: tuple[int, ...]) -> None:
+    """Raises ValueError for a code that is not where the grid has it, but for rounding."""
+    off = np.abs(codebook.astype(np.float64) - grid(levels)).max(axis=1)
+    if (wrong := np.flatnonzero(~(off <= UNIT_ERROR))).size:
+        raise ValueError(
+            f"{CODEBOOK}: row {wrong[0]} is {off[wrong[0]]:.6g} away from that of a grid of levels "
+            f"{levels}, which is what the codebook of this model is"
         )
 
 

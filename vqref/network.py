@@ -42,6 +42,9 @@ GROUP_EPSILON = 1e-6
 LEAST_LENGTH = 1e-12
 """What unit_norm divides shorter vectors by."""
 
+BEYOND = 1e-3
+"""What share of its way bounded goes beyond the outer values."""
+
 
 def encode(spec: ModelSpec, params: Params, images: npt.ArrayLike) -> Float64:
     """Latents (N, S, D) of images (N, C, H, W) in [0, 1]. Raises ValueError if they do not fit."""
@@ -132,12 +135,12 @@ def conv(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
     windows = _gathered(layer, np.pad(x, ((0, 0), (0, 0), *layer.pads)))
     y = np.concatenate(
         [
-            np.tensordot(windows[:, :, band], weight, axes=((1, 4, 5), (1, 2, 3)))
+            np.tensordot(weight, windows[:, :, band], axes=((1, 2, 3), (1, 4, 5)))
             for band in _bands(layer, len(x))
         ],
-        axis=1,
-    )  # (N, H', W', O)
-    return y.transpose(0, 3, 1, 2) + bias[:, None, None]
+        axis=2,
+    )  # (O, N, H', W')
+    return y.transpose(1, 0, 2, 3) + bias[:, None, None]
 
 
 def conv_backward(
@@ -336,6 +339,31 @@ def unit_norm_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
     return ((g - along * y) / np.maximum(length, LEAST_LENGTH),)
 
 
+def bounded(layer: Layer, x: Float64) -> Float64:
+    """y = scale * tanh(x + shift) - middle, constants of each element (Mentzer et al. 2023, finite
+    scalar quantization)."""
+    shift, scale, middle = bounds_of(layer)
+    return scale * np.tanh(x + shift) - middle
+
+
+def bounded_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
+    shift, scale, _ = bounds_of(layer)
+    return (g * scale * (1 - np.square(np.tanh(x + shift))),)
+
+
+def bounds_of(layer: Layer) -> tuple[Float64, Float64, Float64]:
+    """shift, scale and middle of each element, (D,), of a row of kind bounded.
+
+    An element of L levels takes the values n / h, n from -h to L - 1 - h, h = L // 2. The tanh
+    reaches a little beyond the outer ones. If L is even, these lie half a step from the middle:
+    shift takes 0 to 0.
+    """
+    levels = np.array(layer.levels)
+    h, reach = levels // 2, (levels - 1) * (1 + BEYOND) / 2
+    offset = np.where(levels % 2 == 0, 0.5, 0.0)
+    return np.arctanh(offset / reach), reach / h, offset / h
+
+
 def _length(x: Float64) -> Float64:
     length: Float64 = np.sqrt(np.square(x).sum(axis=-1, keepdims=True))
     return length
@@ -496,6 +524,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "layer_norm": Kind(layer_norm, layer_norm_backward, layer_norm_learn),
         "group_norm": Kind(group_norm, group_norm_backward, group_norm_learn),
         "unit_norm": Kind(unit_norm, unit_norm_backward),
+        "bounded": Kind(bounded, bounded_backward),
         "upsample": Kind(upsample, upsample_backward),
         "attention": Kind(attention, attention_backward),
     }

@@ -8,7 +8,8 @@ update_ema: the codebook as an exponential moving average of the latents that it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from vqref.dialects import POST, Dialect
 from vqref.network import LEAST_LENGTH
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
-from vqref.validation import Float64, Int64, Params, as_float64, as_indices
+from vqref.validation import Array, Float64, Int64, Params, as_float64, as_indices
 
 DISTANCE_BYTES = 8 * 2**20
 """Bytes of squared distances held at once: few enough for a processor's cache, and memory stays
@@ -158,6 +159,22 @@ class EMAState:
             return rows
         length = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
         return np.where(length < LEAST_LENGTH, codes, rows / np.maximum(length, LEAST_LENGTH))
+
+
+def grid(levels: Sequence[int]) -> Float64:
+    """The codebook (K, D) of finite scalar quantization (Mentzer et al. 2023): element d of row k
+    is (n - h) / h with h = levels[d] // 2 and n the d-th digit of k, the first the fastest, in a
+    system whose d-th digit counts to levels[d]."""
+    digits = np.unravel_index(np.arange(math.prod(levels)), tuple(levels), order="F")
+    halves = np.array(levels) // 2
+    return np.asarray((np.stack(digits, axis=1) - halves) / halves, np.float64)
+
+
+def averaged(params: Params) -> dict[str, Array]:
+    """Parameters of a codebook that has no averages, with averages in which each code counts once;
+    those that are there stay."""
+    codebook = params[CODEBOOK]
+    return {EMA_COUNT: np.ones(len(codebook), np.float32), EMA_MEANS: codebook, **params}
 
 
 def update_ema(

@@ -40,8 +40,8 @@ class Parameter:
     """One array of the model: its name in every file format, its shape, and how it starts.
 
     initial: "uniform" in ±``scale``, "truncated_normal" of standard deviation ``scale`` cut off at
-    two of them, "zeros", "ones", "unit_rows" of length 1 in any direction, or "codebook", a copy
-    of the codebook.
+    two of them, "zeros", "ones", "unit_rows" of length 1 in any direction, "grid", the rows of
+        ``vqref.quantizer.grid``, or "codebook", a copy of the codebook.
     """
 
     name: str
@@ -65,6 +65,7 @@ class Layer:
     num_codes: of embedding, K.
     heads, causal: of attention; whether a place attends to itself and the places before it alone.
     groups: of group_norm: groups of adjacent channels that share mean and variance.
+    levels: of bounded: how many values each element of a vector is to be rounded to, 3 or more.
 
     Raises ValueError that names the row and what is wrong with it.
     """
@@ -84,6 +85,7 @@ class Layer:
     heads: int = 1
     causal: bool = False
     groups: int = 1
+    levels: Shape = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -218,6 +220,11 @@ def _unit_norm(row: Layer) -> Shape:
     return row.in_shape if len(row.in_shape) == 2 else ()
 
 
+def _bounded(row: Layer) -> Shape:
+    fits = len(row.in_shape) == 2 and len(row.levels) == row.in_shape[1] and min(row.levels) > 2
+    return row.in_shape if fits else ()
+
+
 def _upsample(row: Layer) -> Shape:
     if not len(row.in_shape) == len(row.out_shape) == 3:
         return ()
@@ -259,6 +266,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "layer_norm": Kind(_layer_norm, lambda row: (row.in_shape[1:], row.in_shape[1:])),
         "group_norm": Kind(_group_norm, lambda row: (row.in_shape[:1], row.in_shape[:1])),
         "unit_norm": Kind(_unit_norm),
+        "bounded": Kind(_bounded),
         "upsample": Kind(_upsample),
         "attention": Kind(
             _attention, products=lambda row: 2 * row.in_shape[0] * math.prod(row.in_shape), inputs=3
@@ -281,6 +289,7 @@ layer_norm      each vector of (S, F) less its mean, over its deviation; weight 
 group_norm      channels in groups of (C, H, W), each less its mean, over its deviation; weight and
                 bias (C,)
 unit_norm       each vector of (S, D) over its length
+bounded         each element of (S, D) drawn by a tanh to where ``levels`` has its values
 upsample        (C, H, W) to (C, f*H, f*W): each place f x f times
 attention       of queries, keys and values (S, F) each, in heads
 """
@@ -354,6 +363,9 @@ class ModelSpec:
         or "fan_in", normal of variance 1 / fan-in cut off at two deviations, and a codebook uniform
         in ±sqrt(3 / D), as Sonnet has it.
 
+    If the encoder's last row is bounded, the codebook is a grid, which is never trained: its rows
+    are ``vqref.quantizer.grid`` of that row's levels.
+
     Raises ValueError that names the field, what it was and what it must be.
     """
 
@@ -397,6 +409,11 @@ class ModelSpec:
                 f"{last.name}: is a {last.kind}; an encoder of a normalized model ends in a "
                 "unit_norm"
             )
+        if self.levels and math.prod(self.levels) != self.num_codes:
+            product = math.prod(self.levels)
+            raise ValueError(
+                f"num_codes is {self.num_codes}; a grid of levels {self.levels} has {product} codes"
+            )
         vectors = (self.latent_size, self.code_size)
         outputs = (output_channels(self.likelihood, self.image_shape[0]), *self.image_shape[1:])
         self._require_chain("encoder", self.encoder, self.image_shape, vectors)
@@ -420,6 +437,12 @@ class ModelSpec:
         return math.prod(self.latent_shape)
 
     @property
+    def levels(self) -> Shape:
+        """How many values each element of a code has, (D,), if the codebook is a grid; else ()."""
+        last = self.encoder[-1:]
+        return last[0].levels if last and last[0].kind == "bounded" else ()
+
+    @property
     def output_shape(self) -> Shape:
         """(P, H, W) of the decoder's outputs."""
         return self.decoder[-1].out_shape
@@ -437,9 +460,10 @@ class ModelSpec:
         """
         k, d = self.num_codes, self.code_size
         width = math.sqrt(6.0 / (k + d) if self.initial == "glorot_uniform" else 3.0 / d)
+        start = "grid" if self.levels else "unit_rows" if self.normalized else "uniform"
         return (
             *(parameter for layer in self.layers for parameter in self._initialised(layer)),
-            Parameter(CODEBOOK, (k, d), "unit_rows" if self.normalized else "uniform", width),
+            Parameter(CODEBOOK, (k, d), start, width),
             Parameter(EMA_COUNT, (k,), "zeros"),
             Parameter(EMA_MEANS, (k, d), "codebook"),
         )
@@ -503,7 +527,16 @@ _PAIRS = {"kernel", "value_range"}
 _NUMBERS = {"scale", "shift", "variance"}
 _NAMES = {"name", "kind", "activation", "family", "likelihood", "initial"}
 _TRUTHS = {"causal", "normalized"}
-_TUPLES = {"in_shape", "out_shape", "inputs", "image_shape", "latent_shape", "pads", *_PAIRS}
+_TUPLES = {
+    "in_shape",
+    "out_shape",
+    "inputs",
+    "image_shape",
+    "latent_shape",
+    "pads",
+    "levels",
+    *_PAIRS,
+}
 _WANTED: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(_NAMES, (str,)),
     **dict.fromkeys(_NUMBERS, (int, float)),
@@ -531,7 +564,7 @@ def _require_types(values: Mapping[str, Any], whose: str = "") -> None:
     names = (*values.get("inputs", ()), values.get("family", "x"))
     if wrong := [n for n in names if not isinstance(n, str) or not NAME.fullmatch(n)]:
         raise ValueError(f"{whose}{ascii(wrong[0])[:80]} is no name, expected words and dots")
-    for name in {"kernel", "stride", "num_codes", "heads", "groups"} & values.keys():
+    for name in {"kernel", "stride", "num_codes", "heads", "groups", "levels"} & values.keys():
         size = values[name]
         require_sizes(whose + name, size if isinstance(size, tuple) else (size,))
     pads = values.get("pads")

@@ -9,7 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqref.network import GROUP_EPSILON, LEAST_LENGTH, NORM_EPSILON, upsample_factor
+from vqref.network import (
+    GROUP_EPSILON,
+    LEAST_LENGTH,
+    NORM_EPSILON,
+    bounds_of,
+    upsample_factor,
+)
 from vqref.spec import Layer, plan
 
 
@@ -229,6 +235,13 @@ def unit_norm(layer: Layer, x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1, eps=LEAST_LENGTH)
 
 
+def bounded(layer: Layer, x: Tensor) -> Tensor:
+    """Of bfloat16 in float32, as which its result stays."""
+    x = x.float() if x.dtype.itemsize < 4 else x
+    shift, scale, middle = (torch.from_numpy(each).to(x) for each in bounds_of(layer))
+    return scale * torch.tanh(x + shift) - middle
+
+
 def upsample(layer: Layer, x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=float(upsample_factor(layer)), mode="nearest")
 
@@ -294,6 +307,7 @@ KINDS: dict[str, Callable[..., Tensor]] = {
     "layer_norm": layer_norm,
     "group_norm": group_norm,
     "unit_norm": unit_norm,
+    "bounded": bounded,
     "upsample": upsample,
     "attention": attention,
 }

@@ -112,6 +112,19 @@ class TrainingOptions:
         return dataclasses.asdict(self)
 
 
+STILL: Mapping[str, Any] = MappingProxyType(
+    {"dialect": "rosinality", "decay": 1.0, "kmeans_start": False, "revive_below": 0.0}
+)
+"""The options with which a codebook stays as it starts."""
+
+
+def require_still(spec: ModelSpec, options: TrainingOptions) -> None:
+    """Raises ValueError that names an option by which a codebook would move that is a grid."""
+    for name, value in STILL.items():
+        if spec.levels and (found := getattr(options, name)) != value:
+            raise ValueError(f"{name} is {found!r}; it must be {value!r}: the codebook is a grid")
+
+
 def default(spec: ModelSpec) -> TrainingOptions:
     """What works best here: it starts, keeps alive and anneals the codebook. docs/recipes.md has
     what it measures."""
@@ -127,6 +140,17 @@ def default(spec: ModelSpec) -> TrainingOptions:
             temperature=0.3,
             revive_below=0.05,
             cosine=True,
+        )
+    if spec.levels:
+        return TrainingOptions(
+            batch_size=32,
+            learning_rate=3e-3,
+            second_moment=0.99,
+            beta=0.0,
+            center=True,
+            plain_steps=400,
+            cosine=True,
+            **STILL,
         )
     return TrainingOptions(
         batch_size=32,

@@ -31,7 +31,14 @@ from vqref.modelfile import Model
 from vqref.spec import ModelSpec
 from vqtrain.data import holdout
 from vqtrain.device import choose_device, choose_precision, kept_memory, threads, without_variation
-from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED, TrainingOptions, recipe_sizes
+from vqtrain.options import (
+    DEFAULT_RECIPE,
+    RECIPES,
+    TRAINED,
+    TrainingOptions,
+    recipe_sizes,
+    require_still,
+)
 from vqtrain.run.fitting import require_fitting
 from vqtrain.run.folder import RunFolder, State, open_run
 from vqtrain.run.metrics import LEAST_ERROR, variance_of
@@ -275,6 +282,10 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
         say(line)
     spec, sizes = build_spec(plan, images)
     training = _replace(RECIPES[plan.recipe](spec), plan.changes)
+    try:
+        require_still(spec, training)
+    except ValueError as error:
+        raise OptionError(str(error)) from None
     require_one_batch(images, training)
     say(f"network {_described(spec)}")
     if plan.chosen:
@@ -387,7 +398,8 @@ def build_spec(plan: Plan, images: ImageSet) -> tuple[ModelSpec, dict[str, Size]
     for name in plan.sizes:
         if name not in known:
             raise OptionError(f"{name}: network {family} has no such size", named=True)
-    sizes = {**known, **recipe_sizes(plan.recipe, family, plan.sizes)}
+    asked = families.implied(plan.sizes)
+    sizes = {**known, **recipe_sizes(plan.recipe, family, asked)}
     likelihood = {} if plan.likelihood is None else {"likelihood": plan.likelihood}
     variance = max(variance_of(images.train), LEAST_ERROR) if len(images.train) else 1.0
     try:

@@ -16,7 +16,13 @@ import numpy.typing as npt
 
 from vqdeploy.runtime.protobuf import DTYPE_NUMBERS, Node, Tensor, attributes_of
 from vqdeploy.stages import INDEX_TYPES
-from vqref.network import GROUP_EPSILON, LEAST_LENGTH, NORM_EPSILON, upsample_factor
+from vqref.network import (
+    GROUP_EPSILON,
+    LEAST_LENGTH,
+    NORM_EPSILON,
+    bounds_of,
+    upsample_factor,
+)
 from vqref.spec import Layer, plan
 from vqref.validation import Array, Params
 
@@ -307,6 +313,20 @@ def unit_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
     return builder.cast(x, output, "float16") if builder.half else x
 
 
+def bounded(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
+    """In float32 whatever the rows are."""
+    x = builder.cast(x, f"{output}.full", "float32") if builder.half else x
+    shift, scale, middle = (
+        builder.constant(f"{layer.name}.{name}", value.astype(np.float32))
+        for name, value in zip(("shift", "scale", "middle"), bounds_of(layer), strict=True)
+    )
+    x = builder.node("Add", [x, shift], f"{output}.shifted")
+    x = builder.node("Tanh", [x], f"{output}.tanh")
+    x = builder.node("Mul", [x, scale], f"{output}.scaled")
+    x = builder.node("Sub", [x, middle], f"{output}.bounded" if builder.half else output)
+    return builder.cast(x, output, "float16") if builder.half else x
+
+
 def upsample(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
     """Each column, then each row, taken f times."""
     factor, (_, height, width) = upsample_factor(layer), layer.in_shape
@@ -392,6 +412,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "layer_norm": layer_norm,
     "group_norm": group_norm,
     "unit_norm": unit_norm,
+    "bounded": bounded,
     "upsample": upsample,
     "attention": attention,
 }

@@ -12,9 +12,9 @@ import numpy as np
 from vqdeploy.importers.checkpoint import Checkpoint
 from vqdeploy.importers.configuration import Fields
 from vqdeploy.importers.plan import Choices, Importer, Plan, optional_configuration
-from vqdeploy.importers.tables import averaged
 from vqdeploy.importers.vqgan import TAMING_ROWS, TAMING_WORDS, Names, described, grid_sides
 from vqref.errors import InputError
+from vqref.quantizer import averaged
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
 from vqref.validation import Array
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from vqdeploy.importers.checkpoint import claimed, floats
 from vqref.errors import InputError
-from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec, Shape
+from vqref.quantizer import averaged
+from vqref.spec import EMA_COUNT, EMA_MEANS, ModelSpec, Shape
 from vqref.validation import Array
 
 
@@ -87,12 +88,6 @@ def take(
         params[name], dtype = _taken(source, tensors[source.name])
         converted[dtype] += dtype != "float32"
     return Taken(averaged(params), +converted, gone)
-
-
-def averaged(params: Mapping[str, Array]) -> dict[str, Array]:
-    """With averages in which each code counts once, unless they are there."""
-    codebook = params[CODEBOOK]
-    return {EMA_COUNT: np.ones(len(codebook), np.float32), EMA_MEANS: codebook, **params}
 
 
 def _require_all(wanted: Mapping[str, Shape], sources: Mapping[str, Source | None]) -> None:

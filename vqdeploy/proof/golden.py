@@ -18,8 +18,9 @@ from vqref.model import Forward
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Params
 
-GOLDEN_IMAGES = 32
-"""Images of a golden batch; fewer if the oracle is slow on them."""
+GOLDEN_IMAGES, FEWEST_GOLDEN = 32, 2
+"""Images of a golden batch; fewer if the oracle is slow on them, but these at the least: one that
+the model draws, and noise."""
 
 NOISE_SHARE, EXTREME_SHARE = 5 / 32, 3 / 32
 """What part of a golden batch is noise, and what part extremes; the model draws the rest."""
@@ -41,7 +42,7 @@ class Answered(NamedTuple):
 
 def golden_count(spec: ModelSpec) -> int:
     """How many images a golden batch has."""
-    return images_within(spec, most=GOLDEN_IMAGES)
+    return max(FEWEST_GOLDEN, images_within(spec, most=GOLDEN_IMAGES))
 
 
 def require_golden(spec: ModelSpec, images: Array) -> None:
@@ -55,13 +56,14 @@ def golden_images(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
 
     Most images are of the model's own distribution (indices drawn as often as training hit them,
     decoded), every second one under noise; then come noise and extremes: one bright pixel, white,
-    black. N is 32, or as many as one check of the oracle may take, at least four.
+    black. N is 32, or as many as one check of the oracle may take; of two, there are no extremes.
     """
     count = golden_count(spec)
     noisy, extreme = (max(1, round(share * count)) for share in (NOISE_SHARE, EXTREME_SHARE))
     noise = np.random.default_rng(0).random((noisy, *spec.image_shape))
-    drawn = draw_images(spec, params, count - noisy - extreme)
-    return np.concatenate([drawn, noise, _extremes(spec)[:extreme]]).astype(np.float32)
+    drawn = draw_images(spec, params, max(1, count - noisy - extreme))
+    images = np.concatenate([drawn, noise, _extremes(spec)[:extreme]])
+    return images[:count].astype(np.float32)
 
 
 def golden_batch(asked: Answered, count: int) -> dict[str, Array]:

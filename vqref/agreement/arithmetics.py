@@ -269,7 +269,7 @@ def products(layer: Layer) -> int:
 
 
 UNBOUNDED = frozenset(
-    {"embedding", "layer_norm", "group_norm", "unit_norm", "upsample", "attention"}
+    {"embedding", "layer_norm", "group_norm", "unit_norm", "bounded", "upsample", "attention"}
 )
 """Kinds of rows of which no bound is derived here: behind them nothing is proved."""
 

@@ -11,8 +11,9 @@ from vqref.spec import ModelSpec
 SECONDS = 2.0
 """About what one check of the oracle may take on two cores."""
 
-FEWEST = 4
-"""Images that a check takes however long they take."""
+FEWEST, LONGEST = 4, 60.0
+"""Images that a check takes if they take longer than SECONDS, up to so many seconds; one image is
+taken however long it takes."""
 
 PRODUCTS_PER_SECOND = 4e9
 """Of the oracle's convolutions: measured by ``python -m benchmarks.oracle``."""
@@ -42,6 +43,7 @@ def seconds_per_proof(spec: ModelSpec) -> float:
 
 
 def images_within(spec: ModelSpec, most: int = 64, seconds: float = SECONDS) -> int:
-    """How many images fit ``seconds``: at least FEWEST, at most ``most``. The same on every
-    machine."""
-    return max(min(FEWEST, most), min(most, int(seconds / seconds_per_image(spec))))
+    """How many images fit ``seconds``, at most ``most``; FEWEST if these fit LONGEST, and at least
+    one. The same on every machine."""
+    one = seconds_per_image(spec)
+    return min(most, max(1, int(seconds / one), min(FEWEST, int(LONGEST / one))))

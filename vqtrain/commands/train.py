@@ -237,6 +237,11 @@ class SizeOptions:
         f"elements of a codebook row; recipe {DEFAULT_RECIPE} gives the rows of grids {SHORT_ROWS} "
         f"from {LARGE_CODEBOOK} codes up",
     )
+    levels: tuple[int, ...] | None = _size(
+        "--levels",
+        "values of each element of a code, if the codebook is the grid of all of them: 8,8,8 has "
+        "512 codes of 3",
+    )
     normalized: bool | None = _size("--normalized", "codes and latents are unit vectors")
     base_depth: int | None = _size("--base-depth", "channels of the outer convolutions")
     latent_size: int | None = _size("--latent-size", "latents, and so indices, per image")
