@@ -20,9 +20,6 @@ SMALLEST, LARGEST = 1e-12, 1e6
 TRAINED = tuple(name for name, precision in PRECISIONS.items() if precision.trains)
 """Names of the precisions in which a network can be trained."""
 
-LARGE_CODEBOOK, SHORT_ROWS = 2048, 8
-"""Codes of a grid from which the default recipe differs, and how many elements it gives each."""
-
 FIRST_MOMENT = 0.9
 """The decay of Adam's mean gradient, beta1, which no option changes."""
 
@@ -41,8 +38,8 @@ class TrainingOptions:
     seed: of the initial parameters and the order of the images
     center: start the decoder's last bias so that the first reconstructions are the mean pixel, and
         the first steps need not drive every latent the same way to learn it
-    plain_steps, plain_until: steps at the start in which the decoder is fed the latents themselves
-        and the codebook waits, and the share of all steps that they take at most
+    plain_steps: steps at the start in which the decoder is fed the latents themselves and the
+        codebook waits
     kmeans_start: set the codebook by k-means on the latents of all images after these steps
     temperature, anneal_until: then draw indices from softmax(-d / (2 * temperature * variance)),
         the temperature falling linearly to 0 at that share of all steps; 0 takes the nearest code
@@ -69,7 +66,6 @@ class TrainingOptions:
     seed: int = 0
     center: bool = False
     plain_steps: int = 0
-    plain_until: float = 0.1
     kmeans_start: bool = False
     temperature: float = 0.0
     anneal_until: float = 0.6
@@ -88,7 +84,7 @@ class TrainingOptions:
         for names, low, high in (
             (("learning_rate", "adam_epsilon", "epsilon"), SMALLEST, LARGEST),
             (("beta", "temperature"), 0, LARGEST),
-            (("decay", "plain_until", "anneal_until", "revive_below"), 0, 1),
+            (("decay", "anneal_until", "revive_below"), 0, 1),
         ):
             for name in names:
                 value = getattr(self, name)
@@ -132,7 +128,6 @@ def default(spec: ModelSpec) -> TrainingOptions:
             revive_below=0.05,
             cosine=True,
         )
-    large = spec.num_codes >= LARGE_CODEBOOK
     return TrainingOptions(
         batch_size=32,
         learning_rate=3e-3,
@@ -141,8 +136,6 @@ def default(spec: ModelSpec) -> TrainingOptions:
         dialect="rosinality",
         decay=0.985,
         center=True,
-        plain_steps=1000 if large else 0,
-        plain_until=0.5 if large else 0.1,
         kmeans_start=True,
         revive_below=0.5,
         cosine=True,
@@ -182,6 +175,10 @@ RECIPES: Mapping[str, Callable[[ModelSpec], TrainingOptions]] = MappingProxyType
 """Named sets of options, functions of the model's spec."""
 
 DEFAULT_RECIPE = "default"
+
+LARGE_CODEBOOK, SHORT_ROWS = 2048, 8
+"""Codes from which the default recipe gives each fewer elements, and how many. docs/recipes.md has
+what it measures."""
 
 
 def recipe_sizes(recipe: str, family: str, asked: Mapping[str, Size]) -> Mapping[str, Size]:

@@ -288,9 +288,6 @@ class RecipeOptions:
     plain_steps: int | None = _recipe(
         "--plain-steps", "steps at the start without the codebook", type=int, metavar="N"
     )
-    plain_until: float | None = _recipe(
-        "--plain-until", "share of all steps that these take at most", type=float, metavar="X"
-    )
     kmeans_start: bool | None = _switch(
         "--kmeans-start", "then set the codebook by k-means on the latents"
     )

@@ -23,6 +23,9 @@ from vqtrain.quantizer import placed
 RISING_STEPS = 100
 """Steps in which a cosine schedule first rises to the learning rate."""
 
+SHORTEST_RUN = 10
+"""Plain steps take at most this part of a run, so that a short one has a codebook, too."""
+
 LAST_SHARE = 0.01
 """The share of the learning rate at which a cosine schedule ends."""
 
@@ -97,7 +100,7 @@ class Rules:
 
     def __init__(self, options: TrainingOptions, steps: int) -> None:
         self.options, self.steps = options, steps
-        self.plain_steps = min(options.plain_steps, int(options.plain_until * steps))
+        self.plain_steps = min(options.plain_steps, steps // SHORTEST_RUN)
         self.generator = torch.Generator().manual_seed(options.seed + 1)
 
     def plain(self, step: int) -> bool:
