@@ -2,12 +2,12 @@
 codebooks in use, technique by technique.
 
 The residual network with 64 channels and half the image's height and width, 256 tokens per image of
-32x32, and as many codes, the same for all; so many steps of 32 images in float32 on one thread, the nearest row at
-inference. Ours: recipe default with what the table's name says. SimVQ (Zhu et al. 2024): rows are a
-frozen normal codebook times a matrix that learns, folded at the end. Wasserstein (Fang et al.
-2025): rows learn, and the distance between two normal distributions, of latents and of rows, is
-added to the loss. The peer: vector-quantize-pytorch as in ``benchmarks.grids``, its codebook told
-to search as we do, since its own step takes twenty times as long.
+32x32, and as many codes, the same for all; so many steps of 32 images in float32 on one thread, the
+nearest row at inference. Ours: recipe default with what the table's name says. SimVQ (Zhu et al.
+2024): rows are a frozen normal codebook times a matrix that learns, folded at the end. Wasserstein
+(Fang et al. 2025): rows learn, and the distance between two normal distributions, of latents and of
+rows, is added to the loss. The peer: vector-quantize-pytorch as in ``benchmarks.grids``, its
+codebook told to search as we do, since its own step takes twenty times as long.
 
 FOLDER is that of ``benchmarks.grids``. NMSE, PSNR and perplexity are of the test images; codes are
 counted over them, and over the training images, which have more tokens than there are codes.
