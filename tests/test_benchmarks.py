@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.__main__ import BLOCK, README, RESULTS, commands, tables
+from benchmarks.large_codebooks import wasserstein
 from benchmarks.measure import ROOT, Record, Worker, in_turns, summary
 
 
@@ -88,6 +90,16 @@ def test_a_record_holds_what_was_printed(tmp_path, capsys, monkeypatch):
     assert stored["printed"] == capsys.readouterr().out.splitlines()
     assert stored["command"] == "python -m benchmarks.nearest --rounds 3"
     assert stored["figures"] == {"seconds": 1.5}
+
+
+def test_the_distance_of_latents_and_rows_is_that_of_their_means_and_deviations():
+    """Moved by v it is |v|² an element; of twice the deviation, the variance an element."""
+    rows = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)).double()
+    rows = rows - rows.mean(dim=0)
+    assert wasserstein(rows, rows).item() == pytest.approx(0, abs=1e-6)
+    assert wasserstein(rows, rows + 2).item() == pytest.approx(4, rel=1e-4)
+    variance = rows.square().mean().item()
+    assert wasserstein(rows, 2 * rows).item() == pytest.approx(variance, rel=1e-4)
 
 
 def test_whole_epochs_run_on_the_processor():

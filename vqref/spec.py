@@ -358,7 +358,8 @@ class ModelSpec:
     variance: σ² of a gaussian likelihood: that of the training images' values in [0, 1].
     value_range: what 0 and 1 of an image are to the networks; outputs lie in the same range.
     normalized: whether codes are unit vectors, which the encoder's last row makes of latents, too:
-        a unit_norm. Their rows are to have length 1; nothing divides them again.
+        a unit_norm. Their rows are to have length 1, as training leaves them; nothing divides them
+        again.
     initial: how weights and codebook start: "glorot_uniform" (Glorot and Bengio 2010, equation 16)
         or "fan_in", normal of variance 1 / fan-in cut off at two deviations, and a codebook uniform
         in ±sqrt(3 / D), as Sonnet has it.
