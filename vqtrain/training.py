@@ -29,6 +29,7 @@ from vqref.likelihoods import LIKELIHOODS
 from vqref.modelfile import Model
 from vqref.spec import ModelSpec
 from vqtrain.data import holdout
+from vqtrain.data.streams import StreamSet
 from vqtrain.device import choose_device, choose_precision, kept_memory, threads, without_variation
 from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED, TrainingOptions
 from vqtrain.run.fitting import require_fitting
@@ -276,7 +277,8 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
         say(f"precision {training.precision}: what this {what} multiplies fastest")
     chosen = images.held_out_as or {}
     held_out = chosen.get("fraction", chosen.get("sha256"))
-    course = course_of(spec, training, sizes, images.sha256, held_out, images.preprocessing)
+    buffer = images.buffer if isinstance(images, StreamSet) else None
+    course = course_of(spec, training, sizes, images.sha256, held_out, images.preprocessing, buffer)
     default_name = f"{_short_name(images.source)}-{plan.recipe}"
     fits = partial(require_fitting, spec=spec)
     folder, state = open_run(plan.runs, plan.name, default_name, plan.resume, course, say, fits)
@@ -328,7 +330,7 @@ def _provenance(images: ImageSet, plan: Plan, training: TrainingOptions) -> dict
         "data": {
             "source": images.source,
             "sha256": images.sha256,
-            "images": len(images.train),
+            "images": images.count,
             "held_out": holdout.record(images),
         },
         "recipe": plan.recipe,

@@ -12,17 +12,20 @@ from torch import Tensor
 
 class Batches:
     """Batches of images (N, C, H, W), held as they came (uint8 or float32) and given out as float32
-    in [0, 1]."""
+    in [0, 1].
+
+    count: how many images one pass takes them of.
+    """
 
     def __init__(
         self, images: npt.NDArray[np.generic], batch_size: int, device: torch.device
     ) -> None:
         self.images = torch.from_numpy(images).to(device)
-        self.batch_size = batch_size
+        self.batch_size, self.count = batch_size, len(images)
 
     def __len__(self) -> int:
         """Whole batches in one pass."""
-        return len(self.images) // self.batch_size
+        return self.count // self.batch_size
 
     def shuffled(self, generator: torch.Generator, skip: int = 0) -> Iterator[Tensor]:
         """One pass in an order drawn from ``generator``, without the remainder and the first

@@ -25,6 +25,8 @@ from vqref.modelfile import Model
 from vqref.spec import ModelSpec
 from vqtrain.agreement import check_against_oracle, images_to_prove, share_proved
 from vqtrain.data.batches import Batches
+from vqtrain.data.holdout import record
+from vqtrain.data.stream_batches import batches_of
 from vqtrain.model import VQVAE
 from vqtrain.modelfile import read_model, write_model
 from vqtrain.options import TrainingOptions
@@ -44,12 +46,12 @@ SAMPLED_IMAGES = 1000
 
 def require_one_batch(images: ImageSet, options: TrainingOptions) -> None:
     """Raises InputError if the training images do not fill one batch."""
-    count, batch = len(images.train), options.batch_size
+    count, batch = images.count, options.batch_size
     if count >= batch:
         return
     whole = count
     if images.held_out is not None and "fraction" in (images.held_out_as or {}):
-        whole += len(images.held_out)
+        whole += record(images)["images"]
     if whole < batch:
         raise InputError(f"{images.source}: {whole} images, fewer than one batch of {batch}")
     raise InputError(
@@ -142,7 +144,7 @@ class Trainer:
             apart = -(-len(images.train) // SAMPLED_IMAGES)
             self.measured_as, measured = "training_sample", images.train[::apart]
         count = self.work.check_images or images_within(self.spec)
-        self.batches = Batches(images.train, batch_size, device)
+        self.batches = batches_of(images, batch_size, device, self.work.say)
         self.measured = Batches(measured, batch_size, device)
         self.sample = to_unit_interval(images.train[:count])
         proved = images_to_prove(self.spec, len(images.train))
@@ -153,7 +155,7 @@ class Trainer:
     def run(self) -> Model:
         """Trains until ``options.epochs`` epochs are done. Returns what ``output`` holds."""
         self.work.say(
-            f"{len(self.batches.images)} images, {self.total} steps of {self.options.batch_size} "
+            f"{self.batches.count} images, {self.total} steps of {self.options.batch_size} "
             f"on {self.work.device}"
         )
         try:
