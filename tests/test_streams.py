@@ -2,22 +2,32 @@
 images, what is held out and what is sampled."""
 
 import io
+import json
+import os
+import signal
+import subprocess
+import sys
 import tarfile
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support import ROOT
 
-from vqref.errors import InputError
+from vqref.errors import InputError, MachineError
 from vqref.host.archives import list_shards, read_shard
 from vqref.host.pictures import Reading
+from vqtrain.__main__ import main
 from vqtrain.data import decoding, streams
 from vqtrain.data.holdout import hold_out
 from vqtrain.data.order import windows
-from vqtrain.data.sources import load_source
+from vqtrain.data.sources import PLAIN, load_source
 from vqtrain.data.stream_batches import StreamBatches
 from vqtrain.data.streams import Streaming, StreamSet
+from vqtrain.modelfile import read_model
+from vqtrain.run.snapshot import list_states
 
 COUNT, EACH = 240, 80
 HERE = Streaming(workers=0)
@@ -86,7 +96,7 @@ def images(many_images):
 def shards(tmp_path, images):
     """A function that writes the images as shards of a kind, and opens them with a split."""
 
-    def made(write=write_npy, held_out=0.0, streaming=HERE, reading=Reading(), of=images):
+    def made(write=write_npy, held_out=0.0, streaming=HERE, reading=PLAIN, of=images):
         folder = tmp_path / "shards"
         if not folder.exists():
             folder.mkdir()
@@ -242,7 +252,7 @@ def test_a_broken_image_stops_the_run_with_its_name(shards):
 def test_broken_images_are_counted_and_named_and_others_take_their_place(
     shards, capsys, monkeypatch
 ):
-    with pytest.raises(InputError, match="3 broken images, more than --max-broken 2: a.tar"):
+    with pytest.raises(InputError, match=r"3 broken images, more than --max-broken 2: a.tar"):
         shards(broken_tar, streaming=Streaming(workers=0, max_broken=2))
     found = shards(broken_tar, streaming=Streaming(workers=0, max_broken=3))
     named = [line for line in found.said if line.startswith("broken, left out (")]
@@ -271,7 +281,7 @@ def test_ranks_put_the_same_image_in_the_place_of_a_broken_one(shards):
 def test_a_shard_that_changed_or_is_damaged_ends_a_pass_in_one_line(shards, tmp_path, images):
     found = shards(write_npy, streaming=Streaming(workers=1))
     np.save(tmp_path / "shards" / "part-1.npy", images[:3])
-    with pytest.raises(InputError, match="part-1.npy: holds 3 images, fewer than were listed"):
+    with pytest.raises(InputError, match=r"part-1.npy: holds 3 images, fewer than were listed"):
         passed(found)
 
 
@@ -331,9 +341,9 @@ def test_options_of_shards_and_of_pictures_are_refused_elsewhere(tmp_path, shard
         load_source(str(tmp_path / "few.npy"), print, streaming=Streaming(buffer=3))
     with pytest.raises(InputError, match="--max-broken is for shards"):
         load_source("glyphs", print, streaming=Streaming(max_broken=3))
-    with pytest.raises(InputError, match="--skip-bad is for a folder of pictures; of shards, use"):
+    with pytest.raises(InputError, match=r"--skip-bad is for a folder of pictures; of shards, use"):
         shards(reading=Reading(skip_bad=True))
-    with pytest.raises(InputError, match="--resize is for pictures; .* holds arrays"):
+    with pytest.raises(InputError, match=r"--resize is for pictures; .* holds arrays"):
         shards(reading=Reading(size=(8, 8)))
 
 
@@ -359,11 +369,6 @@ def test_floating_arrays_stay_floating_and_wrong_ones_are_broken(tmp_path, image
 
 
 def test_a_decoding_process_that_is_killed_ends_the_pass_in_one_line(shards, monkeypatch):
-    import os
-    import signal
-
-    from vqref.errors import MachineError
-
     found = shards(streaming=Streaming(workers=1))
     decode = decoding.Decoder.decode
 
@@ -375,3 +380,135 @@ def test_a_decoding_process_that_is_killed_ends_the_pass_in_one_line(shards, mon
     monkeypatch.setattr(decoding.Decoder, "decode", dies)
     with pytest.raises(MachineError, match="a process that decodes images ended"):
         passed(found)
+
+
+RUN = (
+    *("-m", "vqtrain", "--data", "shards", "--epochs", "2", "--batch-size", "16", "--name", "r"),
+    *("--base-depth", "2", "--num-codes", "8", "--snapshot-steps", "2", "--buffer", "40"),
+    *("--workers", "2", "--max-broken", "3"),
+)
+
+
+def same(one, other) -> bool:
+    a, b = (read_model(path).params for path in (one, other))
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_on_shards_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
+    tmp_path, images, run
+):
+    for name in ("whole", "killed"):
+        (tmp_path / name / "shards").mkdir(parents=True)
+        broken_tar(tmp_path / name / "shards", images)
+    done = run(*RUN, cwd=tmp_path / "whole", PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert "are held out (a tenth, by hash)" in done.stdout
+    assert "broken, left out (3 of at most 3): a.tar: " in done.stdout
+    place, kills = tmp_path / "killed", 0
+    snapshots = place / "runs" / "r" / "snapshots"
+    while kills < 3:
+        before = len(list_states(snapshots)) and list_states(snapshots)[0]
+        process = subprocess.Popen(
+            [sys.executable, *RUN],
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+        )
+        while process.poll() is None and (list_states(snapshots) or [0])[0] == before:
+            time.sleep(0.01)
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.wait()
+        kills += 1
+    assert kills >= 2
+    done = run(*RUN, cwd=place, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "whole" / "model.pt", place / "model.pt")
+
+
+def test_a_signal_to_the_whole_group_saves_the_run_in_one_line(
+    tmp_path, images, monkeypatch, capsys
+):
+    (tmp_path / "shards").mkdir()
+    write_npy(tmp_path / "shards", images)
+    words = [sys.executable, *RUN, "--epochs", "10000"]
+    process = subprocess.Popen(
+        *(words,),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list_states(tmp_path / "runs" / "r" / "snapshots"):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert len(said.splitlines()) == 1, said
+    assert "and saved; the same command goes on" in said
+    monkeypatch.chdir(tmp_path)
+    assert main([*words[3:], "--buffer", "41"]) == 2
+    assert "was begun with buffer 40, not 41" in capsys.readouterr().err
+
+
+def test_evaluate_measures_what_training_held_out_and_prior_refuses_shards(
+    tmp_path, images, monkeypatch, capsys
+):
+    (tmp_path / "shards").mkdir()
+    write_parquet(tmp_path / "shards", images)
+    monkeypatch.chdir(tmp_path)
+    assert main(RUN[2:]) == 0
+    capsys.readouterr()
+    words = ("model.pt", "--data", "shards", "--workers", "0", "--held-out")
+    assert main(["evaluate", *words[:-1], "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["which"] == "held-out images"
+    line = json.loads((tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()[-1])
+    assert found["bound"] == pytest.approx(line["held_out"]["bound"], rel=1e-6)
+    for wanted, said in (
+        ("0", "240 images of shards (a sample of 240)"),
+        ("0.1", "held-out images of shards (a tenth, by hash)"),
+        ("0.2", " images of shards (0.2, by hash)"),
+    ):
+        assert main(["evaluate", *words, wanted]) == 0
+        assert said in capsys.readouterr().out
+    assert main(["prior", "model.pt", "--data", "shards"]) == 3
+    assert "a prior is learned on images that memory holds" in capsys.readouterr().err
+
+
+def test_the_same_images_in_memory_and_in_shards_train_alike(tmp_path, images):
+    """Of one buffer and one epoch the orders differ; what both learn does not by much."""
+    import vqtrain
+
+    (tmp_path / "shards").mkdir()
+    write_npy(tmp_path / "shards", images)
+    source = load_source(str(tmp_path / "shards"), print, streaming=HERE)
+    options = {"epochs": 3, "batch_size": 16, "base_depth": 2, "num_codes": 8, "recipe": "post"}
+    models = [
+        vqtrain.train(hold_out(source, 0.0), **options),
+        vqtrain.train(images, held_out=0, **options),
+    ]
+    bounds = [model.metrics["training_sample"]["bound"] for model in models]
+    assert bounds[0] == pytest.approx(bounds[1], rel=0.05)
+    assert models[0].provenance["data"]["images"] == COUNT
+
+
+def test_a_split_that_was_chosen_is_not_chosen_again(shards):
+    found = shards(held_out=0.2)
+    assert hold_out(found, None) is found
+    with pytest.raises(InputError, match="chosen already"):
+        hold_out(found, 0.3)
+
+
+def test_others_are_held_out_of_shards_and_shards_of_others(tmp_path, images, shards):
+    np.save(tmp_path / "others.npy", images[:9])
+    found = shards(held_out=tmp_path / "others.npy")
+    assert (found.count, len(found.held_out)) == (COUNT, 9)
+    assert found.held_out_as["source"] == "others.npy"
+    few = load_source(str(tmp_path / "others.npy"), print)
+    found = hold_out(few, tmp_path / "shards")
+    assert as_set(found.held_out) == as_set(images)
+    assert found.held_out_as["source"] == "shards"

@@ -29,7 +29,7 @@ from vqref.likelihoods import LIKELIHOODS
 from vqref.modelfile import Model
 from vqref.spec import ModelSpec
 from vqtrain.data import holdout
-from vqtrain.data.streams import StreamSet
+from vqtrain.data.streams import Stream, StreamSet
 from vqtrain.device import choose_device, choose_precision, kept_memory, threads, without_variation
 from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED, TrainingOptions
 from vqtrain.run.fitting import require_fitting
@@ -114,7 +114,7 @@ OPTIONS = (
 
 
 def train(
-    images: npt.ArrayLike | ImageSet,
+    images: npt.ArrayLike | ImageSet | Stream,
     *,
     held_out: npt.ArrayLike | ImageSet | float | None = None,
     folder: str | PathLike[str] | None = None,
@@ -125,7 +125,8 @@ def train(
     """Trains a model on images, as ``python -m vqtrain`` does: the same options give the same one.
 
     images: (N, H, W), (N, H, W, C) or (N, C, H, W), C 1, 3 or 4; uint8, or floating in [0, 1]; or
-    what ``vqref.host.pictures.load_any`` read. held_out: others to measure on, or the share of
+    what ``vqref.host.pictures.load_any`` read, or what ``vqtrain.data.sources.load_source`` opened.
+    held_out: others to measure on, or the share of
     these, by the hash of each, that is not trained on; 0 holds none out. None takes those that an
     ImageSet has, else a tenth.
     folder: where the run keeps its snapshots, metrics and pictures, and goes on if it was
@@ -141,7 +142,7 @@ def train(
     images that cannot be trained on, and otherwise the errors of ``vqref.errors``.
     """
     _require_known(options)
-    whole = _image_set(images, "images")
+    whole = images if isinstance(images, Stream) else _image_set(images, "images")
     wanted = _wanted(held_out)
     with ExitStack() as stack:
         if folder is None:

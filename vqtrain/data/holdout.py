@@ -87,6 +87,10 @@ def hold_out(
         if wanted is None or isinstance(wanted, float):
             return apart(source, FRACTION if wanted is None else wanted)
         source = settle(source, source.pieces, (), None)
+    elif isinstance(source, StreamSet) and not isinstance(wanted, Path | ImageSet):
+        if wanted is None:
+            return source
+        raise InputError(f"{source.source}: which of its images are held out is chosen already")
     if wanted is None:
         if source.held_out is not None:
             return source
