@@ -14,6 +14,10 @@ import numpy as np
 
 from vqref.validation import Int64
 
+FIRST = 512
+"""Images of an epoch's first window; each that follows is twice as large, up to the buffer, so that
+an epoch begins before a whole buffer is decoded."""
+
 
 @dataclass(frozen=True)
 class Window:
@@ -52,9 +56,9 @@ def windows(sizes: Sequence[int], buffer: int, seed: int, first: int = 0) -> Ite
 
 def _ends(counts: Int64, buffer: int) -> Iterator[int]:
     """After which pieces a window ends."""
-    held = 0
+    held, wanted = 0, min(FIRST, buffer)
     for i, count in enumerate(counts, 1):
         held += int(count)
-        if held >= buffer or (held and i == len(counts)):
+        if held >= wanted or (held and i == len(counts)):
             yield i
-            held = 0
+            held, wanted = 0, min(2 * wanted, buffer)
