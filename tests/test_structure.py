@@ -42,6 +42,7 @@ HOMES = {
     "PIL": ("vqref/host",),
     "safetensors": ("vqdeploy/sources.py",),
     "pyarrow": ("vqref/host/arrow.py",),
+    "ray": ("vqdeploy/cluster.py",),
     "cryptography": ("vqdeploy/proof/signature.py",),
 }
 """Where each library may be imported; one that is not named here, nowhere."""

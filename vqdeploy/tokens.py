@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -220,8 +220,7 @@ def write_tokens(path: Path, tokens: Tokens) -> None:
     and ``proved`` of lists of S, a column ``key`` of names if there are any, and the rest in its
     metadata, but no rivals. Raises MachineError if pyarrow is not installed.
     """
-    codes = tokens.num_codes or int(tokens.indices.max(initial=0)) + 1
-    small = tokens.indices.astype(np.min_scalar_type(codes - 1))
+    small = _smallest(tokens)
     buffer = io.BytesIO()
     if path.suffix == ".npy":
         np.save(buffer, small, allow_pickle=False)
@@ -231,21 +230,34 @@ def write_tokens(path: Path, tokens: Tokens) -> None:
             arrays |= {"proved": tokens.proved, "rivals": tokens.rivals.astype(small.dtype)}
         np.savez(buffer, allow_pickle=False, indices=small, **named(tokens.names), **arrays)
     else:
-        pyarrow, module = parquet()
-        columns = {}
-        if tokens.names is not None:
-            columns["key"] = pyarrow.array(tokens.names, pyarrow.string())
-        for name, array in (("indices", small), ("proved", tokens.proved)):
-            if array is not None:
-                values = pyarrow.array(array.ravel())
-                columns[name] = pyarrow.FixedSizeListArray.from_arrays(values, array.shape[1])
-        told = {
-            name: value if isinstance(value, str) else json.dumps(value)
-            for name, value in _told(tokens).items()
-        }
-        table = pyarrow.table(columns).replace_schema_metadata(told)
-        module.write_table(table, buffer)
+        buffer.write(parquet_bytes(tokens, {}))
     write_file(path, buffer.getvalue())
+
+
+def _smallest(tokens: Tokens) -> Array:
+    """The indices in the smallest unsigned type that holds ``num_codes`` of them."""
+    codes = tokens.num_codes or int(tokens.indices.max(initial=0)) + 1
+    return tokens.indices.astype(np.min_scalar_type(codes - 1))
+
+
+def parquet_bytes(tokens: Tokens, more: Mapping[str, str]) -> bytes:
+    """What ``write_tokens`` writes to a ``.parquet``, with more entries of its metadata. Its pages
+    carry checksums. Raises MachineError if pyarrow is not installed."""
+    pyarrow, module = parquet()
+    columns, buffer = {}, io.BytesIO()
+    if tokens.names is not None:
+        columns["key"] = pyarrow.array(tokens.names, pyarrow.string())
+    for name, array in (("indices", _smallest(tokens)), ("proved", tokens.proved)):
+        if array is not None:
+            values = pyarrow.array(array.ravel())
+            columns[name] = pyarrow.FixedSizeListArray.from_arrays(values, array.shape[1])
+    told = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in _told(tokens).items()
+    }
+    table = pyarrow.table(columns).replace_schema_metadata({**told, **more})
+    module.write_table(table, buffer, write_page_checksum=True)
+    return buffer.getvalue()
 
 
 def _told(tokens: Tokens) -> dict[str, Any]:
@@ -299,8 +311,7 @@ def _little(name: str, array: Array) -> Any:
 def _read_parquet(content: bytes) -> Tokens:
     """The columns ``indices`` and ``proved``, (N, S), and ``key``, and the metadata of a parquet
     file. Raises InputError, MachineError, and what pyarrow raises."""
-    _, module = parquet()
-    with module.ParquetFile(io.BytesIO(content), **FOOTER) as file:
+    with _opened(content) as file:
         schema, count = file.schema_arrow, file.metadata.num_rows
         found = {}
         for name, expected in (("indices", "integers"), ("proved", "booleans")):
@@ -308,11 +319,26 @@ def _read_parquet(content: bytes) -> Tokens:
                 found[name] = _lists(file, name, count, expected)
     names = None
     if "key" in schema.names:
-        with module.ParquetFile(io.BytesIO(content), read_dictionary=["key"], **FOOTER) as file:
+        with _opened(content, read_dictionary=["key"]) as file:
             names = _keys(file)
     said = schema.metadata or {}
     told = {name: _said(name, said[name.encode()]) for name in _SAID if name.encode() in said}
     return Tokens(found["indices"], names, proved=found.get("proved"), **told)
+
+
+def parquet_metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a parquet file. Raises InputError, MachineError."""
+    with parsed("holds no tokens"), _opened(content) as file:
+        said = file.schema_arrow.metadata or {}
+        return {name.decode(): value.decode() for name, value in said.items()}
+
+
+def _opened(content: bytes, **how: Any) -> Any:
+    """A parquet file, whose pages are held to their checksums if they have any. Raises what pyarrow
+    raises."""
+    _, module = parquet()
+    source = io.BytesIO(content)
+    return module.ParquetFile(source, page_checksum_verification=True, **FOOTER, **how)
 
 
 def _lists(file: Any, name: str, count: int, expected: str) -> Array:

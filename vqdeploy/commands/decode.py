@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class DecodeOptions(BundleOptions):
     """The tokens, and the file or folder for their reconstructions."""
 
-    tokens: Path = option(type=Path, help="what encode wrote")
+    tokens: Path = option(type=Path, help="the file or folder that encode wrote")
     output: str = option(
         "--output",
         default="images.npz",
@@ -38,6 +38,7 @@ class DecodeOptions(BundleOptions):
 
 
 def run(options: DecodeOptions) -> int:
+    from vqdeploy.archives import read_archive
     from vqdeploy.pictures import require_free, write_pictures, write_reconstructions
     from vqdeploy.tokens import read_tokens, require_format
 
@@ -46,7 +47,8 @@ def run(options: DecodeOptions) -> int:
     if not folder:
         require_format(output, (".npz", ".npy", ".png"))
     with opened(options, output, require_free if folder else require_writable) as codec:
-        tokens = read_tokens(options.tokens)
+        read = read_archive if is_folder(options.tokens) else read_tokens
+        tokens = read(options.tokens)
         with about(options.tokens):
             remark = tokens.require(codec, force=options.force)
         if remark:

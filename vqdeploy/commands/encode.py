@@ -1,27 +1,42 @@
-"""``vqdeploy encode``: images to tokens."""
+"""``vqdeploy encode``: images to tokens, of a file or of an archive that memory does not hold."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from vqdeploy.bundle import Bundle
 from vqdeploy.commands.shared import BundleOptions, PicturesOptions, opened
+from vqdeploy.runtime.sessions import quiet
 from vqref.agreement.advance import Proof, prove
 from vqref.agreement.arithmetics import ARITHMETICS
 from vqref.errors import ExitCode, UsageError
-from vqref.host.commandline import Command, option
+from vqref.host.archives import SHARD_IMAGES, describe, list_shards
+from vqref.host.arrow import parquet
+from vqref.host.commandline import Command, count, option, positive
+from vqref.host.files import is_folder
 from vqref.validation import Array, Int64
+
+ENGINES = ("process", "ray")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions(PicturesOptions, BundleOptions):
-    """The images, and the file for their tokens."""
+    """The images, and the file or folder for their tokens."""
 
-    images: Path = option(type=Path, help="a picture, a folder of them, .npz, .npy or IDX")
-    output: Path = option(
-        "--output", default=Path("tokens.npz"), type=Path, metavar="FILE", help="where to"
+    images: Path = option(
+        type=Path,
+        help="a picture, a folder of them, .npz, .npy or IDX; with a folder as --output also "
+        "parquet files, tars and .npy files that memory does not hold, or a folder of them",
+    )
+    output: str = option(
+        "--output",
+        default="tokens.npz",
+        metavar="PATH",
+        help="where to: .npz, .npy, .parquet, or a folder for parquet files and their manifest",
     )
     prove: str | None = option(
         "--prove",
@@ -31,18 +46,113 @@ class EncodeOptions(PicturesOptions, BundleOptions):
         help="write of each token whether it is the same on every machine that computes in "
         f"{', '.join(ARITHMETICS)}; takes about as long as the oracle (default: do not)",
     )
+    engine: str | None = option(
+        "--engine",
+        default=None,
+        choices=ENGINES,
+        help="of a folder: who works, this process or Ray Data on all cores and cards (default: "
+        "process)",
+    )
+    address: str | None = option(
+        "--address",
+        default=None,
+        metavar="HOST:PORT",
+        help="of --engine ray: the cluster, or auto for one that runs here (default: start one)",
+    )
+    workers: int | None = option(
+        "--workers",
+        default=None,
+        type=positive,
+        metavar="N",
+        help="of --engine ray: how many at a time (default: one per core, four per card)",
+    )
+    max_broken: int | None = option(
+        "--max-broken",
+        default=None,
+        type=count,
+        metavar="N",
+        help="of a folder: how many images that cannot be read may be left out (default: 0)",
+    )
+    shard_images: int | None = option(
+        "--shard-images",
+        default=None,
+        type=positive,
+        metavar="N",
+        help=f"of a folder: about how many images a file has (default: {SHARD_IMAGES}; those of "
+        "a tar stay together)",
+    )
+
+
+OF_FILES = ("prove", "part", "skip_bad", "limit")
+OF_FOLDERS = ("engine", "address", "workers", "max_broken", "shard_images")
+OF_RAY = ("address", "workers")
+"""Options that have a meaning for one kind of output, or one engine, alone."""
 
 
 def run(options: EncodeOptions) -> int:
+    folder = options.output.endswith(("/", os.sep)) or not Path(options.output).suffix
+    if folder or is_folder(Path(options.output)):
+        return _to_folder(options)
+    return _to_file(options)
+
+
+def _require_absent(options: EncodeOptions, names: tuple[str, ...], why: str) -> None:
+    """Raises UsageError for an option that was given and has no meaning here."""
+    for field in dataclasses.fields(EncodeOptions):
+        if field.name in names and getattr(options, field.name) != field.default:
+            raise UsageError(f"--{field.name.replace('_', '-')} is for {why}")
+
+
+def _to_folder(options: EncodeOptions) -> int:
+    """Writes the tokens of an archive."""
+    from vqdeploy.archives import Job, encode_archive, in_process
+
+    _require_absent(options, OF_FILES, "a file as --output")
+    if options.engine != "ray":
+        _require_absent(options, OF_RAY, "--engine ray")
+    parquet()
+    quiet()
+    bundle = Bundle.open(options.bundle)
+    job = Job(
+        options.bundle.absolute(),
+        bundle.sha256,
+        Path(options.output).absolute(),
+        options.device,
+        options.threads,
+        options.max_broken or 0,
+    )
+    source = options.images.absolute()
+    shards = list_shards(
+        source, recursive=options.recursive, images=options.shard_images or SHARD_IMAGES
+    )
+    print(f"{options.images}: {describe(shards)}")
+    engine = in_process
+    if options.engine == "ray":
+        from vqdeploy.cluster import on_ray
+
+        engine = partial(on_ray, address=options.address, workers=options.workers)
+    done = encode_archive(job, bundle.spec, source.name, shards, engine, _say)
+    print(f"{done.summary()}; wrote {options.output}")
+    return ExitCode.DONE
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _to_file(options: EncodeOptions) -> int:
+    """Writes the tokens of images that memory holds."""
     from vqdeploy.proof.advance import require_float32
     from vqdeploy.tokens import TOKEN_FORMATS, Tokens, require_format, write_tokens
 
-    require_format(options.output, TOKEN_FORMATS)
+    output = Path(options.output)
+    _require_absent(options, OF_FOLDERS, "a folder as --output")
+    require_format(output, TOKEN_FORMATS)
     if options.prove:
-        if options.output.suffix == ".npy":
-            raise UsageError(f"{options.output}: an .npy has no room for what --prove finds")
+        if output.suffix == ".npy":
+            raise UsageError(f"{output}: an .npy has no room for what --prove finds")
         require_float32(Bundle.open(options.bundle))
-    with opened(options, options.output) as codec:
+    with opened(options, output) as codec:
         found = options.read(options.images, codec.spec, codec.preprocessing)
         indices = codec.encode(found.images)
         tokens, counted = Tokens.of(codec, indices, found.names), ""
@@ -52,12 +162,12 @@ def run(options: EncodeOptions) -> int:
                 tokens, proved=proof.proved, rivals=proof.rivals, arithmetic=options.prove
             )
             counted = f", {proof.proved.sum()} proved for {options.prove}"
-        write_tokens(options.output, tokens)
+        write_tokens(output, tokens)
         for line in found.said:
             print(line)
         used = len(set(indices.ravel().tolist()))
         said = f"{indices.size} tokens, {used} different{counted}"
-        print(f"{len(indices)} images on {codec.device}: {said}; wrote {options.output}")
+        print(f"{len(indices)} images on {codec.device}: {said}; wrote {output}")
     return ExitCode.DONE
 
 
@@ -74,7 +184,7 @@ def _proof(options: EncodeOptions, images: Array, indices: Int64) -> Proof:
 
 COMMAND = Command(
     "encode",
-    "images to tokens: a folder or a file to .npz, .npy or .parquet",
+    "images to tokens: a folder or a file to .npz, .npy, .parquet or a folder of parquet files",
     EncodeOptions,
     run,
 )

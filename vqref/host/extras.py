@@ -19,6 +19,7 @@ EXTRAS = {
     "matplotlib": "train",
     "PIL": "pictures",
     "pyarrow": "parquet",
+    "ray": "ray",
     "safetensors": "safetensors",
     "cryptography": "sign",
     "tensorboard": "tensorboard",

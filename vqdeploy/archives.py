@@ -1,0 +1,398 @@
+"""Tokens of images that memory does not hold: a folder of parquet files beside a ``manifest.json``.
+
+A job is cut into parts, a shard of the source each. A part is a file of tokens that is written as a
+whole; its bytes follow from the bundle and the shard alone, so that it does not matter who writes
+it, when, or how often. A job that was killed does again what has no file yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vqdeploy.codec import Codec
+from vqdeploy.sealed import sealed, unsealed
+from vqdeploy.tokens import Tokens, parquet_bytes, parquet_metadata, read_tokens
+from vqref.errors import InputError, MachineError
+from vqref.host.archives import Shard, read_shard, to_image
+from vqref.host.files import LONGEST_REASON, about, parsed, read_bytes, write_file
+from vqref.host.images import LARGEST_ARRAY
+from vqref.host.listing import MOST_NAMED, many
+from vqref.host.pictures import Reading
+from vqref.host.streams import plain
+from vqref.spec import ModelSpec
+from vqref.validation import Array, Int64
+
+FORMAT, FORMAT_VERSION = "vqdeploy-tokens", 1
+MANIFEST = "manifest.json"
+
+IMAGES_BYTES = 2**26
+"""Roughly what the images that are held before they are encoded may take, as float32."""
+
+SECONDS_BETWEEN_LINES = 5
+"""How long a job says nothing of its progress."""
+
+_FILE = re.compile(r"tokens-\d{5,}-of-\d{5,}\.parquet", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all who work on a folder of tokens share.
+
+    bundle: the folder that export wrote. manifest_sha256: its digest. output: the folder for the
+    tokens, the same for all. device, threads: as of ``Codec.load``. most_broken: how many images
+    may be left out because they cannot be read.
+    """
+
+    bundle: Path
+    manifest_sha256: str
+    output: Path
+    device: str = "auto"
+    threads: int | None = None
+    most_broken: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of the output, and the shard of the source whose tokens it holds."""
+
+    file: str
+    shard: Shard
+
+    @cached_property
+    def source(self) -> str:
+        """The digest of what the shard is, wherever it lies."""
+        said = dataclasses.asdict(self.shard)
+        del said["path"]
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a part.
+
+    images: how many it holds. broken: how many were left out; named: the first of them, with the
+    reasons. sha256: of the file. kept: whether it was there already.
+    """
+
+    part: Part
+    images: int
+    broken: int
+    named: tuple[str, ...]
+    sha256: str
+    kept: bool
+
+
+def parts_of(shards: Sequence[Shard]) -> tuple[Part, ...]:
+    """The parts of a job, a shard each, in their order."""
+    count = len(shards)
+    return tuple(
+        Part(f"tokens-{number:05}-of-{count:05}.parquet", shard)
+        for number, shard in enumerate(shards)
+    )
+
+
+class PartEncoder:
+    """Writes the parts of a job, one at a time, with one Codec. Raises what ``Codec.load``
+    raises."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.codec = Codec.load(
+            job.bundle,
+            job.device,
+            intra_op_num_threads=job.threads,
+            manifest_sha256=job.manifest_sha256,
+        )
+        spec = self.codec.spec
+        self.reading = Reading.of(self.codec.preprocessing, spec.image_shape)
+        self.at_once = max(1, IMAGES_BYTES // (4 * math.prod(spec.image_shape)))
+
+    def __call__(self, part: Part) -> Outcome:
+        """Writes the part, unless it is there, and says what it holds.
+
+        Raises InputError for a shard that is damaged, more broken images than the job allows, and a
+        file of that name that another bundle or another source made; OSError.
+        """
+        path = self.job.output / part.file
+        if path.exists():
+            return self._kept(path, part)
+        broken: list[str] = []
+        keys: list[str] = []
+        found: list[Int64] = [np.empty((0, self.codec.spec.latent_size), np.int64)]
+        for names, images in self._batches(part.shard, broken):
+            keys += names
+            found.append(self.codec.encode(images))
+        tokens = Tokens.of(self.codec, np.concatenate(found), tuple(keys))
+        named = broken[:MOST_NAMED]
+        more = {"source": part.source, "broken": str(len(broken)), "named": json.dumps(named)}
+        content = parquet_bytes(tokens, more)
+        write_file(path, content)
+        digest = hashlib.sha256(content).hexdigest()
+        return Outcome(part, len(keys), len(broken), tuple(named), digest, kept=False)
+
+    def _batches(self, shard: Shard, broken: list[str]) -> Iterator[tuple[list[str], Array]]:
+        """The names and images (N, C, H, W) of a shard, a few at a time. What cannot be read goes
+        to ``broken``. Raises InputError."""
+        shape = self.codec.spec.image_shape
+        keys: list[str] = []
+        images: list[Array] = []
+        for record in read_shard(shard):
+            try:
+                image = to_image(record, shape, self.reading)
+            except InputError as error:
+                reason = plain(str(error))[:LONGEST_REASON]
+                broken.append(f"{plain(shard.name)}: {record.key}: {reason}")
+                require_few(broken, len(broken), self.job.most_broken)
+                continue
+            if images and (len(images) == self.at_once or image.dtype != images[0].dtype):
+                yield keys, np.stack(images)
+                keys, images = [], []
+            keys.append(record.key)
+            images.append(image)
+        if images:
+            yield keys, np.stack(images)
+
+    def _kept(self, path: Path, part: Part) -> Outcome:
+        """What the file of a part holds. Raises InputError if it is not what would be written."""
+        content = read_bytes(path)
+        with about(path):
+            said = parquet_metadata(content)
+            if said.get("manifest_sha256") != self.job.manifest_sha256:
+                raise InputError(
+                    f"tokens of bundle {said.get('manifest_sha256', 'unknown'):.12}…, this one is "
+                    f"{self.job.manifest_sha256:.12}…; name a new folder"
+                )
+            if said.get("source") != part.source:
+                raise InputError("tokens of another source; name a new folder")
+        images = len(read_tokens(path).indices)
+        with about(path), parsed("its metadata are damaged"):
+            broken, named = int(said["broken"]), tuple(map(str, json.loads(said["named"])))
+        digest = hashlib.sha256(content).hexdigest()
+        return Outcome(part, images, broken, named, digest, kept=True)
+
+
+def require_few(named: Sequence[str], count: int, most: int) -> None:
+    """Raises InputError that names the first of ``count`` broken images if they are more than
+    ``most``."""
+    if count > most:
+        what = "1 broken image" if count == 1 else f"{count} broken images"
+        raise InputError(f"{what}, and --max-broken is {most}: {'; '.join(named[:MOST_NAMED])}")
+
+
+def begin(job: Job, spec: ModelSpec, source: str, parts: Sequence[Part]) -> None:
+    """Makes the folder of a job, or finds that what is there is of the same job.
+
+    source: its name. Raises InputError for a folder of another job or of other things, MachineError
+    if it cannot be written to.
+    """
+    path = job.output / MANIFEST
+    told = _told(job, spec, source, parts)
+    try:
+        job.output.mkdir(parents=True, exist_ok=True)
+        left = [each for each in job.output.iterdir() if not each.name.startswith(".")]
+        if not left:
+            write_file(path, sealed({**told, "complete": False}))
+    except OSError as error:
+        raise MachineError(f"{job.output}: cannot be written: {error.strerror}") from None
+    if left and not path.exists():
+        raise InputError(f"{job.output}: holds other files; name a new folder")
+    found = _read_manifest(path)
+    for name in ("manifest_sha256", "source_sha256"):
+        if found.get(name) != told[name]:
+            what = {"manifest_sha256": "bundle", "source_sha256": "source, or other shards"}[name]
+            raise InputError(f"{path}: tokens of another {what}; name a new folder")
+
+
+def finish(job: Job, spec: ModelSpec, source: str, outcomes: Sequence[Outcome]) -> None:
+    """Writes the manifest of a job whose parts, in their order, are all there. Raises OSError."""
+    parts = [outcome.part for outcome in outcomes]
+    done = {
+        "complete": True,
+        "images": sum(outcome.images for outcome in outcomes),
+        "broken": sum(outcome.broken for outcome in outcomes),
+        "parts": [
+            {
+                "file": outcome.part.file,
+                "shard": outcome.part.shard.name,
+                "images": outcome.images,
+                "broken": outcome.broken,
+                "sha256": outcome.sha256,
+            }
+            for outcome in outcomes
+        ],
+    }
+    write_file(job.output / MANIFEST, sealed({**_told(job, spec, source, parts), **done}))
+
+
+def _told(job: Job, spec: ModelSpec, source: str, parts: Sequence[Part]) -> dict[str, Any]:
+    """What a manifest says before there are tokens."""
+    digests = "".join(part.source for part in parts)
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "manifest_sha256": job.manifest_sha256,
+        "latent_shape": list(spec.latent_shape),
+        "num_codes": spec.num_codes,
+        "source": plain(source),
+        "source_sha256": hashlib.sha256(digests.encode()).hexdigest(),
+    }
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The entries of a manifest. Raises InputError."""
+    content = read_bytes(path)
+    with about(path), parsed("not the manifest of a folder of tokens"):
+        found = unsealed(content)
+        if found.get("format") != FORMAT:
+            raise InputError(f"its format is {found.get('format')!r:.80}, expected {FORMAT!r}")
+        if found.get("format_version") != FORMAT_VERSION:
+            version = found.get("format_version")
+            raise InputError(
+                f"of version {version!r:.80}, which this program does not read: it knows "
+                f"{FORMAT_VERSION}"
+            )
+        return found
+
+
+def read_archive(folder: Path) -> Tokens:
+    """All tokens of a folder that ``finish`` completed.
+
+    Raises InputError for one that is not complete, a part that is not what the manifest says, and
+    more tokens than memory is given to; MachineError if pyarrow is not installed.
+    """
+    path = folder / MANIFEST
+    found = _read_manifest(path)
+    with about(path), parsed("not the manifest of a folder of tokens"):
+        if found["complete"] is not True:
+            raise InputError("the job is not complete; the same encode command goes on with it")
+        said = [(str(part["file"]), str(part["sha256"])) for part in found["parts"]]
+        size = int(found["images"]) * math.prod(map(int, found["latent_shape"])) * 8
+        if size > LARGEST_ARRAY:
+            raise InputError(
+                f"{found['images']} images are too many to be held in memory; decode its parts, "
+                f"such as {folder / said[0][0]}"
+            )
+        if not all(_FILE.fullmatch(file) for file, _ in said):
+            raise InputError("names files that are no parts")
+    tokens = [_read_part(folder / file, sha256, found) for file, sha256 in said]
+    names = [name for each in tokens for name in each.names or ()]
+    indices = np.concatenate([each.indices for each in tokens])
+    return dataclasses.replace(tokens[0], indices=indices, names=tuple(names))
+
+
+def _read_part(path: Path, sha256: str, said: dict[str, Any]) -> Tokens:
+    """The tokens of a part. Raises InputError if its file is not the one of that digest."""
+    if hashlib.sha256(read_bytes(path)).hexdigest() != sha256:
+        raise InputError(f"{path}: damaged: its sha256 is not the one that {MANIFEST} says")
+    tokens = read_tokens(path)
+    if tokens.manifest_sha256 != said["manifest_sha256"]:
+        raise InputError(f"{path}: tokens of another bundle than {MANIFEST} says")
+    return tokens
+
+
+@dataclass
+class Progress:
+    """How far a job is, and how long it will take.
+
+    total: the weight of all shards. clock: seconds from any moment on.
+    """
+
+    parts: int
+    total: int
+    clock: Callable[[], float] = time.monotonic
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._start = self._said = self.clock()
+        self._kept = self._done = 0
+
+    def add(self, outcome: Outcome) -> str | None:
+        """Counts a part; a line, if the last one is a while ago."""
+        self.outcomes[outcome.part.file] = outcome
+        weight = outcome.part.shard.weight
+        self._done += weight
+        self._kept += weight if outcome.kept else 0
+        if self.clock() - self._said < SECONDS_BETWEEN_LINES:
+            return None
+        self._said = self.clock()
+        return f"{len(self.outcomes)} of {many(self.parts, 'shard')}, {self.speed()}{self._left()}"
+
+    def speed(self) -> str:
+        """The images that were encoded, and how many a second."""
+        images = sum(each.images for each in self.outcomes.values() if not each.kept)
+        seconds = max(self.clock() - self._start, 1e-9)
+        return f"{images:,} images encoded, {images / seconds:,.0f} images/s"
+
+    def summary(self) -> str:
+        """What the job has done, once it is complete."""
+        found = self.outcomes.values()
+        images, broken = sum(each.images for each in found), sum(each.broken for each in found)
+        kept = sum(each.images for each in found if each.kept)
+        left_out = f", {broken} left out" if broken else ""
+        before = f", {kept:,} of them before" if kept else ""
+        return f"{images:,} images{before}{left_out}; {self.speed()}"
+
+    def _left(self) -> str:
+        encoded = self._done - self._kept
+        if not encoded:
+            return ""
+        seconds = (self.clock() - self._start) * (self.total - self._done) / encoded
+        return f", {duration(seconds)} left"
+
+
+def duration(seconds: float) -> str:
+    """A time in the two largest units: "2 h 05 min", "3 min 20 s", "4 s"."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
+
+
+Engine = Callable[[Job, Sequence[Part]], Iterator[Outcome]]
+"""What has parts written, by whomever, and gives their outcomes as they come."""
+
+
+def in_process(job: Job, parts: Sequence[Part]) -> Iterator[Outcome]:
+    """The engine of one process with a loop."""
+    yield from map(PartEncoder(job), parts)
+
+
+def encode_archive(
+    job: Job,
+    spec: ModelSpec,
+    source: str,
+    shards: Sequence[Shard],
+    engine: Engine = in_process,
+    say: Callable[[str], None] = print,
+) -> Progress:
+    """Writes the tokens of all shards, a part each, and the manifest.
+
+    say: takes lines on progress, as it is made. Raises what ``begin`` and ``PartEncoder`` raise;
+    the same call then goes on.
+    """
+    parts = parts_of(shards)
+    begin(job, spec, source, parts)
+    progress = Progress(len(parts), sum(shard.weight for shard in shards))
+    broken = 0
+    for outcome in engine(job, parts):
+        line = progress.add(outcome)
+        if line:
+            say(line)
+        for named in outcome.named:
+            say(f"left out: {named}")
+        broken += outcome.broken
+        require_few(outcome.named, broken, job.most_broken)
+    finish(job, spec, source, [progress.outcomes[part.file] for part in parts])
+    return progress

@@ -1,0 +1,252 @@
+"""Tokens on many cores and machines, by Ray Data.
+
+``on_ray`` is an engine of ``vqdeploy.archives``. ``CodecActor`` is for those who have a pipeline of
+Ray Data already:
+
+    dataset = ray.data.read_parquet("images").map_batches(
+        CodecActor, fn_constructor_args=["model-onnx"], batch_size=256,
+        compute=ray.data.ActorPoolStrategy(size=4), num_cpus=1)
+
+Ray is imported when it is used, so that workers import this module without it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vqdeploy.archives import Job, Outcome, Part, PartEncoder
+from vqdeploy.codec import Codec
+from vqref.errors import CommandError, MachineError
+from vqref.host.archives import Record, to_image
+from vqref.host.interrupts import SIGNALS, Interrupted
+from vqref.host.pictures import Reading
+from vqref.validation import Array
+
+WORKERS_PER_CARD = 4
+"""Workers that share a GPU: each decodes pictures while another one's graph runs."""
+
+QUEUED = 2
+"""Parts that a worker holds at a time, the one at work included."""
+
+SECONDS_TO_CONNECT = 10
+"""How long a cluster may take to be reached."""
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # errors reach us as exceptions, the caller as one line
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the job says who has no card, no variable does
+}
+"""How Ray runs here, unless the user's environment says otherwise."""
+
+
+class CodecActor:
+    """One Codec for ``map_batches``: adds a column ``indices``, int64 (N, S), to each batch.
+
+    bundle: the folder that export wrote, on every machine. column: of the images: bytes of
+    pictures, {bytes, path}, or arrays uint8, or floating in [0, 1]. device, threads: as of
+    ``Codec.load``; one thread fits ``num_cpus=1``. manifest_sha256: which bundle it must be.
+
+    Raises what ``Codec.load`` raises, and InputError for a batch with an image that cannot be read.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        *,
+        column: str = "image",
+        device: str = "auto",
+        threads: int | None = 1,
+        manifest_sha256: str | None = None,
+    ) -> None:
+        self.column = column
+        self.codec = Codec.load(
+            bundle, device, intra_op_num_threads=threads, manifest_sha256=manifest_sha256
+        )
+        self.reading = Reading.of(self.codec.preprocessing, self.codec.spec.image_shape)
+
+    def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
+        return {**batch, "indices": self.codec.encode(self._images(batch[self.column]))}
+
+    def _images(self, rows: Array) -> Array:
+        """Images (N, C, H, W). Raises InputError."""
+        shape = self.codec.spec.image_shape
+        if rows.dtype != object:
+            return rows
+        contents = [row["bytes"] if isinstance(row, dict) else row for row in rows]
+        records = [
+            Record(str(i), content, "the row holds no image") for i, content in enumerate(contents)
+        ]
+        images = [to_image(record, shape, self.reading) for record in records]
+        return np.stack(images) if images else np.empty((0, *shape), np.uint8)
+
+
+class PartActor:
+    """One ``PartEncoder`` for ``map_batches``: rows of a pickled ``part`` become rows of a pickled
+    ``outcome``, which is the CommandError if there is one."""
+
+    def __init__(self, job: Job) -> None:
+        self.encode: PartEncoder | CommandError
+        try:
+            self.encode = PartEncoder(job)
+        except CommandError as error:
+            self.encode = error
+
+    def __call__(self, batch: dict[str, Array]) -> dict[str, list[bytes]]:
+        return {"outcome": [pickle.dumps(self._outcome(part)) for part in batch["part"]]}
+
+    def _outcome(self, part: bytes) -> Outcome | CommandError:
+        if isinstance(self.encode, CommandError):
+            return self.encode
+        try:
+            return self.encode(pickle.loads(part))
+        except CommandError as error:
+            return error
+        except OSError as error:
+            return MachineError(f"{error.filename or self.encode.job.output}: {error.strerror}")
+
+
+def on_ray(
+    job: Job, parts: Sequence[Part], *, address: str | None = None, workers: int | None = None
+) -> Iterator[Outcome]:
+    """The engine of many workers: an actor each, which holds one Codec.
+
+    address: of a cluster, whose machines see bundle, source and output under the same paths; None
+    starts one here for the time of the job. workers: how many at a time; None: one for each of the
+    cores that ``job.threads`` takes (1 unless it says), or WORKERS_PER_CARD per GPU if there are
+    any and the job's device is not "cpu".
+
+    Raises MachineError if Ray is not installed, the cluster is not there, or a worker dies; and
+    what a PartEncoder raises.
+    """
+    import ray.data
+
+    with _cluster(address):
+        pool = _pool(job, ray.cluster_resources(), workers)
+        own = dataclasses.replace(job, device=pool.device, threads=pool.cores)
+        dataset = ray.data.from_items(
+            [{"part": pickle.dumps(part)} for part in parts],
+            override_num_blocks=max(1, len(parts)),
+        ).map_batches(
+            PartActor,
+            fn_constructor_args=[own],
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(
+                size=min(pool.size, max(1, len(parts))), max_tasks_in_flight_per_actor=QUEUED
+            ),
+            num_cpus=pool.cores,
+            num_gpus=pool.cards,
+        )
+        try:
+            for row in dataset.iter_rows():
+                outcome = pickle.loads(row["outcome"])
+                if isinstance(outcome, CommandError):
+                    raise outcome
+                yield outcome
+        except ray.exceptions.RayError as error:
+            raise MachineError(f"Ray: {str(error).strip().splitlines()[-1]}") from None
+
+
+class _Pool(NamedTuple):
+    """How many actors, the cores (and threads) and the share of a GPU that each takes, and the
+    device of their Codecs."""
+
+    size: int
+    cores: int
+    cards: float
+    device: str
+
+
+def _pool(job: Job, resources: Mapping[str, float], workers: int | None) -> _Pool:
+    """Raises MachineError for a device or a number of workers that the cluster does not have."""
+    cores, cards = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
+    threads = job.threads or 1
+    if job.device == "cuda" and not cards:
+        raise MachineError("device cuda: no machine of the cluster has a GPU")
+    if job.device == "cpu":
+        cards = 0
+    most = cores // threads
+    size = workers or (max(1, min(most, WORKERS_PER_CARD * cards)) if cards else max(1, most))
+    if size > most:
+        raise MachineError(f"{size} workers of {threads} cores each: the cluster has {cores} cores")
+    share = 1 / -(-size // cards) if cards else 0
+    return _Pool(size, threads, share, "cuda" if cards else "cpu")
+
+
+@contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Connects to a cluster, or starts one; says nothing. Raises MachineError."""
+    os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
+    import ray
+    import ray.data
+
+    if address is not None:
+        _require_open(address)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        try:
+            with _silence():
+                ray.init(
+                    address=address or "local",
+                    runtime_env=_same_modules() if address is None else None,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    include_dashboard=False,
+                )
+        except SystemExit:  # what Ray makes of a signal while it starts
+            raise Interrupted(signal.SIGTERM) from None
+        except Exception as error:
+            raise MachineError(f"Ray: {error}") from None
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _require_open(address: str) -> None:
+    """Raises MachineError unless somebody listens at HOST:PORT: Ray itself tries for minutes.
+    Lets other forms of addresses pass."""
+    host, _, port = address.rpartition(":")
+    if not (host and port.isdecimal()) or "/" in host:
+        return
+    try:
+        socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise MachineError(f"Ray: no cluster at {address}: {error}") from None
+
+
+def _same_modules() -> dict[str, dict[str, str]]:
+    """A ``runtime_env`` in which workers import what this process imports."""
+    return {
+        "env_vars": {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
+    }
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Sends nowhere what Ray's C++ says on stderr of its own log level."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
