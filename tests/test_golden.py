@@ -19,7 +19,7 @@ from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
 from vqtrain import VQVAE
 from vqtrain.likelihoods import mean
 from vqtrain.losses import compute_losses
-from vqtrain.quantizer import Quantizer
+from vqtrain.quantizer import Quantizer, assigned
 
 STAGES = {
     "latents": "latents",
@@ -102,7 +102,8 @@ def test_the_trainer_computes_the_golden_gradient_of_every_parameter(golden, tra
 
 def test_the_trainer_computes_the_golden_ema_step(golden, trained):
     module, out, _ = trained
-    module.quantizer.update(out.latents, out.indices, decay=0.99, epsilon=1e-5)
+    hit = assigned(out.latents.detach(), out.indices, golden.spec.num_codes)
+    module.quantizer.update(*hit, decay=0.99, epsilon=1e-5)
     for name in STATE:
         found = getattr(module.quantizer, name).numpy()
         assert off(found, golden[f"after/quantizer.{name}"]) <= 1e-12, name
@@ -221,7 +222,8 @@ def test_the_trainer_computes_sonnets_averages(sonnet):
         getattr(quantizer, name).copy_(torch.from_numpy(getattr(before, name)))
     quantizer.steps.fill_(before.steps)
     latents, indices = (torch.from_numpy(sonnet[name]) for name in ("latents", "indices"))
-    quantizer.update(latents, indices, decay=0.99, epsilon=1e-5)
+    hit = assigned(latents, indices, sonnet.spec.num_codes)
+    quantizer.update(*hit, decay=0.99, epsilon=1e-5)
     assert int(quantizer.steps) == 4
     for name in STATE:
         assert off(getattr(quantizer, name).numpy(), getattr(after, name)) <= 1e-12, name

@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 import vqref
 from vqref import families, quantizer
 from vqref.dialects import DIALECTS, POST
-from vqtrain.quantizer import SETTLED, Quantizer, draw, reset_codes, revive_codes, update_ema
+from vqtrain.quantizer import (
+    SETTLED,
+    Quantizer,
+    assigned,
+    draw,
+    reset_codes,
+    revive_codes,
+    update_ema,
+)
 
 SMALL = st.integers(-4, 4).map(float)
 
@@ -262,7 +270,7 @@ def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(dialect, seed
     state, module = started(dialect, rng)
     for step in range(6):
         latents, indices = rng.normal(size=(4, 2, 3)), rng.integers(0, 5, (4, 2))
-        module.update(*tensors(latents, indices), *how)
+        module.update(*assigned(*tensors(latents, indices), 7), *how)
         state = vqref.update_ema(state, latents, indices, *how, dialect)
         require_same(module, state)
         if step % 3 == 1:
@@ -280,8 +288,9 @@ def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(dialect, seed
         if step % 3 == 2:
             order = rng.permutation(8)
             dead = dead_codes(state, 8, 0.3, decay, dialect)[:8]
-            module.revive(*tensors(latents, order), 0.3, *how)
-            rows = latents.reshape(-1, 3)[order[: len(dead)]]
+            rows = latents.reshape(-1, 3)[order]
+            module.revive(*tensors(rows), 8 / 7, 0.3, *how)
+            rows = rows[: len(dead)]
             state = vqref.reset_codes(state, dead, rows, np.full(len(dead), 8 / 7), *how, dialect)
         require_same(module, state)
 
@@ -310,7 +319,7 @@ def test_codes_on_which_their_latents_sit_stay_after_a_start(dialect):
     np.testing.assert_array_equal(module.ema_count.numpy(), counts)
     indices = np.repeat(np.arange(7), counts.astype(int))[None]
     for _ in range(3):
-        module.update(*tensors(rows[indices], indices), 0.9, 1e-5)
+        module.update(*assigned(*tensors(rows[indices], indices), 7), 0.9, 1e-5)
         np.testing.assert_allclose(module.codebook.numpy(), rows, rtol=2e-5)
         np.testing.assert_allclose(module.ema_count.numpy(), counts, rtol=2e-5)
 
@@ -334,7 +343,8 @@ def test_reviving_is_the_oracles_reset_of_the_dead_codes(seed, latents, below):
     rng = np.random.default_rng(seed)
     codebook, means, rows = (rng.normal(size=(k, 3)) for k in (7, 7, latents))
     count, order = rng.uniform(0, 2 * latents / 7, 7), rng.permutation(latents)
-    found = revive_codes(*tensors(codebook, count, means, rows, order), below, 0.99, 1e-5)
+    arrays = tensors(codebook, count, means, rows[order])
+    found = revive_codes(*arrays, latents / 7, below, 0.99, 1e-5)
     state = vqref.EMAState(codebook, count, means)
     dead = dead_codes(state, latents, below, 0.99, POST)[:latents]
     counts = np.full(len(dead), latents / 7)

@@ -37,16 +37,22 @@ def command(argv: Sequence[str] | None) -> int:
     from importlib import import_module
 
     from vqref.host.commandline import Parser, fill
+    from vqtrain.torchrun import require_one_process, said_once
 
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         found: Command = import_module(COMMANDS[words[0]]).COMMAND
         parser = Parser(prog=f"vqtrain {found.name}", description=found.summary)
         parser.add_options(found.options)
-        return found.run(fill(found.options, parser.parse(words[1:])))
+        with said_once():
+            options = fill(found.options, parser.parse(words[1:]))
+            require_one_process(found.name)
+        return found.run(options)
     from vqtrain.commands.train import TrainOptions, train
 
-    return train(fill(TrainOptions, parse_with_config(build_parser(), words)))
+    with said_once():
+        options = fill(TrainOptions, parse_with_config(build_parser(), words))
+    return train(options)
 
 
 def build_parser() -> Parser:

@@ -44,9 +44,15 @@ class HalfCopies:
             for row, _ in self._rows:
                 row.copies = ()
 
-    def hand_gradients_back(self) -> None:
-        """Gives each parameter the gradient of its copy, in its own precision."""
+    def hand_gradients_back(self, *, add: bool = False) -> None:
+        """Gives each parameter the gradient of its copy, in its own precision.
+
+        add: to those that it was given before, in that precision.
+        """
         found = [torch.zeros_like(c) if c.grad is None else c.grad for c in self._copies]
-        torch._foreach_copy_(self._gradients, found)
+        if add:
+            torch._foreach_add_(self._gradients, [each.float() for each in found])
+        else:
+            torch._foreach_copy_(self._gradients, found)
         for parameter, gradient in zip(self._full, self._gradients, strict=True):
             parameter.grad = gradient

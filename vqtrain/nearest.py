@@ -83,16 +83,29 @@ def product_precision(dtype: torch.dtype) -> str | None:
     )
 
 
-def squared_distances(latents: Tensor, codebook: Tensor) -> Iterator[Tensor]:
-    """Yields ||x - c||^2 of latents (M, D) and codebook (K, D) in the direct form, (m, K) for a few
-    latents at a time, without gradient."""
-    step = min(len(latents), _at_once(latents, codebook.numel()))
+def squared_distances(latents: Tensor, codebook: Tensor, first: int = 0) -> Iterator[Tensor]:
+    """Yields ||x - c||^2 of latents (M, D) and codebook (K, D) in the direct form, (m, K) for
+    ``at_once`` latents at a time, without gradient.
+
+    first: how many latents of the same batch lie before these; where a yield ends does not depend
+    on where these begin.
+    """
+    most = at_once(latents, codebook)
+    step = min(len(latents), most)
     room = torch.empty(
         step, *codebook.shape, dtype=torch.result_type(latents, codebook), device=latents.device
     )
-    for x in latents.detach().split(max(1, step)):
+    head = min(len(latents), -first % most)
+    for x in (*latents.detach()[:head].split(most), *latents.detach()[head:].split(most)):
+        if not len(x):
+            continue
         difference = torch.sub(x[:, None], codebook, out=room[: len(x)])
         yield difference.square_().sum(dim=-1)
+
+
+def at_once(latents: Tensor, codebook: Tensor) -> int:
+    """Of how many latents (M, D) ``squared_distances`` to a codebook (K, D) come at once."""
+    return _at_once(latents, codebook.numel())
 
 
 def _at_once(latents: Tensor, elements: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqref.dialects import POST, Dialect
 from vqref.quantizer import SMALLEST_VARIANCE
 from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
-from vqtrain.nearest import nearest, squared_distances
+from vqtrain.nearest import at_once, nearest, squared_distances
 
 SETTLED = 1_000_000
 """Steps after which nothing of a debiased average is its start any more."""
@@ -30,13 +30,35 @@ def update_ema(
     """codebook (K, D), ema_count (K,) and ema_means (K, D) after latents (N, S, D) hit indices (N,
     S): the rule of ``vqref.update_ema``, ``steps`` updates having gone before.
 
+    """
+    hits, sums = assigned(latents, indices, len(ema_count))
+    return move_averages(ema_count, ema_means, hits, sums, decay, epsilon, dialect, steps)
+
+
+def assigned(latents: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """hits (K,), how many of indices (N, S) are each code, and sums (K, D) of its latents (N, S,
+    D). Those of several parts of a batch add up to the whole batch's.
+
     The sums are segment sums: an index_add over N*S rows, not a product with N*S*K.
     """
     index = indices.reshape(-1)
-    ones = torch.ones_like(index, dtype=ema_count.dtype)
-    hits = torch.zeros_like(ema_count).index_add_(0, index, ones)
+    ones = torch.ones_like(index, dtype=latents.dtype)
+    hits = latents.new_zeros(num_codes).index_add_(0, index, ones)
     rows = latents.reshape(-1, latents.shape[-1])
-    sums = torch.zeros_like(ema_means).index_add_(0, index, rows)
+    return hits, latents.new_zeros(num_codes, rows.shape[1]).index_add_(0, index, rows)
+
+
+def move_averages(
+    ema_count: Tensor,
+    ema_means: Tensor,
+    hits: Tensor,
+    sums: Tensor,
+    decay: float,
+    epsilon: float,
+    dialect: Dialect = POST,
+    steps: Tensor | int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What ``update_ema`` gives, from hits (K,) and sums (K, D)."""
     count = decay * ema_count + (1 - decay) * hits
     means = decay * ema_means + (1 - decay) * sums
     share = _share(ema_count, decay, dialect, steps + 1)
@@ -63,32 +85,54 @@ def _smoothed(count: Tensor, epsilon: float, dialect: Dialect) -> Tensor:
 
 @torch.no_grad()
 def draw(
-    latents: Tensor, codebook: Tensor, gumbel: Tensor | int, temperature: Tensor | float
+    latents: Tensor,
+    codebook: Tensor,
+    gumbel: Tensor | int,
+    temperature: Tensor | float,
+    variance: Tensor | None = None,
+    place: tuple[int, int] | None = None,
 ) -> Tensor:
     """Indices (N, S) drawn by the rule of ``vqref.draw_indices``, a few latents at a time.
 
     gumbel: the random choice, (N, S, K), or a seed from which each part of it is made when it is
     needed, so that no array of N*S*K elements is.
+    Of a part of a batch, variance (): ``mean_error`` of the whole batch; place: which of how many
+    latents of the batch is the first here.
     """
     flat = latents.reshape(-1, latents.shape[-1])
-    best = codebook[nearest(latents, codebook).reshape(-1)]
-    variance = (flat - best).square().sum(dim=-1).mean() / latents.shape[-1]
+    first, count = place or (0, len(flat))
+    if variance is None:
+        variance = mean_error(latents, codebook)
     scale = 2 * temperature * variance.clamp(min=SMALLEST_VARIANCE)
     indices = torch.empty(len(flat), dtype=torch.int64, device=flat.device)
     start = 0  # of a part; parts kept apart would scatter the heap, hundreds of MiB
-    for distances in squared_distances(flat, codebook):
-        scores = distances.div_(-scale).add_(_noise(gumbel, start, distances))
+    for distances in squared_distances(flat, codebook, first):
+        if isinstance(gumbel, Tensor):
+            noise = gumbel.reshape(-1, len(codebook))[start : start + len(distances)]
+        else:
+            noise = _noise(gumbel, first + start, count, distances, at_once(flat, codebook))
+        scores = distances.div_(-scale).add_(noise)
         torch.argmax(scores, dim=-1, out=indices[start : start + len(scores)])
         start += len(scores)
     return indices.reshape(latents.shape[:-1])
 
 
-def _noise(gumbel: Tensor | int, start: int, like: Tensor) -> Tensor:
-    """The Gumbel noise of latents from ``start`` on, shaped like their distances (m, K)."""
-    if isinstance(gumbel, Tensor):
-        return gumbel.reshape(-1, like.shape[1])[start : start + len(like)]
-    generator = torch.Generator(like.device).manual_seed(gumbel + start)
-    return torch.empty_like(like).exponential_(generator=generator).log_().neg_()
+def mean_error(latents: Tensor, codebook: Tensor) -> Tensor:
+    """The mean squared difference (), per element, of latents (N, S, D) to their nearest codes."""
+    flat = latents.reshape(-1, latents.shape[-1])
+    best = codebook[nearest(latents, codebook).reshape(-1)]
+    found: Tensor = (flat - best).square().sum(dim=-1).mean() / latents.shape[-1]
+    return found
+
+
+def _noise(seed: int, start: int, count: int, like: Tensor, step: int) -> Tensor:
+    """The Gumbel noise of latents from ``start`` on, of ``count`` in the batch, shaped like their
+    distances (m, K): rows of that of ``step`` latents, which all of the batch are cut into."""
+    whole = start - start % step
+    rows = min(step, count - whole)
+    generator = torch.Generator(like.device).manual_seed(seed + whole)
+    noise = like.new_empty(rows, like.shape[1]).exponential_(generator=generator).log_().neg_()
+    return noise[start - whole : start - whole + len(like)]
 
 
 def reset_codes(
@@ -116,29 +160,29 @@ def revive_codes(
     codebook: Tensor,
     ema_count: Tensor,
     ema_means: Tensor,
-    latents: Tensor,
-    order: Tensor,
+    rows: Tensor,
+    mean: float,
     below: float,
     decay: float,
     epsilon: float,
     dialect: Dialect = POST,
     steps: Tensor | int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """codebook, ema_count and ema_means with every dead code set to a latent of latents (M, D).
+    """codebook, ema_count and ema_means with every dead code set to one of rows (M, D), the first
+    dead code to the first, the second to the second, …, as far as there are some.
 
-    A code is dead if its count is below that share of the mean count; at most M are replaced, and
-    get the mean count. order (M,): which latent the first dead code takes, the second, … This is
-    ``reset_codes`` of the dead codes, in arrays whose shapes do not depend on how many there are.
+    mean: how many latents of a batch there are for each code, the count that they get. A code is
+    dead if its own is below that share of it. This is ``reset_codes`` of the dead codes, in arrays
+    whose shapes do not depend on how many there are.
     """
-    mean = len(latents) / len(codebook)
     share = _share(ema_count, decay, dialect, steps)
     dead = ema_count < below * mean * share
     place = dead.cumsum(0) - 1  # (K,): the first dead code has 0
-    dead = dead & (place < len(latents))
-    rows = latents[order[place.clamp(0, len(latents) - 1)]]  # (K, D), wanted for dead codes alone
+    dead = dead & (place < len(rows))
+    taken = rows[place.clamp(0, len(rows) - 1)]  # (K, D), wanted for dead codes alone
     counts = torch.full_like(ema_count, mean)
     state = codebook, ema_count, ema_means
-    return _replaced(*state, dead, rows, counts, decay, epsilon, dialect, steps)
+    return _replaced(*state, dead, taken, counts, decay, epsilon, dialect, steps)
 
 
 def _replaced(
@@ -193,11 +237,11 @@ class Quantizer(nn.Module):
             return indices, self.codebook[indices]
 
     @torch.no_grad()
-    def update(self, latents: Tensor, indices: Tensor, decay: float, epsilon: float) -> None:
-        """One step of the averages in place, on the latents (N, S, D) and indices (N, S) of the
-        training step that was just taken."""
+    def update(self, hits: Tensor, sums: Tensor, decay: float, epsilon: float) -> None:
+        """One step of the averages in place, on hits (K,) and sums (K, D) of the latents of the
+        training step that was just taken: what ``assigned`` gives."""
         how = decay, epsilon, self.dialect, self.steps
-        self._set(update_ema(self.ema_count, self.ema_means, latents, indices, *how))
+        self._set(move_averages(self.ema_count, self.ema_means, hits, sums, *how))
         self.steps += 1
 
     @torch.no_grad()
@@ -211,14 +255,11 @@ class Quantizer(nn.Module):
         self._set(reset_codes(codebook, count, means, codes, rows, counts, *how))
 
     @torch.no_grad()
-    def revive(
-        self, latents: Tensor, order: Tensor, below: float, decay: float, epsilon: float
-    ) -> None:
-        """Dead codes set to latents (N, S, D) in place, as ``revive_codes`` does it."""
-        rows = latents.reshape(-1, latents.shape[-1])
+    def revive(self, rows: Tensor, mean: float, below: float, decay: float, epsilon: float) -> None:
+        """Dead codes set to rows (M, D) in place, as ``revive_codes`` does it."""
         how = decay, epsilon, self.dialect, self.steps
         codebook, count, means = self._state
-        self._set(revive_codes(codebook, count, means, rows, order, below, *how))
+        self._set(revive_codes(codebook, count, means, rows, mean, below, *how))
 
     @property
     def _state(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
+import json
 import platform
 import tempfile
 from collections.abc import Callable, Mapping
@@ -33,9 +34,11 @@ from vqtrain.data.streams import Stream, StreamSet
 from vqtrain.device import choose_device, choose_precision, kept_memory, threads, without_variation
 from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED, TrainingOptions
 from vqtrain.run.fitting import require_fitting
-from vqtrain.run.folder import RunFolder, open_run
+from vqtrain.run.folder import RunFolder, State, open_run
 from vqtrain.run.metrics import LEAST_ERROR, variance_of
-from vqtrain.run.snapshot import course_of
+from vqtrain.run.ranks import ALONE, Ranks
+from vqtrain.run.snapshot import Course, course_of
+from vqtrain.run.step import Split
 from vqtrain.run.trainer import Trainer, Work, require_one_batch
 
 AUTO = "auto"
@@ -49,7 +52,7 @@ CHOICES = {
 }
 """Options that are one of a few words."""
 
-COUNTS = ("threads", "snapshot_steps", "check_images", "check_every")
+COUNTS = ("threads", "snapshot_steps", "check_images", "check_every", "accumulate")
 """Options that are integers of at least 1."""
 
 LEFT_OUT = ("config", "name", "resume", "json")
@@ -81,6 +84,7 @@ class Plan:
     runs, name, resume: as in ``open_run``. output: where a copy of the model goes, if anywhere.
     snapshot_steps, check_images, check_every, pictures, bar: as in ``Work``. tensorboard: write
     event files.
+    ranks: those that train together. accumulate: passes in which each takes its part of a batch.
     """
 
     recipe: str = DEFAULT_RECIPE
@@ -102,11 +106,13 @@ class Plan:
     tensorboard: bool = False
     pictures: bool = True
     bar: bool = False
+    ranks: Ranks = ALONE
+    accumulate: int = 1
 
 
 OPTIONS = (
     {each.name for each in dataclasses.fields(Plan)}
-    - {"sizes", "changes", "chosen", "runs", "name", "output", "pictures", "bar"}
+    - {"sizes", "changes", "chosen", "runs", "name", "output", "pictures", "bar", "ranks"}
     | {name for family in FAMILIES for name in families.sizes(family)}
     | {each.name for each in dataclasses.fields(TrainingOptions)}
 )
@@ -280,11 +286,15 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
     held_out = chosen.get("fraction", chosen.get("sha256"))
     buffer = images.buffer if isinstance(images, StreamSet) else None
     course = course_of(spec, training, sizes, images.sha256, held_out, images.preprocessing, buffer)
+    _require_same_course(course, plan.ranks)
     default_name = f"{_short_name(images.source)}-{plan.recipe}"
     fits = partial(require_fitting, spec=spec)
-    folder, state = open_run(plan.runs, plan.name, default_name, plan.resume, course, say, fits)
+    folder, state = _opened(
+        plan, lambda: open_run(plan.runs, plan.name, default_name, plan.resume, course, say, fits)
+    )
     try:
-        folder.write_options(_resolved(asked, training, spec, sizes))
+        if plan.ranks.first:
+            folder.write_options(_resolved(asked, training, spec, sizes))
         work = Work(
             plan.device,
             folder,
@@ -293,9 +303,10 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
             plan.check_images,
             plan.check_every,
             say,
-            _writer(folder) if plan.tensorboard else None,
+            _writer(folder) if plan.tensorboard and plan.ranks.first else None,
             pictures=plan.pictures,
             bar=plan.bar,
+            split=Split(plan.ranks, plan.accumulate),
         )
         about = _provenance(images, plan, training)
         model = Trainer(spec, training, images, work, about, course, state).run()
@@ -306,6 +317,29 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
     if written or kept:
         say("; ".join(written + kept))
     return model
+
+
+def _require_same_course(course: Course, ranks: Ranks) -> None:
+    """Raises InputError unless all ranks mean the same run."""
+    content = json.dumps(course, sort_keys=True).encode()
+    if (rank := ranks.different(content)) is not None:
+        raise InputError(f"rank {rank} has other images or options than rank 0")
+
+
+def _opened(
+    plan: Plan, opened: Callable[[], tuple[RunFolder, State | None]]
+) -> tuple[RunFolder, State | None]:
+    """The run's folder, held by rank 0 alone, and the state from which all ranks go on."""
+    if plan.ranks.count == 1:
+        return opened()
+    folder, state = opened() if plan.ranks.first else (None, None)
+    try:
+        path, state = plan.ranks.hand_out_plain((folder and str(folder.path), state))
+    except BaseException:
+        if folder is not None:
+            folder.release()
+        raise
+    return folder or RunFolder(Path(path), held=False), state
 
 
 def _resolved(
@@ -337,6 +371,7 @@ def _provenance(images: ImageSet, plan: Plan, training: TrainingOptions) -> dict
         "recipe": plan.recipe,
         "seed": training.seed,
         "device": str(plan.device),
+        **({"ranks": plan.ranks.count} if plan.ranks.count > 1 else {}),
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("portable-vqvae", "numpy", "torch")},
     }

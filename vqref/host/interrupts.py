@@ -45,7 +45,7 @@ class _State:
 
     watching, guarding, holds: how many ``watched``, ``guarded`` and ``hold`` are entered.
     signalled: whether a signal has come. pending: which, until Interrupted has arrived. alarm: what
-    the timer took the place of.
+    the timer took the place of. deaf: whether signals change nothing any more.
     """
 
     watching = 0
@@ -54,6 +54,7 @@ class _State:
     signalled = False
     pending: int | None = None
     alarm: tuple[Any, tuple[float, float]] | None = None
+    deaf = False
 
 
 _state = _State()
@@ -146,11 +147,26 @@ def guarded(prog: str, body: Callable[[], int], *, last: bool = False) -> int:
         return getattr(stop, "exit_code", 128 + signal.SIGINT)
 
 
+def pending() -> int | None:
+    """The signal that came and has not arrived as Interrupted yet: within a ``hold`` that is to
+    last, the work may end by itself."""
+    return _state.pending
+
+
+def deafen() -> None:
+    """Makes this signal and all further ones change nothing: the process is about to end, and how
+    is decided."""
+    _state.deaf = True
+    _settle()
+
+
 def _in_main_thread() -> bool:
     return threading.current_thread() is threading.main_thread()
 
 
 def _handle(signum: int, frame: object) -> None:
+    if _state.deaf:
+        return
     if _state.signalled and _state.guarding:
         os._exit(128 + signum)
     _state.signalled, _state.pending = True, signum

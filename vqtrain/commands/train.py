@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vqref import families
 from vqref.dialects import DIALECTS
@@ -22,6 +22,9 @@ from vqtrain.commands.shared import SourceOptions, StreamOptions, ThreadOptions
 from vqtrain.data.holdout import hold_out
 from vqtrain.data.sources import load_source, parse_background, parse_size
 from vqtrain.options import DEFAULT_RECIPE, RECIPES, TRAINED
+
+if TYPE_CHECKING:
+    from vqtrain.run.ranks import Ranks
 
 AUTO = "auto"
 
@@ -83,6 +86,13 @@ class RunOptions(ThreadOptions, SourceOptions):
     )
     device: str = option(
         "--device", default=AUTO, choices=(AUTO, "cpu", "cuda"), help="where to train"
+    )
+    accumulate: int = option(
+        "--accumulate",
+        default=1,
+        type=positive,
+        metavar="N",
+        help="passes, one after another, in which a step takes a batch that memory does not hold",
     )
     deterministic: bool = option(
         "--deterministic",
@@ -320,16 +330,29 @@ GROUPS: Mapping[str, type[Any]] = {
 
 
 def train(options: TrainOptions) -> int:
-    """Trains as the options say. Raises CommandError, and Interrupted if a signal came."""
-    from vqtrain.run.narrator import say
+    """Trains as the options say, with the other ranks that torchrun started, if there are some.
+    Raises CommandError, and Interrupted if a signal came."""
+    from vqtrain.run.ranks import joined
+
+    with joined(options.device) as ranks:
+        return _train(options, ranks)
+
+
+def _train(options: TrainOptions, ranks: Ranks) -> int:
+    from vqtrain.run import narrator
     from vqtrain.training import OPTIONS, OptionError, make_plan, run
 
+    say = narrator.say if ranks.first else _ignore
     reading = _reading(options)
     given = {each.name: getattr(options, each.name) for each in dataclasses.fields(options)}
     place = {name: given[name] for name in ("runs", "name", "output")}
+    if not ranks.first:
+        place["output"] = None
+    here = {"bar": ranks.first, "pictures": ranks.first, "ranks": ranks}
     try:
-        plan = make_plan({name: given[name] for name in OPTIONS}, **place, bar=True)
-        source = load_source(options.data, say, reading, options.streaming())
+        plan = make_plan({name: given[name] for name in OPTIONS}, **place, **here)
+        with ranks.local_first():
+            source = load_source(options.data, say, reading, options.streaming())
         images = hold_out(source, options.held_out, reading)
         model = run(images, plan, say, {**given, **_as_text(options)})
     except OptionError as error:
@@ -338,6 +361,10 @@ def train(options: TrainOptions) -> int:
     if options.json:
         say(json.dumps({k: v for k, v in model.metrics.items() if k not in ("history", "oracle")}))
     return ExitCode.DONE
+
+
+def _ignore(line: str) -> None:
+    """Says nothing."""
 
 
 def _reading(options: TrainOptions) -> Reading:

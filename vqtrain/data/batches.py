@@ -14,14 +14,23 @@ class Batches:
     """Batches of images (N, C, H, W), held as they came (uint8 or float32) and given out as float32
     in [0, 1].
 
-    count: how many images one pass takes them of.
+    part: which images of each shuffled batch are given out, from the first to before the second;
+    None gives all. at_once: how many images ``in_order`` and ``some`` give at a time; None gives
+    batches. count: of the images that one pass takes.
     """
 
     def __init__(
-        self, images: npt.NDArray[np.generic], batch_size: int, device: torch.device
+        self,
+        images: npt.NDArray[np.generic],
+        batch_size: int,
+        device: torch.device,
+        part: tuple[int, int] | None = None,
+        at_once: int | None = None,
     ) -> None:
         self.images = torch.from_numpy(images).to(device)
         self.batch_size, self.count = batch_size, len(images)
+        self.part = part or (0, batch_size)
+        self.at_once = at_once or batch_size
 
     def __len__(self) -> int:
         """Whole batches in one pass."""
@@ -31,20 +40,20 @@ class Batches:
         """One pass in an order drawn from ``generator``, without the remainder and the first
         ``skip`` batches. The generator is a CPU's, so the order is the same on every device."""
         order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
-        for batch in range(skip, len(self)):
-            yield self._unit(
-                self.images[order[batch * self.batch_size : (batch + 1) * self.batch_size]]
-            )
+        first, last = self.part
+        for start in range(skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
+            yield self._unit(self.images[order[start + first : start + last]])
 
     def in_order(self) -> Iterator[Tensor]:
         """Every image once, as stored; the last batch may be smaller."""
-        for images in self.images.split(self.batch_size):
-            yield self._unit(images)
+        for images in self.images.split(self.at_once):
+            if len(images):  # of no images there is one part, without any
+                yield self._unit(images)
 
     def some(self, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """At most ``count`` images, drawn without repeats, a batch at a time."""
+        """At most ``count`` images, drawn without repeats, a few at a time."""
         order = torch.randperm(len(self.images), generator=generator)[:count]
-        for part in order.to(self.images.device).split(self.batch_size):
+        for part in order.to(self.images.device).split(self.at_once):
             yield self._unit(self.images[part])
 
     @staticmethod

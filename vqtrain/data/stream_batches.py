@@ -24,8 +24,7 @@ class StreamBatches(Batches):
     """``Batches`` of a stream: a pass takes every image, all else the sample of them.
 
     say: takes a line on each broken image that is met. In its place comes an image of the sample.
-    part: which images of each batch are read and given out, from the first to before the second;
-    None gives all. Which image comes when does not depend on it.
+    part, at_once: as of ``Batches``; images of other parts are not decoded.
     """
 
     def __init__(
@@ -35,11 +34,11 @@ class StreamBatches(Batches):
         device: torch.device,
         say: Say,
         part: tuple[int, int] | None = None,
+        at_once: int | None = None,
     ) -> None:
-        super().__init__(images.train, batch_size, device)
+        super().__init__(images.train, batch_size, device, part, at_once)
         self.source, self.sample, self.count = images, images.train, images.count
         self.device, self.say = device, say
-        self.begin, self.end = part or (0, batch_size)
         self.workers = images.streaming.processes()
         self.broken = Broken(images.streaming.max_broken or 0, images.broken)
 
@@ -49,7 +48,7 @@ class StreamBatches(Batches):
         Raises InputError if more images are broken than may be, or a shard is damaged.
         """
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
-        size, held = self.end - self.begin, self.sample[:0]
+        size, held = self.part[1] - self.part[0], self.sample[:0]
         for images in self._windows(seed, skip) if size else ():
             held = np.concatenate([held, images])
             whole = len(held) // size * size
@@ -83,7 +82,7 @@ class StreamBatches(Batches):
         for window in windows(sizes, self.source.buffer, seed, first):
             at = window.start + np.arange(len(window))
             mine = (at >= first) & (at < len(self) * size)
-            mine &= (at % size >= self.begin) & (at % size < self.end)
+            mine &= (at % size >= self.part[0]) & (at % size < self.part[1])
             numbers, places = window.pieces[mine], window.places[mine]
             order = np.lexsort((places, numbers))
             cuts = np.flatnonzero(np.diff(numbers[order])) + 1
@@ -114,8 +113,9 @@ def batches_of(
     device: torch.device,
     say: Say,
     part: tuple[int, int] | None = None,
+    at_once: int | None = None,
 ) -> Batches:
     """The batches to train on, of a stream or of images in memory."""
     if isinstance(images, StreamSet):
-        return StreamBatches(images, batch_size, device, say, part)
-    return Batches(images.train, batch_size, device)
+        return StreamBatches(images, batch_size, device, say, part, at_once)
+    return Batches(images.train, batch_size, device, part, at_once)

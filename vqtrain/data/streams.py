@@ -33,6 +33,7 @@ from vqref.host.streams import plain
 from vqref.preprocessing import Preprocessing
 from vqref.validation import Array
 from vqtrain.data.decoding import Decoder, Piece, decoded, records
+from vqtrain.torchrun import local_world
 
 PIECE = 128
 """Images of a shard that are read, decoded and shuffled together, where it can be cut."""
@@ -63,9 +64,9 @@ _HELD_OUT = ("validation", "valid", "val", "dev", "test")
 class Streaming:
     """How shards are read.
 
-    workers: processes that decode; 0: none but this one, None: one for each core but one, at most
-    MOST_WORKERS. buffer: images that are shuffled at once, None: BUFFER. max_broken: how many
-    images may be broken before a run stops.
+    workers: processes that decode; 0: none but this one, None: one for each core of this rank but
+    one, at most MOST_WORKERS. buffer: images that are shuffled at once, None: BUFFER. max_broken:
+    how many images may be broken before a run stops, None: 0.
     """
 
     workers: int | None = None
@@ -77,13 +78,13 @@ class Streaming:
         given = {f"--{each.name}": getattr(self, each.name) for each in dataclasses.fields(self)}
         return next((k.replace("_", "-") for k, value in given.items() if value is not None), None)
 
-    def processes(self, ranks: int = 1) -> int:
-        """How many decode for one of ``ranks`` that share the machine."""
+    def processes(self) -> int:
+        """How many decode for this process, which shares its machine with other ranks."""
         if self.workers is not None:
             return self.workers
         usable = getattr(os, "sched_getaffinity", None)
         cores = len(usable(0)) if usable else os.cpu_count() or 1
-        return max(1, min(MOST_WORKERS, cores // ranks - 1))
+        return max(1, min(MOST_WORKERS, cores // local_world() - 1))
 
 
 AS_USUAL = Streaming()

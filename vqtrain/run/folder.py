@@ -48,17 +48,20 @@ class RunFolder:
     snapshots/     the last two states
     model.pt       the model after the last full epoch
 
+    held: whether this process is the one that works in it; else it only knows its name.
     Raises MachineError if another process holds it or it cannot be made.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, held: bool = True) -> None:
         from filelock import FileLock, Timeout
 
         self.path = path
+        self._lock = FileLock(path / ".lock")
+        if not held:
+            return
         try:
             path.mkdir(parents=True, exist_ok=True)
             (path / PICTURES).mkdir(exist_ok=True)
-            self._lock = FileLock(path / ".lock")
             self._lock.acquire(timeout=0)
         except Timeout:
             raise MachineError(f"{path}: another run is at work in this folder") from None

@@ -19,6 +19,7 @@ from vqtrain.likelihoods import mean
 from vqtrain.losses import Losses, compute_losses
 from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
+from vqtrain.run.ranks import ALONE, Ranks
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
@@ -111,6 +112,19 @@ class Meter:
         index = indices.reshape(-1)
         self.hits.index_add_(0, index, torch.ones_like(index))
 
+    def join(self, ranks: Ranks) -> None:
+        """Adds up what the ranks counted, each for itself: each then has all."""
+        count = torch.tensor([self.count], device=self.hits.device)
+        ranks.add_up([self.sums])
+        ranks.add_up([self.hits, count])
+        self.count = int(count)
+
+    def clear(self) -> None:
+        """Begins anew."""
+        self.count = 0
+        self.sums.zero_()
+        self.hits.zero_()
+
     def state(self) -> dict[str, Any]:
         """What ``load`` needs to go on counting."""
         return {"count": self.count, "sums": self.sums, "hits": self.hits}
@@ -138,8 +152,10 @@ def evaluate(
     options: TrainingOptions,
     variance: float,
     measured: Callable[[int], None] = _ignore,
+    ranks: Ranks = ALONE,
 ) -> Metrics:
-    """Measures every image of ``batches``, without a step; everything is added up in float64.
+    """Measures every image of ``batches``, of several ranks each its own, without a step;
+    everything is added up in float64.
 
     variance: of the data, by which ``nmse`` divides. measured: takes after each batch how many
     images are done. Memory does not grow with the number of images.
@@ -159,19 +175,27 @@ def evaluate(
             errors = (x - y).square().mean(dim=(1, 2, 3))  # (N,)
             sums += torch.stack([errors.sum(), decibels(errors).sum(), ssim(x, y).sum()])
             measured(meter.count)
+    with ranks.together():
+        meter.join(ranks)
+        ranks.add_up([sums])
     error, mean_psnr, similarity = sums / meter.count
     nmse, psnr = picture_errors(error.item(), variance)
     fidelity = Fidelity(nmse, psnr, mean_psnr.item(), similarity.item())
-    return meter.read(fidelity, least_reconstruction(spec, batches))
+    return meter.read(fidelity, least_reconstruction(spec, batches, ranks))
 
 
-def least_reconstruction(spec: ModelSpec, batches: Batches) -> float | None:
-    """The reconstruction loss of a perfect copy of ``batches``, at least one image, if the
-    likelihood has one that no outputs go below: a Bernoulli's is the entropy of the pixels."""
+def least_reconstruction(spec: ModelSpec, batches: Batches, ranks: Ranks = ALONE) -> float | None:
+    """The reconstruction loss of a perfect copy of ``batches``, of all ranks at least one image, if
+    the likelihood has one that no outputs go below: a Bernoulli's is the entropy of the pixels."""
     if spec.likelihood != "bernoulli":
         return None
-    total = sum(pixel_entropy(images.double()).sum() for images in batches.in_order())
-    return float(total / len(batches.images))
+    total = batches.images.new_zeros((), dtype=torch.float64)
+    for images in batches.in_order():
+        total += pixel_entropy(images.double()).sum()
+    count = torch.full_like(total, len(batches.images))
+    with ranks.together():
+        ranks.add_up([total, count])
+    return float(total / count)
 
 
 def pixel_entropy(images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from vqtrain.model import VQVAE
 from vqtrain.nearest import takes_products
 from vqtrain.options import TrainingOptions
 from vqtrain.run.rules import Choices, Rules, fits_an_array
-from vqtrain.run.step import Taken, set_learning_rate, take
+from vqtrain.run.step import WHOLE, Split, Taken, set_learning_rate, take
 
 WARM_UP = 3
 """Steps of a kind that are taken one operation at a time before it is recorded: libraries choose
@@ -65,8 +65,8 @@ class RecordedSteps:
     after its first few.
 
     record: ``record_graph``. say: takes the line that says why a kind could not be recorded; its
-    steps are then taken one operation at a time, as the first ones are. What a call returns holds
-    until the next.
+    steps are then taken one operation at a time, as the first ones are. split: of one rank, into
+    passes. What a call returns holds until the next.
     """
 
     def __init__(
@@ -77,8 +77,10 @@ class RecordedSteps:
         rules: Rules,
         record: Record = record_graph,
         say: Callable[[str], None] = print,
+        split: Split = WHOLE,
     ) -> None:
         self.model, self.optimizer, self.options, self.rules = model, optimizer, options, rules
+        self.split = split
         self._record: Record | None = record
         self._say = say
         self._kinds: dict[tuple[bool, ...], _Kind] = {}
@@ -110,7 +112,8 @@ class RecordedSteps:
         return kind
 
     def _take(self, kind: _Kind) -> Taken:
-        return take(self.model, self.optimizer, kind.images, self.options, kind.choices)
+        how = self.options, kind.choices, self.split
+        return take(self.model, self.optimizer, kind.images, *how)
 
 
 def _aside(body: Callable[[], Taken], device: torch.device) -> Taken:

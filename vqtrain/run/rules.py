@@ -18,6 +18,7 @@ from vqtrain.data.batches import Batches
 from vqtrain.model import VQVAE
 from vqtrain.nearest import nearest
 from vqtrain.options import TrainingOptions
+from vqtrain.run.ranks import ALONE, Ranks
 
 RISING_STEPS = 100
 """Steps in which a cosine schedule first rises to the learning rate."""
@@ -148,8 +149,17 @@ class Rules:
     def _seed(self) -> int:
         return int(torch.randint(2**31, (), generator=self.generator))
 
-    def start(self, model: VQVAE, batches: Batches) -> None:
-        """Sets the codebook by k-means on latents of the training images, without gradient."""
+    def start(self, model: VQVAE, batches: Batches, ranks: Ranks = ALONE) -> None:
+        """Sets the codebook by k-means on latents of the training images, without gradient. Rank 0
+        does it for all."""
+        state = self.generator.get_state()
+        if ranks.first:
+            self._start(model, batches)
+            state = self.generator.get_state()
+        ranks.hand_out([*model.quantizer.buffers(), state])
+        self.generator.set_state(state)
+
+    def _start(self, model: VQVAE, batches: Batches) -> None:
         latents = self._some_latents(model, batches)
         codes = model.spec.num_codes
         rows, labels = kmeans(latents, codes, self._seed())

@@ -34,11 +34,12 @@ from vqtrain.run.folder import MODEL, RunFolder
 from vqtrain.run.metrics import Meter, evaluate, least_reconstruction
 from vqtrain.run.narrator import Narrator, say
 from vqtrain.run.progress import Progress
+from vqtrain.run.ranks import digest_of
 from vqtrain.run.recording import RecordedSteps, can_be_recorded
 from vqtrain.run.rules import Rules
 from vqtrain.run.snapshot import Course, RunState, save_state
 from vqtrain.run.start import prepare, start_model
-from vqtrain.run.step import Taken, make_optimizer, training_step
+from vqtrain.run.step import WHOLE, Split, Taken, make_optimizer, training_step
 
 SAMPLED_IMAGES = 1000
 """The most training images that are measured after an epoch if none are held out."""
@@ -72,6 +73,8 @@ class Work:
     record: whether steps on a card are recorded as CUDA graphs, if they can be.
     pictures: whether each epoch is drawn. bar: whether a terminal shows the progress of an epoch by
     a bar; where none is drawn, ``say`` gets a line every half minute.
+    split: of each batch over ranks and passes. Of several ranks only the first checks, draws and
+    writes.
     """
 
     device: torch.device
@@ -85,6 +88,7 @@ class Work:
     record: bool = True
     pictures: bool = True
     bar: bool = True
+    split: Split = WHOLE
 
 
 class Trainer:
@@ -93,8 +97,8 @@ class Trainer:
     course: what ``course_of`` says of it. state: of a snapshot to go on from.
 
     Raises InputError if the images do not fill one batch. ``run`` raises ParityError if the module
-    and the oracle disagree, CommandError if the loss is no longer finite, and Interrupted, with the
-    state saved, if a signal came.
+    and the oracle disagree, or ranks with each other, CommandError if the loss is no longer finite,
+    MachineError if another rank is lost, and Interrupted, with the state saved, if a signal came.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Trainer:
     ) -> None:
         require_one_batch(images, options)
         self.spec, self.options, self.work = spec, options, work
+        self.ranks = work.split.ranks
         self.provenance, self.course = provenance, course
         self.preprocessing = images.preprocessing
         self.narrator = Narrator(spec, work.folder, work.say, work.writer, options.seed)
@@ -119,9 +124,10 @@ class Trainer:
         self.total = len(self.batches) * options.epochs
         self.rules = Rules(options, self.total)
         self.recorded: RecordedSteps | None = None
-        if work.device.type == "cuda" and work.record and can_be_recorded(spec, options):
+        recorded = work.device.type == "cuda" and work.record and self.ranks.count == 1
+        if recorded and can_be_recorded(spec, options):
             self.recorded = RecordedSteps(
-                self.model, self.optimizer, options, self.rules, say=work.say
+                self.model, self.optimizer, options, self.rules, say=work.say, split=work.split
             )
         self.generator = torch.Generator().manual_seed(options.seed)
         self.state = RunState(
@@ -133,6 +139,9 @@ class Trainer:
         )
         if state is not None:
             self.state.load(state)
+        if not self.ranks.first:
+            self.state.meter.clear()  # rank 0 has what all have counted
+        self.ranks.hand_out(list(self.model.state_dict().values()))  # processors may differ
         self.progress = Progress(self.state, options, len(self.batches), work.say, bar=work.bar)
 
     def _take_images(self, images: ImageSet) -> None:
@@ -144,8 +153,10 @@ class Trainer:
             apart = -(-len(images.train) // SAMPLED_IMAGES)
             self.measured_as, measured = "training_sample", images.train[::apart]
         count = self.work.check_images or images_within(self.spec)
-        self.batches = batches_of(images, batch_size, device, self.work.say)
-        self.measured = Batches(measured, batch_size, device)
+        part, (first, last) = self.ranks.part(batch_size), self.ranks.part(len(measured))
+        at_once = -(-batch_size // (self.ranks.count * self.work.split.passes))
+        self.batches = batches_of(images, batch_size, device, self.work.say, part, at_once)
+        self.measured = Batches(measured[first:last], batch_size, device, at_once=at_once)
         self.sample = to_unit_interval(images.train[:count])
         proved = images_to_prove(self.spec, len(images.train))
         self.proved_sample = to_unit_interval(measured[:proved])
@@ -154,19 +165,22 @@ class Trainer:
 
     def run(self) -> Model:
         """Trains until ``options.epochs`` epochs are done. Returns what ``output`` holds."""
+        count = self.ranks.count
         self.work.say(
             f"{self.batches.count} images, {self.total} steps of {self.options.batch_size} "
-            f"on {self.work.device}"
+            f"on {self.work.device}{f', {count} ranks' if count > 1 else ''}"
         )
         try:
             with watched():
                 return self._run()
         except Interrupted as stop:
+            self.ranks.stop(stop.signum)
             if self.state.finished:
                 written = self.work.output or self.work.folder.path / MODEL
                 done = f"interrupted at its end; {written} is written"
                 raise Interrupted(stop.signum, done) from None
             self._save()
+            self.ranks.wait()  # none ends before it is saved
             raise Interrupted(
                 stop.signum,
                 f"interrupted in epoch {self.state.epoch + 1}, step {self.state.step}, and saved; "
@@ -175,7 +189,8 @@ class Trainer:
 
     def _run(self) -> Model:
         """Checks, the rest of the epochs, and the end."""
-        self._require_agreement(self.model, self.sample, "before the first step", aloud=True)
+        if self.ranks.first:
+            self._require_agreement(self.model, self.sample, "before the first step", aloud=True)
         self._tell_least()
         self.narrator.heading(self.measured_as)
         while self.state.epoch < self.options.epochs:
@@ -184,7 +199,7 @@ class Trainer:
 
     def _tell_least(self) -> None:
         """Says what a perfect reconstruction would score, if the likelihood has such a limit."""
-        least = least_reconstruction(self.spec, self.measured)
+        least = least_reconstruction(self.spec, self.measured, self.ranks)
         if least is not None:
             prior = self.spec.latent_size * math.log(self.spec.num_codes)
             self.narrator.least(self.measured_as, least, prior)
@@ -193,6 +208,9 @@ class Trainer:
         """Takes the rest of the epoch, then measures, checks, publishes, and tells of it."""
         state = self.state
         self._steps()
+        with self.ranks.together():
+            self._require_equal_ranks()
+            state.meter.join(self.ranks)
         start = time.perf_counter()
         metrics = state.meter.read()
         state.seconds += time.perf_counter() - start  # a card was still at work
@@ -204,7 +222,7 @@ class Trainer:
             "images_per_second": state.step * self.options.batch_size / state.seconds,
             "data": self.provenance.get("data", {}).get("source"),
         }
-        if epoch % self.work.check_every == 0:
+        if epoch % self.work.check_every == 0 and self.ranks.first:
             report = self._require_agreement(self.model, self.sample, f"after epoch {epoch}")
             line["oracle"] = report.to_dict()
             line["oracle_error_over_allowed"] = report.worst_error_over_allowed
@@ -214,11 +232,15 @@ class Trainer:
             self.options,
             self.spec.variance,
             self.progress.measuring(len(self.measured.images)),
+            self.ranks,
         )
         self._require_finite(measured.total)
-        proved = share_proved(self.spec, self.model.params(), self.proved_sample)
-        line[self.measured_as] = {**measured.to_dict(self.spec), **proved}
-        with hold():
+        line[self.measured_as] = measured.to_dict(self.spec)
+        if self.ranks.first:
+            line[self.measured_as] |= share_proved(
+                self.spec, self.model.params(), self.proved_sample
+            )
+        with hold(), self.ranks.together():
             state.history.append(line)
             state.epoch, state.step, state.seconds = epoch, 0, 0.0
             state.order, state.meter = (
@@ -227,7 +249,7 @@ class Trainer:
             )
             self._publish()
         self.narrator.epoch(line)
-        if self.work.pictures:
+        if self.work.pictures and self.ranks.first:
             self.narrator.draw(self.model, self.shown, metrics.hits, state.history)
         self.progress.ended()
 
@@ -236,26 +258,33 @@ class Trainer:
         state = self.state
         self.generator.set_state(state.order)
         batches = self.batches.shuffled(self.generator, skip=state.step)
-        for images in self.progress.steps(batches):
-            start = time.perf_counter()
-            with hold():
-                step = self._steps_taken()
-                if self.rules.starts(step):
-                    self._start_codebook()
-                state.meter.add(*self._take(images, step))
-                state.step += 1
-                state.seconds += time.perf_counter() - start
-                if state.step % self.work.snapshot_steps == 0:
-                    self._save()
+        with self.ranks.together():
+            for images in self.progress.steps(batches):
+                self.ranks.go_on()
+                self._step(images)
+
+    def _step(self, images: Tensor) -> None:
+        """The next step of the epoch, on a batch of images, of several ranks on this one's."""
+        state, start = self.state, time.perf_counter()
+        with hold():
+            step = self._steps_taken()
+            if self.rules.starts(step):
+                self._start_codebook()
+            state.meter.add(*self._take(images, step))
+            state.step += 1
+            state.seconds += time.perf_counter() - start
+            if state.step % self.work.snapshot_steps == 0:
+                self._save()
 
     def _take(self, images: Tensor, step: int) -> Taken:
         if self.recorded is not None:
             return self.recorded(images, step)
-        return training_step(self.model, self.optimizer, images, self.options, self.rules, step)
+        how = self.options, self.rules, step, self.work.split
+        return training_step(self.model, self.optimizer, images, *how)
 
     def _start_codebook(self) -> None:
         try:
-            self.rules.start(self.model, self.batches)
+            self.rules.start(self.model, self.batches, self.ranks)
         except ValueError as error:  # latents that are no longer finite
             raise CommandError(
                 f"the run diverged before the codebook's start: {error}; {self._kept()}"
@@ -263,42 +292,60 @@ class Trainer:
         self.progress.restart()
 
     def _finish(self) -> Model:
-        """Reads the file back, and holds what it says to the oracle on images that the run was not
-        checked on before, if there are any."""
+        """Writes the file to ``output``, and the last snapshot."""
         path = self.work.folder.path / MODEL
-        model = read_model(path)
-        dialect = DIALECTS[self.options.dialect]
-        module = prepare(VQVAE(model.spec, model.params, dialect), self.work.device)
-        module.quantizer.steps.copy_(self.model.quantizer.steps)
-        self._require_agreement(module, self.measured_sample, f"{MODEL} read back", aloud=True)
-        self.narrator.proved(self.state.history[-1])
-        with hold():
+        model = self._read_back(path) if self.ranks.first else self._model()
+        with hold(), self.ranks.together():
             if self.work.output is not None:
                 write_file(self.work.output, path.read_bytes())
             self.state.finished = True
             self._save()
         return model
 
-    def _publish(self) -> None:
-        """Writes the model, the metrics and a snapshot after a full epoch."""
+    def _read_back(self, path: Path) -> Model:
+        """Holds what the file says to the oracle, on images that the run was not checked on before,
+        if there are any."""
+        model = read_model(path)
+        dialect = DIALECTS[self.options.dialect]
+        module = prepare(VQVAE(model.spec, model.params, dialect), self.work.device)
+        module.quantizer.steps.copy_(self.model.quantizer.steps)
+        self._require_agreement(module, self.measured_sample, f"{MODEL} read back", aloud=True)
+        self.narrator.proved(self.state.history[-1])
+        return model
+
+    def _model(self) -> Model:
+        """The model after a full epoch."""
         history = self.state.history
-        metrics = {**history[-1], "history": history}
-        model = Model(
+        return Model(
             self.spec,
             self.model.params(),
             self.options.to_dict(),
-            metrics,
+            {**history[-1], "history": history},
             self.provenance,
             preprocessing=self.preprocessing,
         )
-        write_model(self.work.folder.path / MODEL, model)
-        self.work.folder.write_metrics(history)
+
+    def _publish(self) -> None:
+        """Writes the model, the metrics and a snapshot after a full epoch."""
+        if self.ranks.first:
+            write_model(self.work.folder.path / MODEL, self._model())
+            self.work.folder.write_metrics(self.state.history)
         self._save()
 
     def _save(self) -> None:
-        state = {"course": self.course, **self.state.to_plain()}
-        with hold():
+        with hold(), self.ranks.together():
+            self.state.meter.join(self.ranks)
+            if not self.ranks.first:
+                self.state.meter.clear()
+                return
+            state = {"course": self.course, **self.state.to_plain()}
             save_state(self.work.folder.snapshots, self._steps_taken(), state)
+
+    def _require_equal_ranks(self) -> None:
+        """Raises ParityError unless every rank holds the same parameters, bit for bit."""
+        if (rank := self.ranks.different(digest_of(self.model.params()))) is not None:
+            when = f"in epoch {self.state.epoch + 1}"
+            raise ParityError(f"rank {rank} disagrees with rank 0 {when}; {self._kept()}")
 
     def _steps_taken(self) -> int:
         return self.state.epoch * len(self.batches) + self.state.step

@@ -1,0 +1,346 @@
+"""The ranks of a run: what they add up, what they agree on, and how they end together.
+
+Each rank is a process that torchrun started. All take the same steps in the same order; what they
+must have alike (gradients, hits and sums of the averages) is added up, what one of them must choose
+or write is rank 0's. Whatever ends one rank ends all, soon, and one of them says why:
+
+- A signal is agreed on between two steps, so that all stop after the same one.
+- An error is noted in torchrun's store before its rank ends; the others find their connections
+  closed, look there, and end with the same exit code.
+- A rank that is killed or stands still leaves no note. The others find its connection closed, or
+  its neighbour no longer hears its pulse.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from vqref.errors import CommandError, ExitCode, MachineError
+from vqref.host.interrupts import Interrupted, deafen, hold, pending
+from vqref.host.streams import tell
+from vqtrain import torchrun
+from vqtrain.device import choose_device
+
+PATIENCE = timedelta(hours=1)
+"""How long a rank waits for others whose pulse is heard: rank 0 may measure, draw and write."""
+
+STORE_SECONDS = 20.0
+"""How long torchrun's store has to answer."""
+
+BEAT, SILENCE, GRACE = 2.0, 30.0, 10.0
+"""Seconds between two beats of a pulse; without one until a rank counts as lost; and from the end
+of one rank until the others end where they stand."""
+
+GOES_ON = "the same command goes on from the last snapshot"
+
+
+def portion(count: int, parts: int, part: int) -> tuple[int, int]:
+    """The first and the one after the last of ``count`` things in one of ``parts`` parts that
+    differ by one at most, the larger ones in front."""
+    first, last = (-(-count * each // parts) for each in (part, part + 1))
+    return first, last
+
+
+class Ranks:
+    """A run of one rank, which has nobody to wait for. ``Joint`` is one rank of several.
+
+    rank, count: which this is, and of how many.
+    """
+
+    rank, count = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that speaks, draws and writes."""
+        return self.rank == 0
+
+    def part(self, count: int) -> tuple[int, int]:
+        """Which of ``count`` images are this rank's: the first, and the one after the last."""
+        return portion(count, self.count, self.rank)
+
+    def together(self) -> AbstractContextManager[None]:
+        """A stretch that all ranks enter and none leaves alone by a signal: all else that takes
+        several ranks happens within. Raises what ``go_on`` does."""
+        return nullcontext()
+
+    def go_on(self) -> None:
+        """Raises Interrupted on every rank if a signal came to any, MachineError if one is lost."""
+
+    def stop(self, signum: int) -> None:
+        """Lets the others know that a signal came to this rank, unless they know. All then stop."""
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Puts the sums over all ranks into tensors of one type, the same bits on each rank."""
+
+    def hand_out(self, tensors: Sequence[Tensor]) -> None:
+        """Puts rank 0's values into tensors."""
+
+    def hand_out_plain(self, value: Any) -> Any:
+        """Rank 0's tensors and plain data."""
+        return value
+
+    def different(self, content: bytes) -> int | None:
+        """The first rank whose content is not rank 0's, None if all have the same."""
+        return None
+
+    def wait(self) -> None:
+        """Waits until all ranks are here."""
+
+    def local_first(self) -> AbstractContextManager[None]:
+        """What the first rank of each machine does before its others: it may download."""
+        return nullcontext()
+
+
+ALONE = Ranks()
+
+
+class Joint(Ranks):
+    """One rank of several, each of which calls the same methods in the same order.
+
+    device: where tensors are that are handed out.
+    Every method raises MachineError if another rank is lost.
+    """
+
+    def __init__(self, rank: int, count: int, device: torch.device) -> None:
+        self.rank, self.count, self.device = rank, count, device
+        self._stopping = False
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        with hold():
+            self.go_on()
+            yield
+
+    def go_on(self) -> None:
+        if self._stopping:
+            return
+        with hold():
+            signum = self._largest(pending() or 0)
+            if signum:
+                self._stopping = True
+                raise Interrupted(signum)
+
+    def stop(self, signum: int) -> None:
+        if not self._stopping:
+            self._largest(signum)
+            self._stopping = True
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        _require_all(dist.all_reduce, flat)
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+    def hand_out(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            there = tensor.to(self.device).contiguous()
+            _require_all(dist.broadcast, there, 0)
+            tensor.copy_(there)
+
+    def hand_out_plain(self, value: Any) -> Any:
+        content = io.BytesIO()
+        if self.first:
+            torch.save(value, content)
+        size = torch.tensor(content.tell())
+        _require_all(dist.broadcast, size, 0)
+        sent = torch.empty(int(size), dtype=torch.uint8)
+        if self.first:
+            sent.numpy()[:] = memoryview(content.getbuffer())
+        _require_all(dist.broadcast, sent, 0)
+        return torch.load(io.BytesIO(sent.numpy().tobytes()), weights_only=True)
+
+    def different(self, content: bytes) -> int | None:
+        digest = torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)
+        found = [torch.empty_like(digest) for _ in range(self.count)]
+        _require_all(dist.all_gather, found, digest)
+        return next((i for i, each in enumerate(found) if not torch.equal(each, found[0])), None)
+
+    def wait(self) -> None:
+        self._largest(0)
+
+    @contextmanager
+    def local_first(self) -> Iterator[None]:
+        before = torchrun.local_rank() == 0
+        if not before:
+            self.wait()
+        yield
+        if before:
+            self.wait()
+
+    def _largest(self, value: int) -> int:
+        found = torch.tensor(value)
+        _require_all(dist.all_reduce, found, dist.ReduceOp.MAX)
+        return int(found)
+
+
+def _require_all(collective: Callable[..., Any], *arguments: Any) -> None:
+    """What takes all ranks. Raises MachineError if one is lost."""
+    try:
+        collective(*arguments)
+    except RuntimeError as error:
+        deafen()  # torchrun now ends the others
+        reason = str(error).strip().splitlines()[0].split("] ", 1)[-1]
+        raise MachineError(f"another rank is lost ({reason}); {GOES_ON}") from None
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Ranks]:
+    """The ranks of this run: those that torchrun started, or one.
+
+    device: what ``--device`` says; a card becomes this rank's own of those of its machine.
+    Of an error that ends all ranks, one says it; the others raise SystemExit with its exit code.
+    Raises MachineError if there are fewer cards than ranks, or if ranks do not find each other.
+    """
+    if torchrun.world() == 1:
+        yield ALONE
+        return
+    store = _store()
+    pulse = _Pulse(store, torchrun.rank(), torchrun.world())
+    try:
+        ranks = _connected(store, choose_device(device))
+        pulse.start()
+        yield ranks
+        ranks.go_on()  # none leaves while another is at work: its pulse would be missed
+    except BaseException as error:
+        deafen()
+        code = _code_of(error)
+        if (said := _note(store, code)) is not None:
+            raise SystemExit(said) from None
+        pulse.ending = code
+        raise
+    else:
+        pulse.ended.set()
+        dist.destroy_process_group()
+
+
+def _store() -> Any:
+    """torchrun's store. Raises MachineError."""
+    try:
+        store, _, _ = next(iter(rendezvous("env://", timeout=PATIENCE)))
+        store.set_timeout(timedelta(seconds=STORE_SECONDS))
+    except (RuntimeError, ValueError) as error:
+        raise MachineError(f"no connection to torchrun: {_first_line(error)}") from None
+    return store
+
+
+def _connected(store: Any, device: torch.device) -> Joint:
+    """This rank, connected to all others."""
+    rank, world, local = torchrun.rank(), torchrun.world(), torchrun.local_rank()
+    card = device.type == "cuda"
+    if card:
+        cards = torch.cuda.device_count()
+        if local >= cards:
+            raise MachineError(
+                f"more ranks than the {cards} cards of this machine; use --device cpu, or fewer"
+            )
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if card else "gloo"
+    own = PrefixStore("group", store)
+    try:
+        dist.init_process_group(backend, store=own, rank=rank, world_size=world, timeout=PATIENCE)
+    except RuntimeError as error:
+        raise MachineError(f"ranks do not find each other: {_first_line(error)}") from None
+    return Joint(rank, world, device)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _code_of(error: BaseException) -> int:
+    """The exit status of a process that this error ends."""
+    if isinstance(error, Interrupted | CommandError):
+        return int(error.exit_code)
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else ExitCode.FAILED
+    return ExitCode.ENVIRONMENT if isinstance(error, OSError | MemoryError) else ExitCode.FAILED
+
+
+SAID, CODE = "said", "code"
+"""Keys of the store: how many ranks had something to say of the end, and the first one's exit
+status."""
+
+
+def _note(store: Any, code: int) -> int | None:
+    """Notes that this rank ends with ``code`` and says why; the noted code if another was first.
+
+    None, too, if the store does not answer: then nobody has said anything that can be relied on.
+    """
+    with suppress(RuntimeError):
+        if store.add(SAID, 1) > 1:
+            return int(store.get(CODE))
+        store.set(CODE, str(code))
+    return None
+
+
+class _Pulse(threading.Thread):
+    """Shows the next rank that this one is alive, and watches the one before.
+
+    Where that falls silent, or where the process does not end by itself after another rank did, it
+    ends the process: the main thread may wait for a card or for a connection that nothing closes.
+
+    ended: set where nobody is watched any more. ending: the exit status that is decided.
+    """
+
+    def __init__(self, store: Any, rank: int, count: int) -> None:
+        super().__init__(daemon=True, name="pulse")
+        self.store, self.rank, self.before = store.clone(), rank, (rank - 1) % count
+        self.ended = threading.Event()
+        self.ending: int | None = None
+        self._heard = ""
+        self._since = self._since_end = math.inf
+
+    def run(self) -> None:
+        self._since = time.monotonic()
+        beat = 0
+        while not self.ended.wait(BEAT):
+            beat += 1
+            with suppress(RuntimeError):
+                self.store.set(f"pulse/{self.rank}", str(beat))
+                self._listen()
+            now = time.monotonic()
+            if self.ending is not None:
+                self._since_end = min(self._since_end, now)
+            if now - self._since_end > GRACE:
+                os._exit(self.ending or ExitCode.FAILED)
+            if now - self._since > SILENCE:
+                self._lost()
+
+    def _listen(self) -> None:
+        """Takes note of the pulse before, and of what another rank noted of its end."""
+        place = f"pulse/{self.before}"
+        if self.store.check([place]) and (found := self.store.get(place)) != self._heard:
+            self._heard, self._since = found, time.monotonic()
+        if self.ending is None and self.store.check([CODE]):
+            self.ending = int(self.store.get(CODE))
+
+    def _lost(self) -> None:
+        code = _note(self.store, ExitCode.ENVIRONMENT)
+        if code is None:
+            code = ExitCode.ENVIRONMENT
+            tell("vqtrain", f"rank {self.before} no longer answers; {GOES_ON}")
+        os._exit(code)
+
+
+def digest_of(arrays: Mapping[str, Any]) -> bytes:
+    """A digest of NumPy arrays by name, of every bit."""
+    found = hashlib.sha256()
+    for name, array in arrays.items():
+        found.update(name.encode() + array.tobytes())
+    return found.digest()

@@ -1,0 +1,54 @@
+"""What torchrun tells a process of itself, in the environment. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+from vqref.errors import CommandError, UsageError
+
+
+def world() -> int:
+    """How many ranks there are; 1 where torchrun did not start this process."""
+    return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+
+
+def rank() -> int:
+    """Which of all ranks this process is, from 0."""
+    return int(os.environ["RANK"]) if world() > 1 else 0
+
+
+def local_rank() -> int:
+    """Which of this machine's ranks this process is, from 0."""
+    return int(os.environ["LOCAL_RANK"]) if world() > 1 else 0
+
+
+def local_world() -> int:
+    """How many ranks this machine has."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if world() > 1 else 1
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Where all ranks would say and fail alike, as they read the command line: rank 0 alone says
+    it; the others end with the same exit code."""
+    if rank() == 0:
+        yield
+        return
+    with (
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
+        try:
+            yield
+        except CommandError as error:
+            raise SystemExit(error.exit_code) from None
+
+
+def require_one_process(command: str) -> None:
+    """Raises UsageError under torchrun with several ranks, of which ``command`` makes no use."""
+    if world() > 1:
+        raise UsageError(f"{command} works in one process; start it without torchrun")
