@@ -1,11 +1,11 @@
-"""``python -m benchmarks.streams FOLDER``: training on images that memory does not hold, beside
+"""``python -m benchmarks.streams [FOLDER]``: training on images that memory does not hold, beside
 training on the same images in memory.
 
-FOLDER gets 200,000 images of 64x64 colour, as a tar of JPEG and as parquet of PNG, 10,000 in a
-file, as WebDataset and ``datasets`` write them, and as one ``.npy``; what is there is used again.
-Processes on shards may have 1 GiB of data, their libraries included: less than the half of the
-images' pixels, of which that in memory has all. Each trains the residual network one thread at a
-time, and one more process decodes.
+FOLDER, or a temporary one, gets 200,000 images of 64x64 colour, as tars of JPEG and as parquet of
+PNG, 10,000 in a file, as WebDataset and ``datasets`` write them, and as one ``.npy``; what is there
+is used again. Processes on shards may have 1 GiB of data, their libraries included: less than half
+of the images' pixels, of which the one in memory has all. Each trains the residual network with one
+thread, and one more process decodes.
 
 First the speed, in turns: a pass over some images, from the start of its decoding processes on.
 Then memory: a pass over every image by a smaller network, and what the process and its helpers hold
@@ -14,6 +14,7 @@ at each tenth of it.
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import os
@@ -21,6 +22,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,24 +191,8 @@ def refused(folder: Path) -> str:
     return f"exit code {done.returncode}: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
 
 
-def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("folder", type=Path, help="where the images are, or are written")
-    options.add_argument("--images", type=int, default=200_000, help="how many")
-    options.add_argument("--turn", type=int, default=16_384, help="images of a turn")
-    options.add_argument("--rounds", type=int, default=3, help="turns of each")
-    options.add_argument("--workers", type=int, default=1, help="processes that decode")
-    options.add_argument("--speed", choices=KINDS, help="be one of the processes in turns")
-    options.add_argument("--whole", choices=KINDS, help="take one pass")
-    arguments = options.parse_args()
-    folder, workers = arguments.folder, arguments.workers
-    if arguments.speed:
-        speed(folder, arguments.speed, arguments.turn // BATCH, workers)
-        return
-    if arguments.whole:
-        whole(folder, arguments.whole, workers)
-        return
-    record = Record(arguments)
+def measure(arguments: argparse.Namespace, folder: Path) -> None:
+    record, workers = Record(arguments), arguments.workers
     prepare(folder, arguments.images)
     pixels = arguments.images * int(np.prod(SHAPE))
     sizes = {
@@ -242,6 +228,28 @@ def main() -> None:
     record.figures["memory, refused"] = refused(folder)
     record.say(f"in memory, under the same limit: {record.figures['memory, refused']}")
     record.write()
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("folder", type=Path, nargs="?", help="where the images are or are written")
+    options.add_argument("--images", type=int, default=200_000, help="how many")
+    options.add_argument("--turn", type=int, default=16_384, help="images of a turn")
+    options.add_argument("--rounds", type=int, default=3, help="turns of each")
+    options.add_argument("--workers", type=int, default=1, help="processes that decode")
+    options.add_argument("--speed", choices=KINDS, help="be one of the processes in turns")
+    options.add_argument("--whole", choices=KINDS, help="take one pass")
+    arguments = options.parse_args()
+    if arguments.speed:
+        steps = arguments.turn // BATCH
+        speed(arguments.folder, arguments.speed, steps, arguments.workers)
+    elif arguments.whole:
+        whole(arguments.folder, arguments.whole, arguments.workers)
+    elif arguments.folder is None:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(arguments, Path(folder))
+    else:
+        measure(arguments, arguments.folder)
 
 
 if __name__ == "__main__":

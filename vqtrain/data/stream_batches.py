@@ -86,16 +86,10 @@ class StreamBatches(Batches):
             numbers, places = window.pieces[mine], window.places[mine]
             order = np.lexsort((places, numbers))
             cuts = np.flatnonzero(np.diff(numbers[order])) + 1
-            parts = [
-                (
-                    Piece(
-                        pieces[numbers[part[0]]].shard, pieces[numbers[part[0]]].rows[places[part]]
-                    ),
-                    part,
-                )
-                for part in np.split(order, cuts)
-                if len(part)
-            ]
+            parts = []
+            for part in np.split(order, cuts) if len(order) else ():
+                shard, rows = pieces[numbers[part[0]]]
+                parts.append((Piece(shard, rows[places[part]]), part))
             yield _Share(at[mine], parts)
 
 

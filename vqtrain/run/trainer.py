@@ -259,12 +259,15 @@ class Trainer:
         self.generator.set_state(state.order)
         batches = self.batches.shuffled(self.generator, skip=state.step)
         with self.ranks.together():
+            end = time.perf_counter()
             for images in self.progress.steps(batches):
                 self.ranks.go_on()
-                self._step(images)
+                self._step(images, time.perf_counter() - end)
+                end = time.perf_counter()
 
-    def _step(self, images: Tensor) -> None:
-        """The next step of the epoch, on a batch of images, of several ranks on this one's."""
+    def _step(self, images: Tensor, waited: float) -> None:
+        """The next step of the epoch, on a batch of images, of several ranks on this one's, which
+        were waited for so many seconds."""
         state, start = self.state, time.perf_counter()
         with hold():
             step = self._steps_taken()
@@ -272,7 +275,7 @@ class Trainer:
                 self._start_codebook()
             state.meter.add(*self._take(images, step))
             state.step += 1
-            state.seconds += time.perf_counter() - start
+            state.seconds += waited + time.perf_counter() - start
             if state.step % self.work.snapshot_steps == 0:
                 self._save()
 
