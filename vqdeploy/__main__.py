@@ -34,11 +34,15 @@ def command(argv: Sequence[str] | None) -> int:
         prove,
         reconstruct,
         sample,
+        triton,
         verify,
     )
     from vqref.host.commandline import run_command
 
-    modules = (export, verify, prove, inspect, bench, encode, decode, reconstruct, sample, doctor)
+    modules = (
+        *(export, verify, prove, inspect, bench),
+        *(encode, decode, reconstruct, sample, triton, doctor),
+    )
     summary = "Export trained VQ-VAEs to ONNX bundles, prove, verify and run them."
     return run_command("vqdeploy", summary, [module.COMMAND for module in modules], argv)
 

@@ -26,7 +26,7 @@ from vqdeploy.sealed import sealed, unsealed
 from vqdeploy.tokens import Tokens, parquet_bytes, parquet_metadata, read_tokens
 from vqref.errors import InputError, MachineError
 from vqref.host.archives import Shard, read_shard, to_image
-from vqref.host.files import LONGEST_REASON, about, parsed, read_bytes, write_file
+from vqref.host.files import LONGEST_REASON, about, parsed, read_bytes, sweep, write_file
 from vqref.host.images import LARGEST_ARRAY
 from vqref.host.listing import MOST_NAMED, many
 from vqref.host.pictures import Reading
@@ -216,7 +216,9 @@ def begin(job: Job, spec: ModelSpec, source: str, parts: Sequence[Part]) -> None
 
 
 def finish(job: Job, spec: ModelSpec, source: str, outcomes: Sequence[Outcome]) -> None:
-    """Writes the manifest of a job whose parts, in their order, are all there. Raises OSError."""
+    """Writes the manifest of a job whose parts, in their order, are all there, and removes what
+    killed workers left beside them. Raises OSError."""
+    sweep(job.output, r"tokens-.*")
     parts = [outcome.part for outcome in outcomes]
     done = {
         "complete": True,

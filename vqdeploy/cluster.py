@@ -28,7 +28,7 @@ import numpy as np
 
 from vqdeploy.archives import Job, Outcome, Part, PartEncoder
 from vqdeploy.codec import Codec
-from vqref.errors import CommandError, MachineError
+from vqref.errors import CommandError, InputError, MachineError
 from vqref.host.archives import Record, to_image
 from vqref.host.interrupts import SIGNALS, Interrupted
 from vqref.host.pictures import Reading
@@ -88,7 +88,12 @@ class CodecActor:
         records = [
             Record(str(i), content, "the row holds no image") for i, content in enumerate(contents)
         ]
-        images = [to_image(record, shape, self.reading) for record in records]
+        images = []
+        for record in records:
+            try:
+                images.append(to_image(record, shape, self.reading))
+            except InputError as error:
+                raise InputError(f"row {record.key} of the batch: {error}") from None
         return np.stack(images) if images else np.empty((0, *shape), np.uint8)
 
 

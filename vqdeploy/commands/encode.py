@@ -11,6 +11,7 @@ from pathlib import Path
 from vqdeploy.bundle import Bundle
 from vqdeploy.commands.shared import BundleOptions, PicturesOptions, opened
 from vqdeploy.runtime.sessions import quiet
+from vqdeploy.tokens import TOKEN_FORMATS
 from vqref.agreement.advance import Proof, prove
 from vqref.agreement.arithmetics import ARITHMETICS
 from vqref.errors import ExitCode, UsageError
@@ -90,8 +91,9 @@ OF_RAY = ("address", "workers")
 
 
 def run(options: EncodeOptions) -> int:
-    folder = options.output.endswith(("/", os.sep)) or not Path(options.output).suffix
-    if folder or is_folder(Path(options.output)):
+    output = Path(options.output)
+    named = options.output.endswith(("/", os.sep)) or not output.suffix
+    if named or (is_folder(output) and output.suffix not in TOKEN_FORMATS):
         return _to_folder(options)
     return _to_file(options)
 
@@ -143,7 +145,7 @@ def _say(line: str) -> None:
 def _to_file(options: EncodeOptions) -> int:
     """Writes the tokens of images that memory holds."""
     from vqdeploy.proof.advance import require_float32
-    from vqdeploy.tokens import TOKEN_FORMATS, Tokens, require_format, write_tokens
+    from vqdeploy.tokens import Tokens, require_format, write_tokens
 
     output = Path(options.output)
     _require_absent(options, OF_FOLDERS, "a folder as --output")

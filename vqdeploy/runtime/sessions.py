@@ -281,9 +281,15 @@ def _index_type(graph: Graph) -> str:
 
 def _providers(device: str, graph: Graph) -> list[Any]:
     """Returns the device's providers with the options that a graph needs."""
+    if device == "cuda":
+        return [(CUDA, cuda_options(graph))]
+    return list(PROVIDERS[device].items())
+
+
+def cuda_options(graph: Graph) -> dict[str, str]:
+    """Returns the CUDA provider's options for a graph; see ``Session`` for TF32."""
     half = any(tensor.dtype == "float16" for tensor in graph.tensors.values())
-    tf32 = {"use_tf32": "1"} if half and device == "cuda" else {}
-    return [(name, {**options, **tf32}) for name, options in PROVIDERS[device].items()]
+    return {**PROVIDERS["cuda"][CUDA], **({"use_tf32": "1"} if half else {})}
 
 
 def _config(
