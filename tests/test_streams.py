@@ -529,3 +529,13 @@ def test_ranks_on_shards_learn_what_one_rank_learns(tmp_path, images, run):
     one, two = (read_model(tmp_path / f"{name}.pt").params for name in ("one", "two"))
     for name, array in one.items():
         np.testing.assert_allclose(two[name], array, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.npy", f"{'a' * 300}.npy", "none.tar"])
+def test_what_is_no_file_is_refused_at_once(tmp_path, name, monkeypatch, capsys):
+    if len(name) < 10 and name != "none.tar":
+        os.mkfifo(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert main(["--data", name]) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert name[:200] in line

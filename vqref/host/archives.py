@@ -160,6 +160,8 @@ def _form_of(path: Path) -> str:
 def _list_file(path: Path, name: str, images: int) -> Iterator[Shard]:
     """The shards of one file. Raises InputError that names it."""
     with about(path), parsed("cannot be read"):
+        if path.exists() and not path.is_file():
+            raise InputError("is not a regular file")  # a FIFO would never open
         yield from FORMS[_form_of(path)].list_(path, name, images)
 
 

@@ -134,14 +134,21 @@ def is_stream(path: Path, recursive: bool = False) -> bool:
     ``.npy``, or a folder of such files and of no pictures."""
     name = path.name.lower()
     if not is_folder(path):
-        large = path.is_file() and path.stat().st_size > MAPPED
-        return name.endswith(tuple(e for e in ARCHIVES if e != ".npy" or large))
+        return name.endswith(tuple(e for e in ARCHIVES if e != ".npy" or _is_large(path)))
     if any((path / train).is_file() for train, _ in OFFICIAL_NAMES):
         return False
     return (
         bool(list_folder(path, recursive, ARCHIVES).files)
         and not list_folder(path, recursive, ENDINGS).files
     )
+
+
+def _is_large(path: Path) -> bool:
+    """Whether a file is beyond MAPPED; False, too, for a name that the system cannot look up."""
+    try:
+        return path.is_file() and path.stat().st_size > MAPPED
+    except OSError:
+        return False
 
 
 def open_stream(path: Path, reading: Reading, streaming: Streaming) -> Stream:
