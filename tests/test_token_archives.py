@@ -310,14 +310,14 @@ def test_progress_says_speed_and_time_left_of_what_is_encoded_now():
     now = [0.0]
     parts = parts_of([Shard("npy", "a", None, images=100)] * 4)
     progress = Progress(4, 400, lambda: now[0])
-    first, second = (
-        Outcome(parts[i], 100, 0, (), "", kept) for i, kept in enumerate((True, False))
-    )
+    first, second, third = (Outcome(part, 100, 0, (), "", part is parts[0]) for part in parts[:3])
     now[0] = 1
     assert progress.add(first) is None  # too soon to say anything
-    now[0] = 10
-    said = progress.add(second)
-    assert said == "2 of 4 shards, 100 images encoded, 10 images/s, 20 s left"
+    now[0] = 50  # of which most was the start of workers
+    assert progress.add(second) == "2 of 4 shards, 100 images encoded, 2 images/s"
+    now[0] = 60
+    said = progress.add(third)
+    assert said == "3 of 4 shards, 200 images encoded, 3 images/s, 10 s left"
 
 
 def test_durations_are_said_in_two_units():
