@@ -258,7 +258,7 @@ class Trainer:
         batches = self.batches.shuffled(self.generator, skip=state.step)
         with self.ranks.together():
             for images in self.progress.steps(batches):
-                self.ranks.go_on()
+                self.ranks.another_step()
                 self._step(images)
 
     def _step(self, images: Tensor) -> None:
