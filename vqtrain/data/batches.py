@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 
+def portion(count: int, parts: int, part: int) -> tuple[int, int]:
+    """The first and the one after the last of ``count`` things in one of ``parts`` parts that
+    differ by one at most, the larger ones in front."""
+    first, last = (-(-count * each // parts) for each in (part, part + 1))
+    return first, last
+
+
 class Batches:
     """Batches of images (N, C, H, W), held as they came (uint8 or float32) and given out as float32
     in [0, 1].

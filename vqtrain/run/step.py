@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from vqtrain.data.batches import portion
 from vqtrain.device import arithmetic
 from vqtrain.losses import Losses, compute_losses
 from vqtrain.model import VQVAE, Forward
 from vqtrain.options import FIRST_MOMENT, TrainingOptions
 from vqtrain.quantizer import assigned, draw, mean_error
-from vqtrain.run.ranks import ALONE, Ranks, portion
+from vqtrain.run.ranks import ALONE, Ranks
 from vqtrain.run.rules import Choices, Rules
 
 Taken = tuple[Losses, Tensor]

@@ -261,7 +261,7 @@ class Trainer:
         with self.ranks.together():
             end = time.perf_counter()
             for images in self.progress.steps(batches):
-                self.ranks.go_on()
+                self.ranks.another_step()
                 self._step(images, time.perf_counter() - end)
                 end = time.perf_counter()
 
