@@ -174,6 +174,7 @@ class Worker:
         )
         self.said: dict[str, Any] = self._read()
         self.grown = 0.0  # MiB, at most, since it came up
+        self.computed: list[float] = []  # seconds of processors in each call, of its threads alone
 
     def __call__(self) -> float:
         assert self.process.stdin is not None
@@ -181,6 +182,7 @@ class Worker:
         self.process.stdin.flush()
         answer = self._read()
         self.grown = float(answer["grown"])
+        self.computed.append(float(answer["computed"]))
         return float(answer["seconds"])
 
     def _read(self) -> dict[str, Any]:
@@ -198,11 +200,14 @@ class Worker:
 
 def serve(run: Callable[[], Any], **said: Any) -> None:
     """A Worker's side: says that it is ready, then answers every line with the seconds that ``run``
-    took, and the MiB by which the process has grown at most since it was ready."""
+    took, those of processors in it, and the MiB by which the process has grown at most since it was
+    ready."""
     before = peak()
     print(json.dumps(said), flush=True)
     for _ in sys.stdin:
-        print(json.dumps({"seconds": timed(run), "grown": peak() - before}), flush=True)
+        start = time.process_time()
+        answer = {"seconds": timed(run), "grown": peak() - before}
+        print(json.dumps({**answer, "computed": time.process_time() - start}), flush=True)
 
 
 def peak() -> float:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 import vqref
 from vqref import families
@@ -212,3 +215,17 @@ def add(index: Any, value: float) -> Callable[[np.ndarray], None]:
         array[index] += value
 
     return change
+
+
+def png(image: np.ndarray) -> bytes:
+    """A PNG of an image (3, H, W) uint8."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def add_to_tar(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    """Adds a file to a tar that is being written."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))

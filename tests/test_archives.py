@@ -1,14 +1,13 @@
 """Sources that memory does not hold: every form gives the same images, and names what is broken."""
 
 import dataclasses
-import io
 import tarfile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from support import add_to_tar, png
 
 from vqref.errors import InputError
 from vqref.host.archives import list_shards, read_shard, to_image
@@ -18,12 +17,6 @@ from vqref.preprocessing import Preprocessing
 SHAPE = (3, 8, 8)
 READING = Reading.of(Preprocessing(3), SHAPE)
 IMAGES = np.random.default_rng(0).integers(0, 256, (11, *SHAPE), np.uint8)
-
-
-def png(image):
-    buffer = io.BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 PNGS = [png(image) for image in IMAGES]
@@ -59,14 +52,8 @@ def tars(path, kind="tar", mode="w"):
     for name, numbers in (("000000", range(7)), ("000001", range(7, 11))):
         with tarfile.open(path / f"{name}.{kind}", mode) as archive:
             for number in numbers:
-                add(archive, f"{number:05}.png", PNGS[number])
-                add(archive, f"{number:05}.json", b"{}")
-
-
-def add(archive, name, content):
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
+                add_to_tar(archive, f"{number:05}.png", PNGS[number])
+                add_to_tar(archive, f"{number:05}.json", b"{}")
 
 
 def packed_tars(path):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import mixed_pictures
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support import ROOT, prior_params, small_model
+from support import ROOT, png, prior_params, small_model
 
 from vqdeploy import Codec
 from vqdeploy.export import export
@@ -334,3 +336,21 @@ def test_samples_of_a_seed_are_the_codecs_in_every_language(
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     held = np.logical_and.accumulate(drawn.certified, axis=1)
     assert (np.array(json.loads(done.stdout)) == drawn.indices)[held].all()
+
+
+def test_a_pipeline_of_ray_adds_the_codecs_tokens_to_its_rows(
+    run, residual_bundle, colour_images, tmp_path
+):
+    rows = [{"bytes": png(image), "path": None} for image in colour_images[:20]]
+    pq.write_table(pa.table({"image": rows, "label": range(20)}), tmp_path / "images.parquet")
+    done = run(
+        *(EXAMPLES / "ray_tokens.py", residual_bundle, "images.parquet", "tokens"),
+        PYTHONPATH=str(ROOT), RAY_USAGE_STATS_ENABLED="0", RAY_worker_niceness="0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = pq.read_table(tmp_path / "tokens").sort_by("label")
+    assert found.column_names == ["label", "indices"]
+    tokens = np.array(found["indices"].to_pylist())
+    np.testing.assert_array_equal(
+        tokens, Codec.load(residual_bundle, "cpu").encode(colour_images[:20])
+    )

@@ -105,7 +105,7 @@ def test_the_time_left_counts_what_follows_the_steps_of_an_epoch(
 
 
 def test_the_start_of_the_codebook_is_no_step(clock, tmp_path, many_images, monkeypatch):
-    def slow(self, model, batches):
+    def slow(self, model, batches, ranks):
         clock.now += 100
 
     monkeypatch.setattr(Rules, "start", slow)

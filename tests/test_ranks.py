@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from joint_steps import CPU, EVERY_RULE, SPECS, fifty_steps
-from support import ROOT
+from support import CPU, ROOT
 
 import vqtrain.nearest
+from benchmarks.joint_steps import EVERY_RULE, SPECS, fifty_steps, fifty_steps_of_each, off
 from vqtrain import VQVAE
 from vqtrain.data.batches import Batches, portion
 from vqtrain.modelfile import read_model
@@ -45,8 +45,7 @@ def place(tmp_path, many_images):
 
 
 def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
 class Started:
@@ -98,14 +97,6 @@ def go(place, *more, how=(sys.executable,)):
     )
 
 
-def off(found, expected):
-    """The largest difference of any parameter in units of its largest magnitude."""
-    return max(
-        float(np.abs(found[name] - value).max() / max(np.abs(value).max(), 1e-30))
-        for name, value in expected.items()
-    )
-
-
 def parameters(path):
     return read_model(path).params
 
@@ -121,22 +112,19 @@ def wait_for_snapshot(place, started, step=2):
 @pytest.fixture(scope="module")
 def alone():
     """Fifty steps of one rank in one pass, by name."""
-    found = {name: fifty_steps(*each) for name, each in SPECS.items()}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rules, "CHOICE_ELEMENTS", 100)
-        return {**found, "seeded": fifty_steps(*SPECS["residual"])}
+    return fifty_steps_of_each()
 
 
 @pytest.mark.parametrize(("ranks", "passes"), [(2, 1), (4, 1), (2, 2)])
 def test_fifty_steps_of_any_number_of_ranks_are_those_of_one(tmp_path, alone, ranks, passes):
-    words = [*TORCHRUN, str(ranks), str(ROOT / "tests/joint_steps.py"), str(tmp_path), str(passes)]
-    subprocess.run(words, env=environment(), capture_output=True, check=True)
+    words = [*TORCHRUN, str(ranks), "-m", "benchmarks.joint_steps", str(tmp_path), str(passes)]
+    subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, check=True)
     for name, expected in alone.items():
         each = [dict(np.load(tmp_path / f"{name}-{rank}.npz")) for rank in range(ranks)]
         losses = np.mean([found.pop("losses") for found in each[: min(ranks, 3)]], axis=0)
         for found in each[1:]:
             assert all(np.array_equal(found[key], each[0][key]) for key in found)
-        assert off(each[0], {k: v for k, v in expected.items() if k != "losses"}) <= 1e-10
+        assert off(each[0], expected) <= 1e-10
         if name != "post":  # a batch of three images: each rank's are as many, or none
             np.testing.assert_allclose(losses[-1], expected["losses"][-1], rtol=0.05)
 

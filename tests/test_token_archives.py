@@ -1,7 +1,6 @@
 """Folders of tokens: the same bytes whoever writes them and however often they are killed, refused
 where they are of something else."""
 
-import io
 import json
 import os
 import pickle
@@ -14,7 +13,7 @@ import time
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from support import add_to_tar, png
 
 from vqdeploy import Codec
 from vqdeploy.archives import (
@@ -46,7 +45,7 @@ def tar(colours, tmp_path_factory):
     path = tmp_path_factory.mktemp("source") / "images.tar"
     with tarfile.open(path, "w") as archive:
         for number, image in enumerate(colours):
-            add(archive, f"{number:03}.png", png(image))
+            add_to_tar(archive, f"{number:03}.png", png(image))
     return path
 
 
@@ -69,18 +68,6 @@ def undisturbed(residual_bundle, array, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed") / "tokens"
     encode(residual_bundle, array, output)
     return content(output)
-
-
-def png(image):
-    buffer = io.BytesIO()
-    Image.fromarray(image.transpose(1, 2, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def add(archive, name, data):
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    archive.addfile(member, io.BytesIO(data))
 
 
 def job_of(bundle, output, **changes):
@@ -262,7 +249,7 @@ def mixed(colours, tmp_path):
     path = tmp_path / "mixed.tar"
     with tarfile.open(path, "w") as archive:
         for number, image in enumerate(colours[:6]):
-            add(archive, f"{number}.png", png(image)[: 30 if number in (1, 4) else None])
+            add_to_tar(archive, f"{number}.png", png(image)[: 30 if number in (1, 4) else None])
     return path
 
 
@@ -310,14 +297,14 @@ def test_progress_says_speed_and_time_left_of_what_is_encoded_now():
     now = [0.0]
     parts = parts_of([Shard("npy", "a", None, images=100)] * 4)
     progress = Progress(4, 400, lambda: now[0])
-    first, second = (
-        Outcome(parts[i], 100, 0, (), "", kept) for i, kept in enumerate((True, False))
-    )
+    first, second, third = (Outcome(part, 100, 0, (), "", part is parts[0]) for part in parts[:3])
     now[0] = 1
     assert progress.add(first) is None  # too soon to say anything
-    now[0] = 10
-    said = progress.add(second)
-    assert said == "2 of 4 shards, 100 images encoded, 10 images/s, 20 s left"
+    now[0] = 50  # of which most was the start of workers
+    assert progress.add(second) == "2 of 4 shards, 100 images encoded, 2 images/s"
+    now[0] = 60
+    said = progress.add(third)
+    assert said == "3 of 4 shards, 200 images encoded, 3 images/s, 10 s left"
 
 
 def test_durations_are_said_in_two_units():

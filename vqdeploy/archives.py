@@ -318,18 +318,24 @@ class Progress:
 
     def __post_init__(self) -> None:
         self._start = self._said = self.clock()
-        self._kept = self._done = 0
+        self._first: float | None = None
+        self._before = self._encoded = self._kept = 0
 
     def add(self, outcome: Outcome) -> str | None:
         """Counts a part; a line, if the last one is a while ago."""
         self.outcomes[outcome.part.file] = outcome
-        weight = outcome.part.shard.weight
-        self._done += weight
-        self._kept += weight if outcome.kept else 0
-        if self.clock() - self._said < SECONDS_BETWEEN_LINES:
+        now, weight = self.clock(), outcome.part.shard.weight
+        if outcome.kept:
+            self._kept += weight
+        else:
+            self._encoded += weight
+            if self._first is None:
+                self._first, self._before = now, self._encoded
+        if now - self._said < SECONDS_BETWEEN_LINES:
             return None
-        self._said = self.clock()
-        return f"{len(self.outcomes)} of {many(self.parts, 'shard')}, {self.speed()}{self._left()}"
+        self._said = now
+        done = f"{len(self.outcomes)} of {many(self.parts, 'shard')}"
+        return f"{done}, {self.speed()}{self._left()}"
 
     def speed(self) -> str:
         """The images that were encoded, and how many a second."""
@@ -347,11 +353,13 @@ class Progress:
         return f"{images:,} images{before}{left_out}; {self.speed()}"
 
     def _left(self) -> str:
-        encoded = self._done - self._kept
-        if not encoded:
+        """The time that the other shards take at the speed since the first was encoded: what came
+        before it was the start of workers."""
+        since = self._encoded - self._before
+        if self._first is None or not since:
             return ""
-        seconds = (self.clock() - self._start) * (self.total - self._done) / encoded
-        return f", {duration(seconds)} left"
+        left = self.total - self._encoded - self._kept
+        return f", {duration((self.clock() - self._first) * left / since)} left"
 
 
 def duration(seconds: float) -> str:

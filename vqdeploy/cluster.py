@@ -46,6 +46,7 @@ SECONDS_TO_CONNECT = 10
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # errors reach us as exceptions, the caller as one line
+    "RAY_worker_niceness": "0",  # the job is what the user waits for
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the job says who has no card, no variable does
 }
 """How Ray runs here, unless the user's environment says otherwise."""

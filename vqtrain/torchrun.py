@@ -25,6 +25,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if world() > 1 else 0
 
 
+def local_world() -> int:
+    """How many ranks this machine has."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if world() > 1 else 1
+
+
 @contextmanager
 def said_once() -> Iterator[None]:
     """Where all ranks would say and fail alike, as they read the command line: rank 0 alone says

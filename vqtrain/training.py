@@ -30,6 +30,7 @@ from vqref.likelihoods import LIKELIHOODS
 from vqref.modelfile import Model
 from vqref.spec import ModelSpec
 from vqtrain.data import holdout
+from vqtrain.data.streams import Stream, StreamSet
 from vqtrain.device import choose_device, choose_precision, kept_memory, threads, without_variation
 from vqtrain.options import (
     DEFAULT_RECIPE,
@@ -126,7 +127,7 @@ OPTIONS = (
 
 
 def train(
-    images: npt.ArrayLike | ImageSet,
+    images: npt.ArrayLike | ImageSet | Stream,
     *,
     held_out: npt.ArrayLike | ImageSet | float | None = None,
     folder: str | PathLike[str] | None = None,
@@ -137,7 +138,8 @@ def train(
     """Trains a model on images, as ``python -m vqtrain`` does: the same options give the same one.
 
     images: (N, H, W), (N, H, W, C) or (N, C, H, W), C 1, 3 or 4; uint8, or floating in [0, 1]; or
-    what ``vqref.host.pictures.load_any`` read. held_out: others to measure on, or the share of
+    what ``vqref.host.pictures.load_any`` read, or what ``vqtrain.data.sources.load_source`` opened.
+    held_out: others to measure on, or the share of
     these, by the hash of each, that is not trained on; 0 holds none out. None takes those that an
     ImageSet has, else a tenth.
     folder: where the run keeps its snapshots, metrics and pictures, and goes on if it was
@@ -153,7 +155,7 @@ def train(
     images that cannot be trained on, and otherwise the errors of ``vqref.errors``.
     """
     _require_known(options)
-    whole = _image_set(images, "images")
+    whole = images if isinstance(images, Stream) else _image_set(images, "images")
     wanted = _wanted(held_out)
     with ExitStack() as stack:
         if folder is None:
@@ -293,7 +295,8 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
         say(f"precision {training.precision}: what this {what} multiplies fastest")
     chosen = images.held_out_as or {}
     held_out = chosen.get("fraction", chosen.get("sha256"))
-    course = course_of(spec, training, sizes, images.sha256, held_out, images.preprocessing)
+    buffer = images.buffer if isinstance(images, StreamSet) else None
+    course = course_of(spec, training, sizes, images.sha256, held_out, images.preprocessing, buffer)
     _require_same_course(course, plan.ranks)
     default_name = f"{_short_name(images.source)}-{plan.recipe}"
     fits = partial(require_fitting, spec=spec)
@@ -374,7 +377,7 @@ def _provenance(images: ImageSet, plan: Plan, training: TrainingOptions) -> dict
         "data": {
             "source": images.source,
             "sha256": images.sha256,
-            "images": len(images.train),
+            "images": images.count,
             "held_out": holdout.record(images),
         },
         "recipe": plan.recipe,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -46,9 +46,10 @@ class Shard:
     """A part of a source that is read on its own.
 
     form: one of FORMS. name: the file's within the source, with "/" between the parts, or the
-    folder's. path: of the file or the folder. start, stop: which of its images, or row groups of a
-    parquet file; stop None: all. images: how many, None if only reading tells. bytes: of a file
-    that does not say how many images it has. members: of a folder, the names of the pictures.
+    folder's. path: of the file or the folder. start, stop: which of its images, row groups of a
+    parquet file, or bytes of a tar; stop None: all. images: how many, None if only reading tells.
+    bytes: of a file that does not say how many images it has. members: of a folder, the names of
+    the pictures.
     """
 
     form: str
@@ -117,6 +118,16 @@ def read_shard(shard: Shard) -> Iterator[Record]:
         yield record
 
 
+def counted(shard: Shard, images: int) -> Iterator[Shard]:
+    """The shard in parts of at most ``images`` images, if only reading it tells how many it has;
+    the shard itself otherwise. Raises InputError that names the file."""
+    if shard.images is not None:
+        yield shard
+        return
+    with about(shard.path), parsed("cannot be read"):
+        yield from _cut_tar(shard, images)
+
+
 def to_image(record: Record, image_shape: tuple[int, int, int], reading: Reading) -> Array:
     """The image (C, H, W) of a record: uint8, or floating in [0, 1] if its array is.
 
@@ -149,6 +160,8 @@ def _form_of(path: Path) -> str:
 def _list_file(path: Path, name: str, images: int) -> Iterator[Shard]:
     """The shards of one file. Raises InputError that names it."""
     with about(path), parsed("cannot be read"):
+        if path.exists() and not path.is_file():
+            raise InputError("is not a regular file")  # a FIFO would never open
         yield from FORMS[_form_of(path)].list_(path, name, images)
 
 
@@ -314,30 +327,62 @@ def _list_tar(path: Path, name: str, images: int) -> Iterator[Shard]:
 
 
 def _read_tar(shard: Shard) -> Iterator[Record]:
-    with tarfile.open(shard.path, "r|*", tarinfo=_Member) as archive:
+    with shard.path.open("rb") as file:
+        file.seek(shard.start)
+        how = "r|*" if shard.stop is None else "r:"
+        with tarfile.open(fileobj=file, mode=how) as archive:  # type: ignore[call-overload]
+            for member in archive:
+                if shard.stop is not None and member.offset >= shard.stop:
+                    break
+                if _is_picture(member):
+                    yield _tar_record(archive, member)
+
+
+def _tar_record(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Record:
+    key, size = plain(member.name), member.size
+    if size > LARGEST_PICTURE:
+        return Record(key, None, f"{size} bytes, more than the {LARGEST_PICTURE} read")
+    file = archive.extractfile(member)
+    content = b"" if file is None else file.read()
+    if len(content) != size:
+        raise InputError(f"{key}: cut off after {len(content)} of {size} bytes")
+    return Record(key, content)
+
+
+def _cut_tar(shard: Shard, images: int) -> Iterator[Shard]:
+    """Reads the headers alone where the tar is not compressed; one that is stays whole. Raises what
+    tarfile raises."""
+    try:
+        archive = tarfile.open(shard.path, "r:")  # noqa: SIM115
+    except tarfile.ReadError:
+        yield replace(shard, images=sum(1 for _ in _read_tar(shard)))
+        return
+    with archive:
+        start = held = 0
         for member in archive:
-            name = PurePosixPath(member.name)
-            if not member.isreg() or name.suffix.lower() not in ENDINGS or _is_hidden(name):
-                continue
-            key, size = plain(member.name), member.size
-            if size > LARGEST_PICTURE:
-                yield Record(key, None, f"{size} bytes, more than the {LARGEST_PICTURE} read")
-                continue
-            file = archive.extractfile(member)
-            content = b"" if file is None else file.read()
-            if len(content) != size:
-                raise InputError(f"{key}: cut off after {len(content)} of {size} bytes")
-            yield Record(key, content)
+            archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+            if held == images:
+                yield replace(shard, start=start, stop=member.offset, images=held)
+                start, held = member.offset, 0
+            held += _is_picture(member)
+        if held:
+            yield replace(shard, start=start, stop=archive.offset, images=held)
+        _require_end(shard.path, archive.offset)
 
 
-class _Member(tarfile.TarInfo):
-    """A header of a tar that ends where its end is marked: tarfile takes a cut for an end."""
+def _require_end(path: Path, offset: int) -> None:
+    """Raises InputError unless a tar ends there, in zeros or with the file: a damaged header looks
+    like an end to tarfile."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if any(block):
+        raise InputError(f"cut off or damaged at byte {offset}")
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        if not buf:
-            raise tarfile.ReadError("cut off: its end is not marked")
-        return super().frombuf(buf, encoding, errors)
+
+def _is_picture(member: tarfile.TarInfo) -> bool:
+    name = PurePosixPath(member.name)
+    return member.isreg() and name.suffix.lower() in ENDINGS and not _is_hidden(name)
 
 
 def _is_hidden(name: PurePosixPath) -> bool:

@@ -69,6 +69,11 @@ class ImageSet:
     said: tuple[str, ...] = ()
     held_out_as: Mapping[str, Any] | None = None
 
+    @property
+    def count(self) -> int:
+        """How many images there are to train on."""
+        return len(self.train)
+
 
 def load(path: str | Path) -> ImageSet:
     """The images of an ``.npz``, ``.npy`` or IDX file (``.gz`` too), or of a folder of the official

@@ -129,7 +129,7 @@ def prepare(
             )
         name = str(one if isinstance(one, str | os.PathLike) else getattr(one, "filename", ""))
         try:
-            array, _ = _read(one, reading)
+            array, _ = read_pixels(one, reading)
         except InputError as error:
             reason = plain(str(error).removeprefix(f"{name}: "))
             raise InputError(f"{name or f'picture {i}'}: {reason}") from None
@@ -141,7 +141,7 @@ def prepare(
 def read_picture(content: bytes, reading: Reading) -> NDArray[np.uint8]:
     """The image (C, H, W) of a picture's bytes. Raises InputError with the reason, MachineError if
     Pillow is not installed."""
-    array, _ = _read(content, reading)
+    array, _ = read_pixels(content, reading)
     _require_size("", array, reading)
     return _channels_first(array)
 
@@ -166,7 +166,7 @@ def _load(
         images[i] = _channels_first(array)
         found.arrays[i] = array[:0]
     preprocessing = Preprocessing(found.channels, reading.size, reading.crop, reading.background)
-    said = (*_said(found.done, preprocessing, images.shape), *_skipped(found.broken), *left_out)
+    said = (*in_words(found.done, preprocessing, images.shape), *_skipped(found.broken), *left_out)
     digest = hashlib.sha256(images.tobytes()).hexdigest()
     return ImageSet(
         images, None, plain(source.name), digest, preprocessing, tuple(found.names), said
@@ -193,7 +193,7 @@ def _read_all(source: Path, pictures: list[tuple[str, Path]], reading: Reading) 
     found = _Found(reading.channels or 1)
     for name, path in pictures:
         try:
-            array, done = _read(path, reading)
+            array, done = read_pixels(path, reading)
         except InputError as error:
             reason = plain(str(error).removeprefix(f"{path}: "))
             if not reading.skip_bad:
@@ -216,8 +216,9 @@ def _read_all(source: Path, pictures: list[tuple[str, Path]], reading: Reading) 
     return found
 
 
-def _read(picture: Any, reading: Reading) -> tuple[NDArray[np.uint8], Done]:
-    """The pixels of a path or of one of Pillow's images. Raises InputError, MachineError."""
+def read_pixels(picture: Any, reading: Reading) -> tuple[NDArray[np.uint8], Done]:
+    """The pixels (H, W) or (H, W, C) of a path, of bytes or of one of Pillow's images, and what was
+    done to them. Raises InputError, MachineError."""
     if isinstance(picture, str | os.PathLike):
         picture = read_bytes(Path(picture), LARGEST_PICTURE)
     return pixels(picture, reading.channels, reading.size, reading.crop, reading.background)
@@ -268,7 +269,9 @@ def _require_room(source: Path | str, count: int, image_shape: tuple[int, ...]) 
         )
 
 
-def _said(done: list[Done], preprocessing: Preprocessing, shape: tuple[int, ...]) -> Iterable[str]:
+def in_words(
+    done: list[Done], preprocessing: Preprocessing, shape: tuple[int, ...]
+) -> Iterable[str]:
     """A line on each kind of thing that was done to some of the pictures, now images of a shape
     (N, C, H, W)."""
     count, channels, height, width = shape

@@ -18,7 +18,7 @@ from vqref.host.images import to_unit_interval
 from vqref.host.pictures import Reading
 from vqref.spec import ModelSpec
 from vqref.validation import Array
-from vqtrain.commands.shared import SourceOptions, ThreadOptions
+from vqtrain.commands.shared import SourceOptions, StreamOptions, ThreadOptions
 from vqtrain.data import holdout
 from vqtrain.data.measured import Measured, choose
 from vqtrain.data.sources import load_source
@@ -71,7 +71,7 @@ LARGEST_VARIANCE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ThreadOptions, SourceOptions):
+class EvaluateOptions(ThreadOptions, StreamOptions, SourceOptions):
     """What is measured, on which images, and where."""
 
     model: Path = option(type=Path, help="the file that vqtrain wrote")
@@ -110,7 +110,7 @@ def evaluate(options: EvaluateOptions) -> int:
     model, device = read_model(options.model), choose_device(options.device)
     how = {"recursive": options.recursive, "skip_bad": options.skip_bad}
     reading = Reading.of(model.preprocessing, model.spec.image_shape, **how)
-    source = load_source(options.data, tell, reading)
+    source = load_source(options.data, tell, reading, options.streaming())
     chosen = choose(source, model, options.held_out, reading)
     for line in chosen.said:
         tell(line)

@@ -24,6 +24,7 @@ from vqtrain.commands.shared import SourceOptions, ThreadOptions
 from vqtrain.data import holdout
 from vqtrain.data.measured import choose
 from vqtrain.data.sources import load_source
+from vqtrain.data.streams import Stream
 
 if TYPE_CHECKING:
     from vqref.modelfile import Model
@@ -144,6 +145,8 @@ def _tokens(
     how = {"recursive": options.recursive, "skip_bad": options.skip_bad}
     reading = Reading.of(model.preprocessing, model.spec.image_shape, **how)
     source = load_source(options.data, say, reading)
+    if isinstance(source, Stream):
+        raise InputError(f"--data {options.data}: a prior is learned on images that memory holds")
     chosen = choose(source, model, options.held_out, reading)
     for line in chosen.said:
         say(line)

@@ -18,7 +18,7 @@ from vqref.host.commandline import option, positive
 from vqref.host.pictures import Reading
 from vqref.likelihoods import LIKELIHOODS
 from vqref.preprocessing import CHANNELS, WHITE, Colour
-from vqtrain.commands.shared import SourceOptions, ThreadOptions
+from vqtrain.commands.shared import SourceOptions, StreamOptions, ThreadOptions
 from vqtrain.data.holdout import hold_out
 from vqtrain.data.sources import load_source, parse_background, parse_size
 from vqtrain.options import DEFAULT_RECIPE, LARGE_CODEBOOK, RECIPES, SHORT_ROWS, TRAINED
@@ -342,6 +342,7 @@ class TrainOptions(
     CheckOptions,
     FileOptions,
     PictureOptions,
+    StreamOptions,
     RunOptions,
 ):
     """Everything that the command line says."""
@@ -350,6 +351,7 @@ class TrainOptions(
 GROUPS: Mapping[str, type[Any]] = {
     "": RunOptions,
     "pictures": PictureOptions,
+    "shards that memory does not hold": StreamOptions,
     "files": FileOptions,
     "checks against the oracle": CheckOptions,
     "the network": NetworkOptions,
@@ -383,7 +385,7 @@ def _train(options: TrainOptions, ranks: Ranks) -> int:
     try:
         plan = make_plan({name: given[name] for name in OPTIONS}, **place, **here)
         with ranks.local_first():
-            source = load_source(options.data, say, reading)
+            source = load_source(options.data, say, reading, options.streaming())
         images = hold_out(source, options.held_out, reading)
         model = run(images, plan, say, {**given, **_as_text(options)})
     except OptionError as error:

@@ -23,7 +23,7 @@ class Batches:
 
     part: which images of each shuffled batch are given out, from the first to before the second;
     None gives all. at_once: how many images ``in_order`` and ``some`` give at a time; None gives
-    batches.
+    batches. count: of the images that one pass takes.
     """
 
     def __init__(
@@ -35,13 +35,13 @@ class Batches:
         at_once: int | None = None,
     ) -> None:
         self.images = torch.from_numpy(images).to(device)
-        self.batch_size = batch_size
+        self.batch_size, self.count = batch_size, len(images)
         self.part = part or (0, batch_size)
         self.at_once = at_once or batch_size
 
     def __len__(self) -> int:
         """Whole batches in one pass."""
-        return len(self.images) // self.batch_size
+        return self.count // self.batch_size
 
     def shuffled(self, generator: torch.Generator, skip: int = 0) -> Iterator[Tensor]:
         """One pass in an order drawn from ``generator``, without the remainder and the first

@@ -17,6 +17,15 @@ from vqref.host.images import ImageSet
 from vqref.host.pictures import Reading, load_any
 from vqref.validation import Array
 from vqtrain.data.sources import PLAIN
+from vqtrain.data.streams import (
+    AS_USUAL,
+    Stream,
+    StreamSet,
+    apart,
+    is_stream,
+    open_stream,
+    settle,
+)
 
 FRACTION = 0.1
 """The share of a source that has no held-out images of its own."""
@@ -60,17 +69,28 @@ def _place(image: Array) -> float:
 
 
 def hold_out(
-    source: ImageSet, wanted: float | Path | ImageSet | None, reading: Reading = PLAIN
+    source: ImageSet | Stream, wanted: float | Path | ImageSet | None, reading: Reading = PLAIN
 ) -> ImageSet:
     """The source with the held-out images that are wanted.
 
     wanted: a fraction of the source's images; the path of others, or these others, which then are
     held out and ``train`` stays whole; None takes those that the source has of its own, else
     FRACTION. reading: whether pictures at that path may lie in subfolders, or be broken; else they
-    are read as those of the source were.
+    are read as those of the source were. Of shards, a sample of each part is read, and images are
+    held out by the hash of where they stand.
 
     Raises InputError for a path that holds no images of the source's size.
     """
+    if isinstance(source, Stream):
+        if wanted is None and source.own is not None:
+            return settle(source, source.pieces, source.own, None)
+        if wanted is None or isinstance(wanted, float):
+            return apart(source, FRACTION if wanted is None else wanted)
+        source = settle(source, source.pieces, (), None)
+    elif isinstance(source, StreamSet) and not isinstance(wanted, Path | ImageSet):
+        if wanted is None:
+            return source
+        raise InputError(f"{source.source}: which of its images are held out is chosen already")
     if wanted is None:
         if source.held_out is not None:
             return source
@@ -111,13 +131,18 @@ def _apart(source: ImageSet, fraction: float) -> ImageSet:
 def _read(path: Path, source: ImageSet, reading: Reading) -> ImageSet:
     """The images at ``path``, pictures as those of the source were read."""
     how = {"recursive": reading.recursive, "skip_bad": reading.skip_bad}
-    return load_any(path, Reading.of(source.preprocessing, source.train.shape[1:], **how))
+    fitting = Reading.of(source.preprocessing, source.train.shape[1:], **how)
+    if is_stream(path, reading.recursive):
+        streaming = source.streaming if isinstance(source, StreamSet) else AS_USUAL
+        stream = open_stream(path, fitting, streaming)
+        return settle(stream, stream.pieces, (), None)
+    return load_any(path, fitting)
 
 
 def record(images: ImageSet) -> dict[str, Any]:
     """How many images are held out and how they were chosen, for a model's provenance."""
     held_out = 0 if images.held_out is None else len(images.held_out)
-    return {**(images.held_out_as or {}), "images": held_out}
+    return {"images": held_out, **(images.held_out_as or {})}
 
 
 def share(fraction: float) -> str:
@@ -127,7 +152,7 @@ def share(fraction: float) -> str:
 
 def described(images: ImageSet) -> str:
     """How many images train and how many are held out, as a line."""
-    train, held_out = len(images.train), record(images)
+    train, held_out = images.count, record(images)
     if not held_out["images"]:
         return f"{train} images train, none are held out"
     if "fraction" in held_out:

@@ -14,6 +14,7 @@ from vqref.modelfile import Model
 from vqref.spec import ModelSpec
 from vqref.validation import Array
 from vqtrain.data.holdout import hold_out, share, split
+from vqtrain.data.streams import Stream
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class _Training:
 
 
 def choose(
-    source: ImageSet, model: Model, wanted: float | Path | None, reading: Reading
+    source: ImageSet | Stream, model: Model, wanted: float | Path | None, reading: Reading
 ) -> Measured:
     """The images of a source to measure a model on.
 
@@ -83,6 +84,8 @@ def choose(
     Raises InputError if there are none, or if they have another size than the model's.
     """
     training = _Training.of(model.provenance)
+    if isinstance(source, Stream):
+        return _sampled(source, model, training, wanted)
     _require_fitting(source, model.spec)
     if wanted is None and source.sha256 == training.sha256:
         wanted = training.fraction or None
@@ -100,6 +103,30 @@ def choose(
         how += [f"{trained} of them trained on"] * (kind == "images")
     name = of.get("source", source.source)
     return Measured(images, others, kind, name, "; ".join(how), parts.said)
+
+
+def _sampled(
+    source: Stream, model: Model, training: _Training, wanted: float | Path | None
+) -> Measured:
+    """Samples of shards: of those that are held out, of all if none are. Raises InputError."""
+    known = source.sha256 == training.sha256
+    if wanted is None and source.own is None:
+        wanted = (training.fraction if known else None) or 0.0
+    parts = hold_out(source, wanted, source.reading)
+    _require_fitting(parts, model.spec)
+    of = dict(parts.held_out_as or {})
+    if parts.held_out is None:
+        kind, count = (
+            "training images" if known and not training.fraction else "images",
+            parts.count,
+        )
+        return Measured(parts.train, None, kind, source.source, f"a sample of {count}", parts.said)
+    unseen = known and wanted in (None, training.fraction)
+    unseen |= training.held_out is not None and of.get("sha256") == training.held_out
+    kind = "held-out images" if unseen else "images"
+    how = f"{share(of['fraction'])}, by hash" if "fraction" in of else ""
+    name = of.get("source", source.source)
+    return Measured(parts.held_out, parts.train, kind, name, how, parts.said)
 
 
 def _held_out(

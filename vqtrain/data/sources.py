@@ -20,6 +20,7 @@ from vqref.host.files import read_bytes, write_file
 from vqref.host.images import OFFICIAL_NAMES, ImageSet, load
 from vqref.host.pictures import Reading, asked_of_pictures, load_any
 from vqref.preprocessing import WHITE, Colour, parse_colour
+from vqtrain.data.streams import AS_USUAL, Stream, Streaming, is_stream, open_stream
 
 KMNIST_FILES = dict(
     zip(
@@ -65,17 +66,27 @@ COLOURS = {"white": WHITE, "black": (0, 0, 0)}
 Say = Callable[[str], None]
 
 
-def load_source(source: str, say: Say, reading: Reading = PLAIN) -> ImageSet:
+def load_source(
+    source: str, say: Say, reading: Reading = PLAIN, streaming: Streaming = AS_USUAL
+) -> ImageSet | Stream:
     """The images that ``--data`` names: "auto", "kmnist", "glyphs", or a path.
 
     "auto" is KMNIST from the cache, else from the network, else the generated set; ``say`` then
     gets a line that says so.
     reading: how pictures are read; what it asks for is an error for sources that hold none.
+    streaming: how shards are; what it asks for is an error for sources that memory holds.
 
     Raises InputError for files that hold no images, and MachineError if KMNIST is wanted and cannot
     be had.
     """
-    if source in ("auto", "kmnist", "glyphs"):
+    named = source in ("auto", "kmnist", "glyphs")
+    if not named and is_stream(Path(source), reading.recursive):
+        return open_stream(Path(source), reading, streaming)
+    if option := streaming.asked():
+        raise InputError(
+            f"{option} is for shards that memory need not hold, not for --data {source}"
+        )
+    if named:
         if flag := asked_of_pictures(reading):
             raise InputError(f"{flag} is for a folder of pictures, not for --data {source}")
         if source == "glyphs":

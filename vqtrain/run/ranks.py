@@ -4,7 +4,7 @@ Each rank is a process that torchrun started. All take the same steps in the sam
 must have alike (gradients, hits and sums of the averages) is added up, what one of them must choose
 or write is rank 0's. Whatever ends one rank ends all, soon, and one of them says why:
 
-- A signal is agreed on between two steps, so that all stop after the same one.
+- A signal is agreed on between two steps, once a second, so that all stop after the same one.
 - An error is noted in torchrun's store before its rank ends; the others find their connections
   closed, look there, and end with the same exit code.
 - A rank that is killed or stands still leaves no note. The others find its connection closed, or
@@ -40,12 +40,16 @@ from vqtrain.device import choose_device
 PATIENCE = timedelta(hours=1)
 """How long a rank waits for others whose pulse is heard: rank 0 may measure, draw and write."""
 
-STORE_SECONDS = 20.0
-"""How long torchrun's store has to answer."""
+STORE_SECONDS, START_SECONDS = 20.0, 300.0
+"""How long torchrun's store has to answer, and how long ranks may take to begin."""
 
 BEAT, SILENCE, GRACE = 2.0, 30.0, 10.0
 """Seconds between two beats of a pulse; without one until a rank counts as lost; and from the end
 of one rank until the others end where they stand."""
+
+AGREED = 1.0
+"""Seconds between two agreements on whether to go on from step to step: one takes a moment, of
+hundreds of ranks as long as a step."""
 
 GOES_ON = "the same command goes on from the last snapshot"
 
@@ -74,6 +78,9 @@ class Ranks:
 
     def go_on(self) -> None:
         """Raises Interrupted on every rank if a signal came to any, MachineError if one is lost."""
+
+    def another_step(self) -> None:
+        """``go_on`` before a step, as often as AGREED has it."""
 
     def stop(self, signum: int) -> None:
         """Lets the others know that a signal came to this rank, unless they know. All then stop."""
@@ -113,6 +120,7 @@ class Joint(Ranks):
     def __init__(self, rank: int, count: int, device: torch.device) -> None:
         self.rank, self.count, self.device = rank, count, device
         self._stopping = False
+        self._steps, self._next, self._agreed = 0, 0, time.monotonic()
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -128,6 +136,16 @@ class Joint(Ranks):
             if signum:
                 self._stopping = True
                 raise Interrupted(signum)
+
+    def another_step(self) -> None:
+        if self._steps >= self._next:
+            self.go_on()
+            now = time.monotonic()
+            each = round(1e6 * (now - self._agreed) / max(1, self._steps))
+            slowest = self._largest(each)  # so that all agree when to agree again
+            self._next = max(1, int(1e6 * AGREED / max(1, slowest)))
+            self._steps, self._agreed = 0, now
+        self._steps += 1
 
     def stop(self, signum: int) -> None:
         if not self._stopping:
@@ -207,8 +225,9 @@ def joined(device: str) -> Iterator[Ranks]:
     store = _store()
     pulse = _Pulse(store, torchrun.rank(), torchrun.world())
     try:
-        ranks = _connected(store, choose_device(device))
+        _assemble(store)
         pulse.start()
+        ranks = _connected(store, choose_device(device))
         yield ranks
         ranks.go_on()  # none leaves while another is at work: its pulse would be missed
     except BaseException as error:
@@ -240,6 +259,16 @@ def _store() -> Any:
     except (RuntimeError, ValueError) as error:
         raise MachineError(f"no connection to torchrun: {_first_line(error)}") from None
     return store
+
+
+def _assemble(store: Any) -> None:
+    """Waits for all ranks, in a way that a signal cuts. Raises MachineError."""
+    world, end = torchrun.world(), time.monotonic() + START_SECONDS
+    store.add(HERE, 1)
+    while (here := store.add(HERE, 0)) < world:
+        if time.monotonic() > end:
+            raise MachineError(f"{here} of {world} ranks began within {START_SECONDS:.0f} s")
+        time.sleep(BEAT / 20)
 
 
 def _connected(store: Any, device: torch.device) -> Joint:
@@ -275,9 +304,9 @@ def _code_of(error: BaseException) -> int:
     return ExitCode.ENVIRONMENT if isinstance(error, OSError | MemoryError) else ExitCode.FAILED
 
 
-SAID, CODE = "said", "code"
-"""Keys of the store: how many ranks had something to say of the end, and the first one's exit
-status."""
+HERE, SAID, CODE = "here", "said", "code"
+"""Keys of the store: how many ranks began; how many had something to say of the end, and the first
+one's exit status."""
 
 
 def _note(store: Any, code: int) -> int | None:

@@ -48,12 +48,14 @@ def course_of(
     data_sha256: str,
     held_out: float | str | None = None,
     preprocessing: Preprocessing | None = None,
+    buffer: int | None = None,
 ) -> Course:
     """The options, the network and the images of a run, as plain data.
 
     sizes: the family's, by which people know the network. Its rows are here as a digest, last.
     held_out: the share of the images, or the digest of others; None for the source's own.
-    preprocessing: what was done to pictures, None for arrays.
+    preprocessing: what was done to pictures, None for arrays. buffer: images of a stream that are
+    shuffled at once, None for images in memory.
     """
     rows = json.dumps([layer.to_dict() for layer in spec.layers], sort_keys=True).encode()
     return {
@@ -66,6 +68,7 @@ def course_of(
         "likelihood": spec.likelihood,
         "held_out": held_out,
         **_read_as(preprocessing),
+        "buffer": buffer,
         DATA: data_sha256,
         "rows": hashlib.sha256(rows).hexdigest()[:12],
     }

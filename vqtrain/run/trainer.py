@@ -25,6 +25,8 @@ from vqref.modelfile import Model
 from vqref.spec import ModelSpec
 from vqtrain.agreement import check_against_oracle, images_to_prove, share_proved
 from vqtrain.data.batches import Batches
+from vqtrain.data.holdout import record
+from vqtrain.data.stream_batches import batches_of
 from vqtrain.model import VQVAE
 from vqtrain.modelfile import read_model, write_model
 from vqtrain.options import TrainingOptions
@@ -45,12 +47,12 @@ SAMPLED_IMAGES = 1000
 
 def require_one_batch(images: ImageSet, options: TrainingOptions) -> None:
     """Raises InputError if the training images do not fill one batch."""
-    count, batch = len(images.train), options.batch_size
+    count, batch = images.count, options.batch_size
     if count >= batch:
         return
     whole = count
     if images.held_out is not None and "fraction" in (images.held_out_as or {}):
-        whole += len(images.held_out)
+        whole += record(images)["images"]
     if whole < batch:
         raise InputError(f"{images.source}: {whole} images, fewer than one batch of {batch}")
     raise InputError(
@@ -153,7 +155,7 @@ class Trainer:
         count = self.work.check_images or images_within(self.spec)
         part, (first, last) = self.ranks.part(batch_size), self.ranks.part(len(measured))
         at_once = -(-batch_size // (self.ranks.count * self.work.split.passes))
-        self.batches = Batches(images.train, batch_size, device, part, at_once)
+        self.batches = batches_of(images, batch_size, device, self.work.say, part, at_once)
         self.measured = Batches(measured[first:last], batch_size, device, at_once=at_once)
         self.sample = to_unit_interval(images.train[:count])
         proved = images_to_prove(self.spec, len(images.train))
@@ -165,7 +167,7 @@ class Trainer:
         """Trains until ``options.epochs`` epochs are done. Returns what ``output`` holds."""
         count = self.ranks.count
         self.work.say(
-            f"{len(self.batches.images)} images, {self.total} steps of {self.options.batch_size} "
+            f"{self.batches.count} images, {self.total} steps of {self.options.batch_size} "
             f"on {self.work.device}{f', {count} ranks' if count > 1 else ''}"
         )
         try:
@@ -257,12 +259,15 @@ class Trainer:
         self.generator.set_state(state.order)
         batches = self.batches.shuffled(self.generator, skip=state.step)
         with self.ranks.together():
+            end = time.perf_counter()
             for images in self.progress.steps(batches):
-                self.ranks.go_on()
-                self._step(images)
+                self.ranks.another_step()
+                self._step(images, time.perf_counter() - end)
+                end = time.perf_counter()
 
-    def _step(self, images: Tensor) -> None:
-        """The next step of the epoch, on a batch of images, of several ranks on this one's."""
+    def _step(self, images: Tensor, waited: float) -> None:
+        """The next step of the epoch, on a batch of images, of several ranks on this one's, which
+        were waited for so many seconds."""
         state, start = self.state, time.perf_counter()
         with hold():
             step = self._steps_taken()
@@ -270,7 +275,7 @@ class Trainer:
                 self._start_codebook()
             state.meter.add(*self._take(images, step))
             state.step += 1
-            state.seconds += time.perf_counter() - start
+            state.seconds += waited + time.perf_counter() - start
             if state.step % self.work.snapshot_steps == 0:
                 self._save()
 

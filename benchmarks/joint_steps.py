@@ -1,13 +1,14 @@
-"""Fifty steps in float64 with every rule on, which ``test_ranks`` compares: alone in its own
-process, or under torchrun, where each rank writes what it ends with.
+"""Fifty steps in float64 with every rule on, to be compared: alone, or under torchrun, where each
+rank writes what it ends with.
 
-    torchrun --nproc-per-node N tests/joint_steps.py FOLDER [PASSES]
+    torchrun --nproc-per-node N -m benchmarks.joint_steps FOLDER [PASSES]
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 
 from vqref import families
 from vqref.spec import ModelSpec
+from vqref.validation import Array
 from vqtrain import TrainingOptions, training_step
 from vqtrain.data.batches import Batches
 from vqtrain.run import rules
@@ -53,7 +55,7 @@ SPECS = {
 
 def fifty_steps(
     spec: ModelSpec, options: TrainingOptions, ranks: Ranks = ALONE, passes: int = 1
-) -> dict[str, np.ndarray]:
+) -> dict[str, Array]:
     """Every parameter after the steps, what the optimizer holds, and the losses of this rank's
     images."""
     count = STEPS * options.batch_size
@@ -76,16 +78,30 @@ def fifty_steps(
     return {**model.params(), **moments, "losses": np.array(losses)}
 
 
+def fifty_steps_of_each(ranks: Ranks = ALONE, passes: int = 1) -> dict[str, dict[str, Array]]:
+    """``fifty_steps`` of both networks, and of one whose noise is made from a seed, as needed."""
+    found = {name: fifty_steps(*each, ranks, passes) for name, each in SPECS.items()}
+    most, rules.CHOICE_ELEMENTS = rules.CHOICE_ELEMENTS, 100
+    try:
+        return {**found, "seeded": fifty_steps(*SPECS["residual"], ranks, passes)}
+    finally:
+        rules.CHOICE_ELEMENTS = most
+
+
+def off(found: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
+    """The largest difference of any array but the losses in units of its largest magnitude."""
+    return max(
+        float(np.abs(found[name] - value).max() / max(np.abs(value).max(), 1e-30))
+        for name, value in expected.items()
+        if name != "losses"
+    )
+
+
 def main() -> None:
     folder, passes = Path(sys.argv[1]), int((sys.argv[2:] or ["1"])[0])
     with joined("cpu") as ranks:
-        for name, (spec, options) in SPECS.items():
-            found = fifty_steps(spec, options, ranks, passes)
+        for name, found in fifty_steps_of_each(ranks, passes).items():
             np.savez(folder / f"{name}-{ranks.rank}.npz", **found)
-        rules.CHOICE_ELEMENTS = 100  # noise is then made from a seed, as it is needed
-        spec, options = SPECS["residual"]
-        found = fifty_steps(spec, options, ranks, passes)
-        np.savez(folder / f"seeded-{ranks.rank}.npz", **found)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,257 @@
+"""``python -m benchmarks.ranks [--kills N]``: training on several ranks beside one.
+
+What fifty steps in float64 end with, what a step sends, what that predicts for cards, and N kills
+of a random rank under torchrun, each of which must leave a whole snapshot and end the others soon,
+with one line. All ranks are on this machine, so its times say nothing of scaling: the volume does,
+and a card's time of a step, which ``benchmarks/results`` has.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.random import Generator
+
+from benchmarks.joint_steps import fifty_steps_of_each, off
+from benchmarks.kills import ENVIRONMENT, equal, training, write_images
+from benchmarks.measure import ROOT, Record, parser, timed
+from vqref import families
+from vqref.spec import NETWORKS, ModelSpec
+from vqtrain.options import RECIPES, TrainingOptions
+from vqtrain.run.folder import SNAPSHOTS, latest_state
+from vqtrain.run.rules import Rules
+from vqtrain.run.snapshot import list_states
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
+RANKS = (2, 4)
+
+MEASURED = {"post": (32, 32 / 29_400), "residual 32x32": (32, 32 / 3_400)}
+"""Images of a step on an H200 in bfloat16, and its seconds: benchmarks/results/cuda-h200-*.txt."""
+
+CARDS = 8
+"""In a machine."""
+
+NVLINK, NETWORK = (300e9, 5e-6), (40e9, 15e-6)
+"""Bytes per second that a card sends within a machine and to others, NVLink 4 and 400 Gbit/s, less
+a third and a fifth for protocols; and seconds until another card has the first."""
+
+WAIT = 120.0
+"""Seconds in which a rank must have begun, and in which all must have ended."""
+
+AS_RANK = """
+import json, os, pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None)  # it is the run's to answer
+place = pathlib.Path(sys.argv[1]) / os.environ["RANK"]
+run = subprocess.Popen([sys.executable, *sys.argv[2:]], stderr=subprocess.PIPE, text=True)
+place.with_suffix(".pid").write_text(str(run.pid))
+said = run.communicate()[1].splitlines()
+found = {"code": run.returncode, "said": said, "when": time.time()}
+place.with_suffix(".json").write_text(json.dumps(found))
+sys.exit(run.returncode % 256)
+"""
+"""A process between torchrun and a rank, which notes how that ends."""
+
+
+def networks() -> dict[str, ModelSpec]:
+    """Those whose volume is counted, at their families' sizes."""
+    large = {"downsample": 8, "num_codes": 16_384}
+    return {
+        "post": families.post(),
+        "residual 32x32": families.residual((3, 32, 32)),
+        "residual 256x256, 16,384 codes": families.residual((3, 256, 256), **large),
+    }
+
+
+def sent(spec: ModelSpec, batch: int) -> int:
+    """Numbers that ranks add up in a step in which codes may be revived: a gradient for each
+    parameter, hits and sums of the averages, and the latents that dead codes would take."""
+    learned = sum(math.prod(p.shape) for p in spec.parameters if p.name.split(".")[0] in NETWORKS)
+    codes, size = spec.num_codes, spec.code_size
+    return learned + codes + codes * size + min(codes, batch * spec.latent_size) * size
+
+
+def added_up(volume: float, ranks: int) -> float:
+    """Seconds in which ``ranks`` cards add up so many bytes: a ring within each machine, and across
+    machines, for each card its share of the bytes, in a tree."""
+    inside, machines = min(ranks, CARDS), -(-ranks // CARDS)
+    near = 2 * (inside - 1) * (volume / inside / NVLINK[0] + NVLINK[1])
+    share = volume / inside
+    far = 2 * (machines - 1) / machines * share / NETWORK[0]
+    return near + far + 2 * math.ceil(math.log2(machines)) * NETWORK[1]
+
+
+def tell_deviations(record: Record) -> None:
+    """Fifty steps in float64 of several ranks beside one."""
+    alone = fifty_steps_of_each()
+    record.say(f"{'50 steps, float64':<20}{'ranks':>6}{'passes':>7}{'off by':>10}  ranks equal")
+    found = record.figures["deviations"] = {}
+    for ranks, passes in ((1, 3), (2, 1), (4, 1), (2, 2)):
+        with tempfile.TemporaryDirectory() as folder:
+            words = [*TORCHRUN, str(ranks), "-m", "benchmarks.joint_steps", folder, str(passes)]
+            subprocess.run(words, cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+            for name, expected in alone.items():
+                each = [dict(np.load(f"{folder}/{name}-{rank}.npz")) for rank in range(ranks)]
+                same = all(off(one, each[0]) == 0 for one in each)
+                worst = off(each[0], expected)
+                found[f"{name}, {ranks} ranks, {passes} passes"] = {"off": worst, "equal": same}
+                record.say(f"{name:<20}{ranks:>6}{passes:>7}{worst:>10.1e}  {same}")
+
+
+def tell_volume(record: Record) -> None:
+    """What a step sends, and what that predicts."""
+    record.say(f"{'a step':<34}{'batch':>6}{'numbers':>11}{'MB':>8}  each of 8 ranks sends, MB")
+    found = record.figures["volume"] = {}
+    for name, spec in networks().items():
+        options: TrainingOptions = RECIPES["default"](spec)
+        count = sent(spec, options.batch_size)
+        found[name] = 4 * count
+        ring = 2 * 7 / 8 * 4 * count / 1e6
+        record.say(
+            f"{name:<34}{options.batch_size:>6}{count:>11}{4 * count / 1e6:>8.2f}{ring:>8.2f}"
+        )
+    record.say(
+        "predicted for cards, each with the batch of one; choices: made by each rank's processor"
+    )
+    record.say(
+        f"{'':<20}{'ranks':>6}{'step ms':>9}{'added ms':>10}{'efficiency':>12}{'choices ms':>12}"
+    )
+    record.figures["predicted"] = {}
+    for name, (batch, step) in MEASURED.items():
+        spec = networks()[name]
+        for ranks in (8, 512):
+            volume = 4 * sent(spec, batch * ranks)
+            seconds = added_up(volume, ranks)
+            choices = _choices_seconds(spec, batch * ranks)
+            figures = {"step": step, "added up": seconds, "choices": choices}
+            record.figures["predicted"][f"{name}, {ranks}"] = figures
+            record.say(
+                f"{name:<20}{ranks:>6}{1e3 * step:>9.2f}{1e3 * seconds:>10.3f}"
+                f"{step / (step + seconds):>12.1%}{1e3 * choices:>12.2f}"
+            )
+
+
+def _choices_seconds(spec: ModelSpec, batch: int) -> float:
+    """What the random choices for all images of a step take, late in a run."""
+    rules = Rules(RECIPES["default"](spec), 1000)
+    return min(timed(lambda: rules.choices(800, spec, batch)) for _ in range(5))
+
+
+def kill(place: Path, command: list[str], ranks: int, rng: Generator) -> dict[str, Any] | None:
+    """Starts a run, kills one of its ranks at a random moment, and returns how all ended; None if
+    it came to its end before."""
+    notes = Path(tempfile.mkdtemp(dir=place))
+    words = [*TORCHRUN, str(ranks), "--no-python", sys.executable, "-c", AS_RANK, str(notes)]
+    with tempfile.TemporaryFile() as nowhere:
+        run = subprocess.Popen(
+            [*words, *command[1:]], cwd=place, env=ENVIRONMENT, stdout=nowhere, stderr=nowhere
+        )
+        end = time.monotonic() + WAIT
+        while len([*notes.glob("*.pid")]) < ranks and time.monotonic() < end:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 20))
+        victim = int(rng.integers(ranks))
+        killed = run.poll() is None and _kill(notes / f"{victim}.pid")
+        when = time.time()
+        try:
+            run.wait(WAIT)
+        finally:
+            run.kill()
+    found = {int(p.stem): json.loads(p.read_text()) for p in notes.glob("*.json")}
+    if not killed or found.get(victim, {}).get("code") != -signal.SIGKILL:
+        return None
+    others = [each for rank, each in found.items() if rank != victim]
+    return {
+        "seconds": max((each["when"] for each in others), default=time.time()) - when,
+        "codes": [each["code"] for each in others],
+        "lines": [line for each in others for line in each["said"]],
+        "all ended": len(found) == ranks,
+    }
+
+
+def _kill(pid: Path) -> bool:
+    try:
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+    except (ProcessLookupError, FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def tell_kills(record: Record, kills: int, epochs: int, ranks: int, rng: Generator) -> bool:
+    """Kills a random rank so often; the run goes on each time, and ends as an undisturbed one."""
+    codes: Counter[int] = Counter()
+    slowest, lost, reached, done, lines, wrong = 0.0, 0, -1, 0, Counter[int](), []
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        write_images(place, rng)
+        whole = [*TORCHRUN, str(ranks), *training("whole", epochs)[1:]]
+        subprocess.run(whole, cwd=place, env=ENVIRONMENT, check=True, capture_output=True)
+        command = training("killed", epochs)
+        while done < kills and not (place / "killed.pt").exists():
+            found = kill(place, command, ranks, rng)
+            if found is None:
+                continue
+            done += 1
+            slowest = max(slowest, found["seconds"])
+            codes.update(found["codes"])
+            lines[len(found["lines"])] += 1
+            if not found["all ended"] or len(found["lines"]) > 1:
+                wrong.append(found)
+            states = list_states(place / "runs" / "killed" / SNAPSHOTS)
+            now = int(states[0].stem.removeprefix("step-")) if states else -1
+            state = latest_state(place / "runs" / "killed") if states else None
+            lost += bool(state and state[2]) + (now < reached)
+            reached = max(reached, now)
+        if not (place / "killed.pt").exists():
+            last = [*TORCHRUN, str(ranks), *command[1:]]
+            subprocess.run(last, cwd=place, env=ENVIRONMENT, check=True, capture_output=True)
+        same = equal(place / "whole.pt", place / "killed.pt")
+    record.figures["kills"] = {
+        "kills": done,
+        "ranks": ranks,
+        "codes of the others": dict(codes),
+        "lines of the others": dict(lines),
+        "slowest end, seconds": slowest,
+        "lost": lost,
+        "equal": same,
+        "wrong": wrong,
+    }
+    record.say(
+        f"{done} SIGKILLs of one of {ranks} ranks: {lost} lost or damaged snapshots; "
+        f"exit codes of the others {dict(codes)}; lines per kill {dict(lines)}"
+    )
+    record.say(
+        f"the others ended within {slowest:.1f} s; final parameters "
+        f"{'equal' if same else 'NOT equal'} to the undisturbed run's bit for bit"
+    )
+    return same and not lost and not wrong
+
+
+def main() -> int:
+    options = parser(__doc__)
+    options.add_argument("--kills", type=int, default=20, help="how many (default: %(default)s)")
+    options.add_argument("--ranks", type=int, default=3, help="of them (default: %(default)s)")
+    options.add_argument("--epochs", type=int, default=200, help="of the run that is killed")
+    options.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = options.parse_args()
+    record = Record(arguments)
+    tell_deviations(record)
+    tell_volume(record)
+    rng = np.random.default_rng(arguments.seed)
+    right = tell_kills(record, arguments.kills, arguments.epochs, arguments.ranks, rng)
+    record.write()
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Images of shards, decoded by processes of PyTorch's DataLoader."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vqref.errors import CommandError, InputError, MachineError
+from vqref.host.archives import Record, Shard, read_shard, to_image
+from vqref.host.interrupts import SIGNALS
+from vqref.host.pictures import Reading
+from vqref.validation import Array
+
+
+class Piece(NamedTuple):
+    """Some images of a shard: their numbers in it, rising."""
+
+    shard: Shard
+    rows: NDArray[np.int32]
+
+
+class Decoded(NamedTuple):
+    """Images (n, C, H, W) of a piece. broken: those of them that could not be decoded, whose values
+    mean nothing, each with its name and the reason."""
+
+    images: Array
+    broken: dict[int, str]
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Gives the images of pieces, all of one shape (C, H, W), uint8, or float32 in [0, 1].
+
+    reading: of pictures, its channels those of the shape.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    reading: Reading
+
+    def __getitem__(self, piece: Piece) -> Decoded | CommandError:
+        """Errors that stop a run are returned: between processes they would lose what they are."""
+        try:
+            return self.decode(piece)
+        except CommandError as error:
+            return error
+
+    def decode(self, piece: Piece) -> Decoded:
+        """Raises InputError if the shard is damaged as a whole, MachineError if a library is not
+        installed."""
+        images = np.zeros((len(piece.rows), *self.shape), self.dtype)
+        broken: dict[int, str] = {}
+        for i, (name, record) in enumerate(records(piece)):
+            try:
+                images[i] = self._image(record)
+            except InputError as error:
+                broken[i] = f"{name}: {error}"
+        return Decoded(images, broken)
+
+    def _image(self, record: Record) -> Array:
+        """Raises InputError for an image of another size or dtype."""
+        channels, height, width = self.shape
+        image = to_image(record, (channels, height, width), self.reading)
+        if image.shape != self.shape:
+            size, usual = ("x".join(map(str, each)) for each in (image.shape[1:], self.shape[1:]))
+            raise InputError(f"{size} pixels, others have {usual}; use --resize HxW")
+        if (image.dtype == np.uint8) != (self.dtype == np.uint8):
+            raise InputError(f"its dtype is {image.dtype}, that of others {self.dtype}")
+        return image
+
+
+def records(piece: Piece) -> Iterator[tuple[str, Record]]:
+    """The records of a piece, each with a name that says where it is.
+
+    Raises InputError if the shard is damaged as a whole.
+    """
+    wanted = iter(piece.rows.tolist())
+    row = next(wanted, None)
+    for number, record in enumerate(read_shard(piece.shard) if row is not None else ()):
+        if number == row:
+            yield f"{piece.shard.name}: {record.key}", record
+            row = next(wanted, None)
+            if row is None:
+                return
+    if row is not None:
+        raise InputError(f"{piece.shard.path}: changed since it was listed")
+
+
+def decoded(
+    decoder: Decoder, pieces: Iterable[Piece], workers: int, ahead: int = 2
+) -> Iterator[Decoded]:
+    """What ``decoder`` makes of each piece, in order.
+
+    workers: processes, 0 for none but this one. ahead: pieces that they decode in advance, all
+    together. Raises what ``Decoder.decode`` raises, and MachineError if a process ends.
+    """
+    for found in (
+        _loaded(decoder, pieces, workers, ahead) if workers else map(decoder.__getitem__, pieces)
+    ):
+        if isinstance(found, CommandError):
+            raise found
+        yield found
+
+
+def _loaded(
+    decoder: Decoder, pieces: Iterable[Piece], workers: int, ahead: int
+) -> Iterator[Decoded | CommandError]:
+    import torch
+    from torch.utils.data import DataLoader
+
+    with _quietly_started():
+        loader = iter(
+            DataLoader(
+                decoder,  # type: ignore[arg-type]
+                batch_size=None,
+                sampler=pieces,
+                num_workers=workers,
+                prefetch_factor=max(2, -(-ahead // workers)),
+                collate_fn=_as_it_is,  # arrays go through pipes: shared memory may be small
+                worker_init_fn=_begin,
+                generator=torch.Generator(),
+            )
+        )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise MachineError(f"a process that decodes images ended: {reason}") from None
+
+
+@contextmanager
+def _quietly_started() -> Iterator[None]:
+    """Where processes are started: signals wait until they ignore them, and PyTorch's handler of
+    the end of one, which raises wherever the program is, is not left behind."""
+    masked = hasattr(signal, "pthread_sigmask")
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if masked else ()
+    ended = signal.getsignal(signal.SIGCHLD) if masked else None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of more processes than cores, and of forks
+            yield
+    finally:
+        if masked:
+            if signal.getsignal(signal.SIGCHLD) != ended:
+                signal.signal(signal.SIGCHLD, ended)
+            signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
+def _begin(worker: int) -> None:
+    """A worker ends with its parent, which gets the signals."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _as_it_is(found: Any) -> Any:
+    return found

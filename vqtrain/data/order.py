@@ -1,0 +1,64 @@
+"""In which order an epoch takes images that no memory holds: pieces of shards are shuffled, and
+the images of as many pieces as a buffer holds.
+
+Which image comes when follows from sizes and a seed alone, so that a run goes on at any step, and
+any number of ranks takes the same joint batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vqref.validation import Int64
+
+FIRST = 512
+"""Images of an epoch's first window; each that follows is twice as large, up to the buffer, so that
+an epoch begins before a whole buffer is decoded."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What is held and shuffled at once.
+
+    start: how many images of the epoch come before it. pieces (n,): of each of its images, in
+    their order, and places (n,): where it lies in its piece.
+    """
+
+    start: int
+    pieces: Int64
+    places: Int64
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+
+def windows(sizes: Sequence[int], buffer: int, seed: int, first: int = 0) -> Iterator[Window]:
+    """The windows of one epoch, from the one that holds position ``first`` on.
+
+    sizes: images in each piece. buffer: a window takes shuffled pieces until it holds so many
+    images. seed: of the epoch.
+    """
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    counts = np.asarray(sizes, np.int64)[order]
+    begin = start = 0
+    for end in _ends(counts, buffer):
+        size = int(counts[begin:end].sum())
+        if start + size > first:
+            pieces = np.repeat(order[begin:end], counts[begin:end])
+            places = np.concatenate([np.arange(count) for count in counts[begin:end]])
+            mixed = np.random.default_rng((seed, begin)).permutation(size)
+            yield Window(start, pieces[mixed], places[mixed])
+        begin, start = end, start + size
+
+
+def _ends(counts: Int64, buffer: int) -> Iterator[int]:
+    """After which pieces a window ends."""
+    held, wanted = 0, min(FIRST, buffer)
+    for i, count in enumerate(counts, 1):
+        held += int(count)
+        if held >= wanted or (held and i == len(counts)):
+            yield i
+            held, wanted = 0, min(2 * wanted, buffer)
