@@ -32,6 +32,7 @@ def command(argv: Sequence[str] | None) -> int:
         export,
         import_,
         inspect,
+        page,
         prove,
         reconstruct,
         sample,
@@ -40,7 +41,7 @@ def command(argv: Sequence[str] | None) -> int:
     from vqref.host.commandline import run_command
 
     makers = (import_, export)
-    users = (verify, prove, inspect, bench, encode, decode, reconstruct, sample, doctor)
+    users = (verify, prove, inspect, bench, encode, decode, reconstruct, sample, page, doctor)
     summary = (
         "Export VQ-VAEs, trained here or elsewhere, to ONNX bundles; prove, verify and run them."
     )

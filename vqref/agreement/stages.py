@@ -200,19 +200,23 @@ def _check_quantizer(
 
 
 def _check_tokenizer(tokenizer: Callable[[Array], Array], case: _Case) -> Check:
-    """Images to indices: the encoder may be off by its tolerance in every element of a latent, by
-    sqrt(D) times that in all."""
-    allowed = allowed_error("encoder", case.exact_latents, precision=case.precision)
-    size = case.spec.code_size
-    delta = allowed.max(axis=2) * size**0.5  # (N, S)
+    """Images to indices, by latents of its own."""
     return check_indices(
         tokenizer(case.images),
         case.exact_latents,
         case.codebook,
         precision=case.quantizer_precision,
-        latents_error=delta,
+        latents_error=latents_error(case.exact_latents, case.precision),
         name="tokenizer",
     )
+
+
+def latents_error(latents: Float64, precision: str) -> Float64:
+    """How far (N, S) an encoder's latents may be from the oracle's (N, S, D): it may be off by its
+    tolerance in every element, by sqrt(D) times that in all."""
+    allowed = allowed_error("encoder", latents, precision=precision)
+    error: Float64 = allowed.max(axis=2) * latents.shape[2] ** 0.5
+    return error
 
 
 def _check_decoder(
@@ -294,18 +298,23 @@ def _spread(count: int, most: int) -> Int64:
 def check_reconstructions(
     name: str, found: Array, outputs: Float64, precision: str, spec: ModelSpec
 ) -> Check:
-    """Reconstructions beside the scale that the oracle's outputs leave them: an error in an output
-    moves a mean by the likelihood's slope."""
-    slope = LIKELIHOODS[spec.likelihood].slope(spec)
-    largest = np.abs(outputs).max(axis=(1, 2, 3), keepdims=True, initial=0.0)  # (N, 1, 1, 1)
+    """Reconstructions beside ``reconstruction_scale``."""
     return check(
         "reconstructions",
         found,
         mean(spec, outputs),
         precision=precision,
         name=name,
-        magnitude=1 + largest * slope,
+        magnitude=reconstruction_scale(spec, outputs),
     )
+
+
+def reconstruction_scale(spec: ModelSpec, outputs: Float64) -> Float64:
+    """The scale (N, 1, 1, 1) that the oracle's outputs (N, P, H, W) leave reconstructions: an error
+    in an output moves a mean by the likelihood's slope."""
+    slope = LIKELIHOODS[spec.likelihood].slope(spec)
+    largest: Float64 = np.abs(outputs).max(axis=(1, 2, 3), keepdims=True, initial=0.0)
+    return 1 + largest * slope
 
 
 def check_quantized(

@@ -139,7 +139,8 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 def publish_folder(path: Path, files: Mapping[str, bytes], *, replace: bool) -> None:
     """Writes {name: content} into a folder beside the place, which then takes the place in one
-    step: however the process ends, a whole folder is there, the former or the new one.
+    step: however the process ends, a whole folder is there, the former or the new one. A name may
+    be "subfolder/name".
 
     With ``replace`` the two are exchanged, and the former is removed; if it cannot be, it stays
     under a hidden name, with a warning. On a file system that cannot exchange, the place becomes a
@@ -154,8 +155,10 @@ def publish_folder(path: Path, files: Mapping[str, bytes], *, replace: bool) -> 
     sweep(path.parent, re.escape(path.name))
     with _claimed(path, _new_folder) as temporary:
         for name, content in files.items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             _write(temporary / name, content)
-        _sync_folder(temporary)
+        for folder in {(temporary / name).parent for name in files} | {temporary}:
+            _sync_folder(folder)
         with hold():
             _install(temporary, path)
             _sync_folder(path.parent)
