@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+import vqref
 from vqdeploy.bundle import MANIFEST, Bundle, Oracle
 from vqdeploy.card import tell_pictures
 from vqdeploy.proof.elsewhere import golden_checks, prior_check
@@ -23,7 +24,7 @@ from vqref.host.colours import code_colours
 from vqref.host.files import publish_folder, read_bytes, require_new_folder
 from vqref.host.streams import plain
 from vqref.preprocessing import CHANNELS
-from vqref.spec import CODEBOOK, EMA_COUNT
+from vqref.spec import CODEBOOK, EMA_COUNT, ModelSpec
 from vqref.validation import Array, Params
 
 SOURCE = Path(__file__).parent / "page"
@@ -79,7 +80,7 @@ def _data(bundle: Bundle) -> dict[str, bytes]:
     graphs may answer to the golden batch."""
     spec, oracle = bundle.spec, bundle.oracle()
     checks = golden_checks(spec, oracle, bundle.precision, folded=bundle.folded)
-    arrays = _arrays(oracle)
+    arrays = _arrays(spec, oracle)
     if bundle.prior is not None:
         check, walked = prior_check(bundle.prior, oracle)
         checks.append(check)
@@ -97,12 +98,17 @@ def _data(bundle: Bundle) -> dict[str, bytes]:
     return {**files, FACTS: _json(facts), "data/checks.json": _json(checks)}
 
 
-def _arrays(oracle: Oracle) -> dict[str, Array]:
-    """The codebook, the golden batch, and an image to begin with, uint8 (C, H, W)."""
+def _arrays(spec: ModelSpec, oracle: Oracle) -> dict[str, Array]:
+    """The codebook, the golden batch, and an image to begin with, uint8 (C, H, W): one that the
+    learned prior draws, if there is one."""
     names = ("images", "latents", "indices", "outputs", "reconstructions")
-    golden = {name: oracle.golden[name] for name in names}
-    start = np.rint(255 * golden["images"][0]).astype(np.uint8)
-    return {"codebook": np.asarray(oracle.params[CODEBOOK]), **golden, "start": start}
+    golden, codebook = {name: oracle.golden[name] for name in names}, oracle.params[CODEBOOK]
+    start = golden["images"][0]
+    if oracle.golden_prior:
+        drawn = codebook[oracle.golden_prior["indices"][:1]]
+        start = vqref.reconstruct(spec, vqref.decode(spec, oracle.params, drawn))[0]
+    levels = np.rint(255 * start).astype(np.uint8)
+    return {"codebook": codebook, **golden, "start": levels}
 
 
 def _colours(params: Params) -> list[str]:

@@ -41,7 +41,7 @@ export class TokenMap {
       cell.textContent = this.columns <= NUMBERED ? code : "";
       cell.dataset.code = code;
       const swapped = code !== own[place];
-      cell.classList.toggle("swapped", swapped && this.columns > NUMBERED);
+      cell.classList.toggle("swapped", swapped);
       cell.setAttribute("aria-label", `${this.where(place)}: code ${code}${swapped ? ", swapped" : ""}`);
     });
   }

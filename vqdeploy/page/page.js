@@ -237,8 +237,8 @@ function begin() {
       const seed = BigInt(at("seed").value);
       const { drawn, images } = await ask("sample", { seed, count: SAMPLES, temperature: Number(at("temperature").value) });
       const cards = drawn.map(([tokens, sure], i) => {
-        const told = manifest.prior && sure ? "certified" : `sample ${i + 1}`;
-        const shown = card(images[i], told, () => take(tokens, images[i]));
+        const told = manifest.prior && sure ? ", certified" : "";
+        const shown = card(images[i], `sample ${i + 1}${told}`, () => take(tokens, images[i]));
         shown.dataset.tokens = tokens;
         return shown;
       });
