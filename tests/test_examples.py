@@ -23,6 +23,7 @@ from vqref.preprocessing import Preprocessing
 from vqref.prior import Prior, transformer
 
 EXAMPLES = ROOT / "examples"
+PAGE = Path("vqdeploy/page")
 SIZES = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
 
 MODELS = {
@@ -76,10 +77,10 @@ def javascript(tmp_path_factory):
     """The example with its packages installed."""
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("needs node and npm")
-    folder = tmp_path_factory.mktemp("javascript")
-    for path in (EXAMPLES / "javascript").iterdir():
-        if path.is_file():
-            shutil.copy(path, folder)
+    root = tmp_path_factory.mktemp("javascript")
+    for path in (Path("examples/javascript"), PAGE):
+        shutil.copytree(ROOT / path, root / path, ignore=shutil.ignore_patterns("node_modules"))
+    folder = root / "examples/javascript"
     installed = subprocess.run(
         ["npm", "install", "--no-audit", "--no-fund"],
         cwd=folder,
@@ -145,11 +146,12 @@ def test_reconstructions_are_drawn_below_their_images(
 
 
 def test_the_examples_know_nothing_of_the_package():
-    names = ("tokens.js", "pictures.js", "samples.js")
-    for path in ("plain_onnxruntime.py", "samples.py", *(f"javascript/{name}" for name in names)):
+    names = ("javascript/tokens.js", "javascript/samples.js")
+    for path in ("plain_onnxruntime.py", "samples.py", *names):
         text = (EXAMPLES / path).read_text()
         assert not any(f"{way} {name}" in text for way in ("import", "from") for name in NAMES)
-    assert "import " not in (EXAMPLES / "javascript/pictures.js").read_text()
+    for name in ("graphs.js", "pictures.js", "prior.js"):  # which the examples share with the page
+        assert "import " not in (ROOT / PAGE / name).read_text()
 
 
 NAMES = ("vqdeploy", "vqref", "vqtrain")
@@ -223,7 +225,7 @@ def test_pictures_of_every_kind_give_the_codecs_tokens(bundle_of, request, pictu
 PIXELS = """
 import sharp from "sharp";
 import { readFileSync, writeFileSync } from "node:fs";
-import { prepare } from "./pictures.js";
+import { prepare } from "../../vqdeploy/page/pictures.js";
 
 const images = [];
 for (const { file, done, shape } of JSON.parse(readFileSync("wanted.json"))) {

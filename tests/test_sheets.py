@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from vqref import families
+from vqref.host.colours import code_colours
 from vqref.host.sheets import GAP, SHEET_PIXELS, save_pairs, save_sheet, save_square
-from vqtrain.run.pictures import code_colours, save_curves, save_tokens, save_use
+from vqtrain.run.pictures import save_curves, save_tokens, save_use
 
 RNG = np.random.default_rng(0)
 

@@ -32,6 +32,7 @@ def command(argv: Sequence[str] | None) -> int:
         export,
         import_,
         inspect,
+        page,
         prove,
         reconstruct,
         sample,
@@ -41,11 +42,14 @@ def command(argv: Sequence[str] | None) -> int:
     from vqref.host.commandline import run_command
 
     makers = (import_, export)
-    users = (verify, prove, inspect, bench, encode, decode, reconstruct, sample, triton, doctor)
+    users = (verify, prove, inspect, bench, encode, decode, reconstruct, sample)
+    others = (triton, page, doctor)
     summary = (
         "Export VQ-VAEs, trained here or elsewhere, to ONNX bundles; prove, verify and run them."
     )
-    return run_command("vqdeploy", summary, [module.COMMAND for module in (*makers, *users)], argv)
+    return run_command(
+        "vqdeploy", summary, [module.COMMAND for module in (*makers, *users, *others)], argv
+    )
 
 
 if __name__ == "__main__":

@@ -3,22 +3,19 @@
 //
 // IMAGES is an .npy file of uint8 images, (N, C, H, W) or (N, H, W, C), also (N, H, W) if C is 1; or
 // any number of pictures, to which is done what was done to those that the model was trained on. The
-// bundle's manifest says what that was, and what the graphs are called, take and give; their bytes
-// are held to the manifest's sha256 before onnxruntime sees them. With --decode, what the model makes
-// of each image goes to FOLDER as 0.png, 1.png, …. onnxruntime-web runs in node as it does in a
-// browser, where fetch() takes the place of readFile() and, for opaque pictures, a canvas that of sharp.
+// bundle's manifest says what that was, and what the graphs are called, take and give. With --decode,
+// what the model makes of each image goes to FOLDER as 0.png, 1.png, …. onnxruntime-web runs in node
+// as it does in a browser: vqdeploy/page/ is such a page.
 
-import { createHash } from "node:crypto";
 import { mkdir, readFile } from "node:fs/promises";
 import { join } from "node:path";
 import { parseArgs } from "node:util";
 import * as ort from "onnxruntime-web";
 import sharp from "sharp";
-import { interleaved, planar, prepare } from "./pictures.js";
+import { each, opened } from "../../vqdeploy/page/graphs.js";
+import { interleaved, planar, prepare } from "../../vqdeploy/page/pictures.js";
 
-const BATCH = 64; // images per call, unless the graphs take one number alone
 const FORMATS = ["gif", "jpeg", "png", "tiff", "webp"]; // which sharp reads as Pillow does
-const TYPES = { float32: [Float32Array, Number], int32: [Int32Array, Number], int64: [BigInt64Array, BigInt] };
 
 async function main() {
   const options = { decode: { type: "string" } };
@@ -32,13 +29,12 @@ async function main() {
   if (!arrays) for (const file of files) images.push(await picture(file, manifest.preprocessing, shape));
 
   ort.env.wasm.numThreads = 1;
-  const encode = await opened(bundle, manifest, "tokenizer");
-  const tokens = await encode(images, (level) => level / 255);
+  const levels = images.map((image) => Float64Array.from(image, (level) => level / 255));
+  const tokens = await run(bundle, manifest, "tokenizer", levels);
   console.log(JSON.stringify(tokens));
 
   if (values.decode) {
-    const decode = await opened(bundle, manifest, "detokenizer");
-    await save(values.decode, await decode(tokens), shape);
+    await save(values.decode, await run(bundle, manifest, "detokenizer", tokens), shape);
   }
 }
 
@@ -83,33 +79,12 @@ async function picture(file, done, shape) {
   }
 }
 
-// A function from arrays, one an image, to arrays. `change` is done to each value before.
-async function opened(bundle, manifest, stage) {
-  const graph = manifest.graphs[stage];
-  const content = await readFile(join(bundle, graph.file));
-  const digest = createHash("sha256").update(content).digest("hex");
-  if (digest !== manifest.files[graph.file].sha256) throw new Error(`${graph.file}: damaged`);
-  const session = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
-  const [input, output] = [graph.inputs[0], graph.outputs[0]];
-  const inner = input.shape.slice(1); // the first axis is the batch
-  const size = inner.reduce((a, b) => a * b, 1);
-  const [type, as] = TYPES[input.dtype];
-
-  return async (arrays, change = (value) => value) => {
-    const results = [];
-    for (let first = 0; first < arrays.length; first += manifest.batch ?? BATCH) {
-      const part = arrays.slice(first, first + (manifest.batch ?? BATCH));
-      const count = manifest.batch ?? part.length;
-      const values = new type(count * size);
-      part.forEach((array, i) => array.forEach((value, k) => (values[i * size + k] = as(change(value)))));
-      const tensor = new ort.Tensor(input.dtype, values, [count, ...inner]);
-      const found = await session.run({ [input.name]: tensor });
-      const given = Array.from(found[output.name].data, Number); // int64 arrives as BigInt
-      const each = given.length / count;
-      part.forEach((_, i) => results.push(given.slice(i * each, (i + 1) * each)));
-    }
-    return results;
-  };
+// What one of the graphs makes of arrays, one an image.
+async function run(bundle, manifest, stage, arrays) {
+  const { file, outputs } = manifest.graphs[stage];
+  const graph = await opened(ort, manifest, stage, await readFile(join(bundle, file)));
+  const found = await each(graph, manifest, stage, arrays);
+  return found[outputs[0].name].map((array) => Array.from(array));
 }
 
 // Writes reconstructions, [C, H, W] in [0, 1] each.

@@ -118,7 +118,7 @@ def compare(
     checks: list[Check] = []
     if backend.encoder:
         found = backend.encoder(case.images)
-        scale = _of_unit_latents(case) if spec.normalized else None
+        scale = unit_scale(case.unscaled, case.exact_latents) if spec.normalized else None
         exact, precision = case.exact_latents, case.precision
         checks.append(check("encoder", found, exact, precision=precision, scale=scale))
     if backend.quantizer:
@@ -187,19 +187,19 @@ class _Case:
         return np.asarray(self.params[CODEBOOK])
 
 
-def _of_unit_latents(case: _Case) -> Float64:
-    """The scale (N, S, D) of an error in each element of a unit vector y = x / ||x||: errors of at
-    most e in each element of x leave (e + |y| sqrt(D) e) / ||x||, first and foremost a turn, which
-    is large where x is short."""
-    largest = np.abs(case.unscaled).max(initial=ELU_FLOOR)
-    shares = 1 + np.abs(case.exact_latents) * case.spec.code_size**0.5
-    scale: Float64 = largest * shares / _lengths(case)
+def unit_scale(unscaled: Float64, latents: Float64) -> Float64:
+    """The scale (N, S, D) of an error in each element of unit latents y = x / ||x||, of unscaled x:
+    errors of at most e in each element of x leave (e + |y| sqrt(D) e) / ||x||, first and foremost a
+    turn, which is large where x is short."""
+    largest = np.abs(unscaled).max(initial=ELU_FLOOR)
+    shares = 1 + np.abs(latents) * latents.shape[2] ** 0.5
+    scale: Float64 = largest * shares / _lengths(unscaled)
     return scale
 
 
-def _lengths(case: _Case) -> Float64:
+def _lengths(unscaled: Float64) -> Float64:
     """(N, S, 1): by which the last row of a normalized encoder divides."""
-    found: Float64 = np.linalg.norm(case.unscaled, axis=2, keepdims=True)
+    found: Float64 = np.linalg.norm(unscaled, axis=2, keepdims=True)
     return found.clip(min=LEAST_LENGTH)
 
 
@@ -221,20 +221,24 @@ def _check_quantizer(
 
 
 def _check_tokenizer(tokenizer: Callable[[Array], Array], case: _Case) -> Check:
-    """Images to indices: the encoder may be off by its tolerance in every element of a latent, by
-    sqrt(D) times that in all, and a unit vector by that over its length before."""
-    allowed = allowed_error("encoder", case.unscaled, precision=case.precision)
-    delta = allowed.max(axis=2) * case.spec.code_size**0.5  # (N, S)
-    if case.spec.normalized:
-        delta = delta / _lengths(case)[..., 0]
+    """Images to indices, by latents of its own."""
     return check_indices(
         tokenizer(case.images),
         case.exact_latents,
         case.codebook,
         precision=case.quantizer_precision,
-        latents_error=delta,
+        latents_error=latents_error(case.spec, case.unscaled, case.precision),
         name="tokenizer",
     )
+
+
+def latents_error(spec: ModelSpec, unscaled: Float64, precision: str) -> Float64:
+    """How far (N, S) an encoder's latents may be from the oracle's, of which ``unscaled`` (N, S, D)
+    are what ``vqref.network.scaled`` takes: it may be off by its tolerance in every element, by
+    sqrt(D) times that in all, and a unit vector by that over its length before."""
+    allowed = allowed_error("encoder", unscaled, precision=precision)
+    error: Float64 = allowed.max(axis=2) * spec.code_size**0.5
+    return error / _lengths(unscaled)[..., 0] if spec.normalized else error
 
 
 def _check_decoder(
@@ -316,18 +320,23 @@ def _spread(count: int, most: int) -> Int64:
 def check_reconstructions(
     name: str, found: Array, outputs: Float64, precision: str, spec: ModelSpec
 ) -> Check:
-    """Reconstructions beside the scale that the oracle's outputs leave them: an error in an output
-    moves a mean by the likelihood's slope."""
-    slope = LIKELIHOODS[spec.likelihood].slope(spec)
-    largest = np.abs(outputs).max(axis=(1, 2, 3), keepdims=True, initial=0.0)  # (N, 1, 1, 1)
+    """Reconstructions beside ``reconstruction_scale``."""
     return check(
         "reconstructions",
         found,
         mean(spec, outputs),
         precision=precision,
         name=name,
-        magnitude=1 + largest * slope,
+        magnitude=reconstruction_scale(spec, outputs),
     )
+
+
+def reconstruction_scale(spec: ModelSpec, outputs: Float64) -> Float64:
+    """The scale (N, 1, 1, 1) that the oracle's outputs (N, P, H, W) leave reconstructions: an error
+    in an output moves a mean by the likelihood's slope."""
+    slope = LIKELIHOODS[spec.likelihood].slope(spec)
+    largest: Float64 = np.abs(outputs).max(axis=(1, 2, 3), keepdims=True, initial=0.0)
+    return 1 + largest * slope
 
 
 def check_quantized(

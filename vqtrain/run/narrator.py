@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vqref.agreement.report import Report
+from vqref.host.colours import code_colours
 from vqref.host.sheets import save_pairs, save_square
 from vqref.spec import ModelSpec
 from vqref.validation import Array, Int64
@@ -116,7 +117,7 @@ class Narrator:
             save_pairs(path, images, decoded)
             self._draw_codes(model, hits, epoch)
         else:
-            colours = pictures.code_colours(quantizer.codebook.cpu().numpy(), hits)
+            colours = code_colours(quantizer.codebook.cpu().numpy(), hits)
             pictures.save_tokens(path, self.spec, images, decoded, indices.numpy(), colours)
             pictures.save_use(self.folder.picture(epoch, "use"), hits)
         pictures.save_curves(self.folder.path / "curves.png", history, self.spec.num_codes)

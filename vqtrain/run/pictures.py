@@ -19,9 +19,6 @@ from vqref.host.sheets import save_pairs
 from vqref.spec import ModelSpec
 from vqref.validation import Array, Float64, Int64
 
-LIGHTNESS, CHROMA = (0.3, 0.95), 0.14
-"""The colours of a map of tokens in Oklab: how dark and light they are, and how far from grey."""
-
 PANELS = {
     "bound": "bound, nats per image",
     "perplexity": "perplexity, of {num_codes} codes",
@@ -48,7 +45,7 @@ def save_tokens(
     """Draws images (N, C, H, W), beneath them their reconstructions, and beneath those their
     indices (N, S) as maps: a cell per token in the colour of its code, g maps for a depth of g.
 
-    spec: one whose latent_shape is (h, w) or (h, w, g). colours: (K, 3), of ``code_colours``.
+    spec: one whose latent_shape is (h, w) or (h, w, g). colours: (K, 3), of ``vqref.host.colours``.
     """
     height, width, *groups = spec.latent_shape
     cells = colours[indices].reshape(len(images), height, width, *(groups or [1]), 3)
@@ -58,45 +55,6 @@ def save_tokens(
     )
     maps = cells[:, rows][:, :, columns].transpose(3, 0, 4, 1, 2)  # (g, N, 3, H, W)
     save_pairs(path, images, reconstructions, *maps)
-
-
-def code_colours(codebook: Array, hits: Int64) -> Float64:
-    """Colours (K, 3) in [0, 1] for the rows of the codebook (K, D), similar ones for similar rows.
-
-    The first principal component is the lightness and the next two are the hue, each by its rank,
-    so that a map has as many colours as codes. hits (K,): how often each was chosen, not all 0. The
-    components are those of the codes in use: codes that lie far off do not decide.
-    """
-    used = codebook[hits > 0].astype(np.float64)
-    weights = hits[hits > 0] / hits.sum()
-    centre = weights @ used
-    _, axes = np.linalg.eigh(((used - centre).T * weights) @ (used - centre))
-    scores = (codebook - centre) @ axes[:, :-4:-1]  # (K, up to 3)
-    scores *= np.where(scores[hits.argmax()] < 0, -1, 1)  # the most used is light, in every epoch
-    places = np.full((len(codebook), 3), 0.5)
-    for i, column in enumerate(scores.T):
-        among = np.sort(column[hits > 0])
-        places[:, i] = np.searchsorted(among, column) / max(1, len(among) - 1)
-    dark, light = LIGHTNESS
-    lightness = dark + (light - dark) * places[:, :1].clip(0, 1)
-    return _oklab_to_rgb(np.hstack([lightness, CHROMA * (2 * places[:, 1:].clip(0, 1) - 1)]))
-
-
-def _oklab_to_rgb(colours: Float64) -> Float64:
-    """sRGB in [0, 1] of Oklab colours (n, 3) (Ottosson 2020), what no screen shows cut off."""
-    to_cones = [
-        [1, 0.3963377774, 0.2158037573],
-        [1, -0.1055613458, -0.0638541728],
-        [1, -0.0894841775, -1.2914855480],
-    ]
-    to_light = [
-        [4.0767416621, -3.3077115913, 0.2309699292],
-        [-1.2684380046, 2.6097574011, -0.3413193965],
-        [-0.0041960863, -0.7034186147, 1.7076147010],
-    ]
-    linear = ((colours @ np.transpose(to_cones)) ** 3 @ np.transpose(to_light)).clip(0, 1)
-    curved = 1.055 * linear ** (1 / 2.4) - 0.055
-    return np.asarray(np.where(linear <= 0.0031308, 12.92 * linear, curved))
 
 
 def save_use(path: Path, hits: Int64) -> None:

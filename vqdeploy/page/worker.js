@@ -1,0 +1,150 @@
+// All that computes, beside the page: one request after another, each answered by its number.
+
+import { opened, product, each } from "./graphs.js";
+import { verify } from "./golden.js";
+import { readNpy } from "./npy.js";
+import { prepare } from "./pictures.js";
+import { draw } from "./prior.js";
+import * as ort from "./runtime/ort.js";
+
+const SHOWN_NEAR = 8;
+
+ort.env.wasm.numThreads = 1; // more need headers that not every web server sends
+ort.env.wasm.wasmPaths = { wasm: new URL("./runtime/ort.wasm", import.meta.url).href };
+
+const fetched = async (path) => {
+  const answer = await fetch(new URL(path, import.meta.url));
+  if (!answer.ok) throw new Error(`${path}: ${answer.status} ${answer.statusText}`);
+  return answer.arrayBuffer();
+};
+const fetchedJson = async (path) => JSON.parse(new TextDecoder().decode(await fetched(path)));
+
+// The value of a function per argument, made once.
+function once(make) {
+  const made = new Map();
+  return (name) => {
+    if (!made.has(name)) made.set(name, make(name));
+    return made.get(name);
+  };
+}
+
+const manifest = once(() => fetchedJson("model/manifest.json"));
+const facts = once(() => fetchedJson("data/page.json"));
+const array = once(async (name) => readNpy(await fetched(`data/${name}.npy`)));
+const graph = once(async (stage) => {
+  const said = await manifest();
+  return opened(ort, said, stage, await fetched(`model/${said.graphs[stage].file}`));
+});
+
+// The rows that a graph gives for rows.
+async function run(stage, rows) {
+  const said = await manifest();
+  const found = await each(await graph(stage), said, stage, rows);
+  return found[said.graphs[stage].outputs[0].name];
+}
+
+const requests = {
+  async start() {
+    await Promise.all([graph("tokenizer"), array("start")]);
+    return { manifest: await manifest(), facts: await facts(), start: (await array("start")).data };
+  },
+
+  // An image [C, H, W] of 8 bits, of a file; and whether this browser read it as Pillow does.
+  async prepare(file) {
+    const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
+    const { width, height } = bitmap;
+    const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
+    context.drawImage(bitmap, 0, 0);
+    const { data } = context.getImageData(0, 0, width, height);
+    const { preprocessing, spec } = await manifest();
+    const image = prepare({ width, height, channels: 4, data }, 1, preprocessing, spec.image_shape);
+    return { image, width, height, exact: await isExact(file, data) };
+  },
+
+  // The tokens of an image of 8 bits.
+  async encode(image) {
+    return Array.from((await run("tokenizer", [Float64Array.from(image, (level) => level / 255)]))[0]);
+  },
+
+  decode: (rows) => run("detokenizer", rows),
+
+  // The vector of a code, and the codes next to it.
+  async code(code) {
+    const { shape: [count, size], data } = await array("codebook");
+    const row = (k) => data.subarray(k * size, (k + 1) * size);
+    const own = row(code);
+    const distance = (k) => Math.sqrt(row(k).reduce((sum, x, i) => sum + (x - own[i]) ** 2, 0));
+    const near = Array.from({ length: count }, (_, k) => ({ code: k, distance: distance(k) }));
+    near.sort((a, b) => a.distance - b.distance || a.code - b.code);
+    return { vector: own.slice(), near: near.filter(({ code: k }) => k !== code).slice(0, SHOWN_NEAR) };
+  },
+
+  async sample({ seed, count, temperature }) {
+    const said = await manifest();
+    const step = said.prior ? await graph("prior_step") : null;
+    const { log_probabilities: tolerance } = await facts();
+    const numbers = Array.from({ length: count }, (_, i) => i);
+    const drawn = [];
+    const size = said.batch ?? count;
+    for (let first = 0; first < count; first += size) {
+      const part = numbers.slice(first, first + size);
+      drawn.push(...(await draw(step, sizes(said), seed, part, temperature, tolerance)));
+    }
+    return { drawn, images: await run("detokenizer", drawn.map(([tokens]) => tokens)) };
+  },
+
+  async verify(_, tell) {
+    const said = await manifest();
+    const walked = async (indices, golden) => walk(await graph("prior_step"), sizes(said), indices, golden);
+    for await (const row of verify(said, await fetchedJson("data/checks.json"), graph, array, walked)) tell(row);
+    return { digests: Boolean(globalThis.crypto?.subtle) };
+  },
+
+  async bytes() {
+    return performance.getEntriesByType("resource").reduce((sum, entry) => sum + entry.encodedBodySize, 0);
+  },
+};
+
+// What draw() needs to know of a prior.
+function sizes({ spec, prior, graphs }) {
+  const keys = graphs.prior_step?.inputs.find(({ name }) => name === "keys");
+  return {
+    positions: product(spec.latent_shape),
+    codes: spec.num_codes,
+    kept: prior ? product(keys.shape.slice(1)) : 0,
+  };
+}
+
+// log p (n, P, K) of the first P positions of rows of tokens (n, S), flat.
+async function walk(step, { positions, codes, kept }, indices, { shape: [count, walked] }) {
+  const found = new Float32Array(count * walked * codes);
+  let keys = new Float32Array(count * kept);
+  let values = keys;
+  for (let s = 0; s < walked; s++) {
+    const previous = Array.from({ length: count }, (_, i) => (s ? indices[i * positions + s - 1] : 0));
+    const answer = await step({ previous, position: [s], keys, values }, count);
+    [keys, values] = [answer.next_keys, answer.next_values];
+    for (let i = 0; i < count; i++)
+      found.set(answer.log_probabilities.subarray(i * codes, (i + 1) * codes), (i * walked + s) * codes);
+  }
+  return found;
+}
+
+// Opaque pictures of lossless formats of at most 8 bits are read alike by all.
+async function isExact(file, data) {
+  const head = new Uint8Array(await file.slice(0, 26).arrayBuffer());
+  const begins = (text) => String.fromCharCode(...head.subarray(0, text.length)) === text;
+  const lossless = (begins("\x89PNG") && head[24] <= 8) || begins("GIF8") || begins("BM");
+  return lossless && data.every((level, i) => i % 4 !== 3 || level === 255);
+}
+
+let last = Promise.resolve();
+onmessage = ({ data: { id, name, argument } }) => {
+  last = last.then(async () => {
+    try {
+      postMessage({ id, result: await requests[name](argument, (row) => postMessage({ id, row })) });
+    } catch (error) {
+      postMessage({ id, error: String(error.message ?? error).split("\n")[0] });
+    }
+  });
+};
