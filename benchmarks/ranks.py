@@ -25,7 +25,7 @@ from numpy.random import Generator
 
 from benchmarks.joint_steps import fifty_steps_of_each, off
 from benchmarks.kills import ENVIRONMENT, equal, training, write_images
-from benchmarks.measure import ROOT, Record, parser, timed
+from benchmarks.measure import ROOT, Record, parser
 from vqref import families
 from vqref.spec import NETWORKS, ModelSpec
 from vqtrain.options import RECIPES, TrainingOptions
@@ -46,7 +46,7 @@ NVLINK, NETWORK = (300e9, 5e-6), (40e9, 15e-6)
 """Bytes per second that a card sends within a machine and to others, NVLink 4 and 400 Gbit/s, less
 a third and a fifth for protocols; and seconds until another card has the first."""
 
-WAIT = 120.0
+WAIT = 300.0
 """Seconds in which a rank must have begun, and in which all must have ended."""
 
 AS_RANK = """
@@ -142,9 +142,14 @@ def tell_volume(record: Record) -> None:
 
 
 def _choices_seconds(spec: ModelSpec, batch: int) -> float:
-    """What the random choices for all images of a step take, late in a run."""
-    rules = Rules(RECIPES["default"](spec), 1000)
-    return min(timed(lambda: rules.choices(800, spec, batch)) for _ in range(5))
+    """What the random choices for all images of a step take of a processor, of one that draws and
+    revives."""
+    rules, found = Rules(RECIPES["default"](spec), 1000), []
+    for _ in range(5):
+        start = time.process_time()
+        rules.choices(300, spec, batch)
+        found.append(time.process_time() - start)
+    return min(found)
 
 
 def kill(place: Path, command: list[str], ranks: int, rng: Generator) -> dict[str, Any] | None:
@@ -188,37 +193,38 @@ def _kill(pid: Path) -> bool:
 
 
 def tell_kills(record: Record, kills: int, epochs: int, ranks: int, rng: Generator) -> bool:
-    """Kills a random rank so often; the run goes on each time, and ends as an undisturbed one."""
-    codes: Counter[int] = Counter()
-    slowest, lost, reached, done, lines, wrong = 0.0, 0, -1, 0, Counter[int](), []
+    """Kills a random rank so often; the run goes on each time, and ends as an undisturbed one.
+    Another begins where one has come to its end."""
+    codes, lines, wrong = Counter[int](), Counter[int](), []
+    slowest, lost, done, runs, reached, same = 0.0, 0, 0, 1, -1, True
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_images(place, rng)
-        whole = [*TORCHRUN, str(ranks), *training("whole", epochs)[1:]]
-        subprocess.run(whole, cwd=place, env=ENVIRONMENT, check=True, capture_output=True)
-        command = training("killed", epochs)
-        while done < kills and not (place / "killed.pt").exists():
-            found = kill(place, command, ranks, rng)
+        _finish(place, training("whole", epochs), ranks)
+        while done < kills:
+            name = f"killed-{runs}"
+            found = kill(place, training(name, epochs), ranks, rng)
+            if (place / f"{name}.pt").exists():
+                same = same and equal(place / "whole.pt", place / f"{name}.pt")
+                runs, reached = runs + 1, -1
             if found is None:
                 continue
             done += 1
             slowest = max(slowest, found["seconds"])
             codes.update(found["codes"])
             lines[len(found["lines"])] += 1
-            if not found["all ended"] or len(found["lines"]) > 1:
+            if not found["all ended"] or len(found["lines"]) != 1:
                 wrong.append(found)
-            states = list_states(place / "runs" / "killed" / SNAPSHOTS)
-            now = int(states[0].stem.removeprefix("step-")) if states else -1
-            state = latest_state(place / "runs" / "killed") if states else None
-            lost += bool(state and state[2]) + (now < reached)
-            reached = max(reached, now)
-        if not (place / "killed.pt").exists():
-            last = [*TORCHRUN, str(ranks), *command[1:]]
-            subprocess.run(last, cwd=place, env=ENVIRONMENT, check=True, capture_output=True)
-        same = equal(place / "whole.pt", place / "killed.pt")
+            reached, damaged = _reached(place / "runs" / name, reached)
+            lost += damaged
+            print(f"{done}: {found}, step {reached}", file=sys.stderr, flush=True)
+        if not (place / f"{name}.pt").exists():
+            _finish(place, training(name, epochs), ranks)
+            same = same and equal(place / "whole.pt", place / f"{name}.pt")
     record.figures["kills"] = {
         "kills": done,
         "ranks": ranks,
+        "runs": runs,
         "codes of the others": dict(codes),
         "lines of the others": dict(lines),
         "slowest end, seconds": slowest,
@@ -228,7 +234,7 @@ def tell_kills(record: Record, kills: int, epochs: int, ranks: int, rng: Generat
     }
     record.say(
         f"{done} SIGKILLs of one of {ranks} ranks: {lost} lost or damaged snapshots; "
-        f"exit codes of the others {dict(codes)}; lines per kill {dict(lines)}"
+        f"exit codes of the others {dict(codes)}; lines a kill {dict(lines)}"
     )
     record.say(
         f"the others ended within {slowest:.1f} s; final parameters "
@@ -237,16 +243,39 @@ def tell_kills(record: Record, kills: int, epochs: int, ranks: int, rng: Generat
     return same and not lost and not wrong
 
 
+def _finish(place: Path, command: list[str], ranks: int) -> None:
+    words = [*TORCHRUN, str(ranks), *command[1:]]
+    subprocess.run(words, cwd=place, env=ENVIRONMENT, check=True, capture_output=True)
+
+
+def _reached(run: Path, before: int) -> tuple[int, int]:
+    """The step of the last snapshot, and how many were lost or damaged since ``before``."""
+    states = list_states(run / SNAPSHOTS) if run.exists() else []
+    if not states:
+        return -1, int(before >= 0)
+    now, (_, _, complaints) = int(states[0].stem.removeprefix("step-")), _sound(run)
+    return now, len(complaints) + (now < before)
+
+
+def _sound(run: Path) -> tuple[Any, Any, list[str]]:
+    found = latest_state(run)
+    if found is None:
+        raise RuntimeError(f"{run} lost its snapshots")
+    return found
+
+
 def main() -> int:
     options = parser(__doc__)
     options.add_argument("--kills", type=int, default=20, help="how many (default: %(default)s)")
     options.add_argument("--ranks", type=int, default=3, help="of them (default: %(default)s)")
-    options.add_argument("--epochs", type=int, default=200, help="of the run that is killed")
+    options.add_argument("--epochs", type=int, default=60, help="of the run that is killed")
     options.add_argument("--seed", type=int, default=0, help="of the moments")
+    options.add_argument("--only-kills", action="store_true", help="nothing but kills")
     arguments = options.parse_args()
     record = Record(arguments)
-    tell_deviations(record)
-    tell_volume(record)
+    if not arguments.only_kills:
+        tell_deviations(record)
+        tell_volume(record)
     rng = np.random.default_rng(arguments.seed)
     right = tell_kills(record, arguments.kills, arguments.epochs, arguments.ranks, rng)
     record.write()

@@ -2,7 +2,6 @@
 that find each other by the environment that torchrun gives them, and by torchrun itself."""
 
 import itertools
-import json
 import os
 import re
 import signal
@@ -105,7 +104,8 @@ def wait_for_snapshot(place, started, step=2):
     end = time.monotonic() + 120
     while not [p for p in list_states(place / "runs/r/snapshots") if int(p.stem[5:]) >= step]:
         assert time.monotonic() < end
-        assert all(process.poll() is None for process in started.processes)
+        if any(process.poll() is not None for process in started.processes):
+            pytest.fail(f"ended before a snapshot: {started.ended()}")
         time.sleep(0.01)
 
 
@@ -145,21 +145,28 @@ def test_the_compared_steps_draw_reset_and_start_codes():
     assert torch.equal(generator, rules.Rules(options, 50).generator.get_state())
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, many_images):
+    """What one rank ends with that nobody disturbed."""
+    place = tmp_path_factory.mktemp("whole")
+    np.savez(place / "data.npz", many_images[:128])
+    assert go(place).returncode == 0
+    return read_model(place / "model.pt")
+
+
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_command_under_torchrun_trains_what_it_trains_without(place, ranks):
-    assert go(place, "--output", "one.pt").returncode == 0
+def test_a_command_under_torchrun_trains_what_it_trains_without(place, whole, ranks):
     done = go(place, "--name", "n", "--output", "n.pt", how=(*TORCHRUN, str(ranks)))
     assert done.returncode == 0, done.stderr
     found = read_model(place / "n.pt")
-    assert off(found.params, parameters(place / "one.pt")) <= 1e-4
+    assert off(found.params, whole.params) <= 1e-4
     assert all(line["oracle"]["passed"] for line in found.metrics["history"])
     assert found.provenance["ranks"] == ranks
     (first, *_), lines = done.stdout.splitlines(), done.stdout.splitlines()
     assert f"10 steps of 22 on cpu, {ranks} ranks" in done.stdout
     assert lines.count(first) == 1  # rank 0 alone speaks
     assert done.stdout.count("oracle: agrees") == 2
-    one, many = (json.loads((place / f"runs/{name}/metrics.jsonl").read_text().splitlines()[-1])
-                 for name in ("r", "n"))  # fmt: skip
+    one, many = whole.metrics, found.metrics
     for measure in ("bound", "commitment", "perplexity", "codes_used"):
         assert many[measure] == pytest.approx(one[measure], rel=1e-4)
         assert many["training_sample"][measure] == pytest.approx(
@@ -170,11 +177,29 @@ def test_a_command_under_torchrun_trains_what_it_trains_without(place, ranks):
     )
 
 
+FAILS = """
+import sys
+from vqtrain import torchrun
+from vqtrain.__main__ import main
+import vqtrain.run.trainer as trainer
+{change}
+sys.exit(main(sys.argv[1:]))
+"""
+STOPS = """
+import os, signal
+taken = trainer.training_step
+def stopping(model, optimizer, images, options, rules, step, split):
+    if step == 2 and torchrun.rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    split.ranks._next = 0  # agree before each step
+    return taken(model, optimizer, images, options, rules, step, split)
+trainer.training_step = stopping
+"""
+"""A signal to rank 1 in its third step."""
+
+
 @pytest.mark.parametrize("signalled", [[1], [0, 1]])
-def test_a_signal_to_any_rank_stops_all_after_the_same_step_and_any_number_goes_on(
-    place, signalled
-):
-    assert go(place, "--name", "whole", "--output", "whole.pt").returncode == 0
+def test_a_signal_to_any_rank_stops_all_after_the_same_step(place, signalled):
     started = Started(place, 2)
     wait_for_snapshot(place, started)
     for rank in signalled:
@@ -182,10 +207,19 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step_and_any_number_goes_
     codes, _, errors = started.ended()
     assert codes == [143, 143], errors
     (line,) = "".join(errors).splitlines()
-    step = re.search(r"interrupted in epoch 1, step (\d+), and saved; the same command", line)
-    state, path, complaints = latest_state(place / "runs/r")
-    assert (state["step"], complaints) == (int(step[1]), [])
+    found = re.search(r"interrupted in epoch (\d), step (\d), and saved; the same command", line)
+    state, _, complaints = latest_state(place / "runs/r")
+    assert (state["epoch"], state["step"]) == (int(found[1]) - 1, int(found[2]))
     assert state["meter"]["count"] == 22 * state["step"]
+    assert not complaints
+
+
+def test_what_two_ranks_saved_one_and_four_go_on_with(place, whole):
+    run = ("-c", FAILS.format(change=STOPS), *RUN)
+    codes, _, errors = Started(place, 2, run=run).ended()
+    assert codes == [143, 143], errors
+    _, path, _ = latest_state(place / "runs/r")
+    assert path.name == "step-00000003.state"
     for ranks in (1, 4):
         folder = place / f"on-{ranks}"
         (folder / "snapshots").mkdir(parents=True)
@@ -196,19 +230,21 @@ def test_a_signal_to_any_rank_stops_all_after_the_same_step_and_any_number_goes_
         else:
             codes, _, errors = Started(place, ranks, *how).ended()
             assert codes == [0] * ranks, errors
-        assert off(parameters(place / f"{ranks}.pt"), parameters(place / "whole.pt")) <= 1e-4
+        assert off(parameters(place / f"{ranks}.pt"), whole.params) <= 1e-4
 
 
-@pytest.mark.parametrize("killed", [0, 1, 2])
-def test_a_killed_rank_ends_the_others_with_one_line_and_the_last_snapshot_whole(place, killed):
-    started = Started(place, 3)
+@pytest.mark.parametrize(("ranks", "killed"), [(2, 0), (3, 1)])
+def test_a_killed_rank_ends_the_others_with_one_line_and_the_last_snapshot_whole(
+    place, ranks, killed
+):
+    started = Started(place, ranks, "--epochs", "40")
     wait_for_snapshot(place, started)
     started.send(killed, signal.SIGKILL)
     began = time.monotonic()
-    codes, _, errors = started.ended(60)
+    codes, _, errors = started.ended()
     assert time.monotonic() - began < 60
     assert codes.pop(killed) == -9
-    assert codes == [5, 5], errors
+    assert codes == [5] * (ranks - 1), errors
     (line,) = "".join(errors).splitlines()
     assert line.startswith("vqtrain: another rank is lost (")
     assert line.endswith("; the same command goes on from the last snapshot")
@@ -217,7 +253,7 @@ def test_a_killed_rank_ends_the_others_with_one_line_and_the_last_snapshot_whole
 
 
 def test_a_rank_that_stands_still_is_not_waited_for(place):
-    started = Started(place, 2)
+    started = Started(place, 2, "--epochs", "40")
     wait_for_snapshot(place, started)
     started.send(1, signal.SIGSTOP)
     try:
@@ -232,14 +268,6 @@ def test_a_rank_that_stands_still_is_not_waited_for(place):
     assert errors == says
 
 
-FAILS = """
-import sys
-from vqtrain import torchrun
-from vqtrain.__main__ import main
-import vqtrain.run.trainer as trainer
-{change}
-sys.exit(main(sys.argv[1:]))
-"""
 CHANGES = {
     "a rank computes something else": (
         "if torchrun.rank() == 1:\n"
@@ -370,12 +398,12 @@ def test_accumulated_passes_in_bfloat16_keep_their_gradients_in_float32(model, r
         torch.testing.assert_close(parts, whole, rtol=0, atol=0.02 * float(whole.abs().max()))
 
 
-def test_accumulate_is_an_option_that_a_folder_keeps(place):
-    assert go(place, "--output", "one.pt").returncode == 0
-    assert go(place, "--name", "a", "--accumulate", "3", "--output", "a.pt").returncode == 0
-    assert off(parameters(place / "a.pt"), parameters(place / "one.pt")) <= 1e-4
-    assert "accumulate = 3" in (place / "runs/a/options.toml").read_text()
-    assert "accumulate" not in read_model(place / "a.pt").training
+def test_accumulate_is_an_option_that_a_folder_keeps(place, whole):
+    assert go(place, "--accumulate", "3").returncode == 0
+    found = read_model(place / "model.pt")
+    assert off(found.params, whole.params) <= 1e-4
+    assert "accumulate = 3" in (place / "runs/r/options.toml").read_text()
+    assert "accumulate" not in found.training
 
 
 def test_one_rank_alone_has_nobody_to_wait_for():
