@@ -207,7 +207,9 @@ def _require_all(collective: Callable[..., Any], *arguments: Any) -> None:
         collective(*arguments)
     except RuntimeError as error:
         deafen()  # torchrun now ends the others
-        reason = str(error).strip().splitlines()[0].split("] ", 1)[-1]
+        reason = (
+            _first_line(error).split("] ", 1)[-1].split(". ")[0]
+        )  # its place in the source; advice
         raise MachineError(f"another rank is lost ({reason}); {GOES_ON}") from None
 
 
