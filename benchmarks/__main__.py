@@ -35,7 +35,6 @@ def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, li
         "nearest": ["--plot", str(RESULTS / "nearest.png")],
         "epochs": ["--images", "6400", "--epochs", "2"] if arguments.short else [],
         "oracle": [],
-        "streams": ["--images", "20000"] if arguments.short else [],
         "large": [],
         "glyphs": [],
         "tolerances": [],
