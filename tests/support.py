@@ -113,7 +113,9 @@ def small_model(spec: ModelSpec, seed: int = 0) -> Model:
     latents = vqref.encode(spec, params, rng.random((64, *spec.image_shape)))
     rows = rng.choice(latents.reshape(-1, spec.code_size), spec.num_codes)
     params[CODEBOOK] = (rows + rng.normal(0, 0.05, rows.shape)).astype(np.float32)
-    if spec.levels:
+    if spec.levels:  # whose middle is 0, which untrained latents are all near
+        last = next(row for row in reversed(spec.encoder) if row.parameters)
+        params[f"{last.name}.weight"] *= 20
         params[CODEBOOK] = grid(spec.levels).astype(np.float32)
     if spec.normalized:
         lengths = np.linalg.norm(params[CODEBOOK].astype(np.float64), axis=1, keepdims=True)
