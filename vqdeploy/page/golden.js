@@ -5,7 +5,8 @@
 import { each } from "./graphs.js";
 
 // Yields a row of the report per check. run: (stage) to a function that runs the graph. arrays:
-// (name) to { shape, data } of one of the page's arrays. step: as `walk` of the page gives it.
+// (name) to { shape, data } of one of the page's arrays. walked: (tokens, golden log p) to what
+// the steps of the prior give for them.
 export async function* verify(manifest, checks, run, arrays, walked) {
   const codebook = await arrays("codebook");
   const golden = {};

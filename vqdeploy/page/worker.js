@@ -95,7 +95,7 @@ const requests = {
 
   async verify(_, tell) {
     const said = await manifest();
-    const walked = async (indices, golden) => walk(await graph("prior_step"), sizes(said), indices, golden);
+    const walked = async (indices, golden) => walk(await graph("prior_step"), sizes(said), said.batch, indices, golden);
     for await (const row of verify(said, await fetchedJson("data/checks.json"), graph, array, walked)) tell(row);
     return { digests: Boolean(globalThis.crypto?.subtle) };
   },
@@ -115,17 +115,21 @@ function sizes({ spec, prior, graphs }) {
   };
 }
 
-// log p (n, P, K) of the first P positions of rows of tokens (n, S), flat.
-async function walk(step, { positions, codes, kept }, indices, { shape: [count, walked] }) {
+// log p (n, P, K) of the first P positions of rows of tokens (n, S), flat. `batch`: the one number of
+// rows that the graph takes, if it takes one alone.
+async function walk(step, { positions, codes, kept }, batch, indices, { shape: [count, walked] }) {
   const found = new Float32Array(count * walked * codes);
-  let keys = new Float32Array(count * kept);
-  let values = keys;
-  for (let s = 0; s < walked; s++) {
-    const previous = Array.from({ length: count }, (_, i) => (s ? indices[i * positions + s - 1] : 0));
-    const answer = await step({ previous, position: [s], keys, values }, count);
-    [keys, values] = [answer.next_keys, answer.next_values];
-    for (let i = 0; i < count; i++)
-      found.set(answer.log_probabilities.subarray(i * codes, (i + 1) * codes), (i * walked + s) * codes);
+  for (let first = 0; first < count; first += batch ?? count) {
+    const rows = Math.min(batch ?? count, count - first);
+    let keys = new Float32Array(rows * kept);
+    let values = keys;
+    for (let s = 0; s < walked; s++) {
+      const previous = Array.from({ length: rows }, (_, i) => (s ? indices[(first + i) * positions + s - 1] : 0));
+      const answer = await step({ previous, position: [s], keys, values }, rows);
+      [keys, values] = [answer.next_keys, answer.next_values];
+      for (let i = 0; i < rows; i++)
+        found.set(answer.log_probabilities.slice(i * codes, (i + 1) * codes), ((first + i) * walked + s) * codes);
+    }
   }
   return found;
 }
