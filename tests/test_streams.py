@@ -3,6 +3,7 @@ images, what is held out and what is sampled."""
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -368,18 +369,54 @@ def test_floating_arrays_stay_floating_and_wrong_ones_are_broken(tmp_path, image
     assert sorted(found.broken)[1] == "b.npy: 0: its dtype is uint8, that of others float32"
 
 
-def test_a_decoding_process_that_is_killed_ends_the_pass_in_one_line(shards, monkeypatch):
-    found = shards(streaming=Streaming(workers=1))
-    decode = decoding.Decoder.decode
-
-    def dies(self, piece):
-        if piece.shard.name == "part-2.npy":
-            os.kill(os.getpid(), signal.SIGKILL)
-        return decode(self, piece)
-
-    monkeypatch.setattr(decoding.Decoder, "decode", dies)
+def test_a_decoding_process_that_is_killed_ends_the_pass_in_one_line(shards):
+    found = shards(streaming=Streaming(workers=1, buffer=20))
+    batches = StreamBatches(found, 7, torch.device("cpu"), print).shuffled(torch.Generator())
+    next(batches)
+    (child,) = multiprocessing.active_children()
+    child.kill()
     with pytest.raises(MachineError, match="a process that decodes images ended"):
-        passed(found)
+        list(batches)
+
+
+def test_decoding_processes_end_with_a_training_process_that_is_killed(tmp_path, images):
+    """Even with more decoded than the pipe to it holds."""
+    np.save(tmp_path / "a.npy", np.tile(images, (4, 2, 2)))
+    code = """
+import multiprocessing, time, torch
+from vqtrain.data.holdout import hold_out
+from vqtrain.data.sources import load_source
+from vqtrain.data.stream_batches import StreamBatches
+from vqtrain.data.streams import Streaming
+
+if __name__ == "__main__":
+    found = hold_out(load_source(".", print, streaming=Streaming(workers=2)), 0.0)
+    batches = StreamBatches(found, 7, torch.device("cpu"), print).shuffled(torch.Generator())
+    next(batches)
+    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+    time.sleep(1000)
+"""
+    (tmp_path / "code.py").write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, "code.py"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    workers = [int(each) for each in process.stdout.readline().split()]
+    process.kill()
+    process.communicate()
+    assert len(workers) == 2
+    end = time.monotonic() + 60
+    while any(is_alive(each) for each in workers):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 RUN = (

@@ -1,12 +1,22 @@
-"""Images of shards, decoded by processes of PyTorch's DataLoader."""
+"""Images of shards, decoded by processes of PyTorch's DataLoader.
+
+They are forks of a server, not of the training process: that has threads (of its pulse, of gloo),
+and a fork that comes while one holds a lock waits for it forever.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing import connection
+from multiprocessing.context import BaseContext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -123,6 +133,7 @@ def _loaded(
                 sampler=pieces,
                 num_workers=workers,
                 prefetch_factor=max(2, -(-ahead // workers)),
+                multiprocessing_context=_context(),
                 collate_fn=_as_it_is,  # arrays go through pipes: shared memory may be small
                 worker_init_fn=_begin,
                 generator=torch.Generator(),
@@ -135,6 +146,16 @@ def _loaded(
         raise MachineError(f"a process that decodes images ended: {reason}") from None
 
 
+@cache
+def _context() -> BaseContext:
+    """How processes are started: by a server that has imported what they need, if there is one."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.utils.data", __name__])
+    return context
+
+
 @contextmanager
 def _quietly_started() -> Iterator[None]:
     """Where processes are started: signals wait until they ignore them, and PyTorch's handler of
@@ -144,7 +165,7 @@ def _quietly_started() -> Iterator[None]:
     ended = signal.getsignal(signal.SIGCHLD) if masked else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of more processes than cores, and of forks
+            warnings.simplefilter("ignore")  # of more processes than cores
             yield
     finally:
         if masked:
@@ -154,10 +175,22 @@ def _quietly_started() -> Iterator[None]:
 
 
 def _begin(worker: int) -> None:
-    """A worker ends with its parent, which gets the signals."""
+    """A worker ends with its parent, which gets the signals.
+
+    PyTorch's own look at the parent sees the server; and a worker that ended by itself would wait
+    until somebody reads what it has written.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+
+
+def _end_with(parent: int) -> None:
+    connection.wait([parent])
+    os._exit(1)
 
 
 def _as_it_is(found: Any) -> Any:
