@@ -142,6 +142,18 @@ def test_a_damaged_shard_is_named(tmp_path, name, source, kept):
         records(tmp_path / "data")
 
 
+@pytest.mark.parametrize("header", [b"\0" * 512, b"x" * 512])
+def test_a_tar_with_a_damaged_header_in_its_middle_loses_no_image_silently(tmp_path, header):
+    tars(tmp_path / "data")
+    path = tmp_path / "data" / "000000.tar"
+    with tarfile.open(path) as archive:
+        place = archive.getmembers()[2].offset
+    content = path.read_bytes()
+    path.write_bytes(content[:place] + header + content[place + 512 :])
+    with pytest.raises(InputError, match=r"000000\.tar: .*damaged"):
+        records(tmp_path / "data")
+
+
 def test_a_folder_of_several_forms_is_refused(tmp_path):
     np.save(tmp_path / "a.npy", IMAGES)
     pq.write_table(pa.table({"image": PNGS}), tmp_path / "b.parquet")

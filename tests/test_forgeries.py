@@ -196,7 +196,7 @@ def test_a_part_with_one_other_bit_is_not_the_parameters(forged, stage, name):
     assert "weights" in failed(folder)
 
 
-@pytest.mark.parametrize("name", ["quantizer.codes", "quantizer.half_norms"])
+@pytest.mark.parametrize("name", ["quantizer.codes", "quantizer.codes_0"])
 def test_what_a_search_by_products_holds_follows_from_the_codebook(forged, name):
     folder = forged("large")
 

@@ -28,7 +28,7 @@ sys.meta_path.insert(0, Absent())
 """
 """A sitecustomize with which some libraries are not installed."""
 
-OF_PILLOW = {"PIL": "pillow"}
+IMPORTED_AS = {"PIL": "pillow", "yaml": "pyyaml"}
 """Libraries that are imported under another name than they are installed under."""
 
 
@@ -38,7 +38,7 @@ def installed_by(extra):
         re.match(r"[\w-]+", line)[0].replace("-", "_")
         for line in PROJECT["optional-dependencies"][extra]
     ]
-    return {next((k for k, v in OF_PILLOW.items() if v == name), name) for name in names}
+    return {next((k for k, v in IMPORTED_AS.items() if v == name), name) for name in names}
 
 
 def test_each_library_is_looked_for_in_the_extra_that_brings_it():

@@ -185,7 +185,7 @@ def test_scores_and_distances_are_off_by_less_than_their_slack(d, scale, far, se
         assert (np.abs(found - exact).max(axis=1) <= own / 2).all()
 
 
-@pytest.mark.parametrize(("k", "d", "tiles"), [(5000, 3, 3), (262_144, 4, 64)])
+@pytest.mark.parametrize(("k", "d", "tiles"), [(5000, 3, 3), (262_144, 4, 128)])
 def test_scores_of_many_codes_are_made_tile_by_tile(k, d, tiles, monkeypatch):
     monkeypatch.setattr(vqdeploy.search, "TILE_SCORES", 2**13)
     spec = post((1, 4, 4), base_depth=1, latent_size=4, num_codes=k, code_size=d)

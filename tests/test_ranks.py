@@ -324,7 +324,7 @@ def test_other_images_on_one_rank_are_refused(place, many_images):
     [
         (["--epoch", "3"], 2, "vqtrain: unknown option --epoch; did you mean --epochs?"),
         (["--config", "none.toml"], 3, "vqtrain: none.toml: No such file or directory"),
-        (["--data", "none.npz"], 3, "vqtrain: none.npz: no such file or folder"),
+        (["--data", "none.npz"], 3, "vqtrain: none.npz: No such file or directory"),
         (["--device", "cuda"], 5, "vqtrain: --device cuda: PyTorch finds no CUDA device here"),
     ],
 )

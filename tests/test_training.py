@@ -275,8 +275,9 @@ def test_a_value_that_no_option_can_have_is_a_value_error(images, options, messa
 def test_every_option_of_the_command_line_is_one_here_unless_it_is_of_files():
     of_files = {"data", "config", "runs", "name", "json", "recursive", "skip_bad"}
     of_pictures = {"resize", "crop", "background", "channels"}
+    of_shards = {"max_broken", "workers", "buffer"}
     parser = {action.dest for action in build_parser()._actions} - {"help", "version"}
-    assert parser - of_files - of_pictures == {*OPTIONS, "held_out", "output"}
+    assert parser - of_files - of_pictures - of_shards == {*OPTIONS, "held_out", "output"}
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,9 @@ def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: s
     else:
         codes = builder.parameter(CODEBOOK)
     rows = node.reshaped(latents, "rows", -1, spec.code_size)  # (M, D)
-    near = _near(node, spec, rows, np.concatenate([codebook, copies]), group)  # (B, M)
+    best, near = _near(node, spec, rows, np.concatenate([codebook, copies]), group)  # (B, M)
     groups = node.reshaped(codes, "groups", count, group, spec.code_size)
-    least = _least(node, rows, groups, near)
+    least = _least(node, rows, groups, best, near, count)
     winner = node("ArgMin", [least], "winner", axis=0, keepdims=0, select_last_index=0)  # (M,)
     place = node("ArgMin", [_distances(node, rows, groups, winner, "own_")], "place", axis=1)
     start = node("Mul", [winner, node.constant("group_size", np.int64(group))], "winner_start")
@@ -121,9 +121,9 @@ def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: s
     return builder.node("Reshape", [index, shape], indices)
 
 
-def _near(node: Nodes, spec: ModelSpec, rows: str, codebook: Array, group: int) -> str:
-    """Whether a group may hold the nearest code of a latent, (B, M): latents lie side by side, so
-    that the least of a group is taken of many latents at a time."""
+def _near(node: Nodes, spec: ModelSpec, rows: str, codebook: Array, group: int) -> tuple[str, str]:
+    """The least score of each group, and whether it may hold the nearest code of a latent, (B, M):
+    latents lie side by side, so that the least of a group is taken of many at a time."""
     half_norms = np.square(codebook.astype(np.float64)).sum(axis=1, keepdims=True) / 2
     with np.errstate(over="ignore"):  # then the margin is infinite, too
         wide = np.concatenate([-codebook, half_norms], axis=1).astype(np.float32)
@@ -149,7 +149,7 @@ def _near(node: Nodes, spec: ModelSpec, rows: str, codebook: Array, group: int) 
     least = node("ReduceMin", [best, node.axis(0)], "least", keepdims=0)  # (M,)
     margin = _margin(node, spec, rows, float(np.sqrt(2 * half_norms.max())), parts)
     far = node("Greater", [best, node("Add", [least, margin], "limit")], "far")
-    return node("Not", [far], "near")  # so is what is not a number
+    return best, node("Not", [far], "near")  # so is what is not a number
 
 
 def _first_part(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -191,10 +191,10 @@ def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float, parts: bool
     return node("Add", [node("Add", [square, product], "slopes"), constants["floor"]], "margin")
 
 
-def _least(node: Nodes, rows: str, groups: str, near: str) -> str:
+def _least(node: Nodes, rows: str, groups: str, best: str, near: str, count: int) -> str:
     """The least distance of each latent in each group that is near, (B, M), and the largest number
     elsewhere: if a distance is infinite, so is the margin, and all are near. Pairs are (group,
-    latent)."""
+    latent). Scores, cut off below, have that shape; a Shape node would run on the CPU."""
     pairs = node("NonZero", [near], "pairs")  # (2, P)
     group, row = (
         node("Gather", [pairs, node.constant(f"row_{i}", np.int64(i))], f"pair_{name}", axis=0)
@@ -204,10 +204,11 @@ def _least(node: Nodes, rows: str, groups: str, near: str) -> str:
     distances = _distances(node, x, groups, group, "pair_")
     least = node("ReduceMin", [distances, node.axis(1)], "pair_least", keepdims=0)
     largest = node.constant("largest", np.finfo(np.float32).max)
-    shaped = node.builder.cast(near, "quantizer.shaped", "float32")
-    empty = node("Add", [shaped, largest], "no_least")  # of 0 or 1, which it swallows
-    where = node("Transpose", [pairs], "pair_places", perm=[1, 0])
-    return node("ScatterND", [empty, where, least], "least_distances")
+    empty = node.reshaped(node("Clip", [best, largest], "no_least"), "empty", -1)
+    flat = node("NonZero", [node.reshaped(near, "flat_near", -1)], "flat_pairs")
+    where = node("Squeeze", [flat, node.axis(0)], "places")  # in (B, M), of each pair
+    filled = node("ScatterElements", [empty, where, least], "filled", axis=0)
+    return node.reshaped(filled, "least_distances", count, -1)
 
 
 def _distances(node: Nodes, rows: str, groups: str, chosen: str, name: str) -> str:

@@ -60,7 +60,7 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "ReduceSum": ("keepdims",),
     "Relu": (),
     "Reshape": (),
-    "ScatterND": (),
+    "ScatterElements": ("axis",),
     "Sigmoid": (),
     "Slice": (),
     "Softmax": ("axis",),
@@ -99,7 +99,7 @@ DTYPE_NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 DTYPE_BYTES = {dtype: np.dtype(dtype).itemsize for dtype in DTYPE_NUMBERS}
 
 
-MOST_NODES, MOST_PORTS, MOST_INPUTS, MOST_AXES = 2**17, 4, 64, 32
+MOST_NODES, MOST_PORTS, MOST_INPUTS, MOST_AXES = 2**17, 4, 256, 32
 """The most nodes or tensors of a graph, inputs or outputs of it, inputs or outputs of a node, axes
 of a tensor or numbers of an attribute: more than any network of a spec has."""
 

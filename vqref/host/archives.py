@@ -330,12 +330,29 @@ def _read_tar(shard: Shard) -> Iterator[Record]:
     with shard.path.open("rb") as file:
         file.seek(shard.start)
         how = "r|*" if shard.stop is None else "r:"
-        with tarfile.open(fileobj=file, mode=how) as archive:  # type: ignore[call-overload]
+        with tarfile.open(fileobj=file, mode=how, tarinfo=_Member) as archive:  # type: ignore[call-overload]
             for member in archive:
                 if shard.stop is not None and member.offset >= shard.stop:
-                    break
+                    return
                 if _is_picture(member):
                     yield _tar_record(archive, member)
+            while shard.stop is None and (rest := archive.fileobj.read(2**20)):
+                if any(rest):
+                    raise tarfile.ReadError("damaged: more follows what looks like its end")
+
+
+class _Member(tarfile.TarInfo):
+    """A header of a tar that ends where its end is marked: tarfile takes any header that it cannot
+    read for the end."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"cut off or damaged: {error}") from None
 
 
 def _tar_record(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Record:

@@ -13,7 +13,8 @@ from torch import Tensor
 def portion(count: int, parts: int, part: int) -> tuple[int, int]:
     """The first and the one after the last of ``count`` things in one of ``parts`` parts that
     differ by one at most, the larger ones in front."""
-    first, last = (-(-count * each // parts) for each in (part, part + 1))
+    size, larger = divmod(count, parts)
+    first, last = (size * each + min(each, larger) for each in (part, part + 1))
     return first, last
 
 
