@@ -34,7 +34,6 @@ from vqtrain.run.rules import Rules
 from vqtrain.run.snapshot import list_states
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
-RANKS = (2, 4)
 
 MEASURED = {"post": (32, 32 / 29_400), "residual 32x32": (32, 32 / 3_400)}
 """Images of a step on an H200 in bfloat16, and its seconds: benchmarks/results/cuda-h200-*.txt."""

@@ -22,7 +22,7 @@ from vqdeploy.graphs.int8 import quantize_graphs
 from vqdeploy.runtime.sessions import open_sessions
 from vqref.agreement import Backend, Report, compare
 from vqref.agreement.budget import images_within
-from vqref.families import post, residual
+from vqref.families import post, residual, vqgan
 from vqref.spec import ModelSpec
 from vqref.validation import Array, Params
 from vqtrain import VQVAE, TrainingOptions
@@ -38,6 +38,7 @@ SPECS = (
     residual(depth=2, likelihood="logistic"),
     residual((3, 64, 64), downsample=16, blocks=4, num_codes=1024),
     residual((1, 28, 28), likelihood="bernoulli", num_codes=64),
+    vqgan((3, 32, 32), 32, (1, 2), 1, num_codes=64, latent_channels=16, code_size=8),
 )
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
