@@ -23,6 +23,7 @@ from vqtrain.run import rules
 from vqtrain.run.ranks import ALONE, Ranks, joined
 from vqtrain.run.start import start_model
 from vqtrain.run.step import Split, make_optimizer
+from vqtrain.torchrun import leave, world
 
 CPU = torch.device("cpu")
 STEPS = 50
@@ -102,6 +103,8 @@ def main() -> None:
     with joined("cpu") as ranks:
         for name, found in fifty_steps_of_each(ranks, passes).items():
             np.savez(folder / f"{name}-{ranks.rank}.npz", **found)
+    if world() > 1:
+        leave(0)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv: the words of the command line; None takes the process's, whose end this then is.
     """
-    return guarded("vqtrain", lambda: _run(argv), last=argv is None)
+    try:
+        code = guarded("vqtrain", lambda: _run(argv), last=argv is None)
+    except SystemExit as end:  # of a rank that leaves the last word to another
+        if not isinstance(end.code, int):
+            raise
+        code = end.code
+    from vqtrain.torchrun import leave, world
+
+    if argv is None and world() > 1:
+        leave(code)
+    return code
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from typing import NoReturn
 
 from vqref.errors import CommandError, UsageError
 
@@ -52,3 +54,12 @@ def require_one_process(command: str) -> None:
     """Raises UsageError under torchrun with several ranks, of which ``command`` makes no use."""
     if world() > 1:
         raise UsageError(f"{command} works in one process; start it without torchrun")
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a rank's process before its libraries are taken down: one in some fifty of them aborted
+    as their connections were, whatever the run's end."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)

@@ -13,12 +13,10 @@ or write is rank 0's. Whatever ends one rank ends all, soon, and one of them say
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import io
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -239,24 +237,13 @@ def joined(device: str) -> Iterator[Ranks]:
         code = _code_of(error)
         said = _note(store, code)
         pulse.end()
-        code = code if said is None else said
-        atexit.register(_leave, code)
-        _end_within(GRACE, code)
+        _end_within(GRACE, code if said is None else said)
         if said is not None:
             raise SystemExit(said) from None
         raise
     else:
         pulse.end()
         dist.destroy_process_group()
-
-
-def _leave(code: int) -> None:
-    """Ends the process before its libraries are taken down: a connection that another rank has left
-    would abort it."""
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
 
 
 def _end_within(seconds: float, code: int) -> None:
