@@ -19,7 +19,7 @@ from benchmarks.measure import Record, Worker, in_turns, parser, serve, summary,
 
 SIDE, IMAGES = 64, 16
 CASES = {"normal": (262_144, 8), "unit": (16_384, 8)}
-PIECES = ((256, 1024), (1024, 1024), (1024, 4096), (4096, 4096))
+PIECES = ((256, 1024), (1024, 1024), (1024, 4096), (4096, 256), (4096, 1024), (4096, 4096))
 """Latents and codes of a piece."""
 
 

@@ -120,9 +120,9 @@ def test_a_product_in_tf32_changes_no_certified_index_because_of_the_margin(marg
     latents, codebook = CASES["bisector"](np.random.default_rng(3), 2000, K, D, "float32")
     model = onnx.load_from_string(graph(codebook))
     (product,) = (node for node in model.graph.node if node.op_type == "MatMul")
-    rounded = in_tf32(by_name(graph(codebook))[product.input[0]])
+    rounded = in_tf32(by_name(graph(codebook))[product.input[1]])
     model.graph.initializer.append(numpy_helper.from_array(rounded, "rounded"))
-    product.input[0] = "rounded"
+    product.input[1] = "rounded"
     slopes = [f"quantizer.{name}" for name in ("squares", "products", "floor")]
     for tensor in model.graph.initializer:
         if tensor.name in slopes and not margin:

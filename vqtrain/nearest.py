@@ -9,6 +9,7 @@ among them, and chooses what it would have chosen among all codes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -30,10 +31,14 @@ PRODUCT_CODES = 256
 any case."""
 
 GROUP = 16
-"""Codes in a group. Only its best score is kept, and the direct form looks at a whole group."""
+"""Codes in a group, at least. Only its best score is kept, and the direct form looks at a whole
+group."""
 
-TILE = 64
-"""Groups in one product, few enough for its scores to stay in a processor's cache."""
+TILE = 4096
+"""Codes in one product."""
+
+MOST_SCORES = 1024
+"""Up to so many codes every score is kept."""
 
 MOST_GROUPS = 8
 """A latent is compared to every code if more groups than this may hold its nearest one."""
@@ -125,39 +130,38 @@ def directly(latents: Tensor, codebook: Tensor) -> Tensor:
 def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
     """The same indices by matrix products: the best score of each latent in each group of codes,
     then the direct form on the groups that may hold the nearest code."""
-    count = -(-len(codebook) // GROUP)
-    copies = codebook[-1:].expand(GROUP * count - len(codebook), -1)  # which mean the last code
-    groups = torch.cat([codebook, copies]).reshape(GROUP, count, -1)  # code k in group k % count
-    norms = groups.square().sum(dim=-1)
-    tiles = [
-        torch.cat([-group.flatten(0, 1).T, norm.reshape(1, -1) / 2])
-        for norm, group in zip(norms.split(TILE, dim=1), groups.split(TILE, dim=1), strict=True)
-    ]
-    longest, choose = norms.max().sqrt(), _by_groups if len(tiles) > 1 else _by_scores
-    step = _at_once(latents, max(count, GROUP * TILE, GROUP * codebook.shape[1]))
-    room = latents.new_empty(min(step, len(latents)), GROUP * min(TILE, count) + count)
+    (k, d), group = codebook.shape, _group_size(codebook)
+    count = -(-k // group)
+    codes = torch.cat([codebook, codebook[-1:].expand(group * count - k, -1)])  # copies of the last
+    norms = codes.square().sum(dim=-1, keepdim=True)
+    rows, longest = torch.cat([-codes, norms / 2], dim=1), norms.max().sqrt()
+    choose, scores = (_by_groups, min(TILE, len(rows))) if k > MOST_SCORES else (_by_scores, k)
+    if choose is _by_scores:
+        rows = rows[:k].T.contiguous().T
+    step = min(len(latents), _at_once(latents, max(count, scores, group * d)))
+    room, groups = latents.new_empty(step, count + scores), codes.view(count, group, d)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
     with torch.autocast(latents.device.type, enabled=False):
         for x, part in zip(latents.split(step), indices.split(step), strict=True):
             limit, own = margin(x, longest), room[: len(x)].view(-1)
-            part.copy_(choose(x, limit, codebook, groups, tiles, own))
+            part.copy_(choose(x, limit, codebook, groups, rows, own))
     return indices
 
 
+def _group_size(codebook: Tensor) -> int:
+    """Codes in a group, a power of two: with more of them there are fewer best scores to compare,
+    and more elements of the codes in those few groups that are looked at."""
+    k, d = codebook.shape
+    return int(max(GROUP, 2 ** round(math.log2(math.sqrt(k / (2 * d))))))
+
+
 def _by_scores(
-    x: Tensor,
-    limit: Tensor,
-    codebook: Tensor,
-    groups: Tensor,
-    tiles: list[Tensor],
-    room: Tensor,
+    x: Tensor, limit: Tensor, codebook: Tensor, groups: Tensor, rows: Tensor, room: Tensor
 ) -> Tensor:
-    """What ``_by_groups`` returns, if all scores fit one tile: a latent with one score within the
-    margin has its index already, and the direct form decides for the others alone."""
-    (columns,) = tiles
-    scores = room[: len(x) * columns.shape[1]].view(len(x), columns.shape[1])
-    torch.mm(_with_one(x), columns, out=scores)  # column k is code k
-    scores = scores[:, : len(codebook)]
+    """What ``_by_groups`` returns, if few enough codes have a score: a latent with one score within
+    the margin has its index already, and the direct form decides for the others alone."""
+    scores = room[: len(x) * len(codebook)].view(len(x), len(codebook))
+    torch.mm(_with_one(x), rows.T, out=scores)
     least, index = scores.min(dim=1, keepdim=True)
     several = (scores <= least + limit).sum(dim=1) != 1  # none: a score was not a number
     index = index[:, 0]
@@ -167,37 +171,36 @@ def _by_scores(
 
 
 def _by_groups(
-    x: Tensor,
-    limit: Tensor,
-    codebook: Tensor,
-    groups: Tensor,
-    tiles: list[Tensor],
-    room: Tensor,
+    x: Tensor, limit: Tensor, codebook: Tensor, groups: Tensor, rows: Tensor, room: Tensor
 ) -> Tensor:
     """Indices (m,) of latents x (m, D).
 
-    limit: their margins (m, 1). groups: the codes as (GROUP, count, D). tiles: the columns (D + 1,
-    codes) of each tile of groups, -c above ||c||^2 / 2, so that one product gives scores. room:
-    memory for the best score of each group and the scores of a tile.
+    limit: their margins (m, 1). groups: the codes as (count, group, D), copies of the last one in
+    the last group. rows: of these codes, (count * group, D + 1), -c and half of ||c||^2, so that
+    one product gives scores. room: memory for the best score of each group and the scores of a
+    tile.
+
+    Scores are (codes, latents), which products and the best of a group both take by their rows: the
+    same thread has them in its cache, and of the shapes of a product the tall one is fastest.
     """
-    m, count = len(x), groups.shape[1]
-    best = room[: m * count].view(m, count)
-    wider = _with_one(x)
-    for part, columns in zip(best.split(TILE, dim=1), tiles, strict=True):
-        scores = room[m * count :][: m * columns.shape[1]].view(m, columns.shape[1])
-        torch.mm(wider, columns, out=scores)
-        torch.amin(scores.unflatten(1, (GROUP, part.shape[1])), dim=1, out=part)
-    may_hold = best <= best.amin(dim=1, keepdim=True) + limit
-    row, group = may_hold.nonzero(as_tuple=True)  # (p,) each
+    m, (count, size, _) = len(x), groups.shape
+    best = room[: m * count].view(count, m)
+    columns = _with_one(x).T
+    for part, tile in zip(best.split(TILE // size), rows.split(TILE), strict=True):
+        scores = room[m * count :][: len(tile) * m].view(len(tile), m)
+        torch.mm(tile, columns, out=scores)
+        torch.amin(scores.view(-1, size, m), dim=1, out=part)
+    may_hold = best <= best.amin(dim=0) + limit[:, 0]
+    group, row = may_hold.nonzero(as_tuple=True)  # (p,) each
     held = torch.bincount(row, minlength=m)
     clear = (held > 0) & (held <= MOST_GROUPS)  # no group at all: a score was not a number
     if not (all_clear := bool(clear.all())):
         row, group = row[clear[row]], group[clear[row]]
 
-    distances = (x[row] - groups[:, group]).square().sum(dim=-1)
-    found, within = distances.min(dim=0)  # the first of equals, which is the lowest code
+    distances = (x[row, None] - groups[group]).square().sum(dim=-1)
+    found, within = distances.min(dim=1)  # the first of equals, which is the lowest code
     last = torch.full_like(row, len(codebook) - 1)
-    code = torch.minimum(within * count + group, last)
+    code = torch.minimum(group * size + within, last)
     least = torch.full_like(x[:, 0], torch.inf).scatter_reduce(0, row, found, "amin")
     index = torch.full_like(held, len(codebook) - 1)
     index.scatter_reduce_(0, row, torch.where(found == least[row], code, last), "amin")

@@ -108,10 +108,10 @@ def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: s
     else:
         codes = builder.parameter(CODEBOOK)
     rows = node.reshaped(latents, "rows", -1, spec.code_size)  # (M, D)
-    best, near = _near(node, spec, rows, np.concatenate([codebook, copies]), group)  # (B, M)
+    best, near = _near(node, spec, rows, np.concatenate([codebook, copies]), group)  # (M, B)
     groups = node.reshaped(codes, "groups", count, group, spec.code_size)
     least = _least(node, rows, groups, best, near, count)
-    winner = node("ArgMin", [least], "winner", axis=0, keepdims=0, select_last_index=0)  # (M,)
+    winner = node("ArgMin", [least], "winner", axis=1, keepdims=0, select_last_index=0)  # (M,)
     place = node("ArgMin", [_distances(node, rows, groups, winner, "own_")], "place", axis=1)
     start = node("Mul", [winner, node.constant("group_size", np.int64(group))], "winner_start")
     index = node("Add", [node.reshaped(start, "start", -1, 1), place], "index")
@@ -122,8 +122,9 @@ def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: s
 
 
 def _near(node: Nodes, spec: ModelSpec, rows: str, codebook: Array, group: int) -> tuple[str, str]:
-    """The least score of each group, and whether it may hold the nearest code of a latent, (B, M):
-    latents lie side by side, so that the least of a group is taken of many at a time."""
+    """The least score of each group, and whether it may hold the nearest code of a latent, (M, B).
+    The groups of a tile lie side by side, the codes of a group behind each other, so that the least
+    of several groups is taken at a time."""
     half_norms = np.square(codebook.astype(np.float64)).sum(axis=1, keepdims=True) / 2
     with np.errstate(over="ignore"):  # then the margin is infinite, too
         wide = np.concatenate([-codebook, half_norms], axis=1).astype(np.float32)
@@ -135,18 +136,18 @@ def _near(node: Nodes, spec: ModelSpec, rows: str, codebook: Array, group: int) 
         wide = np.concatenate([codes, second, codes, half, rest], axis=1)
     ends = node.builder.integers("quantizer.ones", [0, 0, 0, ones])
     factors = node("Pad", [factors, ends, node.constant("one", np.float32(1))], "padded")
-    columns = node("Transpose", [factors], "columns", perm=[1, 0])  # (D + 1, M)
     bests: list[str] = []
     for tile in np.split(wide, range(tile_size(spec), len(wide), tile_size(spec))):
-        number = f"_{len(bests)}"
-        scores = node("MatMul", [node.constant(f"codes{number}", tile), columns], f"scores{number}")
-        shape = node.builder.integers(
-            f"quantizer.tile_{len(tile)}", [len(tile) // group, group, -1]
+        number, beside = f"_{len(bests)}", len(tile) // group
+        columns = tile.reshape(beside, group, -1).transpose(2, 1, 0).reshape(-1, len(tile))
+        scores = node(
+            "MatMul", [factors, node.constant(f"codes{number}", columns)], f"scores{number}"
         )
+        shape = node.builder.integers(f"quantizer.tile_{len(tile)}", [-1, group, beside])
         grouped = node("Reshape", [scores, shape], f"grouped{number}")
         bests.append(node("ReduceMin", [grouped, node.axis(1)], f"best{number}", keepdims=0))
-    best = bests[0] if len(bests) == 1 else node("Concat", bests, "best", axis=0)  # (B, M)
-    least = node("ReduceMin", [best, node.axis(0)], "least", keepdims=0)  # (M,)
+    best = bests[0] if len(bests) == 1 else node("Concat", bests, "best", axis=1)  # (M, B)
+    least = node("ReduceMin", [best, node.axis(1)], "least", keepdims=1)  # (M, 1)
     margin = _margin(node, spec, rows, float(np.sqrt(2 * half_norms.max())), parts)
     far = node("Greater", [best, node("Add", [least, margin], "limit")], "far")
     return best, node("Not", [far], "near")  # so is what is not a number
@@ -169,7 +170,7 @@ def _in_parts(node: Nodes, rows: str) -> str:
 
 
 def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float, parts: bool) -> str:
-    """The score margin, (M,), by ``vqref.agreement.bounds.score_slack`` in TF32. The rounding of
+    """The score margin, (M, 1), by ``vqref.agreement.bounds.score_slack`` in TF32. The rounding of
     the margin itself, at most 8 units, is less than a thousandth of it."""
     slack = score_slack(spec.code_size, "tf32", parts=parts)
     longest *= 1.001
@@ -182,7 +183,7 @@ def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float, parts: bool
     with np.errstate(over="ignore"):
         values = {name: np.float32(value) for name, value in numbers.items()}
     constants = {name: node.constant(name, value) for name, value in values.items()}
-    norm = node("ReduceL2", [rows, node.axis(1)], "norm", keepdims=0)
+    norm = node("ReduceL2", [rows, node.axis(1)], "norm", keepdims=1)
     both = node("Add", [norm, constants["longest"]], "norms")
     square = node("Mul", [both, both], "norms_squared")
     square = node("Mul", [square, constants["squares"]], "squares_margin")
@@ -192,23 +193,23 @@ def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float, parts: bool
 
 
 def _least(node: Nodes, rows: str, groups: str, best: str, near: str, count: int) -> str:
-    """The least distance of each latent in each group that is near, (B, M), and the largest number
-    elsewhere: if a distance is infinite, so is the margin, and all are near. Pairs are (group,
-    latent). Scores, cut off below, have that shape; a Shape node would run on the CPU."""
+    """The least distance of each latent in each group that is near, (M, B), and the largest number
+    elsewhere: if a distance is infinite, so is the margin, and all are near. Pairs are (latent,
+    group). Scores, cut off below, have that shape; a Shape node would run on the CPU."""
     pairs = node("NonZero", [near], "pairs")  # (2, P)
-    group, row = (
+    row, group = (
         node("Gather", [pairs, node.constant(f"row_{i}", np.int64(i))], f"pair_{name}", axis=0)
-        for i, name in enumerate(("group", "row"))
+        for i, name in enumerate(("row", "group"))
     )
     x = node("Gather", [rows, row], "pair_rows", axis=0)
     distances = _distances(node, x, groups, group, "pair_")
     least = node("ReduceMin", [distances, node.axis(1)], "pair_least", keepdims=0)
     largest = node.constant("largest", np.finfo(np.float32).max)
     empty = node.reshaped(node("Clip", [best, largest], "no_least"), "empty", -1)
-    flat = node("NonZero", [node.reshaped(near, "flat_near", -1)], "flat_pairs")
-    where = node("Squeeze", [flat, node.axis(0)], "places")  # in (B, M), of each pair
+    start = node("Mul", [row, node.constant("count", np.int64(count))], "pair_start")
+    where = node("Add", [start, group], "places")  # in (M, B), of each pair
     filled = node("ScatterElements", [empty, where, least], "filled", axis=0)
-    return node.reshaped(filled, "least_distances", count, -1)
+    return node.reshaped(filled, "least_distances", -1, count)
 
 
 def _distances(node: Nodes, rows: str, groups: str, chosen: str, name: str) -> str:
