@@ -32,7 +32,7 @@ from vqtrain.modelfile import read_model, write_model
 from vqtrain.options import TrainingOptions
 from vqtrain.run.folder import MODEL, RunFolder
 from vqtrain.run.metrics import Meter, evaluate, least_reconstruction
-from vqtrain.run.narrator import Narrator, say
+from vqtrain.run.narrator import Narrator, Standing, say
 from vqtrain.run.progress import Progress
 from vqtrain.run.ranks import digest_of
 from vqtrain.run.recording import RecordedSteps, can_be_recorded
@@ -178,14 +178,18 @@ class Trainer:
             if self.state.finished:
                 written = self.work.output or self.work.folder.path / MODEL
                 done = f"interrupted at its end; {written} is written"
+                self._report(self._finished(), good=True)
                 raise Interrupted(stop.signum, done) from None
             self._save()
             self.ranks.wait()  # none ends before it is saved
-            raise Interrupted(
-                stop.signum,
-                f"interrupted in epoch {self.state.epoch + 1}, step {self.state.step}, and saved; "
-                "the same command goes on",
-            ) from None
+            where = (
+                f"interrupted in epoch {self.state.epoch + 1}, step {self.state.step}, and saved"
+            )
+            self._report(f"{where.capitalize()}.")
+            raise Interrupted(stop.signum, f"{where}; the same command goes on") from None
+        except CommandError as error:
+            self._report(f"Failed: {error}", good=False, error=error)
+            raise
 
     def _run(self) -> Model:
         """Checks, the rest of the epochs, and the end."""
@@ -250,7 +254,8 @@ class Trainer:
             self._publish()
         self.narrator.epoch(line)
         if self.work.pictures and self.ranks.first:
-            self.narrator.draw(self.model, self.shown, metrics.hits, state.history)
+            self.narrator.draw(self.model, self.shown, metrics.hits, epoch)
+        self._report(f"{epoch} of {self.options.epochs} epochs are done.")
         self.progress.ended()
 
     def _steps(self) -> None:
@@ -303,6 +308,7 @@ class Trainer:
                 write_file(self.work.output, path.read_bytes())
             self.state.finished = True
             self._save()
+        self._report(self._finished(), good=True)
         return model
 
     def _read_back(self, path: Path) -> Model:
@@ -343,6 +349,21 @@ class Trainer:
                 return
             state = {"course": self.course, **self.state.to_plain()}
             save_state(self.work.folder.snapshots, self._steps_taken(), state)
+
+    def _finished(self) -> str:
+        return f"Finished: {self.options.epochs} epochs."
+
+    def _report(
+        self, verdict: str, *, good: bool | None = None, error: CommandError | None = None
+    ) -> None:
+        """Writes the report of the epochs so far, if pictures are wanted and there are any."""
+        if not (self.work.pictures and self.ranks.first and self.state.history):
+            return
+        about = {**self.provenance}
+        origin = {"Data": about.pop("data", {}), "Machine": {**about.pop("versions", {}), **about}}
+        report = error.report if isinstance(error, ParityError) else None
+        standing = Standing(verdict, good, self.work.output, self.ranks.count, origin, report)
+        self.narrator.report(self.state.history, standing)
 
     def _require_equal_ranks(self) -> None:
         """Raises ParityError unless every rank holds the same parameters, bit for bit."""
