@@ -23,6 +23,9 @@ from vqtrain.run.webreport import PICTURE_BYTES, REPORT
 
 HOSTILE = "<script>document.title = 'pwned'</script><img src=https://evil.example/x.png>"
 
+BAD = ("error", "warning")
+"""Kinds of lines of a browser's console; Bokeh remarks on its start in others."""
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, many_images):
@@ -40,7 +43,7 @@ def opened(chromium, path, wrong, **how):
     of an address."""
     page = chromium.new_context(**{"viewport": {"width": 1200, "height": 900}, **how}).new_page()
     own = (path.as_uri(), "data:")
-    page.on("console", lambda said: wrong.append(f"{said.type}: {said.text}"))
+    page.on("console", lambda said: said.type in BAD and wrong.append(said.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("request", lambda one: one.url.startswith(own) or wrong.append(one.url))
     page.goto(path.as_uri())
@@ -163,7 +166,7 @@ def test_a_slider_turns_the_pages_by_keyboard_and_curves_answer_a_pointer(finish
     curve.scroll_into_view_if_needed()
     box = curve.bounding_box()
     page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.5 * box["height"])
-    tooltip = page.locator("#curve-bound .bk-Tooltip")
+    tooltip = page.locator(".bk-tooltip-content")
     tooltip.wait_for()
     assert re.search(r"training:?\s*[\d,.]+\s*held out:?\s*[\d,.]+", tooltip.inner_text())
 

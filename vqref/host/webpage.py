@@ -75,6 +75,8 @@ def spelt(value: object) -> str:
         return ", ".join(map(spelt, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
     return "none" if value is None else str(value)
 
 

@@ -21,6 +21,9 @@ from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
 from vqtrain.run.ranks import ALONE, Ranks
 
+MEASURED = {"held_out": "held out", "training_sample": "sample of training"}
+"""The sets that are measured after an epoch, and what they are called."""
+
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 """The constants of Wang et al. (2004): the Gaussian window in pixels, and (K1 L)² and (K2 L)² for

@@ -21,6 +21,7 @@ from vqtrain.likelihoods import mean
 from vqtrain.model import VQVAE
 from vqtrain.run import pictures
 from vqtrain.run.folder import MODEL, OPTIONS, RunFolder
+from vqtrain.run.metrics import MEASURED
 from vqtrain.run.webreport import Story, line_of, write_report
 
 SHOWN_IMAGES, SHOWN_SAMPLES, SHOWN_CODES = 32, 64, 1024
@@ -31,9 +32,6 @@ SHOWN_VALUES = 2**22
 
 COLUMNS = {"held_out": "held out", "training_sample": "sample"}
 """What the measured images are called in a report: images of their own, or some of training's."""
-
-MEASURED = {"held_out": "held out", "training_sample": "sample of training"}
-"""The same in full."""
 
 Line = Mapping[str, Any]
 """An epoch of ``metrics.jsonl``."""

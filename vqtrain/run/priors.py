@@ -298,7 +298,7 @@ class PriorTrainer:
             good=good,
             history=[{**line, "measured": {"nats": line["held_out"]}} for line in self.history],
             measured_as="held out",
-            oracle=self.checked and self.checked.to_dict(),
+            oracle=None if self.checked is None else self.checked.to_dict(),
             checked="The last check: the prior beside the oracle's",
             settings={
                 "Training": dataclasses.asdict(self.options),

@@ -42,10 +42,10 @@
     const source = new Bokeh.ColumnDataSource({data: columns});
     const many = data.epochs.length > 1;
     const found = lines.map((line, i) => {
-      const how = {source, color: colour(i ? "--second" : "--accent")};
+      const how = {source, color: colour(line.kind ? "--second" : "--accent")};
       const [at, over] = [{field: "epoch"}, {field: `line${i}`}];
       const dots = plot.scatter(at, over, {...how, size: many ? 4 : 8});
-      const path = plot.line(at, over, {...how, line_width: 2, line_dash: DASHES[i]});
+      const path = plot.line(at, over, {...how, line_width: 2, line_dash: DASHES[line.kind]});
       return many ? path : dots;
     });
     const told = lines.map((line, i) => [line.name, `@line${i}{${format}}`]);

@@ -26,7 +26,7 @@ REPORT = "report.html"
 DRAWING = Path(__file__).with_suffix(".js")
 """What draws the curves and turns the pages of the epochs."""
 
-PICTURE_BYTES = 2**22
+PICTURE_BYTES = 2**21
 """The most bytes of pictures in a report: of long runs it shows the pictures of some epochs."""
 
 
@@ -37,6 +37,9 @@ class Measure(NamedTuple):
     form: str
     curve: str | None = None
 
+
+CHECKED = "oracle_error_over_allowed"
+"""The measure of a check against the oracle, not of images."""
 
 MEASURES = {
     "bound": Measure("bound, nats per image", ",.2f", "0,0.00"),
@@ -53,7 +56,7 @@ MEASURES = {
     "commitment": Measure("commitment", ".4f"),
     "images_per_second": Measure("images per second", ",.0f"),
     "tokens_per_second": Measure("tokens per second", ",.0f"),
-    "oracle_error_over_allowed": Measure("worst error of a check, share of its bound", ".1%", "0%"),
+    CHECKED: Measure("worst error of a check, share of its bound", ".1%", "0%"),
 }
 """What a report shows of the lines of ``metrics.jsonl``, those that a run has."""
 
@@ -156,8 +159,12 @@ def _panels(story: Story, lines: Mapping[str, list[Mapping[str, Any]]]) -> list[
     found = []
     for name, measure in MEASURES.items():
         curves = [
-            {"name": who, "values": [line.get(name) for line in kept]}
-            for who, kept in lines.items()
+            {
+                "name": "check" if name == CHECKED else who,
+                "kind": kind,
+                "values": [line.get(name) for line in kept],
+            }
+            for kind, (who, kept) in enumerate(lines.items())
             if any(name in line for line in kept)
         ]
         if curves and measure.curve:
@@ -202,9 +209,9 @@ def _curves(panels: Sequence[Mapping[str, Any]]) -> str:
     for panel in panels:
         form = MEASURES[panel["name"]].form
         ends = [
-            (f'<span class="curve-{i}">{webpage.text(line["name"])}</span> ')
+            (f'<span class="curve-{line["kind"]}">{webpage.text(line["name"])}</span> ')
             + ("–" if line["values"][-1] is None else format(line["values"][-1], form))
-            for i, line in enumerate(panel["lines"])
+            for line in panel["lines"]
         ]
         said = " · ".join(ends)
         label = webpage.text(panel["label"])
