@@ -34,7 +34,7 @@ def page_of(bundle: Bundle, content: Mapping[str, Any]) -> bytes:
     parts = [
         webpage.section(
             "What was compared",
-            webpage.facts("What was compared", _compared(bundle, content)),
+            webpage.facts("Images, latents and graphs", _compared(bundle, content)),
         ),
         webpage.section(
             "What was found",
@@ -62,19 +62,25 @@ def _verdict(content: Mapping[str, Any]) -> str:
     else:
         stages = ", ".join(check["stage"] for check in wrong)
         told = webpage.paragraph(f"NOT verified: {stages} is wrong.", "verdict wrong")
-    count = len(content["report"]["checks"])
-    return told + webpage.paragraph(
-        f"{count - len(wrong)} of {count} checks passed, on {content['device']}, {content['date']}."
+    count, date = len(content["report"]["checks"]), content["date"]
+    when = date.replace("T", " ").replace("+00:00", " UTC")
+    passed = f"{count - len(wrong)} of {count} checks passed on {content['device']}, {when}."
+    bundle = webpage.text(content["manifest_sha256"])
+    return (
+        told
+        + webpage.paragraph(passed)
+        + f'<p class="hint">Bundle: manifest sha256 <code>{bundle}</code></p>\n'
     )
 
 
 def _compared(bundle: Bundle, content: Mapping[str, Any]) -> dict[str, object]:
     """What the bundle was held to."""
     compared, report = content["compared"], content["report"]
+    given, latents = compared.get("images"), compared.get("latents")
+    also = f", and {given:,} given ones" if given else ""
     return {
-        "images": f"{report['images']}: the golden batch, images aimed at every code, and "
-        f"{compared['images']} given ones",
-        "latents": f"{compared['latents']:,} more, fed to the quantizer",
+        "images": f"{report['images']:,}: the golden batch, images aimed at every code{also}",
+        **({"latents": f"{latents:,} more, fed to the quantizer"} if latents else {}),
         "codes": f"{report['codes']} of {bundle.spec.num_codes} are tokens of these images",
         "graphs": content["precision"]["graphs"],
         "distances": content["precision"]["distances"],

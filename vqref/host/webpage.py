@@ -102,15 +102,15 @@ def table(caption: str, head: Sequence[str], rows: Sequence[tuple[Sequence[str],
 
 CHECKED = (
     "stage",
-    "precision",
-    "compared",
+    "wrong",
     "worst error",
     "bound",
     "share of the bound",
+    "compared",
     "certified",
     "near ties",
     "flips",
-    "wrong",
+    "precision",
 )
 """The columns of what a comparison found."""
 
@@ -136,15 +136,15 @@ def part_of_bound(check: Mapping[str, Any]) -> float | None:
 
 def _check(check: Mapping[str, Any]) -> list[str]:
     error, allowed, part = check["max_error"], check["allowed"], part_of_bound(check)
-    counts = [_count(check[name]) for name in ("certified", "near_ties", "flips", "violations")]
+    counts = (check[name] for name in ("compared", "certified", "near_ties", "flips"))
     return [
         text(check["stage"]),
-        text(check["precision"]),
-        _count(check["compared"]),
+        _count(check["violations"]),
         "–" if error is None else f"{error:.1e}",
         "–" if allowed is None else f"{allowed:.1e}",
         "–" if part is None else share(part),
-        *counts,
+        *map(_count, counts),
+        text(check["precision"]),
     ]
 
 
