@@ -109,7 +109,7 @@ def test_a_long_run_shows_some_epochs_and_always_the_last(tmp_path):
     folder = RunFolder(tmp_path / "run")
     for epoch in range(1, 41):
         folder.picture(epoch, "samples").write_bytes(bytes(PICTURE_BYTES // 12))
-    found = vqtrain.run.webreport._shown(folder)
+    found = vqtrain.run.webreport._shown(folder, PICTURE_BYTES)
     assert [one["epoch"] for one in found] == [*range(4, 41, 4)]
 
 

@@ -26,8 +26,9 @@ REPORT = "report.html"
 DRAWING = Path(__file__).with_suffix(".js")
 """What draws the curves and turns the pages of the epochs."""
 
-PICTURE_BYTES = 2**21
-"""The most bytes of pictures in a report: of long runs it shows the pictures of some epochs."""
+GOING_BYTES, PICTURE_BYTES = 2**20, 2**22
+"""The most bytes of pictures in the report of a run that goes on, which is written often, and of one
+that has ended: of long runs it shows the pictures of some epochs."""
 
 
 class Measure(NamedTuple):
@@ -115,7 +116,7 @@ def write_report(folder: RunFolder, story: Story, say: Callable[[str], None]) ->
 def page_of(folder: RunFolder, story: Story) -> bytes:
     """The page. Raises OSError, and ValueError for a history that is none."""
     lines = _lines(story)
-    shown = _shown(folder)
+    shown = _shown(folder, GOING_BYTES if story.good is None else PICTURE_BYTES)
     panels = _panels(story, lines)
     epochs = [line["epoch"] for line in story.history]
     data = {"epochs": epochs, "panels": panels, "shown": shown}
@@ -221,13 +222,15 @@ def _curves(panels: Sequence[Mapping[str, Any]]) -> str:
             f'aria-label="Curve over the epochs: {label}. Its figures are in the table of every '
             'epoch."></div></figure>\n'
         )
-    hint = webpage.paragraph("Hover or touch a curve for the figures of an epoch.", "hint")
+    hint = webpage.paragraph(
+        "Hover over a curve for the figures of an epoch. The table above has them, too.", "hint"
+    )
     return webpage.section("Curves", hint, f'<div class="columns">\n{"".join(parts)}</div>\n')
 
 
-def _shown(folder: RunFolder) -> list[dict[str, Any]]:
+def _shown(folder: RunFolder, most: int) -> list[dict[str, Any]]:
     """The epochs whose pictures are in the report, each with its pictures by kind and the use of
-    codes: as many as PICTURE_BYTES hold, evenly spread, the last one among them."""
+    codes: as many as ``most`` bytes hold, evenly spread, the last one among them."""
     by_epoch: dict[int, dict[str, Path]] = {}
     for path in sorted((folder.path / PICTURES).glob("epoch-*-*.png")):
         _, epoch, kind = path.stem.split("-", 2)
@@ -235,7 +238,7 @@ def _shown(folder: RunFolder) -> list[dict[str, Any]]:
             by_epoch.setdefault(int(epoch), {})[kind] = path
     epochs, use = sorted(by_epoch), folder.read_use()
     size = sum(path.stat().st_size for kinds in by_epoch.values() for path in kinds.values())
-    every = max(1, -(-size // PICTURE_BYTES))
+    every = max(1, -(-size // most))
     return [
         {
             "epoch": epoch,
