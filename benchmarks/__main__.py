@@ -32,6 +32,7 @@ def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, li
         "codec": [str(bundle) for bundle in bundles],
         "install": [str(bundle) for bundle in bundles[:1]],
         "many_codes": [],
+        "vqgan": [],
         "nearest": ["--plot", str(RESULTS / "nearest.png")],
         "epochs": ["--images", "6400", "--epochs", "2"] if arguments.short else [],
         "oracle": [],
