@@ -273,10 +273,10 @@ def test_a_run_that_failed_says_so_with_the_check_that_failed(
     check = vqtrain.run.trainer.check_against_oracle
     calls = []
 
-    def failing(*arguments):
+    def failing(*arguments, **how):
         calls.append(1)
         if len(calls) < 3:  # before the first step, and after the first epoch
-            return check(*arguments)
+            return check(*arguments, **how)
         if kind == "diverged":
             raise ValueError("a stage that is not finite")
         bad = Check("decoder", "float32", 7, 2, 3.0, 1.0, 1e-5, problem="2 values beyond it")

@@ -163,17 +163,22 @@ def evaluate(
     variance: of the data, by which ``nmse`` divides. measured: takes after each batch how many
     images are done. Memory does not grow with the number of images.
     """
-    spec, device = model.spec, model.quantizer.codebook.device
-    meter = Meter(spec, device)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    spec, codebook = model.spec, model.quantizer.codebook
+    meter = Meter(spec, codebook.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=codebook.device)
     with arithmetic("float32"):
+        few = spec.latent_size == 1 and spec.num_codes < len(batches.images)
+        codes = codebook[:, None].split(batches.at_once) if few else ()
+        table = torch.cat([model.decoder(part) for part in codes]) if few else None
         for images in batches.in_order():
-            out = model(images)
+            found = model.encoder(images).to(codebook.dtype)
+            indices, rows = model.quantizer(found)
+            shown = model.decoder(rows) if table is None else table[indices[:, 0]]
             x, outputs, latents, quantized = (
-                each.double() for each in (images, out.outputs, out.latents, out.quantized)
+                each.double() for each in (images, shown, found, rows)
             )
             losses = compute_losses(spec, x, outputs, latents, quantized, options.beta)
-            meter.add(losses, out.indices)
+            meter.add(losses, indices)
             y = mean(spec, outputs)
             errors = (x - y).square().mean(dim=(1, 2, 3))  # (N,)
             sums += torch.stack([errors.sum(), decibels(errors).sum(), ssim(x, y).sum()])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vqref.agreement.budget import images_within
 from vqref.agreement.report import Report
+from vqref.agreement.stages import PROBED_TOKENS
 from vqref.dialects import DIALECTS
 from vqref.errors import CommandError, InputError, ParityError
 from vqref.host.files import write_file
@@ -23,7 +24,7 @@ from vqref.host.images import ImageSet, to_unit_interval
 from vqref.host.interrupts import Interrupted, hold, watched
 from vqref.modelfile import Model
 from vqref.spec import ModelSpec
-from vqtrain.agreement import check_against_oracle, images_to_prove, share_proved
+from vqtrain.agreement import check_against_oracle, images_to_check, images_to_prove, share_proved
 from vqtrain.data.batches import Batches
 from vqtrain.data.holdout import record
 from vqtrain.data.stream_batches import batches_of
@@ -68,7 +69,8 @@ class Work:
     folder: the run's. output: where a copy of the model goes, if anywhere.
     snapshot_steps: steps between snapshots within an epoch.
     check_images: how many images a check against the oracle takes; None takes as many as it does in
-    about two seconds. check_every: epochs between checks.
+    about two seconds, and after an epoch as many as it does in a fiftieth of the epoch's time on a
+    processor. check_every: epochs between checks.
     say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
     record: whether steps on a card are recorded as CUDA graphs, if they can be.
     pictures: whether each epoch is drawn. bar: whether a terminal shows the progress of an epoch by
@@ -158,6 +160,8 @@ class Trainer:
         self.batches = batches_of(images, batch_size, device, self.work.say, part, at_once)
         self.measured = Batches(measured[first:last], batch_size, device, at_once=at_once)
         self.sample = to_unit_interval(images.train[:count])
+        checked = self.work.check_images or images_to_check(self.spec, len(images.train))
+        self.epoch_sample = self.sample[:checked]
         proved = images_to_prove(self.spec, len(images.train))
         self.proved_sample = to_unit_interval(measured[:proved])
         self.measured_sample = to_unit_interval(measured[:count])
@@ -214,6 +218,7 @@ class Trainer:
         self._steps()
         with self.ranks.together():
             self._require_equal_ranks()
+            self.batches.join(self.ranks.collected)
             state.meter.join(self.ranks)
         start = time.perf_counter()
         metrics = state.meter.read()
@@ -227,7 +232,8 @@ class Trainer:
             "data": self.provenance.get("data", {}).get("source"),
         }
         if epoch % self.work.check_every == 0 and self.ranks.first:
-            report = self._require_agreement(self.model, self.sample, f"after epoch {epoch}")
+            few, when = self.epoch_sample, f"after epoch {epoch}"
+            report = self._require_agreement(self.model, few, when, probed=len(few))
             line["oracle"] = report.to_dict()
             line["oracle_error_over_allowed"] = report.worst_error_over_allowed
         measured = evaluate(
@@ -375,12 +381,18 @@ class Trainer:
         return self.state.epoch * len(self.batches) + self.state.step
 
     def _require_agreement(
-        self, model: VQVAE, images: npt.NDArray[np.float32], when: str, *, aloud: bool = False
+        self,
+        model: VQVAE,
+        images: npt.NDArray[np.float32],
+        when: str,
+        *,
+        probed: int = PROBED_TOKENS,
+        aloud: bool = False,
     ) -> Report:
-        """Checks ``model`` against the oracle on images (N, C, H, W). Raises ParityError,
-        CommandError."""
+        """Checks ``model`` against the oracle on images (N, C, H, W). probed: as of ``compare``.
+        Raises ParityError, CommandError."""
         try:
-            report = check_against_oracle(model, images, self.options)
+            report = check_against_oracle(model, images, self.options, probed=probed)
         except ValueError as error:  # a weight or a stage that is no longer finite
             raise CommandError(f"the run diverged {when}: {error}; {self._kept()}") from None
         if not report.passed:

@@ -27,8 +27,8 @@ DRAWING = Path(__file__).with_suffix(".js")
 """What draws the curves and turns the pages of the epochs."""
 
 GOING_BYTES, PICTURE_BYTES = 2**20, 2**22
-"""The most bytes of pictures in the report of a run that goes on, which is written often, and of one
-that has ended: of long runs it shows the pictures of some epochs."""
+"""The most bytes of pictures in the report of a run that goes on, which is written often, and of
+one that has ended: of long runs it shows the pictures of some epochs."""
 
 
 class Measure(NamedTuple):
