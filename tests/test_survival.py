@@ -3,6 +3,7 @@ a second run."""
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,7 +143,17 @@ def test_sigterm_in_any_phase_saves_and_exits_143(place, phase):
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert ("and saved; the same command goes on" in done.stderr) is saved
     assert bool(list_states(place / "runs" / "r" / "snapshots")) is saved
-    assert go(place).returncode == 0
+    again = RUN
+    if (
+        phase == "drawing"
+    ):  # after the first epoch, so that there is a report that says how to go on
+        report = (place / "runs/r/report.html").read_text()
+        again = (
+            sys.executable,
+            *re.search(r"<code>python (.* --resume .*)</code>", report)[1].split(),
+        )
+    assert go(place, run=again).returncode == 0
+    assert (place / "model.pt").exists()
 
 
 def test_a_signal_while_the_model_is_published_does_not_promise_to_go_on(place):

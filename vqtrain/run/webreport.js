@@ -55,8 +55,7 @@
   }
 
   function use() {
-    const [plot, x, y] = figure("0.[000]%", true);
-    y.ticker.desired_num_ticks = 4;
+    const [plot, x] = figure("0.[000]%", true);
     const source = new Bokeh.ColumnDataSource({data: {ranks: [1], shares: [1]}});
     const how = {source, color: colour("--accent")};
     const [at, over] = [{field: "ranks"}, {field: "shares"}];
