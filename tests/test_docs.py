@@ -1,6 +1,8 @@
 """README.md, the quickstart and the tutorials, as their readers follow them: every block is run as
-it stands, on small data and with small networks."""
+it stands, on small data and with small networks. And the pages of the API: they leave out nothing
+that a package exports."""
 
+import importlib
 import json
 import re
 import shutil
@@ -15,7 +17,7 @@ from support import GOLDEN, ROOT
 from vqdeploy import site
 
 SMALL = "--epochs 1 --threads 1 --check-images 4 --precision float32 --code-size 4"
-GREY = f"{SMALL} --base-depth 4 --num-codes 8"
+GREY = f"{SMALL} --base-depth 4 --num-codes 4"
 COLOUR = f"{SMALL} --hidden 8 --blocks 1 --block-hidden 4 --num-codes 16"
 PRIOR = "--epochs 1 --width 16 --depth 1 --heads 2 --threads 1"
 """What makes training a matter of seconds: the last word on a command line wins."""
@@ -146,6 +148,33 @@ def test_a_vqgan(said):
 
 def test_a_quantizer_of_ones_own(said):
     assert "exact_ties" in said["quantizer"].splitlines()[-2]
+
+
+ENTRY = re.compile(r"^::: ([\w.]+)(?:\n    options:\n      members: (.*))?$", re.MULTILINE)
+"""What a page of the API documents: an object or a module, and which of a module's members."""
+
+
+def documented():
+    """Every object of the pages of the API, by identity."""
+    for page in (ROOT / "docs" / "reference").glob("*.md"):
+        for path, members in ENTRY.findall(page.read_text()):
+            try:
+                module = importlib.import_module(path)
+            except ModuleNotFoundError:
+                parent, _, name = path.rpartition(".")
+                yield getattr(importlib.import_module(parent), name)
+                continue
+            names = re.findall(r"\w+", members) if members != "false" else []
+            public = [name for name in vars(module) if not name.startswith("_")]
+            yield from (getattr(module, name) for name in (names if members else public))
+
+
+@pytest.mark.parametrize(
+    "package", ["vqref", "vqref.agreement", "vqref.checks", "vqtrain", "vqdeploy"]
+)
+def test_the_api_has_all_that_a_package_exports(package):
+    module, found = importlib.import_module(package), [id(each) for each in documented()]
+    assert [name for name in module.__all__ if id(getattr(module, name)) not in found] == []
 
 
 @pytest.mark.parametrize(

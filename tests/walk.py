@@ -26,15 +26,18 @@ OTHERS = ("python3 -m venv ", "python -m http.server ", "tritonserver ")
 def follow(document: str, words: Mapping[str, str], text: Mapping[str, str]) -> None:
     """Runs the blocks of a document in the current folder."""
     unused, names = {*words, *text}, {"__name__": "__main__"}
-    for kind, block in BLOCK.findall(Path(document).read_text()):
-        if kind == "bash":
+    whole = Path(document).read_text()
+    for found in BLOCK.finditer(whole):
+        block = found[2]
+        if found[1] == "bash":
             for line in block.splitlines():
                 unused.discard(command(line, words))
             continue
         unused -= {old for old in text if old in block}
         for old, new in text.items():
-            block = block.replace(old, new)  # noqa: PLW2901
-        exec(compile(block, document, "exec"), names)
+            block = block.replace(old, new)
+        above = "\n" * whole.count("\n", 0, found.start(2))  # so that a traceback has the line
+        exec(compile(above + block, document, "exec"), names)
     assert not unused, f"in no block of {document}: {sorted(unused)}"
 
 
