@@ -8,6 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -24,23 +27,88 @@ PRIOR = "--epochs 1 --width 16 --depth 1 --heads 2 --threads 1"
 
 FIRST = {"vqtrain": f"{GREY} --data images.npy"}
 
-WALKS = {
-    "README.md": ("readme", FIRST, {}),
-    "docs/quickstart.md": ("quickstart", FIRST, {}),
-    "docs/how-agreement-works.md": ("quickstart", {}, {}),
-    "docs/tutorials/characters.md": (
-        "characters",
-        {"vqtrain": GREY},
-        {"glyphs(7000)": "glyphs(200)"},
-    ),
-    "docs/tutorials/colour.md": ("colour", {"vqtrain": COLOUR, "vqtrain prior": PRIOR}, {}),
-    "docs/tutorials/archive.md": ("colour", {}, {}),
-    "docs/tutorials/serve.md": ("colour", {"vqdeploy page": "--runtime runtime"}, {}),
-    "docs/tutorials/vqgan.md": ("vqgan", {"vqdeploy import": "--image-size 8"}, {}),
-    "docs/tutorials/quantizer.md": ("quantizer", {}, {}),
+
+class Walk(NamedTuple):
+    """How a document is followed: the folder, by which words commands are made small, and what of
+    the Python is replaced. And ``check``, which takes what the blocks printed, and the folder."""
+
+    folder: str
+    check: Callable[[str, Path], None]
+    words: Mapping[str, str] = {}
+    text: Mapping[str, str] = {}
+
+
+def readme(said, folder):
+    assert "wrote model-onnx" in said
+    assert re.search(r"tokens \[[\d\s]+\], mean difference 0\.\d{4}\n", said)
+
+
+def quickstart(said, folder):
+    assert "verified: what runs is what was trained" in said
+    assert (folder / "samples.png").exists()
+
+
+def how_agreement_works(said, folder):
+    assert said == "1.0 0.0\n"
+
+
+def characters(said, folder):
+    for figure in ("bound", "clustering_floor", "codes_used", "perplexity"):
+        assert re.search(rf"^ *{figure} ", said, re.MULTILINE), figure
+    assert (folder / "runs" / "one" / "pictures").is_dir()
+    assert (folder / "reconstructions.png").exists()
+
+
+def quantizer(said, folder):
+    assert "exact_ties" in said.splitlines()[-2]
+
+
+def colour(said, folder):
+    for words in ("60 pictures resized to 32x32", "1 skipped, broken", "patches_nmse"):
+        assert words in said
+    for name in ("samples.png", "reconstructions.png"):
+        with Image.open(folder / name) as sheet:
+            assert sheet.mode == "RGB"
+    assert list((folder / "runs" / "pictures-default" / "pictures").glob("*-reconstructions.png"))
+
+
+def archive(said, folder):
+    assert "60 (60, 64) uint8" in said
+    assert len(list((folder / "tokens").glob("*.parquet"))) == 2
+    assert len(np.load(folder / "decoded.npz")["reconstructions"]) == 60
+
+
+def serve(said, folder):
+    assert "64 tokens" in said
+    assert (folder / "page" / "index.html").exists()
+    assert (folder / "models" / "tokenizer" / "config.pbtxt").exists()
+
+
+def vqgan(said, folder):
+    assert "sha256" in said
+    assert "(3, 8, 8) (4, 4) 64" in said
+
+
+GROUPS = {
+    "grey": {
+        "README.md": Walk("readme", readme, FIRST),
+        "docs/quickstart.md": Walk("quickstart", quickstart, FIRST),
+        "docs/how-agreement-works.md": Walk("how", how_agreement_works),
+        "docs/tutorials/characters.md": Walk(
+            "characters", characters, {"vqtrain": GREY}, {"glyphs(7000)": "glyphs(200)"}
+        ),
+        "docs/tutorials/quantizer.md": Walk("quantizer", quantizer),
+    },
+    "colour": {
+        "docs/tutorials/colour.md": Walk(
+            "colour", colour, {"vqtrain": COLOUR, "vqtrain prior": PRIOR}
+        ),
+        "docs/tutorials/archive.md": Walk("colour", archive),
+        "docs/tutorials/serve.md": Walk("colour", serve, {"vqdeploy page": "--runtime runtime"}),
+        "docs/tutorials/vqgan.md": Walk("vqgan", vqgan, {"vqdeploy import": "--image-size 8"}),
+    },
 }
-"""Documents in the order in which they are followed: the folder, words, and text that is replaced.
-Some begin with what an earlier one made."""
+"""Documents that are followed in one process, in this order: some begin with what another made."""
 
 
 def follow(walks, folder):
@@ -51,8 +119,8 @@ def follow(walks, folder):
 
 def furnish(place, images):
     """What the readers have before they begin."""
-    for folder, _, _ in WALKS.values():
-        (place / folder).mkdir(exist_ok=True)
+    for folder in {walk.folder for walks in GROUPS.values() for walk in walks.values()}:
+        (place / folder).mkdir()
     for folder in ("readme", "quickstart"):
         np.save(place / folder / "images.npy", images[:200])
     shutil.copytree(GOLDEN / "vqgan" / "diffusers_small", place / "vqgan" / "vqgan")
@@ -68,31 +136,33 @@ def furnish(place, images):
         (runtime / name).write_bytes(b"stands for onnxruntime-web")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Where the documents are followed: a folder of folders."""
-    return tmp_path_factory.mktemp("documents")
-
-
-@pytest.fixture(scope="module")
-def said(place, many_images):
-    """What each document's blocks printed."""
-    furnish(place, many_images)
-    walks = [
-        {"document": str(ROOT / name), "folder": str(place / folder), "words": words, "text": text}
-        for name, (folder, words, text) in WALKS.items()
-    ]
-    done = follow(walks, place)
+@pytest.mark.parametrize("group", GROUPS)
+def test_documents_run_as_they_stand(group, tmp_path, many_images):
+    furnish(tmp_path, many_images)
+    done = follow(
+        [
+            {
+                "document": str(ROOT / name),
+                "folder": str(tmp_path / walk.folder),
+                "words": walk.words,
+                "text": walk.text,
+            }
+            for name, walk in GROUPS[group].items()
+        ],
+        tmp_path,
+    )
     assert done.returncode == 0, (done.stdout[-2000:], done.stderr)
     served = '"POST / HTTP/1.1" 200'
     assert [line for line in done.stderr.splitlines() if served not in line] == []
-    parts = re.split(r"^=== .*/([\w-]+)\.md\n", done.stdout, flags=re.MULTILINE)[1:]
-    return dict(zip(parts[::2], parts[1::2], strict=True))
+    parts = re.split(r"^=== .*\n", done.stdout, flags=re.MULTILINE)[1:]
+    for walk, said in zip(GROUPS[group].values(), parts, strict=True):
+        walk.check(said, tmp_path / walk.folder)
 
 
-def test_the_lines_of_readme_run_as_they_stand(said):
-    assert "wrote model-onnx" in said["README"]
-    assert re.search(r"tokens \[[\d\s]+\], mean difference 0\.\d{4}\n", said["README"])
+def test_every_tutorial_is_followed():
+    followed = {name for walks in GROUPS.values() for name in walks}
+    tutorials = {f"docs/tutorials/{path.name}" for path in (ROOT / "docs/tutorials").glob("*.md")}
+    assert tutorials < followed
 
 
 def test_readme_is_short_and_keeps_the_commands_of_the_gate():
@@ -101,53 +171,6 @@ def test_readme_is_short_and_keeps_the_commands_of_the_gate():
     assert "pip install -e '.[test]' && python -m pytest -n 2" in text
     (use,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert len([line for line in use.splitlines() if line]) == 6
-
-
-def test_the_quickstart_ends_with_a_verified_bundle(said, place):
-    assert "verified: what runs is what was trained" in said["quickstart"]
-    assert (place / "quickstart" / "samples.png").exists()
-
-
-def test_sums_depend_on_their_order_as_it_is_told(said):
-    assert said["how-agreement-works"] == "1.0 0.0\n"
-
-
-def test_grey_characters(said, place):
-    for figure in ("bound", "clustering_floor", "codes_used", "perplexity"):
-        assert re.search(rf"^ *{figure} ", said["characters"], re.MULTILINE), figure
-    assert (place / "characters" / "runs" / "one" / "pictures").is_dir()
-    assert (place / "characters" / "reconstructions.png").exists()
-
-
-def test_colour_images(said, place):
-    folder = place / "colour"
-    for words in ("60 pictures resized to 32x32", "1 skipped, broken", "patches_nmse"):
-        assert words in said["colour"]
-    for name in ("samples.png", "reconstructions.png"):
-        with Image.open(folder / name) as sheet:
-            assert sheet.mode == "RGB"
-    assert list((folder / "runs" / "pictures-default" / "pictures").glob("*-reconstructions.png"))
-
-
-def test_an_archive(said, place):
-    assert "60 (60, 64) uint8" in said["archive"]
-    assert len(list((place / "colour" / "tokens").glob("*.parquet"))) == 2
-    assert len(np.load(place / "colour" / "decoded.npz")["reconstructions"]) == 60
-
-
-def test_serving(said, place):
-    assert "64 tokens" in said["serve"]
-    assert (place / "colour" / "page" / "index.html").exists()
-    assert (place / "colour" / "models" / "tokenizer" / "config.pbtxt").exists()
-
-
-def test_a_vqgan(said):
-    assert "sha256" in said["vqgan"]
-    assert "(3, 8, 8) (4, 4) 64" in said["vqgan"]
-
-
-def test_a_quantizer_of_ones_own(said):
-    assert "exact_ties" in said["quantizer"].splitlines()[-2]
 
 
 ENTRY = re.compile(r"^::: ([\w.]+)(?:\n    options:\n      members: (.*))?$", re.MULTILINE)
