@@ -19,7 +19,7 @@ from pathlib import Path
 
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PROGRAMS = ("vqtrain", "vqdeploy", "vqref")
-OTHERS = ("python3 -m venv ", "python -m http.server ", "tritonserver ")
+OTHERS = ("python3 -m venv ", "pip install ", "python -m http.server ", "tritonserver ")
 """How commands begin that are not ours to run: they install, or they serve for ever."""
 
 
