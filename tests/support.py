@@ -30,7 +30,7 @@ SPEC = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=8, code
 """The network that ``trainer`` trains."""
 
 
-VQGAN = {
+VQGAN: dict[str, Any] = {
     "channels": 4,
     "multipliers": (1, 2),
     "blocks": 1,
