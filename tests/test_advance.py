@@ -302,7 +302,7 @@ def test_the_benchmark_finds_the_machine_that_differs():
     }
 
     def broken(images):
-        raise ZeroDivisionError
+        raise ZeroDivisionError("by zero")
 
     machines["broken"] = Machine(broken)
     found, by_row, seen = refuted(model, images, machines, 1, 1)
