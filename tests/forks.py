@@ -18,8 +18,12 @@ import types
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("numpy", "torch", "onnx", "scipy", "PIL.Image", "matplotlib.figure")
-"""None that starts threads, as onnxruntime does, whose end a fork would wait for."""
+LIBRARIES = (
+    *("numpy", "torch", "torch._dynamo", "onnx", "scipy", "filelock", "PIL.Image"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg"),
+)
+"""What commands import, torch._dynamo by their first optimizer. None that starts threads, as
+onnxruntime does: a fork would wait for their end."""
 
 OPTIONS = ("-W", "error::DeprecationWarning:vq")
 """Of every interpreter: our own warnings are errors."""

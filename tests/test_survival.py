@@ -73,13 +73,18 @@ EVERY_RULE = {
 RECIPES = {"post": {}, "every rule": EVERY_RULE, "sonnet": {"dialect": "sonnet"}}
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
+def whole(request, tmp_path_factory, many_images):
+    """A recipe, and what a run of it ends with that nobody stopped."""
+    run = trainer(tmp_path_factory.mktemp("whole"), many_images, **request.param)
+    return request.param, run.run()
+
+
 @pytest.mark.parametrize("when", [1, 5, 7])
 def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
-    tmp_path, many_images, monkeypatch, when, recipe
+    tmp_path, many_images, monkeypatch, when, whole
 ):
-    (tmp_path / "whole").mkdir()
-    undisturbed = trainer(tmp_path / "whole", many_images, **recipe).run()
+    recipe, undisturbed = whole
     step, taken = vqtrain.run.step.training_step, []
 
     def interrupting(*arguments):

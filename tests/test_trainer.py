@@ -146,7 +146,7 @@ def test_evaluation_counts_every_image_and_takes_no_step(module, model, many_ima
 
 def test_a_run_publishes_what_it_trained_and_says_how_it_went(tmp_path, many_images):
     said: list[str] = []
-    run = trainer(tmp_path, many_images, said)
+    run = trainer(tmp_path, many_images, said, work={"pictures": True})
     result = run.run()
     stored = read_model(tmp_path / "model.pt")
     assert stored.spec == SPEC
