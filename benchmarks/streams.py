@@ -176,20 +176,6 @@ def status(process: int, name: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def refused(folder: Path) -> str:
-    """What training in memory says under the limit of the others."""
-    code = (
-        "import resource, sys; from vqtrain.__main__ import main; "
-        f"resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT}, {LIMIT})); "
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    words = ["--data", str(folder / "npy" / "images.npy"), "--epochs", "1", "--runs", str(folder)]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, cwd=ROOT
-    )
-    return f"exit code {done.returncode}: {(done.stderr or done.stdout).strip().splitlines()[-1]}"
-
-
 def measure(arguments: argparse.Namespace, folder: Path) -> None:
     record, workers = Record(arguments), arguments.workers
     prepare(folder, arguments.images)
@@ -231,8 +217,6 @@ def measure(arguments: argparse.Namespace, folder: Path) -> None:
         record.say(
             f"{kind:<35}{rate:>11.0f}   {own[0]}, {own[1]}, {own[5]}, {own[-1]} (itself+helpers)"
         )
-    record.figures["memory, refused"] = refused(folder)
-    record.say(f"in memory, under the same limit: {record.figures['memory, refused']}")
     record.write()
 
 

@@ -569,9 +569,27 @@ def test_ranks_on_shards_learn_what_one_rank_learns(tmp_path, images, run):
     done = run(*ranks, *words, *more, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert "2 ranks" in done.stdout
+    named = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if "left out" in line]
+    assert len(named) == len(set(named)) == 3  # whichever rank met them
     one, two = (read_model(tmp_path / f"{name}.pt").params for name in ("one", "two"))
     for name, array in one.items():
         np.testing.assert_allclose(two[name], array, rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_ranks_add_up_their_broken_images(shards, images):
+    """Each has met one of two, and one is allowed."""
+
+    def batches(most, *known):
+        found = shards(streaming=Streaming(workers=0, max_broken=most))
+        made = StreamBatches(found, 8, torch.device("cpu"), said.append)
+        made.broken.known.update(known)
+        return made
+
+    said = []
+    batches(2, "a: why").join(lambda mine: [*mine, "b: why"])
+    assert said == ["broken, left out (2 of at most 2): b: why"]
+    with pytest.raises(InputError, match="2 broken images, more than --max-broken 1: b: why"):
+        batches(1, "a: why").join(lambda mine: [*mine, "b: why"])
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.parquet", "a.npy", f"{'a' * 300}.npy", "none.tar"])

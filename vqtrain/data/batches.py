@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Collected = Callable[[Sequence[str]], list[str]]
 
 
 def portion(count: int, parts: int, part: int) -> tuple[int, int]:
@@ -51,6 +53,10 @@ class Batches:
         first, last = self.part
         for start in range(skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield self._unit(self.images[order[start + first : start + last]])
+
+    def join(self, collected: Collected) -> None:
+        """Shares what the ranks learnt of the images in a pass. collected: what makes one rank's
+        lines all ranks' lines, which takes all of them."""
 
     def in_order(self) -> Iterator[Tensor]:
         """Every image once, as stored; the last batch may be smaller."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqref.host.images import ImageSet
 from vqref.validation import Array, Int64
-from vqtrain.data.batches import Batches
+from vqtrain.data.batches import Batches, Collected
 from vqtrain.data.decoding import Piece, decoded
 from vqtrain.data.order import windows
 from vqtrain.data.streams import Broken, StreamSet
@@ -57,6 +57,13 @@ class StreamBatches(Batches):
             held = held[whole:].copy()
         if not size:
             yield from (self.images[:0].float() for _ in range(skip, len(self)))
+
+    def join(self, collected: Collected) -> None:
+        """Counts, and says, the broken images that other ranks met. Raises InputError, on every
+        rank, if together these are more than may be."""
+        for image in collected(sorted(self.broken.known)):
+            if line := self.broken.add(image):
+                self.say(line)
 
     def _windows(self, seed: int, skip: int) -> Iterator[Array]:
         """This rank's images of the epoch, in order, as many at a time as are shuffled at once."""

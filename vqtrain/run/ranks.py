@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import math
 import os
 import threading
@@ -99,6 +100,10 @@ class Ranks:
         """The first rank whose content is not rank 0's, None if all have the same."""
         return None
 
+    def collected(self, lines: Sequence[str]) -> list[str]:
+        """Every rank's lines, rank 0's first."""
+        return list(lines)
+
     def wait(self) -> None:
         """Waits until all ranks are here."""
 
@@ -182,6 +187,14 @@ class Joint(Ranks):
         found = [torch.empty_like(digest) for _ in range(self.count)]
         _require_all(dist.all_gather, found, digest)
         return next((i for i, each in enumerate(found) if not torch.equal(each, found[0])), None)
+
+    def collected(self, lines: Sequence[str]) -> list[str]:
+        content = json.dumps(list(lines)).encode()
+        mine = torch.full((self._largest(len(content)),), ord(" "), dtype=torch.uint8)
+        mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        found = [torch.empty_like(mine) for _ in range(self.count)]
+        _require_all(dist.all_gather, found, mine)
+        return [line for each in found for line in json.loads(each.numpy().tobytes())]
 
     def wait(self) -> None:
         self._largest(0)

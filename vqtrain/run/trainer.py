@@ -210,6 +210,7 @@ class Trainer:
         self._steps()
         with self.ranks.together():
             self._require_equal_ranks()
+            self.batches.join(self.ranks.collected)
             state.meter.join(self.ranks)
         start = time.perf_counter()
         metrics = state.meter.read()
