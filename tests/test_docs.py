@@ -113,7 +113,7 @@ GROUPS = {
 
 def follow(walks, folder):
     """Runs walks, and returns the process."""
-    command = [sys.executable, ROOT / "tests" / "walk.py", json.dumps(walks)]
+    command = [sys.executable, str(ROOT / "tests" / "walk.py"), json.dumps(walks)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
 
 

@@ -6,11 +6,14 @@ import os
 import re
 import shutil
 import signal
+from typing import Any
 
 import numpy as np
 import pytest
 from support import ROOT, trainer
 
+import vqtrain.agreement
+import vqtrain.run.step
 import vqtrain.run.trainer
 import vqtrain.run.webreport
 from vqref.agreement.report import Check, Report
@@ -53,7 +56,8 @@ def opened(chromium, path, wrong, **how):
 @pytest.fixture
 def look(chromium):
     """Opens a page, in which nothing may go wrong."""
-    pages, wrong = [], []
+    pages: list[Any] = []
+    wrong: list[str] = []
 
     def go(path, **how):
         pages.append(opened(chromium, path, wrong, **how))
@@ -140,7 +144,7 @@ def test_what_slipped_into_a_page_does_not_run_and_is_noticed(finished, chromium
     (tmp_path / "forged.html").write_text(
         (finished / REPORT).read_text().replace("</main>", HOSTILE + "</main>")
     )
-    wrong = []
+    wrong: list[str] = []
     page = opened(chromium, tmp_path / "forged.html", wrong)
     assert page.title() == "run"
     page.context.close()
@@ -212,7 +216,7 @@ def test_the_look_for_barriers_finds_one(look, barriers, certificate, tmp_path):
 
 def stopped(tmp_path, many_images, monkeypatch, when):
     """A run that is stopped in the given step, counted from 1, of two epochs of five."""
-    step, taken = vqtrain.run.trainer.training_step, []
+    step, taken = vqtrain.run.step.training_step, []
 
     def interrupting(*arguments):
         taken.append(1)
@@ -259,7 +263,7 @@ def test_a_report_that_cannot_be_written_is_a_line_and_the_run_ends_well(
     def failing(*_):
         raise RuntimeError("no luck")
 
-    said = []
+    said: list[str] = []
     monkeypatch.setattr(vqtrain.run.webreport, "page_of", failing)
     model = trainer(tmp_path, many_images, said, epochs=1).run()
     assert model.metrics["epoch"] == 1
@@ -270,7 +274,7 @@ def test_a_report_that_cannot_be_written_is_a_line_and_the_run_ends_well(
 def test_a_run_that_failed_says_so_with_the_check_that_failed(
     tmp_path, many_images, monkeypatch, kind
 ):
-    check = vqtrain.run.trainer.check_against_oracle
+    check = vqtrain.agreement.check_against_oracle
     calls = []
 
     def failing(*arguments, **how):
