@@ -101,7 +101,9 @@ def backends(codebook: Array) -> dict[str, tuple[Quantize, str]]:
         ),
         "onnxruntime": (lambda latents: np.asarray(sessions["quantizer"](latents)[0]), "direct"),
         "onnx reference": (
-            lambda latents: np.asarray(evaluator.run(["indices"], {"latents": latents})[0]),
+            lambda latents: np.asarray(
+                next(iter(evaluator.run(["indices"], {"latents": latents})))
+            ),
             "direct",
         ),
         "torch.cdist": (cdist, "expanded root"),

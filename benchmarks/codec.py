@@ -105,7 +105,7 @@ def compare_fold(
         bundle.spec.latent_size, axis=1
     )
     given = {"detokenizer": {"indices": codes}, "decoder": {"quantized": codebook[codes]}}
-    runs = {
+    runs: dict[str, Callable[[], Any]] = {
         name: partial(bare[name].run, ["reconstructions"], feed) for name, feed in given.items()
     }
     found = alternate(runs, seconds)

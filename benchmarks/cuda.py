@@ -257,17 +257,19 @@ def batches(record: Record, bundle: Path, images: Array) -> None:
     record.say(f"memory of the card in use: {(total - free) / 2**20:.0f} MiB")
 
 
+def _first(call: Callable[[Array], Any], array: Array, n: int) -> Callable[[], Any]:
+    """A call with the first n of an array."""
+    return partial(call, array[:n])
+
+
 def rates(record: Record, model: Model, folder: Path, images: Array) -> None:
     """Prints images a second."""
     x = to_unit_interval(images[:256])
     runs: dict[str, Callable[[int], Callable[[], Any]]] = {}
     for name in ("default", "fp16", "int8"):
         codec = Codec.load(folder / name, "cuda")
-        runs[f"Codec, {name}, encode"] = lambda n, codec=codec: partial(codec.encode, x[:n])
-        tokens = codec.encode(x)
-        runs[f"Codec, {name}, decode"] = lambda n, codec=codec, tokens=tokens: partial(
-            codec.decode, tokens[:n]
-        )
+        runs[f"Codec, {name}, encode"] = partial(_first, codec.encode, x)
+        runs[f"Codec, {name}, decode"] = partial(_first, codec.decode, codec.encode(x))
     host = Codec.load(folder / "default", "cpu")
     runs["Codec, default, encode, processor"] = lambda n: partial(host.encode, x[:n])
     eager, compiled = on_pytorch(model, last=True), on_pytorch(model, last=True, compiled=True)

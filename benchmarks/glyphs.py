@@ -81,7 +81,7 @@ def box(images: Images) -> tuple[float, float]:
     """Mean height and width in pixels of the box around an image's ink. Images without ink are left
     out."""
     ink = (images >= INK)[(images >= INK).any((1, 2))]
-    rows, columns = ink.any(2), ink.any(1)
+    rows, columns = np.asarray(ink.any(2)), np.asarray(ink.any(1))
     height, width = (
         float(np.mean([np.ptp(np.flatnonzero(line)) + 1 for line in lines]))
         for lines in (rows, columns)

@@ -130,7 +130,7 @@ def measured(model: Any, images: torch.Tensor) -> Found:
     return Metrics(*nothing, hits, fidelity).to_dict(spec)
 
 
-CARE = {
+CARE: dict[str, Any] = {
     "decay": 0.99,
     "kmeans_init": True,
     "threshold_ema_dead_code": 0.05,

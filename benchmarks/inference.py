@@ -69,7 +69,7 @@ def torch_encoder(bundle: Path, *, compiled: bool) -> Callable[[], Any]:
 
     found = Bundle.open(bundle)
     params = found.oracle().params
-    encoder = Rows(found.spec.encoder).eval().to(memory_format=torch.channels_last)
+    encoder = Rows(found.spec.encoder).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     values = [
         torch.from_numpy(array) for name, array in params.items() if name.startswith("encoder.")
     ]

@@ -102,7 +102,7 @@ def main() -> None:
     folder, passes = Path(sys.argv[1]), int((sys.argv[2:] or ["1"])[0])
     with joined("cpu") as ranks:
         for name, found in fifty_steps_of_each(ranks, passes).items():
-            np.savez(folder / f"{name}-{ranks.rank}.npz", **found)
+            np.savez(folder / f"{name}-{ranks.rank}.npz", allow_pickle=False, **found)
     if world() > 1:
         leave(0)
 

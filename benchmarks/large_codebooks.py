@@ -64,9 +64,16 @@ class Work:
 
     def spec(self, code_size: int, *, normalized: bool = False) -> ModelSpec:
         """The network with codes of so many elements."""
-        sizes = {"hidden": 64, "downsample": 2, "num_codes": self.codes, "code_size": code_size}
-        image_shape = tuple(self.train.images.shape[1:])
-        return residual(image_shape, **sizes, normalized=normalized, variance=self.variance)
+        channels, height, width = self.train.images.shape[1:]
+        return residual(
+            (channels, height, width),
+            hidden=64,
+            downsample=2,
+            num_codes=self.codes,
+            code_size=code_size,
+            normalized=normalized,
+            variance=self.variance,
+        )
 
 
 def ours(
@@ -212,7 +219,7 @@ def library(work: Work, code_size: int, learning_rate: float = 1e-3, **options: 
 BEST = CARE | {"threshold_ema_dead_code": 0.25}
 """The options of ``benchmarks.grids``, dead codes at half of the mean count, as ours."""
 
-NOTHING = {"kmeans_start": False, "revive_below": 0.0}
+NOTHING: dict[str, Any] = {"kmeans_start": False, "revive_below": 0.0}
 
 RUNS: dict[str, tuple[str, Callable[[Work], Found]]] = {
     "bare-64": ("D 64, no start, no revival", partial(ours, code_size=64, **NOTHING)),
@@ -253,11 +260,10 @@ def train_one(arguments: argparse.Namespace) -> Found:
     keep_freed_memory()
     torch.set_num_threads(1)
     train, test = (load(path).train for path in files(arguments.data))
-    batches = (Batches(images, BATCH, torch.device("cpu")) for images in (train, test))
+    fit, apart = (Batches(images, BATCH, torch.device("cpu")) for images in (train, test))
     torch.manual_seed(arguments.seed)
     start = time.perf_counter()
-    shared = arguments.codes, arguments.steps, arguments.seed
-    work = Work(*batches, variance_of(train), *shared)
+    work = Work(fit, apart, variance_of(train), arguments.codes, arguments.steps, arguments.seed)
     found = RUNS[arguments.only][1](work)
     about = {"name": arguments.only, **{name: getattr(arguments, name) for name in SHARED}}
     seconds = {"seconds": time.perf_counter() - start}

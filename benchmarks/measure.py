@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -233,10 +234,7 @@ def product_rates() -> dict[str, float]:
             result = a @ b
             best = max(
                 best,
-                *(
-                    2 * n**3 / timed(lambda a=a, b=b, c=result: torch.mm(a, b, out=c))
-                    for _ in range(5)
-                ),
+                *(2 * n**3 / timed(partial(torch.mm, a, b, out=result)) for _ in range(5)),
             )
         rates[name] = best
     return rates

@@ -47,8 +47,9 @@ class Function(nn.Module):
 
 def _modules(layer: Layer) -> list[nn.Module]:
     """What a row does with its input, or with the sum of its two: nothing more for add."""
-    activations = {"linear": [], "elu": [nn.ELU()], "relu": [nn.ReLU()]}
-    return [*PRODUCTS.get(layer.kind, lambda _: [])(layer), *activations[layer.activation]]
+    activations: dict[str, list[nn.Module]] = {"linear": [], "elu": [nn.ELU()], "relu": [nn.ReLU()]}
+    products = PRODUCTS[layer.kind](layer) if layer.kind in PRODUCTS else []
+    return [*products, *activations[layer.activation]]
 
 
 def _conv(layer: Layer) -> list[nn.Module]:
@@ -65,8 +66,8 @@ def _conv_transpose(layer: Layer) -> list[nn.Module]:
     cost."""
     (top, bottom), (left, right) = layer.pads
     channels, more = (layer.in_shape[0], layer.out_shape[0]), (bottom - top, right - left)
-    how = {"padding": (bottom, right), "output_padding": more}
-    return [nn.ConvTranspose2d(*channels, layer.kernel, layer.stride, **how)]
+    pads = (bottom, right)
+    return [nn.ConvTranspose2d(*channels, layer.kernel, layer.stride, pads, more)]
 
 
 def _reshape(layer: Layer) -> list[nn.Module]:
@@ -121,8 +122,8 @@ class Peer(ABC):
     ) -> None:
         self.spec, self.half = spec, half
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.encoder = Rows(spec.encoder).to(memory_format=layout)
-        self.decoder = Rows(spec.decoder).to(memory_format=layout)
+        self.encoder = Rows(spec.encoder).to(memory_format=layout)  # type: ignore[call-overload]
+        self.decoder = Rows(spec.decoder).to(memory_format=layout)  # type: ignore[call-overload]
         learned = [*self.encoder.parameters(), *self.decoder.parameters()]
         self.optimizer = torch.optim.Adam(learned, lr=learning_rate)
 

@@ -36,11 +36,13 @@ def peer(data: Path, epochs: int) -> None:
     import torch
 
     from benchmarks.peers import Library
+    from vqref.host.images import ImageSet
     from vqtrain.data.batches import Batches
     from vqtrain.data.sources import load_source
 
     torch.manual_seed(0)
     images = load_source(str(data), lambda line: None)
+    assert isinstance(images, ImageSet)
     assert images.held_out is not None
     batches = Batches(images.train, BATCH, torch.device("cpu"))
     held_out = torch.cat(list(Batches(images.held_out, BATCH, torch.device("cpu")).in_order()))

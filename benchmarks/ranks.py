@@ -64,11 +64,12 @@ sys.exit(run.returncode % 256)
 
 def networks() -> dict[str, ModelSpec]:
     """Those whose volume is counted, at their families' sizes."""
-    large = {"downsample": 8, "num_codes": 16_384}
     return {
         "post": families.post(),
         "residual 32x32": families.residual((3, 32, 32)),
-        "residual 256x256, 16,384 codes": families.residual((3, 256, 256), **large),
+        "residual 256x256, 16,384 codes": families.residual(
+            (3, 256, 256), downsample=8, num_codes=16_384
+        ),
     }
 
 

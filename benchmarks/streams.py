@@ -114,8 +114,7 @@ def trainer(
         resource.setrlimit(resource.RLIMIT_DATA, (LIMIT, LIMIT))
         source = load_source(str(folder / kind), say, streaming=Streaming(workers=workers))
     images = hold_out(source, 0.0)
-    sizes = {"hidden": hidden, "blocks": 1, "block_hidden": hidden // 2}
-    spec = residual(SHAPE, **sizes, num_codes=256, code_size=16)
+    spec = residual(SHAPE, hidden, 1, hidden // 2, num_codes=256, code_size=16)
     options = TrainingOptions(batch_size=BATCH)
     model = start_model(spec, options, images.train, device)
     optimizer, rules = make_optimizer(model, options), Rules(options, 10**6)

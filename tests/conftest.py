@@ -14,6 +14,7 @@ from typing import Any
 # Networks are small, and threads that wait for one another beside other tests would only spin.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 
+import forks
 import numpy as np
 import pytest
 from support import GOLDEN, Golden, small_model
@@ -64,7 +65,13 @@ def model() -> Model:
 @pytest.fixture(scope="session")
 def residual_model() -> Model:
     """A small model of family residual: a 4x4 grid of 32 codes on colour images."""
-    sizes = {"hidden": 16, "blocks": 1, "block_hidden": 8, "num_codes": 32, "code_size": 8}
+    sizes: dict[str, Any] = {
+        "hidden": 16,
+        "blocks": 1,
+        "block_hidden": 8,
+        "num_codes": 32,
+        "code_size": 8,
+    }
     return small_model(families.residual((3, 16, 16), **sizes, variance=0.08))
 
 
@@ -111,16 +118,29 @@ def _exported(model_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session")
+def server() -> Iterator[forks.Server]:
+    """What forks commands."""
+    started = forks.Server()
+    yield started
+    started.close()
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Runs ``python -m ...`` in an empty folder, as a user would; warnings of ours are errors there
-    too."""
+def run(tmp_path: Path, server: forks.Server) -> Run:
+    """Runs ``python ...`` in an empty folder, as a user would; warnings of ours are errors there
+    too. ``-m`` and ``-c`` are forks; a file, and what has an environment of its own, new processes.
+    """
 
     def python(
         *arguments: object, cwd: Path = tmp_path, **environment: str
     ) -> subprocess.CompletedProcess[str]:
+        words = [str(argument) for argument in arguments]
+        usual = not environment and forks.environment() == server.environment
+        if usual and words[0] in ("-m", "-c"):
+            return server.run(words, cwd)
         return subprocess.run(
-            [sys.executable, "-W", "error::DeprecationWarning:vq", *map(str, arguments)],
+            [sys.executable, *forks.OPTIONS, *words],
             cwd=cwd,
             env={**os.environ, **environment},
             capture_output=True,

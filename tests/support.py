@@ -30,7 +30,7 @@ SPEC = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=8, code
 """The network that ``trainer`` trains."""
 
 
-VQGAN = {
+VQGAN: dict[str, Any] = {
     "channels": 4,
     "multipliers": (1, 2),
     "blocks": 1,
@@ -150,7 +150,7 @@ def trainer(
     """A ``Trainer`` on 160 images of (N, H, W) or (N, C, H, W): two epochs of five steps.
 
     said: takes its lines. held_out: how many of the images after those are held out. work, options:
-    what ``Work`` and the post's options are changed by.
+    what ``Work`` and the post's options are changed by. Nothing is drawn unless ``work`` says so.
     """
     from vqref.host.images import ImageSet
     from vqtrain import Trainer, TrainingOptions
@@ -164,7 +164,7 @@ def trainer(
     chosen = dataclasses.replace(TrainingOptions(epochs=2, batch_size=32), **options)
     say = (lambda line: None) if said is None else said.append
     folder, output = RunFolder(tmp_path / "run"), tmp_path / "model.pt"
-    place = Work(device, folder, output, **{"say": say, **(work or {})})
+    place = Work(device, folder, output, **{"say": say, "pictures": False, **(work or {})})
     course = course_of(spec, chosen, {}, source.sha256)
     return Trainer(spec, chosen, source, place, {"data": {"source": "test.npz"}}, course, state)
 

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,13 @@ from vqref.network import ACTIVATIONS, KINDS
 from vqref.spec import CODEBOOK, Layer, plan
 from vqtrain import VQVAE
 
-SIZES = {"hidden": 12, "blocks": 1, "block_hidden": 6, "num_codes": 64, "code_size": 4}
+SIZES: dict[str, Any] = {
+    "hidden": 12,
+    "blocks": 1,
+    "block_hidden": 6,
+    "num_codes": 64,
+    "code_size": 4,
+}
 
 
 def with_silu(spec):
@@ -134,8 +141,8 @@ def test_no_machine_of_rounded_factors_leaves_the_bounds(seed, activation, name,
         for key, each in small_model(spec, seed).params.items()
     }
     image = rng.random((1, 1, 8, 8)).astype(np.float32)
-    ways = {"tf32": [cut_to_tf32, to_tf32], "float16": [to_float16], "bfloat16": [to_bfloat16]}
-    ways = [lambda factor: factor, *ways.get(name, [])]
+    known = {"tf32": [cut_to_tf32, to_tf32], "float16": [to_float16], "bfloat16": [to_bfloat16]}
+    ways = [lambda factor: factor, *known.get(name, [])]
     found = looks(spec, params, image[0], name)
     tokens = np.arange(spec.latent_size)
     directions = rng.normal(size=(len(tokens), spec.code_size))
@@ -293,7 +300,11 @@ def test_the_benchmark_finds_the_machine_that_differs():
         name: Machine(partial(in_float32, model.spec, model.params, cut=cut))
         for name, cut in (("right", lambda factor: factor), ("wrong", to_bfloat16))
     }
-    machines["broken"] = Machine(lambda images: 1 / 0)
+
+    def broken(images):
+        raise ZeroDivisionError("by zero")
+
+    machines["broken"] = Machine(broken)
     found, by_row, seen = refuted(model, images, machines, 1, 1)
     assert seen == 64
     assert found.keys() == {"right", "wrong"}

@@ -2,6 +2,7 @@
 named by its stage."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -101,7 +102,13 @@ def test_an_honest_backend_agrees_in_every_stage(model, real_images, precision):
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_an_honest_backend_agrees_on_a_grid_under_every_likelihood(likelihood, precision):
-    sizes = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
+    sizes: dict[str, Any] = {
+        "hidden": 8,
+        "blocks": 1,
+        "block_hidden": 4,
+        "num_codes": 32,
+        "code_size": 8,
+    }
     spec = families.residual((3, 16, 16), **sizes, likelihood=likelihood, variance=0.08)
     model = small_model(spec)
     images = np.random.default_rng(0).random((4, 3, 16, 16))
@@ -119,14 +126,20 @@ def test_averages_and_resets_are_judged_in_the_dialect_and_at_the_step_of_the_ru
         (dialect, 9, not dialect.debiased),
         (POST, 3, dialect == POST),
     ):
-        how = {"dialect": judge, "steps": steps}
-        assert compare(model.spec, model.params, real_images, backend, **how).passed is passes
+        report = compare(model.spec, model.params, real_images, backend, dialect=judge, steps=steps)
+        assert report.passed is passes
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_codes_that_leave_the_sphere_are_found(precision):
     """The rules of unit codes agree, those of others do not, after an update as after a reset."""
-    sizes = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
+    sizes: dict[str, Any] = {
+        "hidden": 8,
+        "blocks": 1,
+        "block_hidden": 4,
+        "num_codes": 32,
+        "code_size": 8,
+    }
     model = small_model(families.residual((3, 16, 16), **sizes, normalized=True))
     images = np.random.default_rng(0).random((4, 3, 16, 16))
     how = model.spec, model.params, images
@@ -148,20 +161,27 @@ def test_a_unit_code_is_judged_beside_the_length_that_is_left_of_its_sum():
     by a thousand times as much: that passes, and ten times more does not."""
     state = vqref.EMAState(np.eye(2), np.ones(2), np.eye(2), normalized=True)
     latents, indices = np.array([[[1.0, 1e-3], [-1.0, 0.0]]]), np.zeros((1, 2), int)
-    how = {"decay": 0.0, "epsilon": EPSILON}
-    after = vqref.update_ema(state, latents, indices, **how)
+    after = vqref.update_ema(state, latents, indices, decay=0.0, epsilon=EPSILON)
     for turned, passes in ((1e-4, True), (1e-1, False)):
         codebook = after.codebook + np.array([[turned, 0.0], [0.0, 0.0]])
-        arrays = (codebook, after.ema_count, after.ema_means)
-        found = tuple(array.astype(np.float32) for array in arrays)
-        judged = check_ema(found, state, latents, indices, precision="float32", **how)
+        count, means = (x.astype(np.float32) for x in (after.ema_count, after.ema_means))
+        found = codebook.astype(np.float32), count, means
+        judged = check_ema(
+            found, state, latents, indices, precision="float32", decay=0.0, epsilon=EPSILON
+        )
         assert next(judged).passed is passes
 
 
 def test_unit_latents_may_be_turned_by_what_their_lengths_make_of_the_encoders_tolerance():
     """An encoder that keeps its tolerance before its last row keeps it after, however short a
     vector was; tokens of such latents are near ties or right. One that does not is found."""
-    sizes = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
+    sizes: dict[str, Any] = {
+        "hidden": 8,
+        "blocks": 1,
+        "block_hidden": 4,
+        "num_codes": 32,
+        "code_size": 8,
+    }
     model = small_model(families.residual((3, 16, 16), **sizes, normalized=True))
     how = model.spec, model.params
     rng = np.random.default_rng(0)
@@ -175,8 +195,8 @@ def test_unit_latents_may_be_turned_by_what_their_lengths_make_of_the_encoders_t
         moved = unit(unscaled + off * scale * rng.choice([-1, 1], unscaled.shape))
         backend = Backend(
             "float32",
-            encoder=lambda images, moved=moved: moved.astype(np.float32),
-            tokenizer=lambda images, moved=moved: vqref.quantize(moved, how[1][CODEBOOK]).indices,
+            encoder=giving(moved.astype(np.float32)),
+            tokenizer=giving(vqref.quantize(moved, model.params[CODEBOOK]).indices),
         )
         judged = compare(*how, images, backend).checks
         assert judged[0].passed is passes
@@ -234,12 +254,21 @@ def test_a_check_takes_as_many_images_as_fit_its_seconds_or_four_that_fit_a_minu
     assert budget.images_within(families.vqgan((3, 256, 256))) == 1
 
 
+def giving(array):
+    """A stage that gives this array, whatever it is given."""
+    return lambda *_: array
+
+
 def swap(stage: str, corrupt):
     """A backend whose ``stage`` passes its output through ``corrupt``."""
 
     def corrupted(backend: Backend) -> Backend:
         original = getattr(backend, stage)
-        return dataclasses.replace(backend, **{stage: lambda *arrays: corrupt(original(*arrays))})
+
+        def changed(*arrays):
+            return corrupt(original(*arrays))
+
+        return dataclasses.replace(backend, **dict[str, Any]({stage: changed}))
 
     return corrupted
 

@@ -1,6 +1,7 @@
 """Benchmarks: tables of what was stored, runs in turns, workers that answer or say why not."""
 
 import argparse
+import functools
 import json
 import subprocess
 import sys
@@ -58,10 +59,13 @@ def test_every_benchmark_of_the_runner_is_a_module_with_a_table(tmp_path):
 
 
 def test_runs_take_turns():
-    order = []
-    found = in_turns(
-        {name: lambda n=name: order.append(n) or float(len(order)) for name in "ab"}, rounds=3
-    )
+    order: list[str] = []
+
+    def turn(name):
+        order.append(name)
+        return float(len(order))
+
+    found = in_turns({name: functools.partial(turn, name) for name in "ab"}, rounds=3)
     assert order == list("ab" + "ababab")
     assert found == {"a": [3.0, 5.0, 7.0], "b": [4.0, 6.0, 8.0]}
     assert summary(found["a"])["median"] == 5.0

@@ -1,6 +1,8 @@
 """The kit: right implementations pass, and every mutation of one is caught by the check that is
 named for it."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ from vqref.quantizer import EMAState
 from vqtrain import nearest as search
 from vqtrain import quantizer as trained
 
-FIXED = {"num_codes": 9, "code_size": 3, "sizes": "fixed"}
+FIXED: dict[str, Any] = {"num_codes": 9, "code_size": 3, "sizes": "fixed"}
 
 
 def torch_quantize(latents, codebook):
@@ -31,10 +33,9 @@ def torch_quantize(latents, codebook):
 
 def torch_update(state, latents, indices, decay, epsilon):
     arrays = state.codebook, state.ema_count, state.ema_means
-    held = (torch.from_numpy(array.astype(np.float32)) for array in arrays)
-    found = trained.update_ema(
-        *held, torch.from_numpy(latents), torch.from_numpy(indices), decay, epsilon
-    )
+    held = [torch.from_numpy(array.astype(np.float32)) for array in arrays]
+    codebook, count, means, x, i = (*held, torch.from_numpy(latents), torch.from_numpy(indices))
+    found = trained.update_ema(codebook, count, means, x, i, decay, epsilon)
     return tuple(tensor.numpy() for tensor in found)
 
 
@@ -253,7 +254,7 @@ def test_each_check_runs_by_itself():
     with pytest.raises(ValueError, match="form is 'cosine', expected one of direct"):
         quantizer_checks(quantize, form="cosine")
     with pytest.raises(ValueError, match="sizes is 'some', expected 'any' or 'fixed'"):
-        quantizer_checks(quantize, sizes="some")
+        quantizer_checks(quantize, sizes="some")  # type: ignore[arg-type]
 
 
 def test_the_first_step_of_each_dialect_does_what_the_table_says():

@@ -368,7 +368,7 @@ def test_bound_outputs_are_those_of_a_plain_run_and_batches_come_in_few_sizes(
 ):
     """What a card gets, on the CPU: inputs filled up to a power of two, outputs bound."""
     codec, bound = Codec.load(bundle, "cpu"), Codec.load(bundle, "cpu")
-    sizes = []
+    sizes: list[int] = []
     for session in bound._sessions.values():
         monkeypatch.setattr(session, "_on_card", True)
         run = session._bound

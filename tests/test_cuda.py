@@ -95,13 +95,11 @@ def test_the_trainers_quantizer_passes_the_kit():
         )
 
     def update(state, latents, indices, decay, epsilon):
-        found = update_ema(
-            *(torch.from_numpy(np.float32(getattr(state, name))).cuda() for name in stages.STATE),
-            torch.from_numpy(latents).cuda(),
-            torch.from_numpy(indices).cuda(),
-            decay,
-            epsilon,
+        held = (getattr(state, name).astype(np.float32) for name in stages.STATE)
+        codebook, count, means, x, i = (
+            torch.from_numpy(array).cuda() for array in (*held, latents, indices)
         )
+        found = update_ema(codebook, count, means, x, i, decay, epsilon)
         return tuple(tensor.cpu().numpy() for tensor in found)
 
     check_quantizer(quantize, update)
@@ -121,7 +119,7 @@ def test_steps_recorded_as_cuda_graphs_are_the_steps(model, real_images, precisi
     modules = [prepare(VQVAE(model.spec, model.params), card) for _ in range(2)]
     optimizers = [make_optimizer(module, options) for module in modules]
     rules = [Rules(options, steps) for _ in range(2)]
-    said = []
+    said: list[str] = []
     recorded = RecordedSteps(modules[0], optimizers[0], options, rules[0], say=said.append)
     for step in range(steps):
         losses, _ = recorded(batch, step)

@@ -15,7 +15,8 @@ from vqdeploy import Codec
 from vqdeploy.bundle import FILES
 from vqdeploy.commands.export import ExportOptions
 from vqdeploy.export import export
-from vqdeploy.graphs.build import OPSETS, TARGETS, GraphOptions
+from vqdeploy.graphs.build import TARGETS, GraphOptions
+from vqdeploy.runtime.protobuf import OPSETS
 from vqdeploy.stages import INDEX_TYPES, STAGES
 from vqref.preprocessing import Preprocessing
 from vqtrain.modelfile import write_model
@@ -234,8 +235,10 @@ def test_pictures_are_drawn_of_reconstructions_and_samples(deploy, bundle, image
 
 
 def test_help_answers_without_a_heavy_library(run):
-    names = ("export", "verify", "prove", "inspect", "bench", "encode", "decode", "reconstruct")
-    names = (*names, "sample", "import")
+    names = (
+        *("export", "verify", "prove", "inspect", "bench", "encode", "decode", "reconstruct"),
+        *("sample", "import"),
+    )
     for words in ([], *([name] for name in (*names, "doctor"))):
         code = (
             "import sys; from vqdeploy.__main__ import main\n"

@@ -30,7 +30,7 @@ def evaluate(capsys):
 
     def said(*arguments: object, code: int = 0) -> str:
         try:
-            found = main(["evaluate", *map(str, arguments), "--device", "cpu"])
+            found: object = main(["evaluate", *map(str, arguments), "--device", "cpu"])
         except SystemExit as stop:
             found = stop.code
         out, err = capsys.readouterr()
@@ -242,8 +242,8 @@ def test_floors_are_fitted_to_the_images_that_are_left(evaluate, tmp_path, many_
     out = split(many_images[:200, None], 0.25)
     run = (tmp_path / "one.pt", "--data", tmp_path / "mine.npy")
     found = json.loads(evaluate(*run, "--held-out", 0.25, "--json"))
-    parts = (to_unit_interval(many_images[:200, None][part]) for part in (~out, out))
-    expected = clustering_floor(*parts, 8, np.random.default_rng(0))
+    fit, apart = (to_unit_interval(many_images[:200, None][part]) for part in (~out, out))
+    expected = clustering_floor(fit, apart, 8, np.random.default_rng(0))
     assert found["clustering_floor"] == pytest.approx(expected)
     assert found["floor_fitted_to"] == "other images"
     assert found["above_floor"] == found["bound"] - found["clustering_floor"]
@@ -298,7 +298,7 @@ def test_the_entropy_of_the_pixels_stands_beside_the_bound(evaluate, model_file,
 
 
 def test_threads_are_an_option(evaluate, model_file, data, monkeypatch):
-    taken = []
+    taken: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
     evaluate(model_file, "--data", data, "--threads", 3)
     assert taken == [3, torch.get_num_threads()]

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import mixed_pictures
 import numpy as np
@@ -24,9 +25,15 @@ from vqref.prior import Prior, transformer
 
 EXAMPLES = ROOT / "examples"
 PAGE = Path("vqdeploy/page")
-SIZES = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
+SIZES: dict[str, Any] = {
+    "hidden": 8,
+    "blocks": 1,
+    "block_hidden": 4,
+    "num_codes": 32,
+    "code_size": 8,
+}
 
-MODELS = {
+MODELS: dict[str, Any] = {
     "grey": (
         families.post((1, 28, 28), 4, 4, num_codes=16, code_size=8),
         Preprocessing(1, (28, 28), background=(240, 10, 90)),
@@ -249,7 +256,8 @@ def prepared(pictures):
         for channels in (1, 3, 4):
             for size in (one.pixels.shape[:2], *rng.integers(3, 160, (3, 2)).tolist()):
                 crop, colour = bool(rng.integers(2)), tuple(rng.integers(0, 256, 3).tolist())
-                done = Preprocessing(channels, (*map(int, size),), crop, colour)
+                height, width = map(int, size)
+                done = Preprocessing(channels, (height, width), crop, colour)
                 shape = (channels, *done.size)
                 asked = {"file": str(path), "done": done.to_dict(), "shape": shape}
                 found.append((asked, one, prepare(path, shape, done)[0]))

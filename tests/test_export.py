@@ -1,9 +1,11 @@
 """Bundles: deterministic, checked before they exist, whole or not at all, refused if damaged."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import warnings
+from typing import Any
 
 import numpy as np
 import onnx
@@ -91,7 +93,8 @@ def test_a_few_lines_make_an_array_a_verified_bundle(many_images, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     known = {"vqtrain": vqtrain, "export": export, "verify": verify, "Codec": Codec}
     images = many_images[:200, 6:22, 6:22]
-    exec(TEN_LINES, known | {"images": images}, found := {})
+    found: dict[str, Any] = {}
+    exec(TEN_LINES, known | {"images": images}, found)
     assert len(TEN_LINES.splitlines()) <= 10
     head, *rows = capsys.readouterr().out.splitlines()
     assert (head.split()[-1], {row.split()[-1] for row in rows}) == ("wrong", {"0"})
@@ -143,7 +146,7 @@ def test_graphs_agree_with_the_oracle_on_1000_images(model, many_images):
     assert counted["tokenizer"].certified > 3900
 
 
-SMALL = {"num_codes": 5, "code_size": 3}
+SMALL: dict[str, Any] = {"num_codes": 5, "code_size": 3}
 SPECS = {
     "post": families.post(base_depth=2, latent_size=2, **SMALL),
     "post in colour": families.post((3, 16, 24), base_depth=2, latent_size=2, **SMALL),
@@ -165,7 +168,11 @@ def test_onnx_reference_evaluator_and_onnxruntime_and_the_oracle_agree(name):
         name: ReferenceEvaluator(onnx.load_from_string(content)) for name, content in graphs.items()
     }
     inputs = {name: evaluator.input_names[0] for name, evaluator in evaluators.items()}
-    witness = {name: lambda x, n=name: evaluators[n].run(None, {inputs[n]: x}) for name in graphs}
+
+    def asked(name, x):
+        return [*evaluators[name].run(None, {inputs[name]: x})]
+
+    witness = {name: functools.partial(asked, name) for name in graphs}
     sessions, _ = open_sessions(graphs, spec, "cpu")
     check_graphs(spec, params, images, witness).require()
     check_graphs(spec, params, images, sessions).require()
@@ -235,8 +242,10 @@ def test_graphs_keep_to_what_every_provider_runs(family):
 
 
 GOLDEN_STAGES = ("latents", "indices", "gap", "rows", "outputs", "means")
-GRAPH_STAGES = ("encoder", "quantizer", "quantized", "tokenizer", "decoder")
-GRAPH_STAGES += ("reconstructions", "detokenizer", "codes")
+GRAPH_STAGES = (
+    *("encoder", "quantizer", "quantized", "tokenizer", "decoder"),
+    *("reconstructions", "detokenizer", "codes"),
+)
 
 
 def test_a_bundle_verifies_itself_and_says_where_its_nodes_run(family):
@@ -275,7 +284,7 @@ def test_the_smallest_golden_batch_is_a_drawn_image_and_noise(monkeypatch):
     spec = families.residual((3, 16, 16), 4, 1, 2, **SMALL)
     params = vqref.init_params(spec, np.random.default_rng(0))
     usual = golden_images(spec, params)
-    monkeypatch.setattr(vqdeploy.proof.golden, "GOLDEN_IMAGES", 2)
+    monkeypatch.setattr("vqdeploy.proof.golden.GOLDEN_IMAGES", 2)
     drawn, noise = golden_images(spec, params)
     assert (drawn == usual[0]).all()
     assert noise.shape == spec.image_shape
@@ -284,11 +293,13 @@ def test_the_smallest_golden_batch_is_a_drawn_image_and_noise(monkeypatch):
 
 def test_the_oracle_answers_each_question_once(family, monkeypatch):
     """A verification asks for one pass over the images, and decodes only the probes beside."""
-    encoded, encode = [], vqref.model.encode_unscaled
-    monkeypatch.setattr(
-        "vqref.model.encode_unscaled",
-        lambda *given: encoded.append(len(given[2])) or encode(*given),
-    )
+    encoded, encode = [], vqref.network.encode_unscaled
+
+    def counting(*given):
+        encoded.append(len(given[2]))
+        return encode(*given)
+
+    monkeypatch.setattr("vqref.model.encode_unscaled", counting)
     monkeypatch.setattr(
         "vqref.agreement.stages.encode_unscaled", lambda *given: pytest.fail("asked twice")
     )

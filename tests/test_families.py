@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -109,7 +110,7 @@ def test_blocks_compute_what_the_paper_says():
     np.testing.assert_array_equal(latents, [[[12.0, 0.0]]])
 
 
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "post": {"base_depth": 2, "latent_size": 3},
     "residual": {"hidden": 4, "blocks": 1, "block_hidden": 2, "depth": 2},
     "vqgan": {

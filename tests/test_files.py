@@ -1,6 +1,7 @@
 """Files of ours exist whole or not at all, and what a killed process leaves is cleaned."""
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -300,7 +301,7 @@ def test_a_former_folder_that_cannot_be_removed_stays_with_one_line(place, monke
     def refuse(path):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(files.shutil, "rmtree", refuse)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
     publish_folder(place, NEW, replace=True)
     assert content(place) == NEW
     (former,) = hidden(place.parent)

@@ -145,7 +145,7 @@ def test_a_branch_that_no_compared_image_takes_is_seen(forged):
         for name, place in numbers.items():
             indices = np.array(place, np.int64)
             graph.initializer.append(onnx.numpy_helper.from_array(indices, name))
-        graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.9), "high"))
+        graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.9, np.float32), "high"))
         nodes = [
             ("GatherND", ["images", "first"], "pixel"),
             ("GatherND", ["images", "second"], "neighbour"),
@@ -249,7 +249,7 @@ def constant_tokens(folder: Path) -> None:
     def coarse(graph):
         node = [node for node in graph.node if node.op_type == "QuantizeLinear"][-1]
         tensor = next(t for t in graph.initializer if t.name == node.input[1])
-        tensor.CopyFrom(onnx.numpy_helper.from_array(np.float32(1e30), tensor.name))
+        tensor.CopyFrom(onnx.numpy_helper.from_array(np.array(1e30, np.float32), tensor.name))
 
     graph_changed(folder, "encoder", coarse)
     graph_changed(folder, "tokenizer", coarse)

@@ -46,9 +46,10 @@ def test_an_image_does_not_depend_on_which_others_are_drawn(generated, start, co
 
 def test_drawing_leaves_the_global_generator_alone():
     np.random.seed(0)  # noqa: NPY002
-    expected = np.random.get_state()[1].copy()  # noqa: NPY002
+    expected = np.random.get_state(legacy=False)["state"]["key"].copy()  # noqa: NPY002
     glyphs(3)
-    np.testing.assert_array_equal(np.random.get_state()[1], expected)  # noqa: NPY002
+    found = np.random.get_state(legacy=False)["state"]["key"]  # noqa: NPY002
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_no_images_are_an_empty_batch():

@@ -199,8 +199,8 @@ def detached(losses):
 
 
 def sonnets_state(sonnet, when):
-    arrays = [sonnet[f"{when}/{name}"] for name in ("codebook", "count", "means")]
-    return vqref.EMAState(*arrays, steps=int(sonnet[f"{when}/steps"]))
+    codebook, count, means = (sonnet[f"{when}/{name}"] for name in ("codebook", "count", "means"))
+    return vqref.EMAState(codebook, count, means, steps=int(sonnet[f"{when}/steps"]))
 
 
 def test_the_oracle_computes_sonnets_averages(sonnet):

@@ -3,6 +3,7 @@ loss, held to TensorFlow's and Sonnet's golden gradients, to PyTorch, and to fin
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,7 +133,13 @@ def cases():
     post = families.post((1, 12, 12), 4, 2, 8, 4)
     yield "post", post
     for likelihood in LIKELIHOODS:
-        sizes = {"hidden": 8, "blocks": 2, "block_hidden": 4, "num_codes": 16, "code_size": 4}
+        sizes: dict[str, Any] = {
+            "hidden": 8,
+            "blocks": 2,
+            "block_hidden": 4,
+            "num_codes": 16,
+            "code_size": 4,
+        }
         spec = families.residual((3, 16, 16), **sizes, variance=0.07, likelihood=likelihood)
         yield f"residual, {likelihood}", spec
     for likelihood in ("gaussian", "logistic"):

@@ -1,6 +1,7 @@
 """Finite scalar quantization: a bounded row, and a codebook that is a grid and stays one."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ from vqtrain import RECIPES, train
 from vqtrain.options import require_still
 
 LEVELS = (5, 4, 3)
-SIZES = {"hidden": 8, "blocks": 1, "block_hidden": 4}
-GRID = {**SIZES, "num_codes": 60, "code_size": 3, "levels": LEVELS}
+SIZES: dict[str, Any] = {"hidden": 8, "blocks": 1, "block_hidden": 4}
+GRID: dict[str, Any] = {**SIZES, "num_codes": 60, "code_size": 3, "levels": LEVELS}
 
 
 @pytest.mark.parametrize("levels", [LEVELS, (8, 8, 8), (7, 5, 5, 5), (8, 5)])
@@ -99,7 +100,7 @@ def test_options_that_would_move_a_grid_are_refused_by_name():
     require_still(spec, still)
     for name, value in (("decay", 0.9), ("kmeans_start", True), ("revive_below", 0.5)):
         with pytest.raises(ValueError, match=f"{name} is .*: the codebook is a grid"):
-            require_still(spec, dataclasses.replace(still, **{name: value}))
+            require_still(spec, dataclasses.replace(still, **dict[str, Any]({name: value})))
     with pytest.raises(ValueError, match="dialect is 'post'; it must be 'rosinality'"):
         require_still(spec, RECIPES["post"](spec))
     learned = families.residual((3, 8, 8), **SIZES)

@@ -10,6 +10,7 @@ import struct
 import sys
 import tomllib
 import types
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -102,7 +103,7 @@ def test_a_tensor_that_no_output_shows_is_in_its_place():
 @pytest.mark.parametrize("case", GOLDEN)
 def test_imported_exported_and_run_it_gives_the_tokens_of_upstream(case, run, tmp_path):
     golden = arrays(case)
-    done = run("-m", "vqdeploy", "import", FOLDER / GOLDEN[case], PYTHONPATH=str(ROOT))
+    done = run("-m", "vqdeploy", "import", FOLDER / GOLDEN[case])
     assert done.returncode == 0, done.stderr
     file = FOLDER / GOLDEN[case] / WEIGHTS if case == "diffusers_small" else FOLDER / GOLDEN[case]
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -112,11 +113,11 @@ def test_imported_exported_and_run_it_gives_the_tokens_of_upstream(case, run, tm
 
     np.save(tmp_path / "images.npy", golden["images"])
     words = ("export", "model.pt", "--data", "images.npy")
-    done = run("-m", "vqdeploy", *words, PYTHONPATH=str(ROOT))
+    done = run("-m", "vqdeploy", *words)
     assert done.returncode == 0, done.stderr
     assert digest in (tmp_path / "model-onnx" / "README.md").read_text()
 
-    done = run("-m", "vqdeploy", "inspect", "model-onnx", PYTHONPATH=str(ROOT))
+    done = run("-m", "vqdeploy", "inspect", "model-onnx")
     assert (
         f"imported    from {file.name} ({case.partition('_')[0]}), sha256 {digest}" in done.stdout
     )
@@ -424,7 +425,7 @@ def test_a_class_that_lightning_left_behind_is_not_needed(checkpoint):
     for end in range(1, 4):
         part = ".".join(name.split(".")[:end])
         modules[part] = types.ModuleType(part)
-    modules[name.rpartition(".")[0]].ModelCheckpoint = stand_in
+    vars(modules[name.rpartition(".")[0]])["ModelCheckpoint"] = stand_in
     sys.modules.update(modules)
     try:
         torch.save({**data, "callbacks": {stand_in: {"best": 1}}}, path)
@@ -503,7 +504,7 @@ def test_a_trainers_file_of_llamagen_says_its_options_and_holds_two_networks(tmp
 
 CONV2 = "encoder.conv_blocks.1.res.0.conv2.weight"
 
-LLAMAGEN = {
+LLAMAGEN: dict[str, Any] = {
     "no size": (lambda d: d.pop("args"), {"codebook_l2_norm": True}, "--image-size N"),
     "no norm": (lambda d: delattr(d["args"], "codebook_l2_norm"), {}, "does not say codebook_l2_n"),
     "another K": (None, {"codebook_size": 64}, "codebook_size is 64, expected 32"),
@@ -531,8 +532,8 @@ LLAMAGEN = {
 @pytest.mark.parametrize("kind", LLAMAGEN)
 def test_a_file_of_llamagen_that_does_not_fit_is_named(tmp_path, kind):
     change, config, message = LLAMAGEN[kind]
-    config = {"codebook_l2_norm": True, **config} if config else {}
-    llamagen(tmp_path / "vq.pt", change or (lambda data: None), **config)
+    said = {"codebook_l2_norm": True, **config} if config else {}
+    llamagen(tmp_path / "vq.pt", change or (lambda data: None), **said)
     with pytest.raises(InputError, match=message):
         import_model(tmp_path / "vq.pt", Choices())
 
@@ -713,7 +714,13 @@ def test_a_codebook_that_does_not_fit_is_named(residual, tmp_path, kind):
 
 
 def test_unit_vectors_are_for_normalised_latents_alone(tmp_path):
-    sizes = {"groups": 4, "latent_channels": 4, "num_codes": 8, "code_size": 8, "normalized": True}
+    sizes: dict[str, Any] = {
+        "groups": 4,
+        "latent_channels": 4,
+        "num_codes": 8,
+        "code_size": 8,
+        "normalized": True,
+    }
     spec = families.vqgan((3, 8, 8), 8, (1,), 1, (), **sizes)
     params = vqref.init_params(spec, np.random.default_rng(0))
     write_model(tmp_path / "model.pt", Model(spec, params))
@@ -737,16 +744,13 @@ def test_a_codebook_without_a_network_is_a_matter_of_usage(tmp_path):
 def test_the_command_answers_in_one_line(refused, checkpoint, tmp_path):
     command = ("-m", "vqdeploy", "import")
     path = checkpoint("taming_small")
-    place = {"PYTHONPATH": str(ROOT)}
-    assert "No such file" in refused(3, *command, "nothing.pt", **place)
-    assert "--digest is 'abc', expected 64" in refused(
-        2, *command, path, "--digest", "abc", **place
-    )
-    line = refused(3, *command, path, "--digest", "0" * 64, **place)
+    assert "No such file" in refused(3, *command, "nothing.pt")
+    assert "--digest is 'abc', expected 64" in refused(2, *command, path, "--digest", "abc")
+    line = refused(3, *command, path, "--digest", "0" * 64)
     assert "sha256 is" in line
-    line = refused(2, *command, path, "--output", path, **place)
+    line = refused(2, *command, path, "--output", path)
     assert "is what is imported; name another file" in line
     pickle_changed(path, lambda tensors: tensors.pop("quant_conv.bias"))
     assert line.count("\n") == 1
-    assert "lacks quant_conv.bias" in refused(3, *command, path, **place)
+    assert "lacks quant_conv.bias" in refused(3, *command, path)
     assert not (tmp_path / "model.pt").exists()

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ from support import ROOT
 import vqref
 from benchmarks.hostile import inspection
 from benchmarks.hostile.inspection import encoded, entry, varint, within
-from vqdeploy.graphs.build import OPSETS, TARGETS, GraphOptions, build_graphs
+from vqdeploy.graphs.build import TARGETS, GraphOptions, build_graphs
 from vqdeploy.graphs.int8 import quantize_graphs
 from vqdeploy.runtime import library, protobuf, wire
 from vqdeploy.runtime.protobuf import (
@@ -25,6 +26,7 @@ from vqdeploy.runtime.protobuf import (
     DTYPES,
     MODEL,
     OPERATORS,
+    OPSETS,
     Tensor,
     read_graph,
 )
@@ -147,9 +149,11 @@ def test_tokenizer_and_detokenizer_are_put_together_from_the_others(graphs):
 
 
 def test_tensors_are_equal_by_their_bits():
-    one = Tensor("float32", (2,), memoryview(np.float32([0.0, np.nan]).tobytes()))
+    one = Tensor("float32", (2,), memoryview(np.array([0.0, np.nan], np.float32).tobytes()))
     assert one == Tensor("float32", (2,), memoryview(bytes(one.content)))
-    assert one != Tensor("float32", (2,), memoryview(np.float32([-0.0, np.nan]).tobytes()))
+    assert one != Tensor(
+        "float32", (2,), memoryview(np.array([-0.0, np.nan], np.float32).tobytes())
+    )
     assert one != Tensor("float32", (2, 1), one.content)
     assert one != Tensor("int32", (2,), one.content)
 
@@ -170,7 +174,7 @@ def test_a_file_cut_anywhere_is_refused(content):
         refused(content + more)
 
 
-OVERLONG = {
+OVERLONG: dict[str, Any] = {
     "an operator": (NODE, 4, b"Tanh"),
     "a loop": (NODE, 4, b"Loop"),
     "a domain": (NODE, 7, b"com.microsoft"),
@@ -210,18 +214,26 @@ def test_a_flatbuffer_of_onnxruntimes_is_refused(content, small):
     assert options.get_session_config_entry("session.load_model_format") == "ONNX"
 
 
+def appending(piece):
+    """An edit of a message's pieces: one more at its end."""
+    return lambda pieces, _: pieces.append(piece)
+
+
+def replacing(place, piece):
+    """An edit of a message's pieces: another in the place of one."""
+    return lambda pieces, _: pieces.__setitem__(place, piece)
+
+
 @pytest.mark.parametrize("kind", MESSAGES)
 def test_fields_that_export_does_not_write_are_refused(content, kind):
     for number in (99, 2**20, 2**29 - 1):
         for wire_type, body in ((0, b"\1"), (1, bytes(8)), (2, b"\1x"), (5, bytes(4))):
             piece = varint(number << 3 | wire_type) + body
-            changed = within(
-                content, lambda pieces, _, piece=piece: pieces.append(piece), path(kind)
-            )
+            changed = within(content, appending(piece), path(kind))
             refused(changed, f"a field {number} of wire type {wire_type}")
     for tag, message in ((0, "holds the tag 0"), (99 << 3 | 3, "the tag 795"), (2**32, "the tag")):
         piece = varint(tag)
-        changed = within(content, lambda pieces, _, piece=piece: pieces.append(piece), path(kind))
+        changed = within(content, appending(piece), path(kind))
         refused(changed, message)
 
 
@@ -271,14 +283,14 @@ def test_no_length_and_no_number_is_longer_than_it_need_be(content, kind, longer
 
 def test_a_field_of_another_wire_type_is_refused(content):
     for piece in (varint(4 << 3 | 5) + bytes(4), varint(4 << 3 | 1) + bytes(8), b"\x20\x01"):
-        refused(within(content, lambda pieces, _, p=piece: pieces.append(p), NODE), "a field 4 of")
+        refused(within(content, appending(piece), NODE), "a field 4 of")
     packed = encoded(1, b"\x04\x02")  # dims, as protobuf 3 would write them
     refused(within(content, lambda pieces, _: pieces.insert(0, packed), TENSOR), "a field 1 of")
 
 
 def test_names_cannot_steer_a_terminal(content):
     for name in (b"\x1b[31m", b"two\nlines", b"", b"\xff\xfe", "ä".encode(), b"a b", b"x" * 2001):
-        changed = within(content, lambda p, _, n=name: p.__setitem__(-2, encoded(4, n)), NODE)
+        changed = within(content, replacing(-2, encoded(4, name)), NODE)
         refused(changed, "")
 
 
@@ -497,7 +509,7 @@ def test_an_axis_has_one_size(content):
     both = within(content, lambda pieces, _: pieces.insert(0, encoded(1, 2)), axis)
     refused(both, "an axis of latents has not one size")
     for size in (0, 2**31, 2**63, 2**64 - 1):
-        sized = within(content, lambda p, _, n=size: p.__setitem__(0, encoded(1, n)), axis)
+        sized = within(content, replacing(0, encoded(1, size)), axis)
         refused(sized, f"an axis of latents has the size {size}")
     neither = within(content, lambda pieces, _: pieces.clear(), axis)
     refused(neither, "an axis of latents has not one size")
@@ -566,7 +578,7 @@ def test_the_tables_are_those_of_onnx():
     for operator, attributes in OPERATORS.items():
         schema = onnx.defs.get_schema(operator, max(OPSETS), "")
         for name in attributes:
-            field = {"FLOAT": "f", "INT": "i", "INTS": "ints"}[schema.attributes[name].type.name]
+            field = {"FLOAT": "f", "INT": "i", "INTS": "ints"}[schema.attributes[name].type.name]  # type: ignore[attr-defined]
             assert ATTRIBUTES[name] == field
     for number, dtype in DTYPES.items():
         assert helper.tensor_dtype_to_np_dtype(number) == dtype
@@ -596,7 +608,7 @@ def test_the_campaign_notices_a_reader_that_errs(monkeypatch):
 
 
 def test_telemetry_is_off_before_the_first_session(small, content, monkeypatch):
-    said = []
+    said: list[str] = []
     original = ort.InferenceSession
     monkeypatch.setattr(ort, "disable_telemetry_events", lambda: said.append("off"))
 

@@ -92,9 +92,8 @@ def test_a_graph_with_a_product_passes_the_kit():
 @pytest.mark.usefixtures("products")
 def test_onnx_reads_the_graph_as_onnxruntime_does():
     latents, codebook = CASES["bisector"](np.random.default_rng(2), 50, K, D, "float32")
-    witness = ReferenceEvaluator(onnx.load_from_string(graph(codebook))).run(
-        None, {"latents": latents}
-    )
+    evaluator = ReferenceEvaluator(onnx.load_from_string(graph(codebook)))
+    witness = [*evaluator.run(None, {"latents": latents})]
     found = session(codebook)(latents)
     check_indices(witness[0], latents, codebook, precision="float32").require()
     check_indices(found[0], latents, codebook, precision="float32").require()
@@ -126,8 +125,8 @@ def test_a_product_in_tf32_changes_no_certified_index_because_of_the_margin(marg
     slopes = [f"quantizer.{name}" for name in ("squares", "products", "floor")]
     for tensor in model.graph.initializer:
         if tensor.name in slopes and not margin:
-            tensor.CopyFrom(numpy_helper.from_array(np.float32(0), tensor.name))
-    found = ReferenceEvaluator(model).run(None, {"latents": latents})[0]
+            tensor.CopyFrom(numpy_helper.from_array(np.array(0, np.float32), tensor.name))
+    found, *_ = ReferenceEvaluator(model).run(None, {"latents": latents})
     assert check_indices(found, latents, codebook, precision="float32").passed is margin
 
 

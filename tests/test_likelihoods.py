@@ -106,7 +106,7 @@ def test_a_model_that_gives_each_level_its_256th_costs_eight_bits_per_dimension(
     latents = np.zeros((50, 1, 1))
     losses = vqref.compute_losses(spec, images, uniform_outputs(images), latents, latents)
     assert losses.bound == pytest.approx(48 * math.log(256), rel=1e-12)
-    metrics = Metrics(*vars(losses).values(), hits=np.array([50]))
+    metrics = Metrics(**vars(losses), hits=np.array([50]))
     assert metrics.to_dict(spec)["bits_per_dimension"] == pytest.approx(8, abs=1e-12)
 
 
@@ -114,7 +114,7 @@ def test_a_model_that_gives_each_level_its_256th_costs_eight_bits_per_dimension(
 def test_bernoulli_is_the_textbooks(x, y):
     """-(x ln p + (1 - x) ln(1 - p)), p the probability of white."""
     p, q = vqref.likelihoods.sigmoid(y), vqref.likelihoods.sigmoid(-y)
-    found = LIKELIHOODS["bernoulli"].nats(spec_of("bernoulli"), np.float64(x), np.float64(y))
+    found = LIKELIHOODS["bernoulli"].nats(spec_of("bernoulli"), np.asarray(x), np.asarray(y))
     assert found == pytest.approx(-(xlogy(x, p) + xlogy(1 - x, q)), rel=1e-12, abs=1e-12)
     assert found == pytest.approx(-(xlogy(x, p) + xlog1py(1 - x, -p)), rel=1e-3, abs=1e-12)
 
@@ -126,7 +126,7 @@ def test_gaussian_integrates_to_one_and_is_the_likeliest_at_its_mean(family, var
     low, high = spec.value_range
     y = 0.3
     x = y + math.sqrt(variance) * np.linspace(-12, 12, 20_001)
-    nats = LIKELIHOODS["gaussian"].nats(spec, x, np.float64(low + (high - low) * y))
+    nats = LIKELIHOODS["gaussian"].nats(spec, x, np.asarray(low + (high - low) * y))
     assert np.trapezoid(np.exp(-nats), x) == pytest.approx(1, abs=1e-12)
     assert x[nats.argmin()] == pytest.approx(y, abs=1e-12)
     assert nats.min() == pytest.approx(0.5 * math.log(2 * math.pi * variance))

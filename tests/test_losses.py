@@ -47,13 +47,14 @@ def test_pytorch_computes_the_same_losses_on_a_grid_and_holds_the_codes_still(
     latents, quantized = rng.normal(size=(2, 3, 8, 4))
     expected = vqref.compute_losses(spec, *arrays, latents, quantized, beta)
     tensors = [torch.from_numpy(a).requires_grad_() for a in (*arrays, latents, quantized)]
-    found = vqtrain.losses.compute_losses(spec, *tensors, beta)
+    x, outputs, encoded, chosen = tensors
+    found = vqtrain.losses.compute_losses(spec, x, outputs, encoded, chosen, beta)
     for name in ("reconstruction", "commitment", "prior", "total"):
         assert getattr(found, name).item() == pytest.approx(getattr(expected, name), rel=1e-12)
     found.total.backward()
-    assert tensors[3].grad is None
+    assert chosen.grad is None
     commitment = 2 * beta * (latents - quantized) / latents.size
-    np.testing.assert_allclose(tensors[2].grad.numpy(), commitment, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(encoded.grad.numpy(), commitment, rtol=1e-12, atol=1e-15)
 
 
 def test_certain_pixels_cost_nothing_and_wrong_ones_their_logit():

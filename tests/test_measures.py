@@ -246,7 +246,7 @@ def test_other_likelihoods_and_epochs_have_none(residual_model, colour_images):
 
 
 def test_a_run_says_what_a_perfect_reconstruction_would_score(tmp_path, many_images):
-    said = []
+    said: list[str] = []
     line = trainer(tmp_path, many_images, said, epochs=1).run().metrics["history"][0]
     least = line["held_out"]["pixel_entropy"]
     assert said[2] == (

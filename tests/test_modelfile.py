@@ -4,6 +4,7 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -211,9 +212,9 @@ def test_an_entry_that_no_version_has_is_refused(model_file, tmp_path):
         read_model(rewritten(model_file, tmp_path / "m.pt", lambda d: d.update(sha25v="0" * 64)))
 
 
-def nested(levels: int, width: int) -> list:
+def nested(levels: int, width: int) -> list[Any]:
     """Lists that hold those below ``width`` times: few bytes in a file, width**levels values."""
-    found: list = []
+    found: list[Any] = []
     for _ in range(levels):
         found = [found] * width
     return found

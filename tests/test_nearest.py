@@ -142,10 +142,10 @@ def test_a_draw_by_a_seed_follows_the_softmax_of_distances(pieces, monkeypatch):
 def test_noise_in_an_array_is_drawn_with_in_any_pieces(monkeypatch):
     rng = np.random.default_rng(0)
     arrays = rng.normal(size=(30, 2, 4)), rng.normal(size=(9, 4)), rng.gumbel(size=(30, 2, 9))
-    tensors = [torch.from_numpy(array) for array in arrays]
-    whole = draw(*tensors, 0.3)
+    latents, codebook, gumbel = (torch.from_numpy(array) for array in arrays)
+    whole = draw(latents, codebook, gumbel, 0.3)
     monkeypatch.setattr(search, "PROCESSOR_BYTES", 1)
-    assert torch.equal(draw(*tensors, 0.3), whole)
+    assert torch.equal(draw(latents, codebook, gumbel, 0.3), whole)
     np.testing.assert_array_equal(whole.numpy(), vqref.draw_indices(*arrays, 0.3))
 
 

@@ -81,7 +81,7 @@ def test_an_impulse_shows_the_kernel_where_same_padding_puts_it():
     layer = Layer(
         "x.y", "conv", (1, 8, 8), (1, 4, 4), kernel=(5, 5), stride=2, pads=((1, 2), (1, 2))
     )
-    weight = 2.0 ** -np.arange(25).reshape(1, 1, 5, 5)
+    weight = np.exp2(-np.arange(25.0)).reshape(1, 1, 5, 5)
     x = np.zeros((1, 1, 8, 8))
     x[0, 0, 4, 4] = 1
     y = vqref.network.conv(layer, x, weight, np.zeros(1))[0, 0]
@@ -239,7 +239,8 @@ def test_phases_are_the_transposed_convolution_with_its_gradients(
     mine = [torch.from_numpy(array).requires_grad_() for array in arrays]
     theirs = [torch.from_numpy(array).requires_grad_() for array in arrays]
     found = vqtrain.network.conv_transpose(row, *mine)
-    full = F.conv_transpose2d(*theirs, stride)
+    x, weight, bias = theirs
+    full = F.conv_transpose2d(x, weight, bias, stride)
     (top, _), (left, _) = crops
     expected = full[:, :, top : top + sides[0], left : left + sides[1]]
     assert found.shape == expected.shape == (2, *row.out_shape)

@@ -77,8 +77,8 @@ def group_norm():
 def output_padding():
     module = nn.ConvTranspose2d(6, 5, 3, stride=2, padding=1, output_padding=1)
     stack = Stack("x", (6, 4, 4))
-    how = {"kernel": (3, 3), "stride": 2, "pads": ((1, 0), (1, 0))}
-    stack.row("it", "conv_transpose", (5, 8, 8), **how)
+    pads = ((1, 0), (1, 0))
+    stack.row("it", "conv_transpose", (5, 8, 8), kernel=(3, 3), stride=2, pads=pads)
     return module, stack, module.weight
 
 

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import threading
 from collections import Counter
+from typing import Any
 
 import mixed_pictures
 import numpy as np
@@ -28,7 +29,13 @@ from vqref.preprocessing import Preprocessing
 from vqref.prior import Prior, transformer
 from vqref.spec import CODEBOOK
 
-SIZES = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 32, "code_size": 8}
+SIZES: dict[str, Any] = {
+    "hidden": 8,
+    "blocks": 1,
+    "block_hidden": 4,
+    "num_codes": 32,
+    "code_size": 8,
+}
 READY = "body[data-seconds]"
 
 
@@ -48,11 +55,19 @@ def packages(tmp_path_factory):
     return folder / "node_modules"
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Counts the bytes of each path that were sent."""
+
+    sent: Counter[str]
+
+
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Serves a folder, says nothing, and counts the bytes of what it sends."""
 
     def log_message(self, *_):
         pass
+
+    server: Server
 
     def copyfile(self, source, outputfile):
         content = source.read()
@@ -70,7 +85,7 @@ def served(tmp_path_factory, packages):
         runtime = packages / site.LIBRARY
         site.write_page(Bundle.open(bundle), folder, runtime, replace=False)
         handler = functools.partial(Handler, directory=folder)
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        server = Server(("127.0.0.1", 0), handler)
         server.sent = Counter()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -96,7 +111,7 @@ def visit(chromium):
         page.on("console", lambda said: wrong.append(f"{said.type}: {said.text}"))
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("requestfailed", lambda request: wrong.append(f"failed: {request.url}"))
-        page.on("request", lambda one: one.url.startswith(address) or wrong.append(one.url))
+        page.on("request", lambda one: wrong.extend([one.url][one.url.startswith(address) :]))
         page.goto(address)
         page.wait_for_selector(f"{READY}, #error:not([hidden])", state="attached")
         return page

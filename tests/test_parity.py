@@ -4,6 +4,7 @@ or a violation."""
 import json
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from vqref.errors import ExitCode, ParityError
 EXPECTED = np.array([[1.0, -2.0], [3.0, -4.0]])
 
 
-def as32(array: np.ndarray) -> np.ndarray:
+def as32(array: npt.ArrayLike) -> np.ndarray:
     return np.asarray(array, np.float32)
 
 
@@ -55,8 +56,8 @@ def test_a_wild_image_hides_nothing_in_another():
     [
         (as32(EXPECTED[:1]), r"shape is (1, 2), expected (2, 2)"),
         (EXPECTED, "dtype is float64, expected float32"),
-        (as32([[1, -2], [3, np.nan]]), "the worst at (1, 1) is nan, the oracle's -4"),
-        (as32([[1, np.inf], [3, -4]]), "the worst at (0, 1) is inf, the oracle's -2"),
+        (as32([[1.0, -2.0], [3.0, np.nan]]), "the worst at (1, 1) is nan, the oracle's -4"),
+        (as32([[1.0, np.inf], [3.0, -4.0]]), "the worst at (0, 1) is inf, the oracle's -2"),
     ],
 )
 def test_shape_dtype_and_finiteness_are_violations_by_name(found, problem):
@@ -248,7 +249,7 @@ def test_the_bound_is_tight_enough_to_certify_ordinary_latents():
 
 def test_a_report_prints_a_line_a_stage_within_80_columns_and_stores_as_strict_json():
     good = check("encoder", as32(EXPECTED), EXPECTED, precision="float32")
-    bad = check("decoder", as32([[1, -2], [3, np.nan]]), EXPECTED, precision="float32")
+    bad = check("decoder", as32([[1.0, -2.0], [3.0, np.nan]]), EXPECTED, precision="float32")
     indices = check_indices(np.array([[0], [0], [0]]), LATENTS, CODEBOOK, precision="float32")
     report = Report((good, bad, indices))
     head, *lines = str(report).splitlines()

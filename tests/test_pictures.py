@@ -406,7 +406,8 @@ def test_a_picture_is_resized_by_lanczos_filter(tmp_path, source, size, crop):
     pixels = np.round(255 * scene(np.random.default_rng(3), *source)).astype(np.uint8)
     path = write(tmp_path / "x.png", pixels)
     image, said = read(path, size=size, crop=crop)
-    box = middle(*source, size) if crop else (0, 0, source[1], source[0])
+    height, width = source
+    box = middle(height, width, size) if crop else (0, 0, width, height)
     assert np.abs(image - lanczos(pixels, size, box)).max() <= 1
     how = "cropped to the middle" if crop else "stretched"
     assert said == (f"1 of 1 picture resized to {size[0]}x{size[1]}, 1 of them {how}",)

@@ -3,6 +3,7 @@ sums by math.fsum and distances by exact fractions."""
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def attention(layer, q, k, v):
     return out
 
 
-LOOPS = {
+LOOPS: dict[str, Any] = {
     "affine": affine,
     "conv": conv,
     "conv_transpose": conv_transpose,
@@ -220,7 +221,8 @@ def activate(name, y):
 
 def run(layers, params, x):
     """One image or one quantized through the rows, every value kept."""
-    values, before = {}, x
+    values: dict[str, Any] = {}
+    before = x
     for layer in layers:
         inputs = [values[name] for name in layer.inputs] or [before]
         arrays = [np.asarray(params[n], np.float64).tolist() for n, _ in layer.parameters]

@@ -2,6 +2,7 @@
 with a reason."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,7 +21,7 @@ PLAIN = st.recursive(
 )
 """Anything that a manifest can say."""
 
-GOOD = {"size": [28, 32], "crop": True, "channels": 1, "background": "#00ff7f"}
+GOOD: dict[str, Any] = {"size": [28, 32], "crop": True, "channels": 1, "background": "#00ff7f"}
 SHAPE = (1, 28, 32)
 
 

@@ -147,8 +147,8 @@ def in_onnx(stage, spec, params, **options):
 
 def step_by_step(session, spec, indices, index_type="int64"):
     """log p (N, S, K) of indices by the graph of one step."""
-    shape = prior_ports(spec)["prior_step"]["keys"].shape[1:]
-    keys = values = np.zeros((len(indices), *shape), np.float32)
+    shape = (len(indices), *map(int, prior_ports(spec)["prior_step"]["keys"].shape[1:]))
+    keys = values = np.zeros(shape, np.float32)
     found = []
     for s in range(spec.latent_size):
         log_p, keys, values = session.run(

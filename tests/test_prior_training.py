@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def trainer(folder, model, options=OPTIONS, state=None, said=None, tokens=None):
 
 
 def test_a_prior_is_learned_and_the_best_is_kept(model, tmp_path):
-    said = []
+    said: list[str] = []
     found = trainer(tmp_path / "run", model, said=said).run()
     held_out = [line["held_out"] for line in found.metrics["history"]]
     nats = prior.nats(TINY, found.params, tokens_of(50, 1)).mean()
@@ -85,7 +86,8 @@ def test_training_ends_when_held_out_tokens_no_longer_get_cheaper(model, tmp_pat
 def test_a_run_that_goes_on_is_the_run_that_was_not_stopped(model, tmp_path, monkeypatch, stop):
     whole = trainer(tmp_path / "whole", model).run()
     run = trainer(tmp_path / "run", model)
-    usual, taken = run._take, []
+    taken: list[Any] = []
+    usual = run._take
 
     def take(tokens):
         if len(taken) == stop:
@@ -206,7 +208,7 @@ def test_the_command_learns_keeps_its_tokens_and_evaluate_counts_them(
 ):
     np.save(tmp_path / "i.npy", many_images[:200])
     words = ("-m", "vqtrain", "prior", model_file, "--data", "i.npy", "--output", "p.pt", *COMMAND)
-    said = []
+    said: list[str] = []
     for _ in range(2):
         done = run(*words, "--epochs", 1)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
@@ -220,8 +222,8 @@ def test_the_command_learns_keeps_its_tokens_and_evaluate_counts_them(
     (cost,) = re.findall(r'"name":"held out","kind":1,"values":\[([^]]*)\]', report)
     metrics = json.loads((tmp_path / "runs/i-prior/metrics.jsonl").read_text())
     assert float(cost) == metrics["held_out"]
-    for words in ("Samples at temperature 1", "Samples at temperature 0.8", "log_probabilities"):
-        assert words in report
+    for part in ("Samples at temperature 1", "Samples at temperature 0.8", "log_probabilities"):
+        assert part in report
     assert "python -m vqdeploy export p.pt" in report
     nats = re.search(r"this prior +([\d.]+) nats", said[0])[1]
     assert read_model(tmp_path / "p.pt").prior.metrics["held_out"] == pytest.approx(

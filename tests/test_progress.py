@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,7 +48,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     """The clock of progress; each training step takes ten seconds of it."""
-    clock, step = Clock(), vqtrain.run.trainer.training_step
+    clock, step = Clock(), vqtrain.run.step.training_step
 
     def ten_seconds(*arguments):
         clock.now += 10
@@ -68,7 +69,7 @@ def test_a_line_comes_every_half_minute_and_tells_the_rate_and_what_is_left(
     clock, tmp_path, many_images
 ):
     assert progress.SECONDS == 30
-    said = []
+    said: list[str] = []
     trainer(tmp_path, many_images, said).run()  # two epochs of five steps
     assert lines_of(said) == [
         ("epoch 1/2: step 3 of 5", "3.20 images/s, about 70 s left"),
@@ -78,7 +79,7 @@ def test_a_line_comes_every_half_minute_and_tells_the_rate_and_what_is_left(
 
 def test_the_bound_is_the_mean_over_the_epoch_so_far(clock, tmp_path, many_images, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS", 50.0)
-    said = []
+    said: list[str] = []
     run = trainer(tmp_path, many_images, said)
     first = run.run().metrics["history"][0]
     line = next(line for line in said if line.startswith("epoch 1/2: step 5 of 5"))
@@ -88,14 +89,14 @@ def test_the_bound_is_the_mean_over_the_epoch_so_far(clock, tmp_path, many_image
 def test_the_time_left_counts_what_follows_the_steps_of_an_epoch(
     clock, tmp_path, many_images, monkeypatch
 ):
-    evaluate = vqtrain.run.trainer.evaluate
+    evaluate = vqtrain.run.metrics.evaluate
 
     def a_minute(*arguments):
         clock.now += 60
         return evaluate(*arguments)
 
     monkeypatch.setattr(vqtrain.run.trainer, "evaluate", a_minute)
-    said = []
+    said: list[str] = []
     trainer(tmp_path, many_images, said, epochs=3).run()
     assert [left.split("about ")[1] for _, left in lines_of(said)] == [
         "2 min left",  # 12 steps; what an epoch's end takes is not known yet
@@ -109,22 +110,23 @@ def test_the_start_of_the_codebook_is_no_step(clock, tmp_path, many_images, monk
         clock.now += 100
 
     monkeypatch.setattr(Rules, "start", slow)
-    said = []
-    rules = {"kmeans_start": True, "plain_steps": 1}
-    trainer(tmp_path, many_images, said, **rules).run()
+    said: list[str] = []
+    trainer(tmp_path, many_images, said, kmeans_start=True, plain_steps=1).run()
     assert lines_of(said)[0] == ("epoch 1/2: step 2 of 5", "3.20 images/s, about 80 s left")
 
 
 def test_a_run_that_goes_on_counts_its_own_steps(monkeypatch):
-    clock, said = Clock(), []
+    clock = Clock()
+    said: list[str] = []
     monkeypatch.setattr(progress, "time", clock)
-    state = SimpleNamespace(
+    state: Any = SimpleNamespace(
         epoch=1, step=300, meter=SimpleNamespace(read=lambda: SimpleNamespace(bound=271.34))
     )
-    options = SimpleNamespace(epochs=20, batch_size=32)
+    options: Any = SimpleNamespace(epochs=20, batch_size=32)
+    steps: Any = iter(range(100))
     shown = Progress(state, options, 400, said.append, bar=False)
     clock.now += 1000  # checks before the first step
-    for _ in shown.steps(iter(range(100))):
+    for _ in shown.steps(steps):
         clock.now += 1
         state.step += 1
     assert said[0] == (
@@ -135,7 +137,8 @@ def test_a_run_that_goes_on_counts_its_own_steps(monkeypatch):
 
 
 def test_lines_in_long_measuring_say_how_many_images_are_done(monkeypatch):
-    clock, said = Clock(), []
+    clock = Clock()
+    said: list[str] = []
     monkeypatch.setattr(progress, "time", clock)
     measured = counting(said.append, "epoch 3/20", 1000)
     for count in range(100, 1001, 100):
@@ -184,9 +187,11 @@ def test_a_bar_reads_the_losses_every_half_second(monkeypatch):
         read.append(round(clock.now - 1000, 1))
         return SimpleNamespace(bound=271.34, commitment=0.5)
 
-    state = SimpleNamespace(epoch=0, step=0, meter=SimpleNamespace(read=losses))
-    shown = Progress(state, SimpleNamespace(epochs=2), 10, print, bar=True)
-    for _ in shown.steps(iter(range(10))):
+    state: Any = SimpleNamespace(epoch=0, step=0, meter=SimpleNamespace(read=losses))
+    options: Any = SimpleNamespace(epochs=2)
+    steps: Any = iter(range(10))
+    shown = Progress(state, options, 10, print, bar=True)
+    for _ in shown.steps(steps):
         clock.now += 0.2
     assert read == [0.6, 1.2, 1.8]
     assert "epoch 1/2" in screen.getvalue()

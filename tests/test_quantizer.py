@@ -4,6 +4,7 @@ hand, and the trainer's twin in every dialect."""
 import dataclasses
 import tracemalloc
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -258,6 +259,18 @@ def tensors(*arrays):
     return [torch.from_numpy(np.asarray(array)) for array in arrays]
 
 
+def hits_and_sums(latents, indices):
+    """What an update of 7 codes takes."""
+    return assigned(torch.from_numpy(latents), torch.from_numpy(indices), 7)
+
+
+def reset(module, arrays, *how):
+    """The trainer's state after some codes are reset. arrays: codes, rows and counts."""
+    codes, rows, counts = tensors(*arrays)
+    codebook, count, means = (getattr(module, name) for name in STATE)
+    return reset_codes(codebook, count, means, codes, rows, counts, *how)
+
+
 def dead_codes(state, latents, below, decay, dialect):
     """What the trainer calls dead: a count below that share of the mean, as far as it is data."""
     share = 1 - decay**state.steps if dialect.debiased else 1.0
@@ -281,19 +294,13 @@ def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(
     state, module = started(dialect, rng, normalized=normalized)
     for step in range(6):
         latents, indices = rng.normal(size=(4, 2, 3)), rng.integers(0, 5, (4, 2))
-        module.update(*assigned(*tensors(latents, indices), 7), *how)
+        module.update(*hits_and_sums(latents, indices), *how)
         state = vqref.update_ema(state, latents, indices, *how, dialect)
         require_same(module, state)
         if step % 3 == 1:
             codes, rows, counts = np.array([6, 2]), rng.normal(size=(2, 3)), rng.uniform(0, 4, 2)
-            found = reset_codes(
-                *(getattr(module, name) for name in STATE),
-                *tensors(codes, rows, counts),
-                *how,
-                dialect,
-                module.steps,
-                normalized,
-            )
+            options = (*how, dialect, module.steps, normalized)
+            found = reset(module, (codes, rows, counts), *options)
             state = vqref.reset_codes(state, codes, rows, counts, *how, dialect)
             for name, value in zip(STATE, found, strict=True):
                 getattr(module, name).copy_(value)
@@ -313,7 +320,7 @@ def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(
 def test_a_unit_code_is_the_direction_of_its_means():
     """By hand: (3, 4) of length 5. The count does not matter, and the averages are those of other
     codebooks."""
-    state = vqref.EMAState([[1.0, 0.0], [0.0, 1.0]], [1.0, 1.0], [[1.0, 0.0], [0.0, 1.0]])
+    state = vqref.EMAState(np.eye(2), np.ones(2), np.eye(2))
     unit_state = dataclasses.replace(state, normalized=True)
     latents, indices = np.array([[[5.0, 8.0]]]), np.array([[0]])
     plain, on_sphere = (
@@ -336,7 +343,7 @@ def test_a_unit_code_that_nothing_hits_stays_however_long(dialect):
     before = state.codebook.copy()
     for _ in range(3):
         state = vqref.update_ema(state, latents, indices, 0.0, 1e-5, dialect)
-        module.update(*assigned(*tensors(latents, indices), 7), 0.0, 1e-5)
+        module.update(*hits_and_sums(latents, indices), 0.0, 1e-5)
         require_same(module, state)
     np.testing.assert_array_equal(state.codebook[1:], before[1:])
     assert (state.codebook[0] != before[0]).all()
@@ -348,9 +355,9 @@ def test_the_order_of_updates_counts_only_for_a_debiased_dialect(dialect):
     rng = np.random.default_rng(0)
     _, module = started(dialect, rng)
     latents, indices = rng.normal(size=(4, 2, 3)), rng.integers(0, 5, (4, 2))
-    state = (getattr(module, name) for name in STATE)
-    arrays = *state, *tensors(latents, indices), 0.9, 1e-5, dialect
-    third, same, first = (update_ema(*arrays, n) for n in (torch.tensor(2), 2, 0))
+    state = [getattr(module, name) for name in STATE]
+    given: list[Any] = [*state, *tensors(latents, indices), 0.9, 1e-5, dialect]
+    third, same, first = (update_ema(*[*given, n]) for n in (torch.tensor(2), 2, 0))
     assert all(torch.equal(a, b) for a, b in zip(third, same, strict=True))
     assert dialect.debiased != torch.equal(third[0], first[0])
 
@@ -367,7 +374,7 @@ def test_codes_on_which_their_latents_sit_stay_after_a_start(dialect):
     np.testing.assert_array_equal(module.ema_count.numpy(), counts)
     indices = np.repeat(np.arange(7), counts.astype(int))[None]
     for _ in range(3):
-        module.update(*assigned(*tensors(rows[indices], indices), 7), 0.9, 1e-5)
+        module.update(*hits_and_sums(rows[indices], indices), 0.9, 1e-5)
         np.testing.assert_allclose(module.codebook.numpy(), rows, rtol=2e-5)
         np.testing.assert_allclose(module.ema_count.numpy(), counts, rtol=2e-5)
 
@@ -378,8 +385,7 @@ def test_a_reset_before_the_first_update_is_the_oracles(dialect):
     rng = np.random.default_rng(0)
     state, module = started(dialect, rng)
     codes, rows, counts = np.array([3, 0]), rng.normal(size=(2, 3)), np.array([2.0, 0.5])
-    arrays = (getattr(module, name) for name in STATE)
-    found = reset_codes(*arrays, *tensors(codes, rows, counts), 0.9, 1e-5, dialect, module.steps)
+    found = reset(module, (codes, rows, counts), 0.9, 1e-5, dialect, module.steps)
     expected = vqref.reset_codes(state, codes, rows, counts, 0.9, 1e-5, dialect)
     for name, value in zip(STATE, found, strict=True):
         np.testing.assert_allclose(value.numpy(), getattr(expected, name), rtol=1e-12)
@@ -391,8 +397,9 @@ def test_reviving_is_the_oracles_reset_of_the_dead_codes(seed, latents, below):
     rng = np.random.default_rng(seed)
     codebook, means, rows = (rng.normal(size=(k, 3)) for k in (7, 7, latents))
     count, order = rng.uniform(0, 2 * latents / 7, 7), rng.permutation(latents)
-    arrays = tensors(codebook, count, means, rows[order])
-    found = revive_codes(*arrays, latents / 7, below, 0.99, 1e-5)
+    held = tensors(codebook, count, means, rows[order])
+    given: list[Any] = [*held, latents / 7, below, 0.99, 1e-5]
+    found = revive_codes(*given)
     state = vqref.EMAState(codebook, count, means)
     dead = dead_codes(state, latents, below, 0.99, POST)[:latents]
     counts = np.full(len(dead), latents / 7)
@@ -409,7 +416,8 @@ def test_the_trainer_draws_what_the_oracle_draws(seed, temperature, d):
     rng = np.random.default_rng(seed)
     latents, codebook = rng.normal(size=(25, 2, d)), rng.normal(size=(9, d))
     gumbel = rng.gumbel(size=(25, 2, 9))
-    found = draw(*tensors(latents, codebook, gumbel), temperature)
+    x, c, g = tensors(latents, codebook, gumbel)
+    found = draw(x, c, g, temperature)
     expected = vqref.draw_indices(latents, codebook, gumbel, temperature)
     np.testing.assert_array_equal(found.numpy(), expected)
 

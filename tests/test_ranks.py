@@ -54,7 +54,9 @@ class Started:
     """
 
     def __init__(self, place, count, *words, run=("-m", "vqtrain", *RUN)):
-        self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self.store = dist.TCPStore(  # type: ignore[attr-defined]
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
         shared = environment(
             WORLD_SIZE=str(count),
             MASTER_ADDR="127.0.0.1",

@@ -1,6 +1,7 @@
 """Networks of one's own: what the rows of a spec say, all three interpreters do, and files keep."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,13 @@ from vqref.spec import ACTIVATIONS, ModelSpec
 from vqtrain import VQVAE, TrainingOptions
 from vqtrain.agreement import check_against_oracle
 
-SIZES = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 16, "code_size": 4}
+SIZES: dict[str, Any] = {
+    "hidden": 8,
+    "blocks": 1,
+    "block_hidden": 4,
+    "num_codes": 16,
+    "code_size": 4,
+}
 
 
 def with_activation(name: str) -> ModelSpec:

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -268,7 +269,13 @@ def test_the_default_recipe_agrees_with_the_oracle_all_along(tmp_path, many_imag
 
 @pytest.mark.parametrize("recipe", ["default", "sonnet"])
 def test_a_grid_trains_and_agrees_with_the_oracle_under_its_recipe(tmp_path, colour_images, recipe):
-    sizes = {"hidden": 8, "blocks": 1, "block_hidden": 4, "num_codes": 16, "code_size": 4}
+    sizes: dict[str, Any] = {
+        "hidden": 8,
+        "blocks": 1,
+        "block_hidden": 4,
+        "num_codes": 16,
+        "code_size": 4,
+    }
     spec = families.residual((3, 16, 16), **sizes, variance=0.1)
     options = without_sizes(RECIPES[recipe](spec))
     result = trainer(tmp_path, colour_images, spec=spec, **options).run()

@@ -33,7 +33,8 @@ def onnxruntime(latents, codebook):
 
 def reference_evaluator(latents, codebook):
     evaluator = ReferenceEvaluator(onnx.load_from_string(graphs(codebook)["quantizer"]))
-    return evaluator.run(["indices"], {"latents": latents})[0]
+    (indices,) = evaluator.run(["indices"], {"latents": latents})
+    return indices
 
 
 def torch_eager(latents, codebook):

@@ -201,7 +201,7 @@ def test_what_answers_a_signal_that_arrived_may_hold():
             saved.append(True)
             raise
 
-    saved = []
+    saved: list[bool] = []
     with pytest.raises(Interrupted), watched():
         answering()
     assert saved

@@ -7,18 +7,27 @@ import hashlib
 import struct
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from vqref.errors import InputError, MachineError
+from vqref.host.images import ImageSet
 from vqref.host.pictures import Reading
 from vqref.preprocessing import Preprocessing
 from vqtrain.data import sources
 from vqtrain.data.sources import load_kmnist, load_source
 
 RNG = np.random.default_rng(0)
+
+
+def loaded(source: str, *how) -> ImageSet:
+    """What ``load_source`` gives, which is no stream."""
+    found = load_source(source, *how)
+    assert isinstance(found, ImageSet)
+    return found
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -157,8 +166,8 @@ def test_without_a_network_kmnist_is_an_error_and_auto_says_loudly_what_it_takes
         match=r"Kuzushiji-MNIST is not in .* cannot be downloaded: 127\.0\.0\.1 cannot be reached",
     ):
         load_source("kmnist", silent)
-    said = []
-    found = load_source("auto", said.append)
+    said: list[str] = []
+    found = loaded("auto", said.append)
     assert said[0].startswith("GENERATED IMAGES, not Kuzushiji-MNIST: ")
     assert found.source == "glyphs (generated)"
     assert (len(found.train), len(found.held_out)) == (30, 10)
@@ -184,11 +193,11 @@ def test_a_folder_of_pictures_is_read_in_the_order_of_names(tmp_path):
     for name, level in (("b.png", 50), ("a.png", 200), ("c.jpg", 90)):
         picture(tmp_path / name, level=level)
     (tmp_path / "notes.txt").write_text("not a picture")
-    found = load_source(str(tmp_path), silent)
+    found = loaded(str(tmp_path), silent)
     assert (found.train.shape, found.train.dtype) == ((3, 1, 8, 12), np.uint8)
     assert [int(image.mean()) for image in found.train] == [200, 50, 90]
     picture(tmp_path / "d.png", mode="RGB")
-    assert load_source(str(tmp_path), silent).train.shape == (4, 3, 8, 12)
+    assert loaded(str(tmp_path), silent).train.shape == (4, 3, 8, 12)
 
 
 def test_pictures_of_different_sizes_are_resized_only_when_asked(tmp_path):
@@ -196,7 +205,7 @@ def test_pictures_of_different_sizes_are_resized_only_when_asked(tmp_path):
     picture(tmp_path / "b.png", size=(8, 8))
     with pytest.raises(InputError, match=r"b\.png: 8x8 pixels, a\.png has 8x12; use --resize HxW"):
         load_source(str(tmp_path), silent)
-    assert load_source(str(tmp_path), silent, Reading(size=(16, 20))).train.shape == (2, 1, 16, 20)
+    assert loaded(str(tmp_path), silent, Reading(size=(16, 20))).train.shape == (2, 1, 16, 20)
 
 
 def test_folders_without_pictures_and_broken_pictures_are_named(tmp_path):
@@ -207,7 +216,7 @@ def test_folders_without_pictures_and_broken_pictures_are_named(tmp_path):
         load_source(str(tmp_path), silent)
 
 
-OF_PICTURES = {
+OF_PICTURES: dict[str, dict[str, Any]] = {
     "--resize": {"size": (8, 8)},
     "--crop": {"crop": True},
     "--background": {"background": (0, 0, 0)},
@@ -228,7 +237,7 @@ def test_options_of_pictures_are_for_folders_of_pictures_alone(tmp_path, option)
 def test_what_a_model_says_of_its_pictures_is_no_option(tmp_path):
     np.save(tmp_path / "x.npy", TRAIN)
     preprocessing = Preprocessing(1, (28, 28), crop=True, background=(0, 0, 0))
-    found = load_source(str(tmp_path / "x.npy"), silent, Reading.of(preprocessing, (1, 28, 28)))
+    found = loaded(str(tmp_path / "x.npy"), silent, Reading.of(preprocessing, (1, 28, 28)))
     assert found.train.shape == (20, 1, 28, 28)
 
 

@@ -174,7 +174,10 @@ def conv(**fields):
         (lambda: Layer("a", "bounded", (4, 2), (4, 2), levels=(3,)), "a bounded .* gives nothing"),
         (lambda: Layer("a", "bounded", (4, 2), (4, 2), levels=(3, 2)), "bounded .* gives nothing"),
         (lambda: Layer("a", "bounded", (4, 2), (4, 2), levels=(3, 0)), "levels is 0; it must be"),
-        (lambda: Layer("a", "bounded", (4, 2), (4, 2), levels=(3, "x")), "levels is 'x'; it must"),
+        (
+            lambda: Layer("a", "bounded", (4, 2), (4, 2), levels=(3, "x")),  # type: ignore[arg-type]
+            "levels is 'x'; it must",
+        ),
         (lambda: Layer("a", "upsample", (2, 3, 3), (2, 6, 9)), r"upsample of .* \(2, 6, 6\)"),
         (lambda: Layer("a", "upsample", (2, 3, 3), (3, 6, 6)), r"upsample of .* \(2, 6, 6\)"),
         (lambda: Layer("a", "upsample", (2, 3, 3), (2, 2, 2)), "an? upsample of .* gives nothing"),

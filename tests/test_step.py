@@ -73,7 +73,8 @@ def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(model, batch):
     def refuse(body):
         raise RuntimeError("operation not permitted\nwhen a stream is capturing")
 
-    options, said = TrainingOptions(batch_size=16), []
+    said: list[str] = []
+    options = TrainingOptions(batch_size=16)
     module, optimizer, rules = parts(model, options)
     for step, images in enumerate(batch[:8]):
         training_step(module, optimizer, images, options, rules, step)

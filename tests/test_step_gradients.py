@@ -104,7 +104,7 @@ def losses_with(**changed):
     }
 
     def compute(spec, images, outputs, latents, quantized, beta):
-        r = vqtrain.losses.nats(spec, images, outputs).sum() / terms["over"](images)
+        r = vqtrain.likelihoods.nats(spec, images, outputs).sum() / terms["over"](images)
         c = terms["squares"](latents, quantized)
         prior = outputs.new_zeros(())
         return vqtrain.losses.Losses(r, c, prior, terms["total"](r, beta, c) + prior)

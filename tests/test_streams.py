@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from support import ROOT
 
 from vqref.errors import InputError, MachineError
 from vqref.host.archives import list_shards, read_shard
+from vqref.host.images import ImageSet
 from vqref.host.pictures import Reading
 from vqtrain.__main__ import main
 from vqtrain.data import decoding, streams
@@ -350,7 +352,9 @@ def test_options_of_shards_and_of_pictures_are_refused_elsewhere(tmp_path, shard
 
 def test_a_large_npy_is_a_stream_and_a_small_one_is_not(tmp_path, images, monkeypatch):
     np.save(tmp_path / "a.npy", images)
-    assert load_source(str(tmp_path / "a.npy"), print).train.shape == (COUNT, 1, 28, 28)
+    whole = load_source(str(tmp_path / "a.npy"), print)
+    assert isinstance(whole, ImageSet)
+    assert whole.train.shape == (COUNT, 1, 28, 28)
     monkeypatch.setattr(streams, "MAPPED", 2**10)
     found = hold_out(load_source(str(tmp_path / "a.npy"), print), 0.0)
     assert isinstance(found, StreamSet)
@@ -364,6 +368,7 @@ def test_floating_arrays_stay_floating_and_wrong_ones_are_broken(tmp_path, image
     np.save(tmp_path / "b.npy", images[:1])
     source = load_source(str(tmp_path), print, streaming=Streaming(workers=0, max_broken=2))
     found = hold_out(source, 0.0)
+    assert isinstance(found, StreamSet)
     assert found.train.dtype == np.float32
     assert sorted(found.broken)[0].startswith("a.npy: 3: images: nan")
     assert sorted(found.broken)[1] == "b.npy: 0: its dtype is uint8, that of others float32"
@@ -437,21 +442,21 @@ def test_a_run_on_shards_that_is_killed_again_and_again_ends_as_if_it_had_not_be
     for name in ("whole", "killed"):
         (tmp_path / name / "shards").mkdir(parents=True)
         broken_tar(tmp_path / name / "shards", images)
-    done = run(*RUN, cwd=tmp_path / "whole", PYTHONPATH=str(ROOT))
+    done = run(*RUN, cwd=tmp_path / "whole")
     assert done.returncode == 0, done.stderr
     assert "are held out (a tenth, by hash)" in done.stdout
     assert "broken, left out (3 of at most 3): a.tar: " in done.stdout
     place, kills = tmp_path / "killed", 0
     snapshots = place / "runs" / "r" / "snapshots"
     while kills < 2:
-        before = len(list_states(snapshots)) and list_states(snapshots)[0]
+        before = list_states(snapshots)[:1]
         process = subprocess.Popen(
             [sys.executable, *RUN],
             cwd=place,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
         )
-        while process.poll() is None and (list_states(snapshots) or [0])[0] == before:
+        while process.poll() is None and list_states(snapshots)[:1] == before:
             time.sleep(0.01)
         if process.poll() is not None:
             break
@@ -459,7 +464,7 @@ def test_a_run_on_shards_that_is_killed_again_and_again_ends_as_if_it_had_not_be
         process.wait()
         kills += 1
     assert kills == 2
-    done = run(*RUN, cwd=place, PYTHONPATH=str(ROOT))
+    done = run(*RUN, cwd=place)
     assert done.returncode == 0, done.stderr
     assert same(tmp_path / "whole" / "model.pt", place / "model.pt")
 
@@ -523,7 +528,8 @@ def test_the_same_images_in_memory_and_in_shards_train_alike(tmp_path, images):
     (tmp_path / "shards").mkdir()
     write_npy(tmp_path / "shards", images)
     source = load_source(str(tmp_path / "shards"), print, streaming=HERE)
-    options = {"epochs": 3, "batch_size": 16, "base_depth": 2, "num_codes": 8, "recipe": "post"}
+    options: dict[str, Any] = {"epochs": 3, "batch_size": 16, "base_depth": 2, "num_codes": 8}
+    options["recipe"] = "post"
     models = [
         vqtrain.train(hold_out(source, 0.0), **options),
         vqtrain.train(images, held_out=0, **options),
@@ -557,7 +563,7 @@ def test_ranks_on_shards_learn_what_one_rank_learns(tmp_path, images, run):
     broken_tar(tmp_path / "shards", images)
     words = (*RUN[1:], "--epochs", "1", "--recipe", "post", "--threads", "1")
     ranks = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
-    done = run("-m", *words, "--output", "one.pt", PYTHONPATH=str(ROOT))
+    done = run("-m", *words, "--output", "one.pt")
     assert done.returncode == 0, done.stderr
     more = ("--name", "two", "--output", "two.pt")
     done = run(*ranks, *words, *more, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
@@ -579,7 +585,7 @@ def test_ranks_add_up_their_broken_images(shards, images):
         made.broken.known.update(known)
         return made
 
-    said = []
+    said: list[str] = []
     batches(2, "a: why").join(lambda mine: [*mine, "b: why"])
     assert said == ["broken, left out (2 of at most 2): b: why"]
     with pytest.raises(InputError, match="2 broken images, more than --max-broken 1: b: why"):

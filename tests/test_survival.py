@@ -31,7 +31,7 @@ from vqtrain.run.snapshot import (
 )
 
 RUN = (
-    *(sys.executable, "-m", "vqtrain", "--data", "data", "--epochs", "3", "--batch-size", "16"),
+    *("-m", "vqtrain", "--data", "data", "--epochs", "3", "--batch-size", "16"),
     *("--snapshot-steps", "2", "--name", "r", "--base-depth", "2", "--num-codes", "8"),
 )
 
@@ -44,14 +44,14 @@ def place(tmp_path, many_images):
     return tmp_path
 
 
-def go(place, *more: str, run=RUN) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*run, *more], cwd=place, env=environment(), capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def go(run, place):
+    """Runs the command, or another, with more options."""
 
+    def python(*more: str, words=RUN) -> subprocess.CompletedProcess[str]:
+        return run(*words, *more, cwd=place)
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return python
 
 
 def parameters(path):
@@ -74,14 +74,19 @@ EVERY_RULE = {
 RECIPES = {"post": {}, "every rule": EVERY_RULE, "sonnet": {"dialect": "sonnet"}}
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+@pytest.fixture(scope="module", params=list(RECIPES.values()), ids=list(RECIPES))
+def whole(request, tmp_path_factory, many_images):
+    """A recipe, and what a run of it ends with that nobody stopped."""
+    run = trainer(tmp_path_factory.mktemp("whole"), many_images, **request.param)
+    return request.param, run.run()
+
+
 @pytest.mark.parametrize("when", [1, 5, 7])
 def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
-    tmp_path, many_images, monkeypatch, when, recipe
+    tmp_path, many_images, monkeypatch, when, whole
 ):
-    (tmp_path / "whole").mkdir()
-    undisturbed = trainer(tmp_path / "whole", many_images, **recipe).run()
-    step, taken = vqtrain.run.trainer.training_step, []
+    recipe, undisturbed = whole
+    step, taken = vqtrain.run.step.training_step, []
 
     def interrupting(*arguments):
         taken.append(1)
@@ -136,42 +141,43 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_sigterm_in_any_phase_saves_and_exits_143(place, phase):
+def test_sigterm_in_any_phase_saves_and_exits_143(place, phase, go):
     target, code, saved = PHASES[phase]
-    done = go(place, run=(sys.executable, "-c", SABOTAGE, target, *RUN[3:]))
+    done = go(words=("-c", SABOTAGE, target, *RUN[2:]))
     assert done.returncode == code, done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert ("and saved; the same command goes on" in done.stderr) is saved
     assert bool(list_states(place / "runs" / "r" / "snapshots")) is saved
     again = RUN
-    if (
-        phase == "drawing"
-    ):  # after the first epoch, so that there is a report that says how to go on
+    if phase == "drawing":  # the first epoch is done, and its report says how to go on
         report = (place / "runs/r/report.html").read_text()
-        again = (
-            sys.executable,
-            *re.search(r"<code>python (.* --resume .*)</code>", report)[1].split(),
-        )
-    assert go(place, run=again).returncode == 0
+        said = re.search(r"<code>python (.* --resume .*)</code>", report)
+        assert said is not None
+        again = tuple(said[1].split())
+    assert go(words=again).returncode == 0
     assert (place / "model.pt").exists()
 
 
-def test_a_signal_while_the_model_is_published_does_not_promise_to_go_on(place):
+def test_a_signal_while_the_model_is_published_does_not_promise_to_go_on(go):
     target = "vqtrain.run.trainer.write_file"
-    done = go(place, run=(sys.executable, "-c", SABOTAGE, target, *RUN[3:]))
+    done = go(words=("-c", SABOTAGE, target, *RUN[2:]))
     assert done.returncode == 143
     assert done.stderr == "vqtrain: interrupted at its end; model.pt is written\n"
-    assert "is finished" in go(place).stderr
+    assert "is finished" in go().stderr
 
 
-def test_kills_at_random_moments_lose_no_snapshot_and_end_at_the_same_bits(place):
+def test_kills_at_random_moments_lose_no_snapshot_and_end_at_the_same_bits(place, go):
     """A few here; ``python -m benchmarks.kills`` makes it as many as one likes."""
-    assert go(place, "--name", "whole", "--output", "whole.pt").returncode == 0
+    assert go("--name", "whole", "--output", "whole.pt").returncode == 0
     rng = np.random.default_rng(0)
     reached, kills = 0, 0
     for _ in range(6):
         process = subprocess.Popen(
-            RUN, cwd=place, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, *RUN],
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         time.sleep(rng.uniform(1.5, 6))
         process.kill()
@@ -186,7 +192,7 @@ def test_kills_at_random_moments_lose_no_snapshot_and_end_at_the_same_bits(place
             assert now >= reached
             reached = now
     if not (place / "model.pt").exists():
-        assert go(place).returncode == 0
+        assert go().returncode == 0
     assert kills
     assert same(parameters(place / "model.pt"), parameters(place / "whole.pt"))
 
@@ -201,53 +207,53 @@ def damage(path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["truncated", "bit-flipped"])
-def test_a_damaged_snapshot_falls_back_under_auto_and_stops_an_explicit_path(place, how):
-    assert go(place, "--epochs", "3").returncode == 0
+def test_a_damaged_snapshot_falls_back_under_auto_and_stops_an_explicit_path(place, how, go):
+    assert go("--epochs", "3").returncode == 0
     newest, previous = list_states(place / "runs" / "r" / "snapshots")
     damage(newest, how)
-    explicit = go(place, "--resume", f"runs/r/snapshots/{newest.name}")
+    explicit = go("--resume", f"runs/r/snapshots/{newest.name}")
     assert (explicit.returncode, len(explicit.stderr.splitlines())) == (3, 1)
     assert f"{newest.name}: damaged: its sha256" in explicit.stderr
-    auto = go(place)
+    auto = go()
     assert auto.returncode == 0
     assert f"skipped: runs/r/snapshots/{newest.name}: damaged" in auto.stdout
     assert f"going on from runs/r/snapshots/{previous.name}" in auto.stdout
     for path in list_states(place / "runs" / "r" / "snapshots"):
         damage(path, how)
-    nothing_left = go(place)
+    nothing_left = go()
     assert (nothing_left.returncode, len(nothing_left.stderr.splitlines())) == (3, 1)
 
 
-def test_a_changed_option_is_named_and_refused(place):
-    assert go(place, "--epochs", "1").returncode == 0
-    changed = go(place, "--epochs", "1", "--decay", "0.9")
+def test_a_changed_option_is_named_and_refused(go):
+    assert go("--epochs", "1").returncode == 0
+    changed = go("--epochs", "1", "--decay", "0.9")
     assert changed.returncode == 2
     said = "vqtrain: runs/r was begun with decay 0.985, not 0.9"
     assert changed.stderr == f"{said}; use the same options, or another --name\n"
-    narrower = go(place, "--epochs", "1", "--base-depth", "1")
+    narrower = go("--epochs", "1", "--base-depth", "1")
     assert narrower.stderr.startswith("vqtrain: runs/r was begun with base_depth 2, not 1; use")
-    explicit = go(place, "--epochs", "1", "--decay", "0.9", "--resume", "runs/r")
+    explicit = go("--epochs", "1", "--decay", "0.9", "--resume", "runs/r")
     assert (explicit.returncode, explicit.stderr) == (2, changed.stderr)
 
 
-def test_a_finished_run_is_not_trained_again_and_never_overwritten(place):
-    assert go(place, "--epochs", "1").returncode == 0
-    again = go(place, "--epochs", "1")
+def test_a_finished_run_is_not_trained_again_and_never_overwritten(go):
+    assert go("--epochs", "1").returncode == 0
+    again = go("--epochs", "1")
     assert (again.returncode, again.stderr) == (
         3,
         "vqtrain: runs/r: is finished; use another --name\n",
     )
-    never = go(place, "--epochs", "1", "--resume", "never")
+    never = go("--epochs", "1", "--resume", "never")
     assert (never.returncode, never.stderr) == (
         3,
         "vqtrain: runs/r: exists already; use another --name\n",
     )
 
 
-def test_without_a_name_a_finished_or_different_run_gets_the_next_folder(place):
+def test_without_a_name_a_finished_or_different_run_gets_the_next_folder(place, go):
     unnamed = [word for word in RUN if word not in ("--name", "r")]
     for extra in (["--epochs", "1"], ["--epochs", "1"], ["--epochs", "1", "--seed", "4"]):
-        assert go(place, *extra, run=unnamed).returncode == 0
+        assert go(*extra, words=unnamed).returncode == 0
     assert sorted(path.name for path in (place / "runs").iterdir()) == [
         "kmnist-default",
         "kmnist-default-2",
@@ -255,9 +261,9 @@ def test_without_a_name_a_finished_or_different_run_gets_the_next_folder(place):
     ]
 
 
-def test_two_runs_cannot_share_a_folder(place):
+def test_two_runs_cannot_share_a_folder(place, go):
     folder = RunFolder(place / "runs" / "r")
-    done = go(place)
+    done = go()
     folder.release()
     assert (done.returncode, done.stderr) == (
         5,
@@ -265,10 +271,10 @@ def test_two_runs_cannot_share_a_folder(place):
     )
 
 
-def test_options_of_a_run_begin_the_same_run_again(place):
-    assert go(place, "--epochs", "1", "--learning-rate", "0.002").returncode == 0
+def test_options_of_a_run_begin_the_same_run_again(place, go):
+    assert go("--epochs", "1", "--learning-rate", "0.002").returncode == 0
     config = ("--config", "runs/r/options.toml", "--name", "again", "--output", "b.pt")
-    again = go(place, *config, run=RUN[:3])
+    again = go(*config, words=RUN[:2])
     assert again.returncode == 0, again.stderr
     assert same(parameters(place / "model.pt"), parameters(place / "b.pt"))
     first, second = (
@@ -279,15 +285,15 @@ def test_options_of_a_run_begin_the_same_run_again(place):
     ]
 
 
-def test_a_config_that_names_an_unknown_option_is_refused(place):
+def test_a_config_that_names_an_unknown_option_is_refused(place, go):
     (place / "c.toml").write_text("[training]\nepoch = 3\n")
-    done = go(place, "--config", "c.toml")
+    done = go("--config", "c.toml")
     assert (done.returncode, done.stderr) == (
         3,
         "vqtrain: c.toml: unknown option epoch; did you mean --epochs?\n",
     )
     (place / "c.toml").write_text("epochs = = 3")
-    assert "c.toml: not TOML" in go(place, "--config", "c.toml").stderr
+    assert "c.toml: not TOML" in go("--config", "c.toml").stderr
 
 
 def test_a_full_disk_loses_nothing(tmp_path, many_images, monkeypatch):
@@ -296,7 +302,7 @@ def test_a_full_disk_loses_nothing(tmp_path, many_images, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    step = vqtrain.run.trainer.training_step
+    step = vqtrain.run.step.training_step
 
     def filling(*arguments):
         if (run.state.epoch, run.state.step) == (1, 3):

@@ -371,7 +371,7 @@ def test_an_actor_names_the_row_that_it_cannot_read(residual_bundle, colours):
 
 def test_a_worker_without_its_bundle_says_so_for_every_part(tmp_path):
     actor = PartActor(Job(tmp_path / "nowhere", "0" * 64, tmp_path))
-    (answer,) = actor({"part": [b""]})["outcome"]
+    (answer,) = actor({"part": np.array([b""], object)})["outcome"]
     assert isinstance(pickle.loads(answer), InputError)
 
 

@@ -4,6 +4,7 @@ folder of PNGs that they become."""
 import dataclasses
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ TOLD = (".npz", ".parquet")
 """Those with room for what made the tokens."""
 
 SPEC = families.post((1, 28, 28), base_depth=4, latent_size=4, num_codes=300, code_size=8)
-CODEC = SimpleNamespace(spec=SPEC, manifest_sha256="ab" * 32)
+CODEC: Any = SimpleNamespace(spec=SPEC, manifest_sha256="ab" * 32)
 """As much of a Codec as a file of tokens is held to."""
 
 INDICES = np.random.default_rng(0).integers(0, 300, (5, 4))
@@ -55,7 +56,7 @@ def test_no_tokens_and_no_names_come_back_too(tmp_path, form):
 def test_tokens_of_another_bundle_are_refused_unless_forced(tmp_path, form):
     found = read_tokens(written(tmp_path / f"t{form}"))
     assert found.require(CODEC) is None
-    other = SimpleNamespace(spec=SPEC, manifest_sha256="cd" * 32)
+    other: Any = SimpleNamespace(spec=SPEC, manifest_sha256="cd" * 32)
     with pytest.raises(
         InputError, match="tokens of bundle abababababab…, this one is cdcdcdcdcdcd"
     ):

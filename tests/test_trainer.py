@@ -16,9 +16,8 @@ import vqtrain.quantizer
 import vqtrain.run.trainer
 from vqref import families
 from vqref.agreement.advance import count_proved
-from vqref.agreement.report import ParityError
 from vqref.dialects import DIALECTS
-from vqref.errors import CommandError, InputError
+from vqref.errors import CommandError, InputError, ParityError
 from vqref.quantizer import EMAState
 from vqref.spec import CODEBOOK
 from vqtrain import RECIPES, VQVAE, Trainer, TrainingOptions, evaluate, training_step
@@ -146,8 +145,8 @@ def test_evaluation_counts_every_image_and_takes_no_step(module, model, many_ima
 
 
 def test_a_run_publishes_what_it_trained_and_says_how_it_went(tmp_path, many_images):
-    said = []
-    run = trainer(tmp_path, many_images, said)
+    said: list[str] = []
+    run = trainer(tmp_path, many_images, said, work={"pictures": True})
     result = run.run()
     stored = read_model(tmp_path / "model.pt")
     assert stored.spec == SPEC
@@ -180,7 +179,7 @@ def test_a_run_publishes_what_it_trained_and_says_how_it_went(tmp_path, many_ima
 
 
 def test_the_share_of_tokens_proved_in_advance_is_measured_and_said(tmp_path, many_images):
-    said = []
+    said: list[str] = []
     run = trainer(tmp_path, many_images, said, epochs=1)
     run.proved_sample = run.measured_sample[:10]
     found = run.run().metrics["held_out"]
@@ -216,7 +215,7 @@ def test_the_same_seed_trains_the_same_model_and_another_seed_another(tmp_path, 
 
 
 def test_a_run_on_a_grid_shows_its_tokens_and_the_use_of_its_codes(tmp_path, colour_images):
-    said = []
+    said: list[str] = []
     run = trainer(tmp_path, colour_images, said, spec=GRID, center=True, kmeans_start=True)
     result = run.run()
     last = result.metrics
@@ -247,7 +246,7 @@ def test_every_dialect_trains_and_agrees_with_the_oracle(tmp_path, many_images, 
 
 
 def test_checks_take_as_many_images_and_come_as_often_as_they_are_told_to(tmp_path, many_images):
-    said = []
+    said: list[str] = []
     work = {"check_images": 5, "check_every": 2}
     result = trainer(tmp_path, many_images, said, work=work, epochs=3).run()
     assert ["oracle" in line for line in result.metrics["history"]] == [False, True, False]
@@ -263,7 +262,7 @@ def test_without_held_out_images_a_sample_of_the_training_images_is_measured(
     tmp_path, many_images, monkeypatch
 ):
     monkeypatch.setattr(vqtrain.run.trainer, "SAMPLED_IMAGES", 50)
-    said = []
+    said: list[str] = []
     run = trainer(tmp_path, many_images, said, held_out=0, epochs=1)
     line = run.run().metrics["history"][0]
     assert "held_out" not in line
@@ -366,11 +365,11 @@ def test_an_ema_that_forgets_epsilon_is_caught_before_the_first_step(
     tmp_path, many_images, monkeypatch
 ):
     true = vqtrain.quantizer.update_ema
-    monkeypatch.setattr(
-        vqtrain.agreement,
-        "update_ema",
-        lambda *given: true(*given[:6], 1e-9, *given[7:]),
-    )
+
+    def forgetful(codebook, count, means, latents, indices, decay, epsilon, *more):
+        return true(codebook, count, means, latents, indices, decay, 1e-9, *more)
+
+    monkeypatch.setattr(vqtrain.agreement, "update_ema", forgetful)
     with pytest.raises(ParityError, match=r"before the first step: codebook"):
         trainer(tmp_path, many_images).run()
 
@@ -379,7 +378,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_model(
     tmp_path, many_images, monkeypatch
 ):
     run = trainer(tmp_path, many_images)
-    step = vqtrain.run.trainer.training_step
+    step = vqtrain.run.step.training_step
 
     def explode(*arguments):
         losses, indices = step(*arguments)

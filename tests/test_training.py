@@ -8,6 +8,7 @@ import tempfile
 import threading
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,13 @@ from vqtrain.modelfile import read_model
 from vqtrain.run.folder import latest_state
 from vqtrain.training import OPTIONS, build_spec, make_plan
 
-SMALL = {"epochs": 1, "base_depth": 2, "num_codes": 8, "batch_size": 32, "check_images": 4}
+SMALL: dict[str, Any] = {
+    "epochs": 1,
+    "base_depth": 2,
+    "num_codes": 8,
+    "batch_size": 32,
+    "check_images": 4,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +159,7 @@ def test_it_draws_no_bar_on_a_terminal(place):
 
 
 def test_lines_go_where_they_are_wanted(images):
-    said = []
+    said: list[str] = []
     vqtrain.train(images, **SMALL, say=said.append)
     count = int(split(images[:, None], 0.1).sum())
     assert said[:2] == [
@@ -187,7 +194,7 @@ def test_colour_in_the_last_axis_floats_and_arrays_that_cannot_be_written_train(
     vqtrain.train(frozen, **options, held_out=0)
 
 
-REFUSED = {
+REFUSED: dict[str, Any] = {
     "ambiguous": (np.zeros((64, 3, 8, 4), np.uint8), "could be"),
     "flat": (np.zeros((64, 784), np.uint8), "expected"),
     "integers": (np.zeros((64, 8, 8), np.int64), "dtype is int64"),
@@ -219,7 +226,7 @@ def test_an_image_set_keeps_what_it_holds_out_and_what_was_done_to_it(images):
 
     done = Preprocessing(1, (28, 28), crop=True)
     source = ImageSet(images[:64, None], images[64:, None], "a folder", "0" * 64, done, said=("s",))
-    said = []
+    said: list[str] = []
     model = vqtrain.train(source, **SMALL, say=said.append)
     assert said[:2] == ["s", "64 images train, 32 are held out (the source's own)"]
     assert model.preprocessing == done
@@ -293,7 +300,7 @@ def test_every_option_of_the_command_line_is_one_here_unless_it_is_of_files():
 def test_the_default_recipe_takes_the_devices_precision_and_exact_ones_float32(
     images, options, expected
 ):
-    said = []
+    said: list[str] = []
     model = vqtrain.train(images, **SMALL, **options, device="cpu", say=said.append)
     fastest = choose_precision(torch.device("cpu"))
     assert model.training["precision"] == (expected or fastest)

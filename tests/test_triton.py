@@ -3,6 +3,7 @@ is, and the requests that it warms a model up with can be run."""
 
 import dataclasses
 import shutil
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +24,7 @@ from vqref.prior import Prior, transformer
 NUMPY = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64, "TYPE_INT32": np.int32}
 """What Triton's types are, as its documentation has it."""
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "any batch": {},
     "one batch": {"batch": 8},
     "int32": {"index_type": "int32"},

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,10 +15,11 @@ from vqdeploy.agreement import check_graphs
 from vqdeploy.bundle import Bundle, describe_graphs
 from vqdeploy.card import write_card
 from vqdeploy.export import export
-from vqdeploy.graphs.build import OPSETS, GraphOptions, build_graphs
+from vqdeploy.graphs.build import GraphOptions, build_graphs
 from vqdeploy.graphs.int8 import quantize_graphs
 from vqdeploy.proof.golden import Answered
 from vqdeploy.proof.measure import measure
+from vqdeploy.runtime.protobuf import OPSETS
 from vqdeploy.runtime.sessions import open_sessions
 from vqdeploy.sources import read_parameters
 from vqdeploy.stages import INDEX_TYPES, STAGES
@@ -135,7 +137,7 @@ def test_a_graph_of_a_fixed_batch_answers_any_number_of_images(family, batch):
     assert check_graphs(model.spec, model.params, images, fixed, folded=folds(model)).passed
 
 
-NARROW = {
+NARROW: dict[str, dict[str, Any]] = {
     "plain": {},
     "network": {"fold": False},
     "batch of 8, opset 20, for a processor": {"batch": 8, "opset": 20, "target": "cpu"},
@@ -161,7 +163,8 @@ def test_indices_of_int32_are_the_tokens_of_int64_and_verify(family, family_file
     expected, found = (codec.encode(images) for codec in codecs)
     assert (found.dtype, len(np.unique(found)) > 1) == (np.int64, True)
     np.testing.assert_array_equal(found, expected)
-    np.testing.assert_array_equal(*(codec.decode(expected) for codec in codecs))
+    one, other = (codec.decode(expected) for codec in codecs)
+    np.testing.assert_array_equal(one, other)
     for stage in STAGES:
         graph = onnx.load_from_string(narrow.graph(stage)).graph
         ports = {port.name: port.type.tensor_type for port in (*graph.input, *graph.output)}
@@ -200,7 +203,8 @@ def test_a_manifest_that_says_another_type_of_indices_is_refuted(
 @pytest.mark.parametrize("other", [{"index_type": "int32"}, {"opset": 19}])
 def test_a_table_in_another_form_than_the_manifests_is_refuted(small, tmp_path, other):
     export(small, tmp_path / "b")
-    tables = [build_graphs(small.spec, small.params, GraphOptions(**o)) for o in ({}, other)]
+    options: tuple[dict[str, Any], ...] = ({}, other)
+    tables = [build_graphs(small.spec, small.params, GraphOptions(**each)) for each in options]
     own, foreign = (graphs["detokenizer"] for graphs in tables)
     assert (tmp_path / "b" / "detokenizer.onnx").read_bytes() == own
     (tmp_path / "b" / "detokenizer.onnx").write_bytes(foreign)
@@ -331,7 +335,8 @@ def written(path, params, spec=None):
     """A file of parameters, with the spec as its entry if one is given."""
     said = {} if spec is None else {"spec": json.dumps(spec.to_dict())}
     if path.suffix == ".npz":
-        np.savez(path, **params, **{name: np.array(text) for name, text in said.items()})
+        entries = {name: np.array(text) for name, text in said.items()}
+        np.savez(path, allow_pickle=False, **params, **entries)
     else:
         from safetensors.numpy import save_file
 

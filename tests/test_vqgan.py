@@ -122,8 +122,10 @@ def test_a_normalized_model_comes_back_from_its_file_and_its_codes_have_length_o
         dataclasses.replace(model, params=longer)
 
 
-SIZES = ("--base-channels", 8, "--multipliers", "1,2", "--attention", "none", "--groups", 4)
-SIZES += ("--blocks", 1, "--latent-channels", 4, "--num-codes", 16, "--code-size", 4)
+SIZES = (
+    *("--base-channels", 8, "--multipliers", "1,2", "--attention", "none", "--groups", 4),
+    *("--blocks", 1, "--latent-channels", 4, "--num-codes", 16, "--code-size", 4),
+)
 
 
 @pytest.mark.parametrize("likelihood", ["gaussian", "logistic"])

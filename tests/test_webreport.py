@@ -6,11 +6,14 @@ import os
 import re
 import shutil
 import signal
+from typing import Any
 
 import numpy as np
 import pytest
 from support import ROOT, trainer
 
+import vqtrain.agreement
+import vqtrain.run.step
 import vqtrain.run.trainer
 import vqtrain.run.webreport
 from vqref.agreement.report import Check, Report
@@ -23,6 +26,9 @@ from vqtrain.run.webreport import PICTURE_BYTES, REPORT
 
 HOSTILE = "<script>document.title = 'pwned'</script><img src=https://evil.example/x.png>"
 
+DRAWN = {"pictures": True}
+"""The run draws, and so writes its report."""
+
 BAD = ("error", "warning")
 """Kinds of lines of a browser's console; Bokeh remarks on its start in others."""
 
@@ -31,7 +37,7 @@ BAD = ("error", "warning")
 def finished(tmp_path_factory, many_images):
     """The folder of a run of three epochs."""
     place = tmp_path_factory.mktemp("report")
-    run = trainer(place, many_images, epochs=3)
+    run = trainer(place, many_images, epochs=3, work=DRAWN)
     run.provenance["data"] = {"source": HOSTILE}
     run.work.folder.write_options({"run": {"data": HOSTILE, "crop": True}})
     run.run()
@@ -53,7 +59,8 @@ def opened(chromium, path, wrong, **how):
 @pytest.fixture
 def look(chromium):
     """Opens a page, in which nothing may go wrong."""
-    pages, wrong = [], []
+    pages: list[Any] = []
+    wrong: list[str] = []
 
     def go(path, **how):
         pages.append(opened(chromium, path, wrong, **how))
@@ -140,7 +147,7 @@ def test_what_slipped_into_a_page_does_not_run_and_is_noticed(finished, chromium
     (tmp_path / "forged.html").write_text(
         (finished / REPORT).read_text().replace("</main>", HOSTILE + "</main>")
     )
-    wrong = []
+    wrong: list[str] = []
     page = opened(chromium, tmp_path / "forged.html", wrong)
     assert page.title() == "run"
     page.context.close()
@@ -212,7 +219,7 @@ def test_the_look_for_barriers_finds_one(look, barriers, certificate, tmp_path):
 
 def stopped(tmp_path, many_images, monkeypatch, when):
     """A run that is stopped in the given step, counted from 1, of two epochs of five."""
-    step, taken = vqtrain.run.trainer.training_step, []
+    step, taken = vqtrain.run.step.training_step, []
 
     def interrupting(*arguments):
         taken.append(1)
@@ -221,7 +228,7 @@ def stopped(tmp_path, many_images, monkeypatch, when):
         return step(*arguments)
 
     monkeypatch.setattr(vqtrain.run.trainer, "training_step", interrupting)
-    run = trainer(tmp_path, many_images)
+    run = trainer(tmp_path, many_images, work=DRAWN)
     with pytest.raises(Interrupted):
         run.run()
     run.work.folder.release()
@@ -237,7 +244,7 @@ def test_a_run_that_was_stopped_says_so_and_one_that_went_on_has_every_epoch(
     assert f"--config {tmp_path}/run/options.toml --resume {tmp_path}/run" in text
     assert data_of(text)["epochs"] == [1]
     state, _, _ = latest_state(tmp_path / "run")
-    trainer(tmp_path, many_images, state=state).run()
+    trainer(tmp_path, many_images, state=state, work=DRAWN).run()
     text = (tmp_path / "run" / REPORT).read_text()
     data = data_of(text)
     assert "Finished: 2 epochs." in text
@@ -259,9 +266,9 @@ def test_a_report_that_cannot_be_written_is_a_line_and_the_run_ends_well(
     def failing(*_):
         raise RuntimeError("no luck")
 
-    said = []
+    said: list[str] = []
     monkeypatch.setattr(vqtrain.run.webreport, "page_of", failing)
-    model = trainer(tmp_path, many_images, said, epochs=1).run()
+    model = trainer(tmp_path, many_images, said, epochs=1, work=DRAWN).run()
     assert model.metrics["epoch"] == 1
     assert said.count("report.html is not written: RuntimeError: no luck") == 2
 
@@ -270,7 +277,7 @@ def test_a_report_that_cannot_be_written_is_a_line_and_the_run_ends_well(
 def test_a_run_that_failed_says_so_with_the_check_that_failed(
     tmp_path, many_images, monkeypatch, kind
 ):
-    check = vqtrain.run.trainer.check_against_oracle
+    check = vqtrain.agreement.check_against_oracle
     calls = []
 
     def failing(*arguments, **how):
@@ -284,7 +291,7 @@ def test_a_run_that_failed_says_so_with_the_check_that_failed(
 
     monkeypatch.setattr(vqtrain.run.trainer, "check_against_oracle", failing)
     with pytest.raises(ParityError if kind == "disagrees" else CommandError):
-        trainer(tmp_path, many_images).run()
+        trainer(tmp_path, many_images, work=DRAWN).run()
     text = (tmp_path / "run" / REPORT).read_text()
     assert '<p class="verdict wrong">Failed: the ' in text
     assert ("The trainer disagrees with the NumPy oracle." in text) is (kind == "disagrees")

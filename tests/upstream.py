@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+M = TypeVar("M", bound=nn.Module)
 
-def settled(module: nn.Module, seed: int = 0) -> nn.Module:
+
+def settled(module: M, seed: int = 0) -> M:
     """Every number random, float32 ones in float64, so that none is at its neutral value."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -39,6 +43,11 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
+    q: nn.Conv2d
+    k: nn.Conv2d
+    v: nn.Conv2d
+    proj_out: nn.Conv2d
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = norm(channels)
@@ -60,6 +69,9 @@ class Conv(nn.Module):
 
 class Level(nn.Module):
     """Of LlamaGen, either side."""
+
+    downsample: Conv
+    upsample: Conv
 
     def __init__(self, before: int, after: int, blocks: int, attends: bool) -> None:
         super().__init__()
@@ -112,6 +124,8 @@ class Side(nn.Module):
 class LlamaGen(nn.Module):
     """Widths of the levels from the finest, one block a level."""
 
+    quantize: Any
+
     def __init__(self, widths: tuple[int, ...] = (32, 64), z: int = 6, k: int = 32, d: int = 4):
         super().__init__()
         self.encoder = Side(3, [widths[0], *widths], z, 1, down=True)
@@ -163,6 +177,10 @@ class Stack(nn.Module):
 
 class PytorchVqVae(nn.Module):
     """The network of zalandoresearch/pytorch-vq-vae, with its averages."""
+
+    _encoder: Any
+    _decoder: Any
+    _vq_vae: Any
 
     def __init__(self, hidden: int, block_hidden: int, blocks: int, k: int, d: int) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,12 @@ from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
 
 FOLDER = GOLDEN / "vqgan"
 
-SMALL = {"image_shape": (3, 32, 32), "channels": 32, "multipliers": (1, 2), "blocks": 1}
+SMALL: dict[str, Any] = {
+    "image_shape": (3, 32, 32),
+    "channels": 32,
+    "multipliers": (1, 2),
+    "blocks": 1,
+}
 SPECS = {
     "diffusers_small": families.vqgan(
         **SMALL, attention=(), groups=8, latent_channels=4, num_codes=64, code_size=4
@@ -24,7 +30,10 @@ SPECS = {
     ),
 }
 
-TO_TAMING = (
+Table = tuple[tuple[str, Any], ...]
+"""Patterns of names, and what replaces them: a text, or a function of the match."""
+
+TO_TAMING: Table = (
     (r"quantizer\.codebook", "quantize.embedding.weight"),
     (r"\w+\.(\w*quant_conv)", r"\1"),
     (r"\.level(\d)\.down", r".level\1.downsample.conv"),
@@ -39,7 +48,7 @@ TO_TAMING = (
     (r"\.out\.", ".proj_out."),
     (r"\.shortcut", ".nin_shortcut"),
 )
-TO_DIFFUSERS = (
+TO_DIFFUSERS: Table = (
     (r"\.down\.", ".down_blocks."),
     (r"\.up\.(\d)", lambda m: f".up_blocks.{1 - int(m[1])}"),  # of two levels, the finest first
     (r"\.(down|up)sample\.", r".\1samplers.0."),
@@ -78,7 +87,7 @@ def params_of(case: str) -> dict[str, np.ndarray]:
     return with_averages(spec, found)
 
 
-def _renamed(name: str, tables: list) -> str:
+def _renamed(name: str, tables: list[Table]) -> str:
     for pattern, other in (pair for table in tables for pair in table):
         name = re.sub(pattern, other, name)
     return name

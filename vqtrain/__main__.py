@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = guarded("vqtrain", lambda: _run(argv), last=argv is None)
     except SystemExit as end:  # of a rank that leaves the last word to another
-        if not isinstance(end.code, int):
+        if argv is not None or not isinstance(end.code, int):
             raise
         code = end.code
     from vqtrain.torchrun import leave, world

@@ -64,9 +64,9 @@ def images_to_check(spec: ModelSpec, trained: int) -> int:
 
 
 def images_to_prove(spec: ModelSpec, trained: int) -> int:
-    """Of how many images an epoch on ``trained`` images proves the tokens: about a fiftieth of what
-    the epoch takes on a processor, and PROOF_SECONDS at most; 0 if these say too little, fewer than
-    FEWEST_PROVED."""
+    """Of how many images an epoch on ``trained`` images proves the tokens: about a fiftieth of
+    what the epoch takes on a processor, and PROOF_SECONDS at most; 0 if these say too little, fewer
+    than FEWEST_PROVED."""
     within = int(PROOF_SECONDS / seconds_per_proof(spec))
     count = min(MOST_PROVED, trained // TRAINED_PER_PROOF, within)
     return count if count >= FEWEST_PROVED else 0

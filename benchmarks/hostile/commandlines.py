@@ -205,7 +205,7 @@ def _value(rng: np.random.Generator, option: Any, number: int, *, fits: bool) ->
         pool = WORDS
     else:
         pool = ("1", "2", "3") if fits else NUMBERS
-    return pool[rng.integers(len(pool))].replace("{}", str(number))
+    return pool[int(rng.integers(len(pool)))].replace("{}", str(number))
 
 
 def run(line: Line, place: Path) -> tuple[int, str]:
@@ -228,10 +228,10 @@ def run(line: Line, place: Path) -> tuple[int, str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    if unread:
+    if unread and process.stdout:
         process.stdout.close()
         process.stdout = None
-    if line.streams == "both unread":
+    if line.streams == "both unread" and process.stderr:
         process.stderr.close()
         process.stderr = None
     try:
@@ -266,7 +266,7 @@ def prepare(place: Path) -> None:
     params = vqref.init_params(spec, rng)
     write_model(place / "model.pt", Model(spec, params, {"epochs": 1}))
     export(place / "model.pt", place / "bundle")
-    np.savez(place / "params.npz", **params)
+    np.savez(place / "params.npz", allow_pickle=False, **params)
     images = rng.integers(0, 256, (48, 28, 28), np.uint8)
     for name in ("images.npz", "é.npz", os.fsdecode(b"\xff\xfe.npz")):
         np.savez(place / name, images)

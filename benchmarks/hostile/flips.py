@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def _opened(folder: Path) -> None:
     read_certificate(folder / CERTIFICATE)
 
 
-def _accepted(path: Path, count: int, rng: np.random.Generator, read: object) -> int:
+def _accepted(path: Path, count: int, rng: np.random.Generator, read: Callable[[], object]) -> int:
     content, accepted = path.read_bytes(), 0
     read()
     for bit in map(int, rng.integers(0, 8 * len(content), count)):

@@ -184,7 +184,7 @@ def summary_by_onnx(content: bytes) -> dict[str, Any]:
 
 def serve() -> None:
     """The peer's side: answers each list of files with a line of summaries."""
-    while sys.stdin.buffer.peek(1):
+    while sys.stdin.buffer.peek(1):  # type: ignore[union-attr]
         answers = []
         for content in pickle.load(sys.stdin.buffer):
             try:
@@ -206,7 +206,7 @@ def small_graphs() -> list[bytes]:
         (post((1, 8, 8), 2, 2, 4, 2), {"precision": "int8", "fold": False}),
     ):
         params = vqref.init_params(spec, np.random.default_rng(0))
-        graphs = build_graphs(spec, params, GraphOptions(**options))  # type: ignore[arg-type]
+        graphs = build_graphs(spec, params, GraphOptions(**options))
         if options.get("precision") == "int8":
             images = np.random.default_rng(1).random((2, *spec.image_shape), np.float32)
             quantized = vqref.forward(spec, params, images).quantized.astype(np.float32)
@@ -259,7 +259,8 @@ def fields(content: bytes) -> list[tuple[int, bytes | int, bytes]]:
         else:
             value = number()
             if tag & 7 == 2:
-                value, at = content[at : at + value], at + value
+                at += value
+                value = content[at - value : at]
         found.append((tag >> 3, value, content[start:at]))
     return found
 
@@ -331,7 +332,7 @@ def bytes_changed(rng: Rng, content: bytes, graphs: Sequence[bytes]) -> bytes:
 
 
 def spliced(rng: Rng, content: bytes, graphs: Sequence[bytes]) -> bytes:
-    other = graphs[rng.integers(len(graphs))]
+    other = graphs[int(rng.integers(len(graphs)))]
     start, end = sorted(rng.integers(len(other), size=2))
     at, to = sorted(rng.integers(len(content), size=2))
     return content[:at] + other[start : min(end, start + 200)] + content[to:]

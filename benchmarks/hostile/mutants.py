@@ -51,7 +51,7 @@ class Plain:
 
     def share(self, decay: float, steps: int) -> Array:
         """Of the averages that is data."""
-        return Single(1 - decay**steps if self.dialect.debiased else 1)
+        return np.asarray(1 - decay**steps if self.dialect.debiased else 1, Single)
 
     def size(self, count: Array, epsilon: float) -> Array:
         """What the means are divided by."""

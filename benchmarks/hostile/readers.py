@@ -162,7 +162,9 @@ class _Damaged:
     def _some(self, samples: list[bytes]) -> bytes:
         content = samples[self.rng.integers(len(samples))]
         if self.rng.random() < 0.05:
-            content = content[: self.rng.integers(1, 17)] + self.rng.bytes(self.rng.integers(4000))
+            content = content[: self.rng.integers(1, 17)] + self.rng.bytes(
+                int(self.rng.integers(4000))
+            )
         for _ in range(self.rng.integers(1, 4)):
             content = _damage(content, samples, self.rng)
         return content
@@ -172,7 +174,7 @@ def _damage(content: bytes, others: Sequence[bytes], rng: Rng) -> bytes:
     return DAMAGES[rng.integers(len(DAMAGES))](bytearray(content or b"\0"), others, rng)
 
 
-def _flip(content: bytearray, _: Sequence[bytes], rng: Rng) -> bytes:
+def _flip(content: bytearray, others: Sequence[bytes], rng: Rng) -> bytes:
     for _ in range(rng.integers(1, 9)):
         content[_place(content, rng)] ^= 1 << rng.integers(8)
     return bytes(content)
@@ -183,7 +185,7 @@ def _cut(content: bytearray, _: Sequence[bytes], rng: Rng) -> bytes:
 
 
 def _splice(content: bytearray, others: Sequence[bytes], rng: Rng) -> bytes:
-    other = others[rng.integers(len(others))]
+    other = others[int(rng.integers(len(others)))]
     return bytes(content[: rng.integers(len(content))] + other[rng.integers(len(other) + 1) :])
 
 
@@ -232,7 +234,7 @@ def _twisted(plain: Any, rng: Rng, values: Sequence[Any]) -> Any:
         elif choice < 0.35 and isinstance(holder, dict):
             holder[("x", 7, "\x1b[31m", "", "a\nb")[rng.integers(5)]] = holder[key]
         else:
-            holder[key] = values[rng.integers(len(values))]
+            holder[key] = values[int(rng.integers(len(values)))]
     return plain
 
 
@@ -287,7 +289,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 def _npz(**arrays: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
 
 
@@ -303,11 +305,11 @@ def _zipped(name: str) -> Callable[[bytes], bytes]:
     return zipped
 
 
-DTYPES = (
+DTYPES: Sequence[Any] = (
     *("|u1", "<f4", ">f8", "<f2", "<f16", "<c16", "<i8", ">u4", "|b1", "<U0", "<U7", "|S3", "|V4"),
     *("|O", "<M8[s]", "<m8", [("a", "<f4")], ("<f4", (2,)), "", "<f3", "u1" * 40, None, 7, "f4,f4"),
 )
-SHAPES = (
+SHAPES: Sequence[Any] = (
     *(
         (),
         (0,),
@@ -336,7 +338,7 @@ SHAPES = (
 
 def _any_npy(rng: Rng) -> bytes:
     """An ``.npy`` whose header says anything, and is of the length that it says."""
-    descr, shape = DTYPES[rng.integers(len(DTYPES))], SHAPES[rng.integers(len(SHAPES))]
+    descr, shape = DTYPES[int(rng.integers(len(DTYPES)))], SHAPES[int(rng.integers(len(SHAPES)))]
     header = {"descr": descr, "fortran_order": bool(rng.integers(2)), "shape": shape}
     text = repr(_twisted(header, rng, VALUES[:9]) if rng.random() < 0.2 else header)
     try:
@@ -468,7 +470,12 @@ def _any_parameters(rng: Rng) -> bytes:
     arrays = _parameters()
     if rng.random() < 0.5:
         name = list(arrays)[rng.integers(len(arrays))]
-        others = [np.zeros(()), np.ones(3, np.complex64), np.array("x"), np.full((2, 2), 1e300)]
+        others: list[np.ndarray] = [
+            np.zeros(()),
+            np.ones(3, np.complex64),
+            np.array("x"),
+            np.full((2, 2), 1e300),
+        ]
         arrays[name] = others[rng.integers(len(others))]
     return _npz(**arrays, **({"spec": np.array(spec)} if rng.random() < 0.5 else {}))
 

@@ -142,8 +142,9 @@ class Sorted(Plain):
 
 
 def right_averages(dialect: Dialect) -> Mapping[str, Callable[..., Any]]:
-    def in_float64(*given: Any) -> EMAState:
-        return vqref.update_ema(*given, dialect=dialect)
+    def in_float64(state: EMAState, latents: Array, indices: Array, *options: Any) -> EMAState:
+        decay, epsilon = options
+        return vqref.update_ema(state, latents, indices, decay, epsilon, dialect)
 
     def the_oracle(*given: Any) -> Any:
         after = in_float64(*given)
@@ -154,7 +155,8 @@ def right_averages(dialect: Dialect) -> Mapping[str, Callable[..., Any]]:
         single = (np.float32(array) for array in held)
         given = (*single, np.ascontiguousarray(latents), np.ascontiguousarray(indices))
         tensors = map(torch.from_numpy, given)
-        found = trained.update_ema(*tensors, *options, dialect, state.steps)
+        arguments: list[Any] = [*tensors, *options, dialect, state.steps]
+        found = trained.update_ema(*arguments)
         return tuple(tensor.numpy() for tensor in found)
 
     plain = {"one by one": Plain, "one-hot": OneHot, "sorted": Sorted}

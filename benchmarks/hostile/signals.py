@@ -178,7 +178,7 @@ def _state(pid: int, number: int) -> str:
     except OSError:
         return "late"
     caught, ignored = (
-        int(re.search(rf"{mask}:\s*(\w+)", status)[1], 16) for mask in ("SigCgt", "SigIgn")
+        int(re.findall(rf"{mask}:\s*(\w+)", status)[0], 16) for mask in ("SigCgt", "SigIgn")
     )
     if ignored >> (number - 1) & 1:
         return "late"

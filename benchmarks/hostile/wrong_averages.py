@@ -119,15 +119,17 @@ def shared(self: Plain, state: EMAState, *given: Any) -> Any:
 
 
 def in_dialect(name: str) -> Callable[..., Any]:
-    def update(self: Plain, *given: Any) -> Any:
-        after = vqref.update_ema(*given, dialect=DIALECTS[name])
+    def update(self: Plain, state: EMAState, *given: Any) -> Any:
+        latents, indices, decay, epsilon = given
+        after = vqref.update_ema(state, latents, indices, decay, epsilon, DIALECTS[name])
         return tuple(a.astype(Single) for a in (after.codebook, after.ema_count, after.ema_means))
 
     return update
 
 
 def miscounted(self: Plain, *given: Any) -> EMAState:
-    return EMAState(*Plain.update(self, *given), steps=1)
+    codebook, count, means = Plain.update(self, *given)
+    return EMAState(codebook, count, means, steps=1)
 
 
 def dropped(where: Callable[[Array, int], Any]) -> dict[str, Any]:
@@ -227,7 +229,7 @@ UPDATES: Mapping[str, Mutation] = {
     "hits as a share of the batch": mutation(
         "one_step", hits=lambda self, i, k: Plain.hits(self, i, k) / max(1, i.size)
     ),
-    "float16 averages": returns("one_step", lambda after, *_: (a.astype("e") for a in after)),
+    "float16 averages": returns("one_step", lambda after, *_: tuple(a.astype("e") for a in after)),
     "an empty batch leaves all as it is": returns("no_latents", lambda after, state, x, i, *_: (
         after if i.size else (state.codebook, state.ema_count, state.ema_means))),
     "a decay of at least .5": updates(
@@ -394,6 +396,17 @@ def update_first(self: Plain, state: EMAState, latents: Array, *options: Any) ->
     return (*Plain.quantize(self, latents, after[0]), after)
 
 
+def later(after: tuple[Array, Array, Array], state: EMAState) -> EMAState:
+    """The state after one more update."""
+    codebook, count, means = after
+    return EMAState(codebook, count, means, state.steps + 1)
+
+
+def copied(source: Array, target: Array) -> Array:
+    target[...] = source
+    return target
+
+
 def overwrites(name: str) -> Callable[..., Any]:
     """What it made is written into the caller's state."""
 
@@ -462,13 +475,13 @@ STEPPING: Mapping[str, Mutation] = {
         lambda self, i, q, after, s, *given: (i, q, (s.codebook, s.ema_count, s.ema_means)),
     ),
     "updated twice": stepped("order", lambda self, i, q, after, s, x, *options: (
-        i, q, self.update(EMAState(*after, steps=s.steps + 1), x, i, *options))),
+        i, q, self.update(later(after, s), x, i, *options))),
     "the caller's codebook overwritten": steps("step_state_kept", overwrites("codebook")),
     "the caller's count overwritten": steps("step_state_kept", overwrites("ema_count")),
     "the caller's means overwritten": steps("step_state_kept", overwrites("ema_means")),
     "the caller's latents overwritten": stepped(
         "step_state_kept",
-        lambda self, i, q, after, s, x, *options: (np.copyto(x, q), (i, q, after))[1],
+        lambda self, i, q, after, s, x, *options: (copied(q, x), (i, q, after))[1],
     ),
     "a decay of .9 from the second call": steps("step_long_run", with_options(
         lambda self, decay, eps: (decay if self.calls < 2 else 0.9, eps))),

@@ -40,9 +40,12 @@ PROBED_TOKENS = 64
 """Codes decoded in every position, evenly spread, beside those that the images chose; on a grid,
 one code per position."""
 
-GRADIENT_IMAGES = 4
-"""Images at most on which gradients are compared: the oracle takes several times as long
-for them."""
+GRADIENT_IMAGES, IMAGES_PER_GRADIENT = 4, 4
+"""Images at most on which gradients are compared, and one of how many: the oracle takes several
+times as long for them."""
+
+Gradients = dict[bytes, list[Mapping[str, Float64]]]
+"""Of every parameter, and sums of the terms' magnitudes, by the bytes of the indices taken."""
 
 SOFTPLUS_FLOOR = 0.01
 """Of a value of an image, the nats that its loss is judged beside at the least: near 0, so much
@@ -151,8 +154,9 @@ def compare(
     if backend.reset:
         state = EMAState.from_params(params, steps, normalized=spec.normalized)
         checks += _check_reset(backend.reset, state, case, (decay, epsilon, dialect))
+    pulls: Gradients = {}
     for precision, pulled in backend.gradients.items():
-        checks.append(_check_gradients(pulled, precision, case, beta))
+        checks.append(_check_gradients(pulled, precision, case, beta, pulls))
     return Report(tuple(checks), len(case.images))
 
 
@@ -418,18 +422,21 @@ def _check_gradients(
     precision: str,
     case: _Case,
     beta: float,
+    known: Gradients,
 ) -> Check:
     """The gradient of every parameter on a few of the images, with the codes that were taken there:
-    another code at a near tie is another gradient.
+    another code at a near tie is another gradient. known: the oracle's, by these codes.
 
     A bias is judged beside its row's weight, too: those of keys, and those before a norm of single
     channels, move no result, so that their gradients are rounding and nothing else.
     """
-    images = case.images[:GRADIENT_IMAGES]
+    images = case.images[: min(GRADIENT_IMAGES, -(-len(case.images) // IMAGES_PER_GRADIENT))]
     indices, found = pulled(images)
-    exact, terms = (
-        of(case.spec, case.params, images, beta, indices) for of in (gradients, gradient_terms)
-    )
+    if (codes := indices.tobytes()) not in known:
+        known[codes] = [
+            of(case.spec, case.params, images, beta, indices) for of in (gradients, gradient_terms)
+        ]
+    exact, terms = known[codes]
     sizes = {name: np.abs(each) + np.abs(terms[name]) for name, each in exact.items()}
     for name, size in sizes.items():
         if name.endswith(".bias"):
