@@ -73,7 +73,7 @@ EVERY_RULE = {
 RECIPES = {"post": {}, "every rule": EVERY_RULE, "sonnet": {"dialect": "sonnet"}}
 
 
-@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES)
+@pytest.fixture(scope="module", params=RECIPES.values(), ids=list(RECIPES))
 def whole(request, tmp_path_factory, many_images):
     """A recipe, and what a run of it ends with that nobody stopped."""
     run = trainer(tmp_path_factory.mktemp("whole"), many_images, **request.param)
