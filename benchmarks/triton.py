@@ -170,7 +170,7 @@ def main() -> None:
             ends = ends[ends < len(images)]  # of requests of 1 to 4 images
             told = asked(client, "tokenizer", {"images": images}, "indices", ends)
             shown = asked(client, "detokenizer", {"indices": tokens}, "reconstructions", ends)
-            found = {
+            found: dict[str, Any] = {
                 "tokens": tokens.size,
                 "differ": int((told != tokens).sum()),
                 "pictures off by": float(np.abs(shown - pictures).max()),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.resources
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -160,3 +162,38 @@ def refused(run: Run) -> Callable[..., str]:
         return done.stderr
 
     return expect
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A browser, without a window."""
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra test")
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)}")
+    with api.sync_playwright() as started:
+        # its sandbox wants rights that a container has not; the pages are our own
+        browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def barriers() -> Callable[[Any], list[tuple[str, str]]]:
+    """Looks for barriers in a page with axe-core: the rules that are broken, and how gravely.
+
+    The page's context must have ``bypass_csp``: axe-core is a script that no page came with.
+    """
+    pytest.importorskip("axe_playwright_python", reason="needs axe-core, of the extra test")
+    source = importlib.resources.files("axe_playwright_python") / "axe.min.js"
+
+    def look(page: Any) -> list[tuple[str, str]]:
+        page.evaluate(source.read_text(encoding="utf-8"))
+        found = page.evaluate("axe.run()")
+        assert len(found["passes"]) > 10  # it looked
+        return [(one["id"], one["impact"]) for one in found["violations"]]
+
+    return look

@@ -221,7 +221,7 @@ def test_every_code_is_probed_at_every_position_or_at_one_place_of_a_grid(model,
         assert tokens.shape[1] == each.spec.latent_size
     assert all(set(column) == set(range(16)) for column in stages._probe_tokens(model.spec).T)
     latents = stages._probe_latents(model.spec, model.params[CODEBOOK])
-    assert latents.shape == (4, 4, 8)
+    assert latents.shape == (64, 4, 8)  # 16 rows, and 240 points between two
 
 
 def test_reconstructions_may_be_off_by_what_the_outputs_may_be_times_the_slope(residual_model):

@@ -217,6 +217,14 @@ def test_the_command_learns_keeps_its_tokens_and_evaluate_counts_them(
     assert all(len(line) <= 80 for line in said[0].splitlines())
     pictures = {path.name for path in (tmp_path / "runs/i-prior/pictures").iterdir()}
     assert pictures == {"epoch-001-samples-1.png", "epoch-001-samples-0.8.png"}
+    report = (tmp_path / "runs/i-prior/report.html").read_text()
+    assert "Finished: the prior of epoch 1 is kept." in report
+    (cost,) = re.findall(r'"name":"held out","kind":1,"values":\[([^]]*)\]', report)
+    metrics = json.loads((tmp_path / "runs/i-prior/metrics.jsonl").read_text())
+    assert float(cost) == metrics["held_out"]
+    for phrase in ("Samples at temperature 1", "Samples at temperature 0.8", "log_probabilities"):
+        assert phrase in report
+    assert "python -m vqdeploy export p.pt" in report
     nats = re.search(r"this prior +([\d.]+) nats", said[0])[1]
     assert read_model(tmp_path / "p.pt").prior.metrics["held_out"] == pytest.approx(
         float(nats), abs=0.01

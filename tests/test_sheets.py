@@ -7,7 +7,7 @@ from PIL import Image
 from vqref import families
 from vqref.host.colours import code_colours
 from vqref.host.sheets import GAP, SHEET_PIXELS, save_pairs, save_sheet, save_square
-from vqtrain.run.pictures import save_curves, save_tokens, save_use
+from vqtrain.run.pictures import save_tokens
 
 RNG = np.random.default_rng(0)
 
@@ -110,23 +110,3 @@ def test_few_codes_of_few_elements_have_colours(codes, size):
     found = code_colours(RNG.normal(0, 1, (codes, size)), np.ones(codes, np.int64))
     assert found.shape == (codes, 3)
     assert np.isfinite(found).all()
-
-
-@pytest.mark.parametrize("hits", [[7], [0, 3, 0], list(range(64)), [5] * 300, [1] + [0] * 16_383])
-def test_the_use_of_any_codebook_can_be_drawn(tmp_path, hits):
-    save_use(tmp_path / "use.png", np.array(hits))
-    with Image.open(tmp_path / "use.png") as picture:
-        assert picture.size == (800, 400)
-
-
-def test_curves_show_what_was_measured(tmp_path):
-    training = {"bound": 1.0, "perplexity": 2.0}
-    measured = {**training, "nmse": 0.1, "psnr": 20.0, "mean_psnr": 21.0, "ssim": 0.9}
-    sizes = []
-    proved = {**measured, "proved": 0.9}
-    for more in ({}, {"held_out": measured}, {"training_sample": measured}, {"held_out": proved}):
-        history = [{"epoch": epoch, **training, **more} for epoch in (1, 2)]
-        save_curves(tmp_path / "curves.png", history, 64)
-        with Image.open(tmp_path / "curves.png") as picture:
-            sizes.append(picture.size)
-    assert sizes == [(900, 340), (1350, 680), (1350, 680), (1350, 1020)]

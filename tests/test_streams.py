@@ -585,7 +585,7 @@ def test_ranks_add_up_their_broken_images(shards, images):
         made.broken.known.update(known)
         return made
 
-    said = []
+    said: list[str] = []
     batches(2, "a: why").join(lambda mine: [*mine, "b: why"])
     assert said == ["broken, left out (2 of at most 2): b: why"]
     with pytest.raises(InputError, match="2 broken images, more than --max-broken 1: b: why"):

@@ -33,7 +33,7 @@ HOMES = {
     "onnx": ("vqdeploy/graphs",),
     "onnxruntime": ("vqdeploy/runtime",),
     "scipy": ("vqtrain",),
-    "matplotlib": ("vqtrain/run",),
+    "bokeh": ("vqtrain/run",),
     "tqdm": ("vqtrain/run",),
     "filelock": ("vqtrain/run",),
     "tomli_w": ("vqtrain/run",),

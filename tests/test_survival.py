@@ -119,7 +119,7 @@ PHASES = {
     "checking": ("vqtrain.run.trainer.check_against_oracle", 143, True),
     "training": ("vqtrain.run.trainer.training_step", 143, True),
     "evaluation": ("vqtrain.run.trainer.evaluate", 143, True),
-    "drawing": ("vqtrain.run.pictures.save_curves", 143, True),
+    "drawing": ("vqtrain.run.webreport.page_of", 143, True),
     "saving": ("vqtrain.run.trainer.save_state", 143, True),
     "publishing": ("vqtrain.run.trainer.write_model", 143, True),
 }

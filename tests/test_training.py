@@ -324,7 +324,7 @@ def test_a_folder_keeps_the_run_and_a_file_the_model(place, images):
         np.testing.assert_array_equal(
             read_model(path).params["encoder.conv1.weight"], model.params["encoder.conv1.weight"]
         )
-    assert (kept / "curves.png").exists()
+    assert (kept / "report.html").exists()
     assert [*(kept / "pictures").iterdir()]
     options = tomllib.loads((kept / "options.toml").read_text())
     assert options["run"] == {"check_images": 4, "held_out": 0.25}

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from vqref.agreement import Backend, Report, compare
 from vqref.agreement.advance import CLAIM, NARROW, count_proved
-from vqref.agreement.budget import seconds_per_proof
+from vqref.agreement.budget import FEWEST, images_within, seconds_per_proof
+from vqref.agreement.stages import PROBED_TOKENS
 from vqref.spec import ModelSpec
 from vqref.validation import Array, Params
 from vqtrain.device import arithmetic
@@ -28,10 +29,16 @@ PROOF_SECONDS, FEWEST_PROVED, MOST_PROVED, TRAINED_PER_PROOF = 1.0, 8, 64, 150
 images; how many are trained on for each. A proof takes about three training steps' time per
 image."""
 
+TRAINED_PER_CHECK = 800
+"""How many images are trained on for each that is checked after an epoch. A check takes about
+sixteen training steps' time per image."""
 
-def check_against_oracle(model: VQVAE, images: Array, options: TrainingOptions) -> Report:
+
+def check_against_oracle(
+    model: VQVAE, images: Array, options: TrainingOptions, *, probed: int = PROBED_TOKENS
+) -> Report:
     """Every stage, the losses, one step of the averages and every rule for the codebook, on real
-    images (N, C, H, W) in [0, 1], beside the oracle.
+    images (N, C, H, W) in [0, 1], beside the oracle. probed: as of ``compare``.
 
     The model is left as it is. The report says; the caller acts on a violation.
     """
@@ -46,13 +53,20 @@ def check_against_oracle(model: VQVAE, images: Array, options: TrainingOptions) 
             epsilon=options.epsilon,
             dialect=model.quantizer.dialect,
             steps=int(model.quantizer.steps),
+            probed=probed,
         )
 
 
+def images_to_check(spec: ModelSpec, trained: int) -> int:
+    """How many images the check after an epoch on ``trained`` images takes: about a fiftieth of
+    what the epoch takes on a processor, at least FEWEST if that many fit one check."""
+    return min(images_within(spec), max(FEWEST, trained // TRAINED_PER_CHECK))
+
+
 def images_to_prove(spec: ModelSpec, trained: int) -> int:
-    """Of how many images an epoch on ``trained`` images proves the tokens: about a fiftieth of what
-    the epoch takes on a processor, and PROOF_SECONDS at most; 0 if these say too little, fewer than
-    FEWEST_PROVED."""
+    """Of how many images an epoch on ``trained`` images proves the tokens: about a fiftieth of
+    what the epoch takes on a processor, and PROOF_SECONDS at most; 0 if these say too little, fewer
+    than FEWEST_PROVED."""
     within = int(PROOF_SECONDS / seconds_per_proof(spec))
     count = min(MOST_PROVED, trained // TRAINED_PER_PROOF, within)
     return count if count >= FEWEST_PROVED else 0

@@ -51,6 +51,13 @@ class VerifyOptions(PicturesOptions, BundleOptions):
         help="where to write what was proved, and on what (default: certificate.json in the "
         "bundle, with --samples)",
     )
+    html: Path | None = option(
+        "--html",
+        default=None,
+        type=Path,
+        metavar="FILE",
+        help="where to write the same as a page to look at",
+    )
     manifest_sha256: str | None = option(
         "--manifest-sha256",
         default=None,
@@ -69,8 +76,9 @@ class VerifyOptions(PicturesOptions, BundleOptions):
 
 def run(options: VerifyOptions) -> int:
     from vqdeploy.bundle import Bundle
-    from vqdeploy.proof.certificate import CERTIFICATE, write_certificate
+    from vqdeploy.proof.certificate import CERTIFICATE, certify, write_certificate
     from vqdeploy.proof.signature import require_signature
+    from vqdeploy.proof.webcertificate import write_page
     from vqdeploy.runtime.sessions import quiet
     from vqdeploy.verify import verify
     from vqref.host.files import require_writable
@@ -79,13 +87,16 @@ def run(options: VerifyOptions) -> int:
     if options.public_key is not None:
         require_signature(bundle, options.public_key)
     certificate = options.certificate or (bundle.path / CERTIFICATE if options.samples else None)
-    if certificate:
-        require_writable(certificate)
+    wanted = [path for path in (certificate, options.html) if path is not None]
+    for path in wanted:
+        require_writable(path)
     images, compared, said = _images(options, bundle)
     quiet()
     found = verify(bundle, options.device, images, options.samples, options.threads)
     if certificate:
         write_certificate(certificate, bundle, found, compared)
+    if options.html:
+        write_page(options.html, bundle, certify(bundle, found, compared))
     if options.json:
         told = {
             "bundle": str(options.bundle),
@@ -101,8 +112,8 @@ def run(options: VerifyOptions) -> int:
         for line in said:
             print(line)
         _tell(options, bundle, found, compared)
-        if certificate:
-            print(f"wrote {certificate}")
+        for path in wanted:
+            print(f"wrote {path}")
     return ExitCode.DONE if found.report.passed else ExitCode.PARITY
 
 

@@ -32,14 +32,12 @@ REFUTED_BY = (
 )
 
 
-def write_certificate(
-    path: Path, bundle: Bundle, found: Verified, compared: Mapping[str, Any]
-) -> None:
-    """Writes the certificate of a ``verify`` of ``bundle``. Raises OSError.
+def certify(bundle: Bundle, found: Verified, compared: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of the certificate of a ``verify`` of ``bundle``, plain data.
 
     compared: what it was verified on, plain data.
     """
-    content = {
+    return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "manifest_sha256": bundle.sha256,
@@ -59,7 +57,13 @@ def write_certificate(
         "proved": found.proved and {**found.proved, "refuted_by": advance.REFUTED_BY},
         "report": found.report.to_dict(),
     }
-    write_file(path, sealed(content))
+
+
+def write_certificate(
+    path: Path, bundle: Bundle, found: Verified, compared: Mapping[str, Any]
+) -> None:
+    """Writes what ``certify`` gives, sealed. Raises OSError."""
+    write_file(path, sealed(certify(bundle, found, compared)))
 
 
 def read_certificate(path: Path) -> dict[str, Any]:

@@ -32,13 +32,20 @@ PROBED_ROWS = 1024
 """Codebook rows fed to the quantizer as latents, evenly spread: a damaged row shows even if no
 image is near it."""
 
+MIXED_ROWS, MIXED_BY = 256, 0.4
+"""Probes between two of these rows, evenly spread over all pairs, and how far they are from the
+first: a wrong distance shows even if there are few images."""
+
 PROBED_TOKENS = 64
 """Codes decoded in every position, evenly spread, beside those that the images chose; on a grid,
 one code per position."""
 
-GRADIENT_IMAGES = 4
-"""Images at most on which gradients are compared: the oracle takes several times as long
-for them."""
+GRADIENT_IMAGES, IMAGES_PER_GRADIENT = 4, 4
+"""Images at most on which gradients are compared, and one of how many: the oracle takes several
+times as long for them."""
+
+Gradients = dict[bytes, list[Mapping[str, Float64]]]
+"""Of every parameter, and sums of the terms' magnitudes, by the bytes of the indices taken."""
 
 SOFTPLUS_FLOOR = 0.01
 """Of a value of an image, the nats that its loss is judged beside at the least: near 0, so much
@@ -105,11 +112,13 @@ def compare(
     dialect: Dialect = POST,
     steps: int = 0,
     known: Forward | None = None,
+    probed: int = PROBED_TOKENS,
 ) -> Report:
     """Holds every stage of ``backend`` to the oracle on images (N, C, H, W) in [0, 1].
 
     beta, decay, epsilon, dialect, steps: of the losses and the averages, as in ``vqref``.
     known: ``vqref.forward`` of the same parameters and images, if the caller has it.
+    probed: how many codes at most the decoder is fed beside the images' tokens.
     The report says what was found. Raises ValueError alone, for parameters or images that do not
     fit the spec.
     """
@@ -126,7 +135,7 @@ def compare(
     if backend.tokenizer:
         checks.append(_check_tokenizer(backend.tokenizer, case))
     if backend.decoder or backend.detokenizer or backend.losses:
-        checks += _check_decoder(backend, case, known, beta)
+        checks += _check_decoder(backend, case, known, beta, probed)
     if backend.ema:
         state = EMAState.from_params(params, steps, normalized=spec.normalized)
         moved = backend.ema(case.latents, case.indices)
@@ -145,8 +154,9 @@ def compare(
     if backend.reset:
         state = EMAState.from_params(params, steps, normalized=spec.normalized)
         checks += _check_reset(backend.reset, state, case, (decay, epsilon, dialect))
+    pulls: Gradients = {}
     for precision, pulled in backend.gradients.items():
-        checks.append(_check_gradients(pulled, precision, case, beta))
+        checks.append(_check_gradients(pulled, precision, case, beta, pulls))
     return Report(tuple(checks), len(case.images))
 
 
@@ -242,11 +252,11 @@ def latents_error(spec: ModelSpec, unscaled: Float64, precision: str) -> Float64
 
 
 def _check_decoder(
-    backend: Backend, case: _Case, known: Forward | None, beta: float
+    backend: Backend, case: _Case, known: Forward | None, beta: float, probed: int
 ) -> Iterator[Check]:
     """Decoder and detokenizer on the images' tokens and on probes, and the losses of the former."""
     spec, dtype = case.spec, case.latents.dtype
-    tokens = np.concatenate([case.indices, _probe_tokens(spec)])
+    tokens = np.concatenate([case.indices, _probe_tokens(spec, probed)])
     quantized = case.codebook[tokens].astype(dtype)
     exact = _decode_but_known(spec, case, quantized, known)
     if backend.decoder:
@@ -296,16 +306,22 @@ def _loss_magnitudes(spec: ModelSpec, losses: Float64) -> Float64:
 
 
 def _probe_latents(spec: ModelSpec, codebook: Array) -> Array:
-    """Rows of the codebook as latents (n, S, D)."""
+    """Rows of the codebook, and points between two of them, as latents (n, S, D). Row
+    first - 1 - second, counted from the end if negative, is never row first."""
     rows = codebook[_spread(spec.num_codes, PROBED_ROWS)]
-    n = -(-len(rows) // spec.latent_size)
-    return np.resize(rows, (n, spec.latent_size, spec.code_size))
+    first, second = np.divmod(_spread(len(rows) * (len(rows) - 1), MIXED_ROWS), len(rows) - 1)
+    mixed = (1 - MIXED_BY) * rows[first] + MIXED_BY * rows[first - 1 - second]
+    if spec.normalized:
+        mixed /= np.linalg.norm(mixed, axis=1, keepdims=True).clip(min=LEAST_LENGTH)
+    probes = np.concatenate([rows, mixed])
+    n = -(-len(probes) // spec.latent_size)
+    return np.resize(probes, (n, spec.latent_size, spec.code_size))
 
 
-def _probe_tokens(spec: ModelSpec) -> Int64:
+def _probe_tokens(spec: ModelSpec, most: int = PROBED_TOKENS) -> Int64:
     """Indices (n, S). Each probed code stands in each position, neighbours in a row being different
     codes; on a grid, whose positions share their weights, in one position each."""
-    codes = _spread(spec.num_codes, PROBED_TOKENS)
+    codes = _spread(spec.num_codes, most)
     if len(spec.latent_shape) > 1:
         n = -(-len(codes) // spec.latent_size)
         return np.resize(codes, (n, spec.latent_size))
@@ -406,18 +422,21 @@ def _check_gradients(
     precision: str,
     case: _Case,
     beta: float,
+    known: Gradients,
 ) -> Check:
     """The gradient of every parameter on a few of the images, with the codes that were taken there:
-    another code at a near tie is another gradient.
+    another code at a near tie is another gradient. known: the oracle's, by these codes.
 
     A bias is judged beside its row's weight, too: those of keys, and those before a norm of single
     channels, move no result, so that their gradients are rounding and nothing else.
     """
-    images = case.images[:GRADIENT_IMAGES]
+    images = case.images[: min(GRADIENT_IMAGES, -(-len(case.images) // IMAGES_PER_GRADIENT))]
     indices, found = pulled(images)
-    exact, terms = (
-        of(case.spec, case.params, images, beta, indices) for of in (gradients, gradient_terms)
-    )
+    if (codes := indices.tobytes()) not in known:
+        known[codes] = [
+            of(case.spec, case.params, images, beta, indices) for of in (gradients, gradient_terms)
+        ]
+    exact, terms = known[codes]
     sizes = {name: np.abs(each) + np.abs(terms[name]) for name, each in exact.items()}
     for name, size in sizes.items():
         if name.endswith(".bias"):

@@ -16,7 +16,7 @@ EXTRAS = {
     "requests": "train",
     "filelock": "train",
     "tomli_w": "train",
-    "matplotlib": "train",
+    "bokeh": "train",
     "PIL": "pictures",
     "pyarrow": "parquet",
     "ray": "ray",

@@ -240,7 +240,7 @@ def _trained(
     name = f"{Path(source).stem}-prior"
     folder, state = open_run(options.runs, options.name, name, options.resume, course, say, fits)
     try:
-        work = PriorWork(device, folder, say)
+        work = PriorWork(device, folder, say, output=options.output or options.model)
         found = PriorTrainer(spec, how, model, train, held_out, work, course, state).run()
     finally:
         folder.release()

@@ -200,7 +200,8 @@ class CheckOptions:
         default=None,
         type=positive,
         metavar="N",
-        help="images of each check (default: as many as take about two seconds, 4 to 64)",
+        help="images of each check (default: as many as take about two seconds, 4 to 64, before "
+        "the first step and at the end; after an epoch, one for each 800 trained on, at least 4)",
     )
     check_every: int = option(
         "--check-every",

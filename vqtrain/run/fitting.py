@@ -18,8 +18,7 @@ from vqref.errors import InputError
 from vqref.host.streams import plain
 from vqref.modelfile import require_plain
 from vqref.spec import NETWORKS, ModelSpec
-from vqtrain.run.metrics import Fidelity, Metrics
-from vqtrain.run.pictures import MEASURED
+from vqtrain.run.metrics import MEASURED, Fidelity, Metrics
 
 DEVICES_OWN = ("lr", "fused", "capturable", "foreach")
 """What a group of the optimizer says that differs from device to device. It is not taken over."""

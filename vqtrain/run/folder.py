@@ -22,9 +22,10 @@ from vqtrain.run.snapshot import (
     require_same_course,
 )
 
-OPTIONS, METRICS, MODEL, SNAPSHOTS, PICTURES = (
+OPTIONS, METRICS, USE, MODEL, SNAPSHOTS, PICTURES = (
     "options.toml",
     "metrics.jsonl",
+    "use.jsonl",
     "model.pt",
     "snapshots",
     "pictures",
@@ -44,7 +45,9 @@ class RunFolder:
 
     options.toml   the resolved options, which ``--config`` reads back
     metrics.jsonl  a line per epoch
+    use.jsonl      a line per epoch: how often codes were chosen
     pictures/      PNGs of every epoch
+    report.html    all of that to look at, see ``vqtrain.run.webreport``
     snapshots/     the last two states
     model.pt       the model after the last full epoch
 
@@ -92,6 +95,34 @@ class RunFolder:
         repeats none."""
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write_file(self.path / METRICS, lines.encode())
+
+    def settings(self) -> dict[str, Any]:
+        """The tables that ``write_options`` wrote; none if there are none. Raises OSError,
+        ValueError."""
+        import tomllib
+
+        path = self.path / OPTIONS
+        if not path.exists():
+            return {}
+        return tomllib.loads(path.read_bytes().decode(errors="surrogateescape"))
+
+    def write_use(self, epoch: int, use: Mapping[str, Any]) -> None:
+        """Adds the use of codes of an epoch, plain data, to that of the epochs before."""
+        kept = {number: line for number, line in self.read_use().items() if number < epoch}
+        lines = "".join(
+            json.dumps(line) + "\n" for line in (*kept.values(), {"epoch": epoch, **use})
+        )
+        write_file(self.path / USE, lines.encode())
+
+    def read_use(self) -> dict[int, dict[str, Any]]:
+        """What ``write_use`` wrote, by epoch; lines that are damaged are passed over."""
+        found = {}
+        path = self.path / USE
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with suppress(ValueError, TypeError, KeyError):
+                use = json.loads(line)
+                found[int(use["epoch"])] = use
+        return found
 
 
 def read_options(path: Path) -> dict[str, Option]:

@@ -21,6 +21,9 @@ from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
 from vqtrain.run.ranks import ALONE, Ranks
 
+MEASURED = {"held_out": "held out", "training_sample": "sample of training"}
+"""The sets that are measured after an epoch, and what they are called."""
+
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 """The constants of Wang et al. (2004): the Gaussian window in pixels, and (K1 L)² and (K2 L)² for
@@ -160,17 +163,22 @@ def evaluate(
     variance: of the data, by which ``nmse`` divides. measured: takes after each batch how many
     images are done. Memory does not grow with the number of images.
     """
-    spec, device = model.spec, model.quantizer.codebook.device
-    meter = Meter(spec, device)
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    spec, codebook = model.spec, model.quantizer.codebook
+    meter = Meter(spec, codebook.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=codebook.device)
     with arithmetic("float32"):
+        few = spec.latent_size == 1 and spec.num_codes < len(batches.images)
+        codes = codebook[:, None].split(batches.at_once) if few else ()
+        table = torch.cat([model.decoder(part) for part in codes]) if few else None
         for images in batches.in_order():
-            out = model(images)
+            found = model.encoder(images).to(codebook.dtype)
+            indices, rows = model.quantizer(found)
+            shown = model.decoder(rows) if table is None else table[indices[:, 0]]
             x, outputs, latents, quantized = (
-                each.double() for each in (images, out.outputs, out.latents, out.quantized)
+                each.double() for each in (images, shown, found, rows)
             )
             losses = compute_losses(spec, x, outputs, latents, quantized, options.beta)
-            meter.add(losses, out.indices)
+            meter.add(losses, indices)
             y = mean(spec, outputs)
             errors = (x - y).square().mean(dim=(1, 2, 3))  # (N,)
             sums += torch.stack([errors.sum(), decibels(errors).sum(), ssim(x, y).sum()])

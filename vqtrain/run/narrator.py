@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,9 @@ from vqref.validation import Array, Int64
 from vqtrain.likelihoods import mean
 from vqtrain.model import VQVAE
 from vqtrain.run import pictures
-from vqtrain.run.folder import RunFolder
+from vqtrain.run.folder import MODEL, OPTIONS, RunFolder
+from vqtrain.run.metrics import MEASURED
+from vqtrain.run.webreport import Story, line_of, write_report
 
 SHOWN_IMAGES, SHOWN_SAMPLES, SHOWN_CODES = 32, 64, 1024
 """The most images of each kind that a picture shows."""
@@ -41,6 +45,23 @@ def say(line: str) -> None:
 def kind_of_set(line: Line) -> str:
     """What the measured images of an epoch are: "held_out", or "training_sample"."""
     return "held_out" if "held_out" in line else "training_sample"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands.
+
+    verdict: in a sentence. good: True for one that is finished, False for one that failed.
+    output: where the model of a finished run went, if a copy was wanted. ranks: that train.
+    origin: data and machine, tables by their captions. disagreement: the check that ended it.
+    """
+
+    verdict: str
+    good: bool | None
+    output: Path | None
+    ranks: int
+    origin: Mapping[str, Mapping[str, Any]]
+    disagreement: Report | None = None
 
 
 class Narrator:
@@ -103,13 +124,13 @@ class Narrator:
         self.writer.flush()
 
     @torch.no_grad()
-    def draw(self, model: VQVAE, images: Array, hits: Int64, history: Sequence[Line]) -> None:
-        """Draws the pictures of an epoch, and the curves so far.
+    def draw(self, model: VQVAE, images: Array, hits: Int64, epoch: int) -> None:
+        """Draws the pictures of an epoch, and keeps its use of codes.
 
         images (N, C, H, W): shown beside their reconstructions. hits (K,): how often the epoch
         chose each code.
         """
-        epoch, quantizer = history[-1]["epoch"], model.quantizer
+        quantizer = model.quantizer
         on_device = torch.from_numpy(images).to(quantizer.codebook.device)
         indices = quantizer(model.encoder(on_device))[0].cpu()
         path, decoded = self.folder.picture(epoch, "reconstructions"), self._decoded(model, indices)
@@ -119,8 +140,7 @@ class Narrator:
         else:
             colours = code_colours(quantizer.codebook.cpu().numpy(), hits)
             pictures.save_tokens(path, self.spec, images, decoded, indices.numpy(), colours)
-            pictures.save_use(self.folder.picture(epoch, "use"), hits)
-        pictures.save_curves(self.folder.path / "curves.png", history, self.spec.num_codes)
+        self.folder.write_use(epoch, pictures.use_of_codes(hits))
 
     def _draw_codes(self, model: VQVAE, hits: Int64, epoch: int) -> None:
         """Draws samples of the uniform prior, and each code at all places, the most used first."""
@@ -131,6 +151,53 @@ class Narrator:
         by_use = np.argsort(-hits, kind="stable")[: self._at_most(SHOWN_CODES)]
         codes = torch.from_numpy(by_use)[:, None].expand(-1, size)
         save_square(self.folder.picture(epoch, "codebook"), self._decoded(model, codes))
+
+    def report(self, history: Sequence[Line], standing: Standing) -> None:
+        """Writes ``report.html``: the epochs so far, at least one, and how the run stands."""
+        measured_as = kind_of_set(history[-1])
+        checked = [line for line in history if "oracle" in line][-1:]
+        oracle = checked[0]["oracle"] if checked else None
+        when = f"After epoch {checked[0]['epoch']}" if checked else ""
+        if standing.disagreement is not None:
+            oracle, when = standing.disagreement.to_dict(), "The check that failed"
+        story = Story(
+            name=self.folder.path.name,
+            verdict=standing.verdict,
+            good=standing.good,
+            history=[{**line, "measured": line[measured_as]} for line in history],
+            measured_as=MEASURED[measured_as],
+            oracle=oracle,
+            checked=f"{when}: the trainer's stages beside the oracle's",
+            settings=standing.origin,
+            following=self._following(standing),
+        )
+        write_report(self.folder, story, self.say)
+
+    def _following(self, standing: Standing) -> dict[str, str]:
+        """What to run next."""
+        run, model = self.folder.path, standing.output or self.folder.path / MODEL
+        if standing.good:
+            bundle = model.parent / f"{model.stem}-onnx"
+            return {
+                "Export the model, once its graphs agree with the oracle:": line_of(
+                    "python -m vqdeploy export", model
+                ),
+                "Verify the bundle, on any machine that runs it:": line_of(
+                    "python -m vqdeploy verify", bundle
+                ),
+                "Measure the model, and say what each figure means:": line_of(
+                    "python -m vqtrain evaluate", model
+                ),
+            }
+        ranks = f"torchrun --nproc-per-node {standing.ranks}" if standing.ranks > 1 else "python"
+        return {
+            "Go on with the run, if it has ended:": line_of(
+                f"{ranks} -m vqtrain --config", run / OPTIONS, "--resume", run
+            ),
+            "Export the model of the last full epoch:": line_of(
+                "python -m vqdeploy export", run / MODEL
+            ),
+        }
 
     def _decoded(self, model: VQVAE, indices: Tensor) -> Array:
         """Reconstructions (N, C, H, W) of indices (N, S), a few at a time."""

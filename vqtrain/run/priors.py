@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from vqtrain.run.fitting import require_like
 from vqtrain.run.folder import RunFolder
 from vqtrain.run.progress import Due, duration
 from vqtrain.run.snapshot import Course, save_state
+from vqtrain.run.webreport import Story, line_of, write_report
 
 MOMENTS = 0.9, 0.95
 """Of AdamW, as transformers are trained."""
@@ -97,12 +99,16 @@ def course_of_prior(spec: PriorSpec, options: PriorOptions, model: str, tokens: 
 
 @dataclass(frozen=True)
 class PriorWork:
-    """Where a prior is trained: nothing here changes what is computed on a given device."""
+    """Where a prior is trained: nothing here changes what is computed on a given device.
+
+    output: the model's file with its prior, if there is to be one.
+    """
 
     device: torch.device
     folder: RunFolder
     say: Callable[[str], None]
     pictures: bool = True
+    output: Path | None = None
 
 
 class PriorTrainer:
@@ -140,6 +146,7 @@ class PriorTrainer:
         self.sum, self.seconds, self.finished = 0.0, 0.0, False
         self.history: list[dict[str, Any]] = []
         self.best = self.module.params()
+        self.checked: Report | None = None
         if state is not None:
             self._load(state)
 
@@ -160,6 +167,7 @@ class PriorTrainer:
         except Interrupted as stop:
             if not self.finished:
                 self._save()
+                self._report(f"Interrupted in epoch {self.epoch + 1}, and saved.")
             done = f"interrupted in epoch {self.epoch + 1}, step {self.step}, and saved"
             raise Interrupted(stop.signum, f"{done}; the same command goes on") from None
 
@@ -244,6 +252,7 @@ class PriorTrainer:
         )
         if self.work.pictures:
             self._draw(line["epoch"])
+        self._report(f"{line['epoch']} of at most {self.options.epochs} epochs are done.")
 
     def _finish(self) -> Prior:
         self.module = modules.Prior(self.spec, self.best).to(self.work.device)
@@ -255,6 +264,7 @@ class PriorTrainer:
         with hold():
             self.finished = True
             self._save()
+        self._report(f"Finished: the prior of epoch {best['epoch']} is kept.", good=True)
         metrics = {**best, "history": self.history}
         training = {**dataclasses.asdict(self.options), "epochs_trained": self.epoch}
         return Prior(self.spec, self.best, self.course["model"], training, metrics)
@@ -267,8 +277,37 @@ class PriorTrainer:
         with torch.no_grad():
             found = self.module(rows).cpu().numpy()
         judged = check("log_probabilities", found, expected, precision="float32")
+        self.checked = Report((judged,))
         if not judged.passed:
-            raise ParityError(f"the prior disagrees with the oracle: {judged}", Report((judged,)))
+            raise ParityError(f"the prior disagrees with the oracle: {judged}", self.checked)
+
+    def _report(self, verdict: str, *, good: bool | None = None) -> None:
+        """Writes the report of the epochs so far, if pictures are wanted and there are any."""
+        if not (self.work.pictures and self.history):
+            return
+        output, following = self.work.output, dict[str, str]()
+        if good and output is not None:
+            following = {
+                "Export the model with its prior:": line_of("python -m vqdeploy export", output),
+                "Measure what tokens cost under it:": line_of("python -m vqtrain evaluate", output),
+            }
+        sizes = {"latents": self.spec.latent_size, "codes": self.spec.num_codes}
+        story = Story(
+            name=self.work.folder.path.name,
+            verdict=verdict,
+            good=good,
+            history=[{**line, "measured": {"nats": line["held_out"]}} for line in self.history],
+            measured_as="held out",
+            oracle=None if self.checked is None else self.checked.to_dict(),
+            checked="The last check: the prior beside the oracle's",
+            settings={
+                "Training": dataclasses.asdict(self.options),
+                "Prior": {"kind": self.spec.kind, "rows": len(self.spec.rows), **sizes},
+                "Tokens": {"trained on": len(self.tokens), "held out": len(self.measured)},
+            },
+            following=following,
+        )
+        write_report(self.work.folder, story, self.work.say)
 
     @torch.no_grad()
     def _draw(self, epoch: int) -> None:

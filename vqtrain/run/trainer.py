@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vqref.agreement.budget import images_within
 from vqref.agreement.report import Report
+from vqref.agreement.stages import PROBED_TOKENS
 from vqref.dialects import DIALECTS
 from vqref.errors import CommandError, InputError, ParityError
 from vqref.host.files import write_file
@@ -23,7 +24,7 @@ from vqref.host.images import ImageSet, to_unit_interval
 from vqref.host.interrupts import Interrupted, hold, watched
 from vqref.modelfile import Model
 from vqref.spec import ModelSpec
-from vqtrain.agreement import check_against_oracle, images_to_prove, share_proved
+from vqtrain.agreement import check_against_oracle, images_to_check, images_to_prove, share_proved
 from vqtrain.data.batches import Batches
 from vqtrain.data.holdout import record
 from vqtrain.data.stream_batches import batches_of
@@ -32,7 +33,7 @@ from vqtrain.modelfile import read_model, write_model
 from vqtrain.options import TrainingOptions
 from vqtrain.run.folder import MODEL, RunFolder
 from vqtrain.run.metrics import Meter, evaluate, least_reconstruction
-from vqtrain.run.narrator import Narrator, say
+from vqtrain.run.narrator import Narrator, Standing, say
 from vqtrain.run.progress import Progress
 from vqtrain.run.ranks import digest_of
 from vqtrain.run.recording import RecordedSteps, can_be_recorded
@@ -68,7 +69,8 @@ class Work:
     folder: the run's. output: where a copy of the model goes, if anywhere.
     snapshot_steps: steps between snapshots within an epoch.
     check_images: how many images a check against the oracle takes; None takes as many as it does in
-    about two seconds. check_every: epochs between checks.
+    about two seconds, and after an epoch as many as it does in a fiftieth of the epoch's time on a
+    processor. check_every: epochs between checks.
     say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
     record: whether steps on a card are recorded as CUDA graphs, if they can be.
     pictures: whether each epoch is drawn. bar: whether a terminal shows the progress of an epoch by
@@ -158,6 +160,8 @@ class Trainer:
         self.batches = batches_of(images, batch_size, device, self.work.say, part, at_once)
         self.measured = Batches(measured[first:last], batch_size, device, at_once=at_once)
         self.sample = to_unit_interval(images.train[:count])
+        checked = self.work.check_images or images_to_check(self.spec, len(images.train))
+        self.epoch_sample = self.sample[:checked]
         proved = images_to_prove(self.spec, len(images.train))
         self.proved_sample = to_unit_interval(measured[:proved])
         self.measured_sample = to_unit_interval(measured[:count])
@@ -178,14 +182,18 @@ class Trainer:
             if self.state.finished:
                 written = self.work.output or self.work.folder.path / MODEL
                 done = f"interrupted at its end; {written} is written"
+                self._report(self._finished(), good=True)
                 raise Interrupted(stop.signum, done) from None
             self._save()
             self.ranks.wait()  # none ends before it is saved
-            raise Interrupted(
-                stop.signum,
-                f"interrupted in epoch {self.state.epoch + 1}, step {self.state.step}, and saved; "
-                "the same command goes on",
-            ) from None
+            where = (
+                f"interrupted in epoch {self.state.epoch + 1}, step {self.state.step}, and saved"
+            )
+            self._report(f"{where.capitalize()}.")
+            raise Interrupted(stop.signum, f"{where}; the same command goes on") from None
+        except CommandError as error:
+            self._report(f"Failed: {error}", good=False, error=error)
+            raise
 
     def _run(self) -> Model:
         """Checks, the rest of the epochs, and the end."""
@@ -224,7 +232,8 @@ class Trainer:
             "data": self.provenance.get("data", {}).get("source"),
         }
         if epoch % self.work.check_every == 0 and self.ranks.first:
-            report = self._require_agreement(self.model, self.sample, f"after epoch {epoch}")
+            few, when = self.epoch_sample, f"after epoch {epoch}"
+            report = self._require_agreement(self.model, few, when, probed=len(few))
             line["oracle"] = report.to_dict()
             line["oracle_error_over_allowed"] = report.worst_error_over_allowed
         measured = evaluate(
@@ -251,7 +260,8 @@ class Trainer:
             self._publish()
         self.narrator.epoch(line)
         if self.work.pictures and self.ranks.first:
-            self.narrator.draw(self.model, self.shown, metrics.hits, state.history)
+            self.narrator.draw(self.model, self.shown, metrics.hits, epoch)
+        self._report(f"{epoch} of {self.options.epochs} epochs are done.")
         self.progress.ended()
 
     def _steps(self) -> None:
@@ -304,6 +314,7 @@ class Trainer:
                 write_file(self.work.output, path.read_bytes())
             self.state.finished = True
             self._save()
+        self._report(self._finished(), good=True)
         return model
 
     def _read_back(self, path: Path) -> Model:
@@ -345,6 +356,21 @@ class Trainer:
             state = {"course": self.course, **self.state.to_plain()}
             save_state(self.work.folder.snapshots, self._steps_taken(), state)
 
+    def _finished(self) -> str:
+        return f"Finished: {self.options.epochs} epochs."
+
+    def _report(
+        self, verdict: str, *, good: bool | None = None, error: CommandError | None = None
+    ) -> None:
+        """Writes the report of the epochs so far, if pictures are wanted and there are any."""
+        if not (self.work.pictures and self.ranks.first and self.state.history):
+            return
+        about = {**self.provenance}
+        origin = {"Data": about.pop("data", {}), "Machine": {**about.pop("versions", {}), **about}}
+        report = error.report if isinstance(error, ParityError) else None
+        standing = Standing(verdict, good, self.work.output, self.ranks.count, origin, report)
+        self.narrator.report(self.state.history, standing)
+
     def _require_equal_ranks(self) -> None:
         """Raises ParityError unless every rank holds the same parameters, bit for bit."""
         if (rank := self.ranks.different(digest_of(self.model.params()))) is not None:
@@ -355,12 +381,18 @@ class Trainer:
         return self.state.epoch * len(self.batches) + self.state.step
 
     def _require_agreement(
-        self, model: VQVAE, images: npt.NDArray[np.float32], when: str, *, aloud: bool = False
+        self,
+        model: VQVAE,
+        images: npt.NDArray[np.float32],
+        when: str,
+        *,
+        probed: int = PROBED_TOKENS,
+        aloud: bool = False,
     ) -> Report:
-        """Checks ``model`` against the oracle on images (N, C, H, W). Raises ParityError,
-        CommandError."""
+        """Checks ``model`` against the oracle on images (N, C, H, W). probed: as of ``compare``.
+        Raises ParityError, CommandError."""
         try:
-            report = check_against_oracle(model, images, self.options)
+            report = check_against_oracle(model, images, self.options, probed=probed)
         except ValueError as error:  # a weight or a stage that is no longer finite
             raise CommandError(f"the run diverged {when}: {error}; {self._kept()}") from None
         if not report.passed:
