@@ -168,18 +168,24 @@ def test_a_signal_while_the_model_is_published_does_not_promise_to_go_on(go):
 
 def test_kills_at_random_moments_lose_no_snapshot_and_end_at_the_same_bits(place, go):
     """A few here; ``python -m benchmarks.kills`` makes it as many as one likes."""
-    assert go("--name", "whole", "--output", "whole.pt").returncode == 0
-    rng = np.random.default_rng(0)
-    reached, kills = 0, 0
-    for _ in range(6):
-        process = subprocess.Popen(
-            [sys.executable, *RUN],
+
+    def begun(*more: str) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, *RUN, *more],
             cwd=place,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        time.sleep(rng.uniform(1.5, 6))
+
+    start = time.monotonic()
+    assert begun("--name", "whole", "--output", "whole.pt").wait() == 0
+    whole = time.monotonic() - start
+    rng = np.random.default_rng(0)
+    reached, kills = 0, 0
+    for _ in range(6):
+        process = begun()
+        time.sleep(rng.uniform(0.3, 0.9) * whole)
         process.kill()
         if process.wait() == 0:
             break
