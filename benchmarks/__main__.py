@@ -25,17 +25,18 @@ BLOCK = re.compile(r"(<!-- results: ([\w.]+) -->\n)```\n.*?```\n", re.DOTALL)
 def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, list[str]]:
     """What each benchmark is given, {name: arguments}; without the ones whose images are not."""
     tensorflow = [] if arguments.tensorflow is None else ["--tensorflow", arguments.tensorflow]
+    alone = [str(bundle) for bundle in bundles[:1]]
     found = {
         "training": tensorflow,
         "training_residual": [],
         "inference": [str(arguments.model)],
         "codec": [str(bundle) for bundle in bundles],
-        "install": [str(bundle) for bundle in bundles[:1]],
+        "install": alone,
         "many_codes": [],
         "vqgan": [],
         "ranks": ["--kills", "5"] if arguments.short else [],
         "streams": ["--images", "20000", "--turn", "4096"] if arguments.short else [],
-        "archives": [str(bundles[0]), *(["--images", "5000"] if arguments.short else [])],
+        "archives": [*alone, *(["--images", "5000"] if arguments.short else [])],
         "nearest": ["--plot", str(RESULTS / "nearest.png")],
         "epochs": ["--images", "6400", "--epochs", "2"] if arguments.short else [],
         "oracle": [],
@@ -47,6 +48,8 @@ def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, li
         **hostile(arguments),
     }
     tokens = ["--tokens", "20000", "--count", "40"] if arguments.short else []
+    if arguments.triton is not None:
+        found["triton"] = [*alone, arguments.triton]
     if arguments.data is not None:
         found["quality"] = ["--data", str(arguments.data)]
         found["advance"] = [str(arguments.model), str(arguments.data), *tokens]
@@ -141,6 +144,9 @@ def main() -> int:
     )
     parser.add_argument(
         "--tensorflow", metavar="PYTHON", help="an interpreter of an environment with TensorFlow"
+    )
+    parser.add_argument(
+        "--triton", metavar="FOLDER", help="that nvidia-pytriton is installed to; skipped without"
     )
     parser.add_argument(
         "--short", action="store_true", help="fewer kills, latents, images and seeds"

@@ -29,7 +29,7 @@ def test_the_tables_in_readme_are_the_stored_figures():
 
 def asked(**changes):
     """The runner's arguments: a model, and nothing else but the changes."""
-    nothing = {"data": None, "colour": None, "grid": None, "tensorflow": None}
+    nothing = {"data": None, "colour": None, "grid": None, "tensorflow": None, "triton": None}
     return argparse.Namespace(**{**nothing, "model": Path("m"), "short": True, **changes})
 
 
@@ -52,7 +52,7 @@ def test_benchmarks_whose_images_are_not_given_are_left_out():
 def test_every_benchmark_of_the_runner_is_a_module_with_a_table(tmp_path):
     for name in ("emoji-train.npz", "emoji-test.npz"):
         (tmp_path / name).touch()
-    found = commands(asked(data=Path("d"), colour=tmp_path, grid=Path("g")), [])
+    found = commands(asked(data=Path("d"), colour=tmp_path, grid=Path("g"), triton="t"), [])
     assert set(found) == {match[2] for match in BLOCK.finditer(README.read_text())}
     paths = [ROOT / "benchmarks" / f"{name.replace('.', '/')}.py" for name in found]
     assert all(path.exists() for path in paths)

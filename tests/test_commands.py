@@ -668,9 +668,9 @@ import sys, torch
 import vqtrain.run.trainer
 from vqtrain.__main__ import main
 check = vqtrain.run.trainer.check_against_oracle
-def counting(*arguments):
+def counting(*arguments, **more):
     print("threads", torch.get_num_threads())
-    return check(*arguments)
+    return check(*arguments, **more)
 vqtrain.run.trainer.check_against_oracle = counting
 sys.exit(main(sys.argv[1:]))
 """

@@ -216,7 +216,8 @@ def test_the_same_seed_trains_the_same_model_and_another_seed_another(tmp_path, 
 
 def test_a_run_on_a_grid_shows_its_tokens_and_the_use_of_its_codes(tmp_path, colour_images):
     said: list[str] = []
-    run = trainer(tmp_path, colour_images, said, spec=GRID, center=True, kmeans_start=True)
+    how = {"work": {"pictures": True}, "center": True, "kmeans_start": True}
+    run = trainer(tmp_path, colour_images, said, spec=GRID, **how)
     result = run.run()
     last = result.metrics
     assert last["history"][0]["bound"] > last["bound"]
