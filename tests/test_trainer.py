@@ -216,8 +216,10 @@ def test_the_same_seed_trains_the_same_model_and_another_seed_another(tmp_path, 
 
 def test_a_run_on_a_grid_shows_its_tokens_and_the_use_of_its_codes(tmp_path, colour_images):
     said: list[str] = []
-    how = {"work": {"pictures": True}, "center": True, "kmeans_start": True}
-    run = trainer(tmp_path, colour_images, said, spec=GRID, **how)
+    drawn = {"pictures": True}
+    run = trainer(
+        tmp_path, colour_images, said, spec=GRID, work=drawn, center=True, kmeans_start=True
+    )
     result = run.run()
     last = result.metrics
     assert last["history"][0]["bound"] > last["bound"]
