@@ -1,13 +1,13 @@
-"""The NumPy interpreter of the rows: a function per kind, written beside its equation, in float64,
-and its vector-Jacobian product beside it.
+"""The NumPy interpreter of the rows, in float64.
 
-``KIND(layer, x, weight, bias)`` is y. With g, the gradient of a number with respect to y,
-``KIND_backward(layer, g, x, weight, bias)`` is the gradients of that number with respect to the
-inputs, and ``KIND_learn(layer, g, x)`` those with respect to weight and bias.
+Each kind has a function, written beside its equation, and a vector-Jacobian product next to it.
+``KIND(layer, x, weight, bias)`` returns y. Let g be the gradient of a number with respect to y.
+``KIND_backward(layer, g, x, weight, bias)`` returns the gradients of that number with respect to
+the inputs. ``KIND_learn(layer, g, x)`` returns those with respect to weight and bias.
 
 A convolution is sliding windows and one matrix product, so that a batch takes seconds, not minutes.
-Batches are cut so that the windows of the widest row stay under ``WINDOW_BYTES``; of one large
-image, windows are taken in bands, and so are the queries of attention.
+Batches are cut so that the windows of the widest row stay under ``WINDOW_BYTES``. The windows of
+one large image are taken in bands, and so are the queries of attention.
 """
 
 from __future__ import annotations
@@ -29,44 +29,50 @@ from vqref.validation import Float64, Int64, Params, as_float64, as_images
 Gradients = tuple[Float64, ...]
 
 WINDOW_BYTES = 64 * 2**20
-"""Bytes that the widest row's windows may take at once; a batch of any size then needs about
-0.2 GiB."""
+"""The most bytes that the widest row's windows may take at once.
+
+A batch of any size then needs about 0.2 GiB."""
 
 
 NORM_EPSILON = 1e-5
-"""What layer_norm adds to a variance."""
+"""The number that layer_norm adds to a variance."""
 
 GROUP_EPSILON = 1e-6
-"""What group_norm adds to a variance."""
+"""The number that group_norm adds to a variance."""
 
 LEAST_LENGTH = 1e-12
-"""What unit_norm divides shorter vectors by."""
+"""The smallest length that unit_norm divides by."""
 
 BEYOND = 1e-3
 """What share of its way bounded goes beyond the outer values."""
 
 
 def encode(spec: ModelSpec, params: Params, images: npt.ArrayLike) -> Float64:
-    """Latents (N, S, D) of images (N, C, H, W) in [0, 1]. Raises ValueError if they do not fit."""
+    """Returns the latents (N, S, D) of images (N, C, H, W) in [0, 1].
+
+    Raises ValueError if images or parameters do not fit the spec.
+    """
     return scaled(spec, encode_unscaled(spec, params, images))
 
 
 def encode_unscaled(spec: ModelSpec, params: Params, images: npt.ArrayLike) -> Float64:
-    """What ``scaled`` makes latents of: for unit codes, vectors of any length."""
+    """Returns the input of ``scaled``. If codes are unit vectors, these have any length."""
     rows = spec.encoder[:-1] if spec.normalized else spec.encoder
     return run(rows, params, as_images(images, spec))
 
 
 def scaled(spec: ModelSpec, unscaled: Float64) -> Float64:
-    """The latents (N, S, D) that the last row of a normalized encoder gives; of another encoder, as
-    they are."""
+    """Returns latents (N, S, D): applies a normalized encoder's last row.
+
+    Latents of other encoders stay as they are.
+    """
     return run(spec.encoder[-1:], {}, unscaled) if spec.normalized else unscaled
 
 
 def decode(spec: ModelSpec, params: Params, quantized: npt.ArrayLike) -> Float64:
-    """Outputs (N, P, H, W), the likelihood's parameters, of quantized latents (N, S, D).
+    """Returns outputs (N, P, H, W), the likelihood's parameters, of quantized (N, S, D).
 
-    Raises ValueError if they do not fit.
+    Raises ValueError if quantized or parameters do not fit the spec.
     """
     shape = ("N", spec.latent_size, spec.code_size)
     return run(spec.decoder, params, as_float64("quantized", quantized, shape))
@@ -91,9 +97,11 @@ def run(layers: Sequence[Layer], params: Params, x: Float64 | Int64) -> Float64:
 def backward(
     layers: Sequence[Layer], params: Params, x: Float64 | Int64, gradient: Float64
 ) -> tuple[Float64, dict[str, Float64]]:
-    """The gradients of a number with respect to x (N, *layers[0].in_shape) and to every parameter
-    of the rows, from its gradient with respect to ``run(layers, params, x)``; a few images at a
-    time."""
+    """Returns the gradients of a number with respect to x and to every parameter of the rows.
+
+    x is (N, *layers[0].in_shape). gradient is that of the number with respect to
+    ``run(layers, params, x)``. Works on a few images at a time.
+    """
     weights, steps = weights_of(layers, params), plan(layers)
     held = sum(_window_bytes(layer) for layer in layers)
     size = max(1, WINDOW_BYTES // held)
