@@ -17,7 +17,7 @@ class VectorsOptions:
     folder: Path = option(
         type=Path, metavar="DIR", help="folder to write to; replaces files of the same names"
     )
-    seed: int = option("--seed", default=0, type=count, metavar="N", help="seed for the cases")
+    seed: int = option("--seed", default=0, type=count, metavar="N", help="seed for random cases")
 
 
 def run(options: VectorsOptions) -> int:
