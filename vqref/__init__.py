@@ -1,4 +1,4 @@
-"""The oracle: VQ models in plain NumPy and float64, written to be read beside the equations."""
+"""The oracle: VQ models in plain NumPy and float64, to be read side by side with the equations."""
 
 from vqref.lazy import lazy
 

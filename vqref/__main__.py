@@ -1,4 +1,4 @@
-"""``python -m vqref``: what the oracle gives to other programs."""
+"""``python -m vqref``: commands that give the oracle's answers to other programs."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from vqref.host.interrupts import guarded  # all else is imported once signals a
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the process's exit status.
+    """Runs the command line and returns the process's exit status.
 
-    argv: the words of the command line; None takes the process's, whose end this then is.
+    argv: the words of the command line. None takes the process's own, which then ends here.
     """
     return guarded("vqref", lambda: _run(argv), last=argv is None)
 
@@ -23,11 +23,11 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def command(argv: Sequence[str] | None) -> int:
-    """Parses, and runs the command that is named."""
+    """Parses ``argv`` and runs the command that it names."""
     from vqref.commands.vectors import COMMAND
     from vqref.host.commandline import run_command
 
-    summary = "The oracle's answers, for implementations in any language."
+    summary = "Give the oracle's answers to implementations in any language."
     return run_command("vqref", summary, (COMMAND,), argv)
 
 

@@ -1,12 +1,12 @@
-"""How libraries keep a codebook by moving averages: one recurrence, and a table of how they differ.
+"""How libraries keep a codebook by moving averages: one recurrence and a table of differences.
 
-Every dialect moves the averages alike:
+Every dialect updates the averages in the same way:
 
     count <- decay * count + (1 - decay) * hits
     means <- decay * means + (1 - decay) * sum of the latents that hit
 
-They differ in where the averages start and in how the codebook is made of them. docs/agreement.md
-says what follows for the first step and for codes that are never hit.
+Dialects differ in the initial averages and in how they compute the codebook. docs/agreement.md
+says what this means for the first step and for codes that are never hit.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from typing import Literal
 class Dialect:
     """The rules of one library.
 
-    count: the value from which every code's count starts.
-    means: what the means start from: the codebook, zeros, or values of their own.
-    debiased: whether count and means are divided by 1 - decay^steps before they are used, which is
-        Adam's correction.
-    smoothing: "epsilon" if the codebook is means over count + epsilon; "laplace" if it is means
-        over the smoothed count (count + epsilon) / (n + K * epsilon) * n, n the sum of the counts.
-    stores_smoothed: whether the smoothed count takes the place of the count, and is averaged on.
+    count: the initial count of every code.
+    means: the initial means: the codebook, zeros, or values of their own.
+    debiased: whether count and means are divided by 1 - decay^steps before use, as Adam does.
+    smoothing: how the codebook is computed. "epsilon" divides the means by count + epsilon.
+        "laplace" divides them by the smoothed count (count + epsilon) / (n + K * epsilon) * n,
+        where n is the sum of the counts.
+    stores_smoothed: whether the smoothed count replaces the count and enters the next average.
     decay, epsilon: the library's defaults.
-    source: where its formulas were read.
+    source: the code from which the formulas were taken.
     """
 
     name: str
@@ -109,4 +109,4 @@ DIALECTS: Mapping[str, Dialect] = MappingProxyType(
         )
     }
 )
-"""By name."""
+"""The dialects by name."""

@@ -1,4 +1,4 @@
-"""The failures that a user can meet, and the exit codes of all programs. Standard library only."""
+"""The errors that a user can meet, and the exit codes of all programs. Standard library only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 class ExitCode(IntEnum):
-    """What a process's exit status means, in all packages."""
+    """The exit status of a process, the same in all packages."""
 
     DONE = 0
     FAILED = 1
@@ -20,24 +20,26 @@ class ExitCode(IntEnum):
 
 
 class CommandError(Exception):
-    """An expected failure: its message is the one line that the user reads, ``exit_code`` what the
-    process returns."""
+    """An expected failure. Its message is the one line that the user reads.
+
+    ``exit_code`` is the exit status of the process.
+    """
 
     exit_code = ExitCode.FAILED
 
 
 class Remark(RuntimeWarning):
-    """What the user of a command should know although it goes on: a line on stderr."""
+    """A warning to the user of a command that continues: one line on stderr."""
 
 
 class UsageError(CommandError):
-    """The command was asked for something that its options do not allow."""
+    """The user asked for something that the command's options do not allow."""
 
     exit_code = ExitCode.USAGE
 
 
 class InputError(CommandError, ValueError):
-    """A file or an array is not what the command can work with."""
+    """The command cannot use a file or an array."""
 
     exit_code = ExitCode.BAD_INPUT
 
@@ -51,7 +53,7 @@ class MachineError(CommandError):
 class ParityError(CommandError):
     """Two implementations disagree by more than rounding explains.
 
-    ``report`` is the ``vqref.agreement.Report`` of the checks made until then, or None.
+    ``report`` is the ``vqref.agreement.Report`` of the checks made so far, or None.
     """
 
     exit_code = ExitCode.PARITY

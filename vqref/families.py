@@ -1,6 +1,6 @@
-"""The networks that the toolkit knows by name: sizes in, rows out.
+"""The networks that the toolkit knows by name.
 
-A family is a function. Files hold the rows that it wrote, so that they outlive it.
+A family is a function from sizes to rows. Files hold the rows, so they stay valid if it changes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vqref.likelihoods import output_channels
 from vqref.spec import CODEBOOK, Layer, ModelSpec, Pads, Shape, require_sizes
 
 LARGEST_POST = 32
-"""Height and width up to which ``choose`` takes the post's network."""
+"""The largest height and width for which ``choose`` takes the post's network."""
 
 
 def post(
@@ -27,15 +27,16 @@ def post(
     likelihood: str = "bernoulli",
     variance: float = 1.0,
 ) -> ModelSpec:
-    """The network of Keydana, "Discrete Representation Learning with VQ-VAE and TensorFlow
-    Probability" (2019): whole images to a few latents.
+    """Returns the spec of Keydana's network (2019), which maps a whole image to a few latents.
 
-    image_shape: (C, H, W), H and W divisible by 4.
-    base_depth: channels b of the outer convolutions; the inner ones have 2b.
+    It is the one of "Discrete Representation Learning with VQ-VAE and TensorFlow Probability".
+
+    image_shape: (C, H, W). H and W must be divisible by 4.
+    base_depth: the number b of channels of the outer convolutions. The inner ones have 2b.
     latent_size, num_codes, code_size: S latents per image, K codes of D elements.
     likelihood, variance: as in ``ModelSpec``.
 
-    Raises ValueError that names the size and what it must be.
+    Raises ValueError that names the wrong size and says what it must be.
     """
     _, height, width = _image(image_shape, 4)
     sizes = {"base_depth": base_depth, "latent_size": latent_size, "code_size": code_size}
@@ -78,19 +79,22 @@ def residual(
     likelihood: str = "gaussian",
     variance: float = 1.0,
 ) -> ModelSpec:
-    """The network of van den Oord et al. (2017), sizes and details as in Sonnet's CIFAR-10 example
-    (google-deepmind/sonnet, examples/vqvae_example.ipynb): a grid of latents.
+    """Returns the spec of the network of van den Oord et al. (2017), with a grid of latents.
 
-    image_shape: (C, H, W), H and W divisible by ``downsample``.
-    hidden, blocks, block_hidden: channels, residual blocks on each side, channels within a block.
-    downsample: pixels of an image to a side of a latent, a power of two.
-    depth: latents g at each place of the grid; latent_shape is (h, w), or (h, w, g) if g > 1.
+    Sizes and details are those of Sonnet's CIFAR-10 example (google-deepmind/sonnet,
+    examples/vqvae_example.ipynb).
+
+    image_shape: (C, H, W). H and W must be divisible by ``downsample``.
+    hidden: channels. blocks: residual blocks on each side. block_hidden: channels inside a block.
+    downsample: how many pixels high and wide a latent is; a power of two.
+    depth: the number g of latents at each grid position. latent_shape is (h, w), or (h, w, g) if
+        g > 1.
     num_codes, code_size, normalized, likelihood, variance: as in ``ModelSpec``.
-    levels: of a codebook that is a grid, one for each element of a code; (): it is learned.
+    levels: the levels of a grid codebook, one per element of a code. () means a learned codebook.
 
     The networks see images in [-1/2, 1/2].
 
-    Raises ValueError that names the size and what it must be.
+    Raises ValueError that names the wrong size and says what it must be.
     """
     sizes = {"hidden": hidden, "block_hidden": block_hidden, "depth": depth, "code_size": code_size}
     _require_sizes({**sizes, "blocks + 1": blocks + 1, "downsample": downsample})
@@ -151,22 +155,24 @@ def vqgan(
     likelihood: str = "gaussian",
     variance: float = 1.0,
 ) -> ModelSpec:
-    """The network of Esser, Rombach and Ommer, "Taming Transformers for High-Resolution Image
-    Synthesis" (2021), as taming-transformers, diffusers and LlamaGen have it: a grid of latents.
+    """Returns the spec of the VQGAN of Esser, Rombach and Ommer (2021), with a grid of latents.
 
-    image_shape: (C, H, W), H and W divisible by 2 for each level but one.
-    channels, multipliers: level i, of 1 for the finest, has channels * multipliers[i - 1]; the next
-        one sees half its height and width.
-    blocks: residual blocks of a level of the encoder; the decoder has one more.
-    attention: where the longer side of a level is one of these, attention follows each block.
-    middle_attention: whether attention stands between the two blocks on either side of the latents.
-    groups: of channels, in every norm.
-    latent_channels: between the 3x3 convolutions and the 1x1 ones next to the latents.
+    It is the network of "Taming Transformers for High-Resolution Image Synthesis", as implemented
+    in taming-transformers, diffusers and LlamaGen.
+
+    image_shape: (C, H, W). H and W must be divisible by 2^(number of levels - 1).
+    channels, multipliers: level i has channels * multipliers[i - 1] channels. Level 1 is the
+        finest; each next level has half the height and width.
+    blocks: residual blocks per level of the encoder. A level of the decoder has one more.
+    attention: attention follows each block of a level whose longer side is one of these.
+    middle_attention: whether encoder and decoder have attention between their two middle blocks.
+    groups: the number of channel groups in every norm.
+    latent_channels: channels between the 3x3 and the 1x1 convolutions next to the latents.
     num_codes, code_size, normalized, likelihood, variance: as in ``ModelSpec``.
 
     The networks see images in [-1, 1].
 
-    Raises ValueError that names the size and what it must be.
+    Raises ValueError that names the wrong size and says what it must be.
     """
     sizes = {"channels": channels, "groups": groups, "latent_channels": latent_channels}
     _require_sizes({**sizes, "blocks": blocks, "code_size": code_size})
@@ -214,11 +220,11 @@ def vqgan(
 
 
 MOST_LEVELS = 10
-"""Levels that a vqgan may have: of 512 pixels, one is left."""
+"""The most levels that a vqgan may have. They reduce 512 pixels to one."""
 
 
 def _blocks(stack: Stack, blocks: int, block_hidden: int) -> None:
-    """h + conv1(relu(conv3(relu(h)))), ``blocks`` times; the last sum has a relu of its own."""
+    """Adds ``blocks`` times h + conv1(relu(conv3(relu(h)))), with a relu after the last sum."""
     for i in range(1, blocks + 1):
         h = stack.rows[-1]
         if h.activation != "relu":
@@ -235,11 +241,11 @@ def _blocks(stack: Stack, blocks: int, block_hidden: int) -> None:
 FAMILIES: Mapping[str, Callable[..., ModelSpec]] = MappingProxyType(
     {"post": post, "residual": residual, "vqgan": vqgan}
 )
-"""By name."""
+"""The families by name."""
 
 
 def choose(image_shape: tuple[int, int, int]) -> str:
-    """The family for images that nobody chose one for: the post's for small grey ones."""
+    """Returns the default family for an image shape: "post" for small grey images."""
     channels, height, width = image_shape
     return "post" if channels == 1 and max(height, width) <= LARGEST_POST else "residual"
 
@@ -248,26 +254,28 @@ Size = int | tuple[int, ...]
 
 
 def spelt(size: Size) -> int | str:
-    """A size as the command line has it: (1, 2) is "1,2", () is "none"."""
+    """Returns a size as the command line writes it: (1, 2) is "1,2" and () is "none"."""
     return size if isinstance(size, int) else ",".join(map(str, size)) or "none"
 
 
 OPTIONS = {"channels": "base_channels"}
-"""Sizes that have another name as options: there, channels are those of pictures."""
+"""Sizes with another name on the command line, where channels are those of pictures."""
 
 NO_SIZES = ("image_shape", "likelihood", "variance")
-"""Arguments of families that are no sizes that a run may choose."""
+"""Arguments of families that are not sizes which a run may choose."""
 
 
 def sizes(family: str) -> dict[str, Size]:
-    """The sizes of a family that a user may set, by their names as options, with their defaults."""
+    """Returns the sizes of a family that a user may set: {name of the option: default}."""
     parameters = inspect.signature(FAMILIES[family]).parameters
     return {OPTIONS.get(n, n): p.default for n, p in parameters.items() if n not in NO_SIZES}
 
 
 def implied(asked: Mapping[str, Size]) -> dict[str, Size]:
-    """The sizes that are asked for by their names as options, and those that follow from them: a
-    grid's levels say how many codes there are, and of how many elements."""
+    """Returns the sizes asked for, by option name, and the sizes that follow from them.
+
+    A grid's levels determine the number of codes and the number of their elements.
+    """
     levels = asked.get("levels")
     if not isinstance(levels, tuple) or not levels:
         return {**asked}
@@ -277,18 +285,20 @@ def implied(asked: Mapping[str, Size]) -> dict[str, Size]:
 def make(
     family: str, image_shape: tuple[int, int, int], sizes: Mapping[str, Size], **fields: Any
 ) -> ModelSpec:
-    """The spec of a family with sizes by their names as options. Raises ValueError as the family
-    does."""
+    """Returns the spec of a family; ``sizes`` go by option name.
+
+    Raises the ValueError of the family.
+    """
     arguments = {option: name for name, option in OPTIONS.items()}
     known = {arguments.get(name, name): size for name, size in sizes.items()}
     return FAMILIES[family](image_shape, **known, **fields)
 
 
 def of_parameters(shapes: Mapping[str, Shape]) -> ModelSpec:
-    """The spec of family post whose parameters have these shapes.
+    """Returns the spec of family post whose parameters have these shapes.
 
-    Raises ValueError if there is none: other networks take images of any size, so that the shapes
-    of their parameters do not say everything.
+    Raises ValueError if there is none. Other families take images of any size, so the shapes of
+    their parameters do not determine the spec.
     """
     try:
         depth, channels = shapes["encoder.conv1.weight"][:2]
@@ -310,7 +320,7 @@ Fields = dict[str, Any]
 
 
 class Stack:
-    """Writes the rows of one network: each starts from the shape at which the last one ended."""
+    """Writes the rows of one network. Each row takes the output shape of the last one."""
 
     def __init__(self, prefix: str, in_shape: Shape) -> None:
         self.prefix, self.shape = prefix, in_shape
@@ -319,7 +329,7 @@ class Stack:
     def row(
         self, name: str, kind: str, out_shape: Shape, *, of: Layer | None = None, **fields: Any
     ) -> Layer:
-        """Adds a row of any kind; ``of``: the row that it takes, if not the one before."""
+        """Adds a row of any kind. ``of`` is the row that it takes if not the one before."""
         if of is not None:
             self.shape, fields["inputs"] = of.out_shape, (of.name,)
         row = Layer(f"{self.prefix}.{name}", kind, self.shape, out_shape, **fields)
@@ -337,7 +347,7 @@ class Stack:
         activation: str = "linear",
         of: Layer | None = None,
     ) -> Layer:
-        """Adds a convolution; ``same`` pads by TensorFlow's rule, to ceil(n / stride) pixels."""
+        """Adds a convolution. ``same`` pads by TensorFlow's rule, to ceil(n / stride) pixels."""
         size = (kernel, kernel) if isinstance(kernel, int) else kernel
         shape = self.shape if of is None else of.out_shape
         pads = same_pads(shape, size, stride) if same else ((0, 0), (0, 0))
@@ -356,7 +366,7 @@ class Stack:
         same: bool = True,
         activation: str = "linear",
     ) -> Layer:
-        """Adds the gradient of the convolution that would map its result to its input."""
+        """Adds a transposed convolution: the gradient of the one that maps its result back."""
         size = (kernel, kernel) if isinstance(kernel, int) else kernel
         if same:
             out = (channels, *(n * stride for n in self.shape[1:]))
@@ -370,8 +380,10 @@ class Stack:
 
 
 def same_pads(image: Shape, kernel: tuple[int, int], stride: int) -> Pads:
-    """TensorFlow's "same": max((ceil(n / s) - 1) * s + k - n, 0) pixels in all, the smaller half
-    first."""
+    """Returns the pads of TensorFlow's "same" rule for an image, a kernel and a stride.
+
+    They are max((ceil(n / s) - 1) * s + k - n, 0) pixels in all, with the smaller half first.
+    """
     pads = []
     for n, k in zip(image[1:], kernel, strict=True):
         total = max((math.ceil(n / stride) - 1) * stride + k - n, 0)
@@ -380,7 +392,7 @@ def same_pads(image: Shape, kernel: tuple[int, int], stride: int) -> Pads:
 
 
 def _image(image_shape: tuple[int, int, int], factor: int) -> tuple[int, int, int]:
-    """The shape, once it is known that the networks halve it without a rest."""
+    """Returns the shape if height and width are divisible by ``factor``. Raises ValueError."""
     if len(tuple(image_shape)) != 3:
         raise ValueError(f"image_shape is {image_shape!r}; it must be (channels, height, width)")
     _require_sizes({f"image_shape[{i}]": n for i, n in enumerate(image_shape)})
@@ -406,7 +418,7 @@ def _require_sizes(named: Mapping[str, Any]) -> None:
 
 
 class _Levels(Stack):
-    """Writes the rows of one side of a vqgan. widths: channels of each level, the finest first."""
+    """Writes the rows of one side of a vqgan. widths: channels per level, the finest first."""
 
     def __init__(
         self,
@@ -435,7 +447,7 @@ class _Levels(Stack):
         self.block("middle.block2", self.widths[-1])
 
     def down(self, level: str) -> None:
-        """Halves height and width, a row of zeros below and a column on the right."""
+        """Halves height and width. Pads one row of zeros below and one column on the right."""
         half = (self.shape[0], *(side // 2 for side in self.shape[1:]))
         pads = ((0, 1), (0, 1))
         self.row(f"{level}.down", "conv", half, kernel=(3, 3), stride=2, pads=pads)
@@ -449,8 +461,10 @@ class _Levels(Stack):
         return self.row(name, "group_norm", self.shape, groups=self.groups, activation=activation)
 
     def block(self, name: str, channels: int) -> None:
-        """h + conv2(silu(norm2(conv1(silu(norm1(h)))))), h through a 1x1 convolution if its
-        channels change."""
+        """Adds h + conv2(silu(norm2(conv1(silu(norm1(h)))))).
+
+        If the number of channels changes, the first h goes through a 1x1 convolution.
+        """
         h = self.rows[-1]
         self.norm(f"{name}.norm1")
         self.conv(f"{name}.conv1", channels, 3)
@@ -461,7 +475,7 @@ class _Levels(Stack):
         self.row(f"{name}.sum", "add", self.shape, inputs=(h.name, inner.name))
 
     def attend(self, name: str) -> None:
-        """h + out(attention(query, key, value of norm(h))), each place to all, in one head."""
+        """Adds h + out(attention(query, key, value of norm(h))), all positions, one head."""
         h = self.rows[-1]
         channels, height, width = h.out_shape
         vectors = (height * width, channels)

@@ -1,5 +1,6 @@
-"""Packages whose names are imported when they are first used, so that a command line can answer,
-and be interrupted, before numpy or PyTorch is there."""
+"""Packages that import their names at first use.
+
+So a command line can answer, and be interrupted, before numpy or PyTorch is loaded."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from importlib.util import find_spec
 def lazy(
     package: str, homes: Mapping[str, str]
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
-    """The functions ``__getattr__`` and ``__dir__`` of a package (PEP 562).
+    """Returns the functions ``__getattr__`` and ``__dir__`` of a package (PEP 562).
 
-    homes: a name of the package to the place of what it means, "module.attribute" within the
-    package. A name that is not in it may be that of a module.
+    homes: maps each public name to its place in the package, "module.attribute". A name that is not
+    in it may be that of a module.
     """
 
     def attribute(name: str) -> object:

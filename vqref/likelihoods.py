@@ -1,7 +1,7 @@
-"""What the decoder's outputs mean: how likely they make an image, and the image that they expect.
+"""Likelihoods: how probable the decoder's outputs make an image, and the image that they expect.
 
-A likelihood is one entry of a table. ``spec.value_range`` (low, high) is what the grey levels 0 and
-1 are to the networks; y below is an output mapped back to [0, 1].
+Each likelihood is one entry of a table. The networks see the grey levels 0 and 1 as
+``spec.value_range`` (low, high). y below is an output mapped back to [0, 1].
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from vqref.spec import ModelSpec
 
 LEVELS = 256
-"""Grey levels of a discretised likelihood."""
+"""The number of grey levels of a discretised likelihood."""
 
 WIDEST = 700.0
-"""Of a grey level, in scales: exp of more would overflow."""
+"""The largest width of a grey level, in scales. exp of a larger number would overflow."""
 
 SMALLEST_LOG_SCALE = -7.0
-"""Log-scales of the logistic are not taken below this: a grey level is wider by then."""
+"""The smallest log-scale of the logistic. At this scale, a grey level is already wider."""
 
 
 @dataclass(frozen=True)
 class Likelihood:
     """A distribution of pixels given outputs.
 
-    parameters  how many outputs each value of an image has: P = parameters * C
+    parameters  the number of outputs per value of an image: P = parameters * C
     nats        (spec, x (N, C, H, W), outputs (N, P, H, W)) -> -log p of each value, (N, C, H, W)
     backward    (spec, x, outputs) -> the derivative of the nats by the outputs, (N, P, H, W)
     mean        (spec, outputs) -> the expected values (N, C, H, W), not yet clipped to [0, 1]
@@ -48,8 +48,11 @@ class Likelihood:
 
 
 def nats(spec: ModelSpec, images: npt.ArrayLike, outputs: npt.ArrayLike) -> Float64:
-    """-log p(image; outputs) in nats per image, (N,), of images (N, C, H, W) in [0, 1] and outputs
-    (N, P, H, W). Raises ValueError for arrays that do not fit the spec."""
+    """Returns -log p(image; outputs) in nats per image, (N,).
+
+    images are (N, C, H, W) in [0, 1], outputs are (N, P, H, W). Raises ValueError for arrays that
+    do not fit the spec.
+    """
     x = as_images(images, spec)
     y = as_float64("outputs", outputs, (len(x), *spec.output_shape))
     total: Float64 = LIKELIHOODS[spec.likelihood].nats(spec, x, y).sum(axis=(1, 2, 3))
@@ -57,16 +60,17 @@ def nats(spec: ModelSpec, images: npt.ArrayLike, outputs: npt.ArrayLike) -> Floa
 
 
 def mean(spec: ModelSpec, outputs: npt.ArrayLike) -> Float64:
-    """Reconstructions (N, C, H, W) in [0, 1]: the mean of the likelihood, mapped back and clipped.
+    """Returns reconstructions (N, C, H, W) in [0, 1].
 
-    Raises ValueError for outputs that are not (N, P, H, W).
+    They are the mean of the likelihood, mapped back and clipped. Raises ValueError for outputs that
+    are not (N, P, H, W).
     """
     y = as_float64("outputs", outputs, ("N", *spec.output_shape))
     return np.clip(LIKELIHOODS[spec.likelihood].mean(spec, y), 0.0, 1.0)
 
 
 def output_channels(likelihood: str, channels: int) -> int:
-    """P for images of ``channels``. Raises ValueError for an unknown likelihood."""
+    """Returns P for images of ``channels``. Raises ValueError for an unknown likelihood."""
     if likelihood not in LIKELIHOODS:
         raise ValueError(f"likelihood is {likelihood[:40]!a}, expected {', '.join(LIKELIHOODS)}")
     return LIKELIHOODS[likelihood].parameters * channels
@@ -86,7 +90,7 @@ def softplus(x: Float64) -> Float64:
 
 
 def bernoulli_nats(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
-    """softplus(l) - x*l, l the logit and x the grey level."""
+    """Returns softplus(l) - x*l for the logit l and the grey level x."""
     return softplus(outputs) - x * outputs
 
 
@@ -95,12 +99,12 @@ def bernoulli_backward(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64
 
 
 def bernoulli_mean(spec: ModelSpec, outputs: Float64) -> Float64:
-    """The probability of white."""
+    """Returns the probability of white."""
     return sigmoid(outputs)
 
 
 def gaussian_nats(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
-    """(x - y)^2 / (2 σ²) + ln(2πσ²) / 2, σ² the spec's ``variance``."""
+    """Returns (x - y)^2 / (2 σ²) + ln(2πσ²) / 2, where σ² is the spec's ``variance``."""
     squares = np.square(x - gaussian_mean(spec, outputs))
     terms: Float64 = squares / (2 * spec.variance) + 0.5 * np.log(2 * np.pi * spec.variance)
     return terms
@@ -112,19 +116,19 @@ def gaussian_backward(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
 
 
 def gaussian_mean(spec: ModelSpec, outputs: Float64) -> Float64:
-    """y: the outputs themselves, mapped back."""
+    """Returns y: the outputs mapped back to [0, 1]."""
     low, high = spec.value_range
     y: Float64 = (outputs - low) / (high - low)
     return y
 
 
 def logistic_nats(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
-    """-log of the probability of grey level k of 0 to 255, k = round(255 x), under a logistic
-    distribution cut into levels (Salimans et al. 2017, PixelCNN++, equation 2).
+    """Returns -log p of grey level k = round(255 x) under a logistic distribution cut into levels.
 
-    With the edges a = (k + 1/2)/255 and b = (k - 1/2)/255, from the mean and in units of the
-    scale, p = σ(a) - σ(b) = σ(a) σ(-b) (1 - exp(b - a)), which never cancels. The first level has
-    all below its a, the last all above its b.
+    This is Salimans et al. 2017, PixelCNN++, equation 2, with k from 0 to 255. The edges of level k
+    are (k + 1/2)/255 and (k - 1/2)/255. Let a and b be their distances from the mean in units of
+    the scale. Then p = σ(a) - σ(b) = σ(a) σ(-b) (1 - exp(b - a)). The last form never cancels. The
+    first level takes all below its a, the last level all above its b.
     """
     level, a, b, width = _logistic_edges(spec, x, outputs)
     below_a = np.where(level < LEVELS - 1, softplus(-a), 0.0)
@@ -134,8 +138,11 @@ def logistic_nats(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
 
 
 def logistic_backward(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
-    """With a, b and their distance in units of the scale, a step of the mean moves a and b by
-    -1/scale, and a step of the log-scale a by -a, b by -b and the distance by minus itself."""
+    """Returns the derivative by the mean and by the log-scale, with a and b in units of the scale.
+
+    A step of the mean moves a and b by -1/scale. A step of the log-scale moves a by -a, b by -b and
+    their distance by minus itself.
+    """
     level, a, b, width = _logistic_edges(spec, x, outputs)
     of_a = np.where(level < LEVELS - 1, -sigmoid(-a), 0.0)
     of_b = np.where(level > 0, sigmoid(b), 0.0)
@@ -148,8 +155,10 @@ def logistic_backward(spec: ModelSpec, x: Float64, outputs: Float64) -> Float64:
 
 
 def _logistic_edges(spec: ModelSpec, x: Float64, outputs: Float64) -> tuple[Float64, ...]:
-    """Grey levels from 0 to 255, their upper and lower edges from the mean, and the distance of
-    these, in units of the scale; each (N, C, H, W)."""
+    """Returns grey levels from 0 to 255, their upper and lower edges, and their width.
+
+    Edges count from the mean; edges and width are in units of the scale. Each is (N, C, H, W).
+    """
     y, log_scale = logistic_mean(spec, outputs), outputs[:, x.shape[1] :]
     scale = np.exp(np.maximum(log_scale, SMALLEST_LOG_SCALE)) * _range_slope(spec)
     level = np.rint(x * (LEVELS - 1))
@@ -159,7 +168,7 @@ def _logistic_edges(spec: ModelSpec, x: Float64, outputs: Float64) -> tuple[Floa
 
 
 def logistic_mean(spec: ModelSpec, outputs: Float64) -> Float64:
-    """The distribution's centre: the first half of the channels, mapped back."""
+    """Returns the distribution's centre: the first half of the channels, mapped back."""
     return gaussian_mean(spec, outputs[:, : outputs.shape[1] // 2])
 
 
@@ -177,4 +186,4 @@ LIKELIHOODS: Mapping[str, Likelihood] = MappingProxyType(
         "logistic": Likelihood(2, logistic_nats, logistic_backward, logistic_mean, _range_slope),
     }
 )
-"""By name. bernoulli takes grey levels as probabilities of white."""
+"""The likelihoods by name. bernoulli takes grey levels as probabilities of white."""

@@ -14,7 +14,7 @@ from vqref.validation import Float64, as_float64, as_images
 
 @dataclass(frozen=True)
 class Losses:
-    """reconstruction, prior and total in nats per image; commitment a mean of squares."""
+    """The losses: reconstruction, prior and total in nats per image; commitment a mean square."""
 
     reconstruction: float
     commitment: float
@@ -23,8 +23,10 @@ class Losses:
 
     @property
     def bound(self) -> float:
-        """Negative evidence lower bound in nats per image: reconstruction + prior, what it takes to
-        send an image, indices included."""
+        """The negative evidence lower bound in nats per image: reconstruction + prior.
+
+        It is the cost of sending an image, indices included.
+        """
         return self.reconstruction + self.prior
 
 
@@ -36,8 +38,9 @@ def compute_losses(
     quantized: npt.ArrayLike,
     beta: float = 0.25,
 ) -> Losses:
-    """The losses of images (N, C, H, W), outputs (N, P, H, W), latents and quantized (N, S, D),
-    averaged over N >= 1 images.
+    """Returns the losses, averaged over N >= 1 images.
+
+    Shapes: images (N, C, H, W), outputs (N, P, H, W), latents and quantized (N, S, D).
 
     reconstruction  -log p(image; outputs) under the spec's likelihood
     commitment      mean over every element of (latents - quantized)^2
@@ -65,8 +68,11 @@ def losses_backward(
     quantized: npt.ArrayLike,
     beta: float = 0.25,
 ) -> tuple[Float64, Float64]:
-    """The gradients of ``compute_losses(...).total`` with respect to outputs (N, P, H, W) and
-    latents (N, S, D); quantized is a constant. Raises ValueError as ``compute_losses`` does."""
+    """Returns the gradients of ``compute_losses(...).total`` by outputs and by latents.
+
+    Their shapes are (N, P, H, W) and (N, S, D). quantized counts as a constant. Raises ValueError
+    as ``compute_losses`` does.
+    """
     x = as_images(images, spec)
     y = as_float64("outputs", outputs, (len(x), *spec.output_shape))
     latents = as_float64("latents", latents, (len(x), spec.latent_size, spec.code_size))

@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Forward:
-    """Every stage of one pass, float64: latents and quantized (N, S, D), indices (N, S) int64, gap
-    (N, S), outputs (N, P, H, W), reconstructions (N, C, H, W), losses in nats per image. unscaled
-    (N, S, D) is what ``vqref.network.scaled`` made latents of."""
+    """Every stage of one pass. Arrays are float64, except indices.
+
+    unscaled: (N, S, D), the input from which ``vqref.network.scaled`` made latents.
+    latents, quantized: (N, S, D). indices: (N, S) int64. gap: (N, S).
+    outputs: (N, P, H, W). reconstructions: (N, C, H, W). losses: in nats per image.
+    """
 
     unscaled: Float64
     latents: Float64
@@ -39,7 +42,7 @@ class Forward:
 def init_params(
     spec: ModelSpec | PriorSpec, rng: np.random.Generator
 ) -> dict[str, npt.NDArray[np.float32]]:
-    """Fresh parameters {name: float32 array}, each as ``Parameter.initial`` says."""
+    """Returns new parameters {name: float32 array}, each drawn as ``Parameter.initial`` says."""
     params: dict[str, npt.NDArray[np.float32]] = {}
     for parameter in spec.parameters:
         if parameter.initial == "codebook":
@@ -56,7 +59,7 @@ def _uniform(parameter: Parameter, rng: np.random.Generator) -> Float64:
 
 
 def _truncated_normal(parameter: Parameter, rng: np.random.Generator) -> Float64:
-    """Values beyond two standard deviations are drawn again."""
+    """Draws normal values. Draws values beyond two standard deviations again."""
     values = rng.standard_normal(parameter.shape)
     while (far := np.abs(values) > 2).any():
         values[far] = rng.standard_normal(int(far.sum()))
@@ -79,10 +82,11 @@ INITIALS: dict[str, Callable[[Parameter, np.random.Generator], Float64]] = {
 
 
 def forward(spec: ModelSpec, params: Params, images: npt.ArrayLike, beta: float = 0.25) -> Forward:
-    """Images (N, C, H, W) in [0, 1], N >= 1, through encoder, quantizer, decoder and losses.
+    """Passes images (N, C, H, W) in [0, 1] through encoder, quantizer, decoder and losses.
 
-    Forward, the straight-through estimator latents + stop_gradient(quantized - latents) is
-    quantized itself. Raises ValueError for parameters or images that do not fit the spec.
+    N must be at least 1. In this direction, the straight-through estimator
+    latents + stop_gradient(quantized - latents) equals quantized. Raises ValueError for parameters
+    or images that do not fit the spec.
     """
     check_params(spec, params)
     unscaled = encode_unscaled(spec, params, images)
@@ -102,11 +106,13 @@ def gradients(
     beta: float = 0.25,
     indices: npt.ArrayLike | None = None,
 ) -> dict[str, Float64]:
-    """The gradient of ``forward(...).losses.total`` with respect to every parameter of encoder and
-    decoder, {name: float64 array}; the codebook has none.
+    """Returns the gradients of ``forward(...).losses.total``: {name: float64 array}.
 
-    The straight-through estimator hands the gradient of the decoder's input to the latents as it
-    is, where that of the commitment is added. indices (N, S): codes to take instead of the nearest.
+    There is one for every parameter of encoder and decoder; the codebook has none. The
+    straight-through estimator passes the gradient of the decoder's input to the latents unchanged.
+    The gradient of the commitment is added to it there.
+
+    indices: (N, S), codes to take instead of the nearest.
     Raises ValueError for parameters, images or indices that do not fit the spec.
     """
     check_params(spec, params)
@@ -125,9 +131,11 @@ def gradient_terms(
     beta: float = 0.25,
     indices: npt.ArrayLike | None = None,
 ) -> dict[str, Float64]:
-    """Of ``gradients``, the part that is left if images and codes, to which outputs and latents are
-    drawn, are 0: how large the terms are whose difference a gradient is. Where both are nearly
-    equal, as for images that are all alike, rounding is to be judged beside these."""
+    """Returns the part of ``gradients`` that is left if the targets, images and codes, are 0.
+
+    A gradient is a difference of two terms; this shows their size. If they are nearly equal,
+    as for images that are all alike, judge rounding by these terms and not by the gradient.
+    """
     x = as_images(images, spec)
     latents = encode(spec, params, x)
     quantized = _quantized(spec, params, latents, indices)
@@ -140,7 +148,7 @@ def gradient_terms(
 def _quantized(
     spec: ModelSpec, params: Params, latents: Float64, indices: npt.ArrayLike | None
 ) -> Float64:
-    """The nearest codes, or those of ``indices``."""
+    """Returns the nearest codes, or those of ``indices``."""
     if indices is None:
         return quantize(latents, params[CODEBOOK]).quantized
     codes = as_indices(indices, (len(latents), spec.latent_size), spec.num_codes)

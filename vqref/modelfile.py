@@ -1,8 +1,8 @@
-"""``model.pt`` as plain data: what stands in it, whoever writes or reads it.
+"""``model.pt`` as plain data: what the file contains.
 
-``torch.save`` writes the file and ``torch.load(weights_only=True)`` reads it, which executes
-nothing. This module knows the dictionary inside alone, with NumPy arrays for the file's tensors,
-and is handed the loader.
+``torch.save`` writes the file. ``torch.load(weights_only=True)`` reads it and executes nothing.
+This module only knows the dictionary inside, with NumPy arrays for the file's tensors. The caller
+passes in the loader.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ FORMAT = "vqtrain-model"
 FORMAT_VERSION = 2
 
 DIGEST = "sha256"
-"""The entry with the digest of all others."""
+"""The entry with the digest of all other entries."""
 
 FILE_BYTES = 4 * 2**30
-"""The largest model file that is read."""
+"""The size of the largest model file that ``read`` accepts, in bytes."""
 
 PREPROCESSING = "preprocessing"
 """The entry that only models of pictures have."""
@@ -46,38 +46,41 @@ PRIOR = "prior"
 """The entry that only models with a learned prior have."""
 
 UNIT_ERROR = 1e-6
-"""By how much the length of a unit vector may be off, whose elements float32 rounds, and an element
-of a grid."""
+"""The largest error in the length of a unit vector, and in an element of a grid.
+
+It allows for the rounding of elements to float32."""
 
 PLAIN_VALUES, PLAIN_DEPTH = 10**6, 32
-"""The most values that an entry of plain data may have, and how deep it may be nested. Lists that
-hold one another take few bytes in a file and without end in JSON."""
+"""The most values and the deepest nesting that an entry of plain data may have.
+
+Lists that hold one another take few bytes in a file, but have no end in JSON."""
 
 _OPTIONAL = (PREPROCESSING, PRIOR)
 _TABLES = ("spec", "parameters", "training", "metrics", "provenance")
 
 _SEAL = b"vqtrain sha256 "
-"""What the comment at a file's end begins with; the digest of all bytes before it follows."""
+"""The start of the comment at a file's end. The digest of all bytes before it follows."""
 
 _ZIP_END = b"PK\5\6"
-"""Begins the last record of a zip archive: 22 bytes, then the comment."""
+"""The start of the last record of a zip archive: 22 bytes, then the comment."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A trained model: its spec and parameters, how it was trained, what was measured, its origin.
+    """A trained model: its spec, parameters, training options, metrics and origin.
 
     params      {name: array} for every parameter of the spec
     training    the options of the run, plain data
     metrics     plain numbers of the last epoch, and "history", a list with those of each epoch
     provenance  data set and its sha256, seed, recipe, versions; plain data
     digested    whether it was read from a file that carries its own digest
-    preprocessing  what was done to the pictures that it was trained on, and is to be done to
-                others; None if it was trained on arrays
-    prior       of its tokens; None if none was learned
+    preprocessing  how training turned pictures into images, which every user of the model must
+                repeat; None if it was trained on arrays
+    prior       the prior over its tokens; None if none was learned
 
     Raises ValueError for parameters or a preprocessing that do not fit the spec, for codes of a
-    normalized model that are no unit vectors, and for a prior of another model.
+    normalized model that are not unit vectors, for a codebook that is not the grid of the spec's
+    levels, and for a prior of another model.
     """
 
     spec: ModelSpec
@@ -109,13 +112,13 @@ class Model:
             raise ValueError(f"the prior is of model {prior.model:.12}…, this one is {found:.12}…")
 
     def digest(self) -> str:
-        """Of all but the prior: which model a prior belongs to."""
+        """Returns the digest of all but the prior. A prior names its model by this digest."""
         plain = self.to_plain()
         plain.pop(PRIOR, None)
         return digest(plain)
 
     def to_plain(self) -> dict[str, Any]:
-        """The dictionary that goes into the file, without its digest."""
+        """Returns the dictionary that goes into the file, without its digest."""
         plain = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -133,9 +136,9 @@ class Model:
 
     @classmethod
     def from_plain(cls, data: Any) -> Model:
-        """The inverse of ``to_plain``; version 1, which knew family post alone, is read too.
+        """Inverts ``to_plain``. Also reads version 1, which only knew family post.
 
-        Raises InputError for anything else, a newer format, or parameters that do not fit.
+        Raises InputError for anything else, for a newer format, and for parameters that do not fit.
         """
         version = _require_version(data)
         for key in _TABLES:
@@ -168,7 +171,7 @@ class Model:
 
 
 def _require_unit_rows(codebook: Array) -> None:
-    """Raises ValueError for a code whose length is not 1, but for rounding."""
+    """Raises ValueError if a code's length differs from 1 by more than rounding."""
     lengths = np.sqrt(np.square(codebook.astype(np.float64)).sum(axis=1))
     if (wrong := np.flatnonzero(~(np.abs(lengths - 1) <= UNIT_ERROR))).size:
         raise ValueError(
@@ -178,7 +181,7 @@ def _require_unit_rows(codebook: Array) -> None:
 
 
 def _require_grid(codebook: Array, levels: tuple[int, ...]) -> None:
-    """Raises ValueError for a code that is not where the grid has it, but for rounding."""
+    """Raises ValueError if a code differs from the grid's by more than rounding."""
     off = np.abs(codebook.astype(np.float64) - grid(levels)).max(axis=1)
     if (wrong := np.flatnonzero(~(off <= UNIT_ERROR))).size:
         raise ValueError(
@@ -188,7 +191,7 @@ def _require_grid(codebook: Array, levels: tuple[int, ...]) -> None:
 
 
 def _require_float32(arrays: Mapping[Any, Any]) -> None:
-    """Raises InputError for a parameter that is no array of float32."""
+    """Raises InputError for a parameter that is not a float32 array."""
     for name, array in arrays.items():
         dtype = getattr(array, "dtype", type(array).__name__)
         if not isinstance(name, str) or dtype != np.float32:
@@ -196,7 +199,7 @@ def _require_float32(arrays: Mapping[Any, Any]) -> None:
 
 
 def _arrays(prior: Any) -> dict[Any, Any]:
-    """The parameters of a prior's entry, if it has any."""
+    """Returns the parameters of a prior's entry, if it has any."""
     found = prior.get("parameters") if isinstance(prior, dict) else None
     return found if isinstance(found, dict) else {}
 
@@ -208,7 +211,7 @@ def _without_arrays(prior: Any) -> Any:
 
 
 def _read_version_1(fields: Mapping[str, Any]) -> ModelSpec:
-    """The five sizes from which the post's network followed."""
+    """Reads the five sizes that determine the post's network."""
     names = ("image_shape", "base_depth", "latent_size", "num_codes", "code_size")
     if set(fields) != set(names):
         raise ValueError(
@@ -220,14 +223,14 @@ def _read_version_1(fields: Mapping[str, Any]) -> ModelSpec:
 
 
 READERS: Mapping[int, Callable[[Any], ModelSpec]] = {1: _read_version_1, 2: ModelSpec.from_dict}
-"""How each format version says what the network is."""
+"""How each format version states the network."""
 
 
 def read(path: str | Path, load: Callable[[BinaryIO], Any]) -> tuple[Model, str]:
-    """The model in the file at ``path``, and the file's sha256.
+    """Returns the model in the file at ``path``, and the file's sha256.
 
-    load: turns the file into plain data and executes nothing, ``torch.load(weights_only=True)``.
-    Raises InputError that names the file and what is wrong with it.
+    load: turns the file into plain data and executes nothing: ``torch.load(weights_only=True)``.
+    Raises InputError that names the file and says what is wrong with it.
     """
     content = read_bytes(Path(path), FILE_BYTES)
     with about(Path(path)):
@@ -243,10 +246,10 @@ def read(path: str | Path, load: Callable[[BinaryIO], Any]) -> tuple[Model, str]
 
 
 def write(path: Path, model: Model, save: Callable[[dict[str, Any], BinaryIO], None]) -> None:
-    """Publishes the model at ``path``, sealed.
+    """Writes the model to ``path`` with a seal: the digest of the file's bytes.
 
-    save: writes a dictionary of plain data and arrays as ``torch.save`` writes one of tensors.
-    Raises OSError; ``path`` is then as it was.
+    save: writes a dictionary of plain data and arrays, as ``torch.save`` writes one of tensors.
+    Raises OSError and then leaves ``path`` as it was.
     """
     plain = model.to_plain()
     plain[DIGEST] = digest(plain)
@@ -256,7 +259,7 @@ def write(path: Path, model: Model, save: Callable[[dict[str, Any], BinaryIO], N
 
 
 def with_arrays(plain: Mapping[str, Any], turn: Callable[[Any], Any]) -> dict[str, Any]:
-    """A file's entries with every array, of the model and of a prior, as ``turn`` gives it."""
+    """Applies ``turn`` to every array in a file's entries: the model's and the prior's."""
 
     def turned(entries: Mapping[str, Any]) -> dict[str, Any]:
         arrays = {name: turn(array) for name, array in _arrays(entries).items()}
@@ -269,16 +272,22 @@ def with_arrays(plain: Mapping[str, Any], turn: Callable[[Any], Any]) -> dict[st
 
 
 def seal(content: bytes) -> bytes:
-    """A zip archive without a comment, as ``torch.save`` writes it, with the digest of its bytes as
-    its comment: no flipped bit passes, not even one of its padding."""
+    """Adds the digest of a zip archive's bytes to the archive, as its comment.
+
+    The archive must have no comment, as ``torch.save`` writes it. The seal reveals every flipped
+    bit, even in the padding.
+    """
     size = len(_SEAL) + 64
     before = content[:-2] + size.to_bytes(2, "little")
     return before + _SEAL + hashlib.sha256(before).hexdigest().encode()
 
 
 def unpickled(content: bytes, load: Callable[[BinaryIO], Any], what: str = "model file") -> Any:
-    """What the loader makes of the bytes of a file that ``torch.save`` wrote, once it is known that
-    they claim no more than is there. what: it should be. Raises InputError."""
+    """Loads the bytes of a file that ``torch.save`` wrote.
+
+    First checks that they do not claim to hold more than is there. what: names the expected kind of
+    file in messages. Raises InputError.
+    """
     _require_whole(content, what)
     with parsed(f"not a {what}"):
         try:
@@ -290,8 +299,10 @@ def unpickled(content: bytes, load: Callable[[BinaryIO], Any], what: str = "mode
 
 
 def _require_whole(content: bytes, what: str) -> None:
-    """Raises InputError for a zip archive that was cut, that holds other than stored data, or whose
-    seal is not its own. One without a comment has no seal, for others write such files, too."""
+    """Raises InputError for a zip archive that is cut off, compressed or wrongly sealed.
+
+    An archive without a comment needs no seal, because other programs write such files.
+    """
     if not content.startswith(b"PK"):
         require_bounded_pickles(content)  # as PyTorch once wrote them; the loader says what it is
         return
@@ -309,7 +320,7 @@ def _require_whole(content: bytes, what: str) -> None:
 
 
 def _require_version(data: Any) -> int:
-    """The file's format version. Raises InputError for a foreign file or a newer version."""
+    """Returns the file's format version. Raises InputError for a foreign file or newer version."""
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise InputError("not a model file of vqtrain")
     version = data.get("format_version")
@@ -323,8 +334,11 @@ def _require_version(data: Any) -> int:
 
 
 def digest(plain: Mapping[str, Any]) -> str:
-    """Of all entries but DIGEST: names, dtypes, shapes and bytes of the parameters, arrays, and the
-    others as JSON."""
+    """Returns the digest of all entries except DIGEST.
+
+    It covers the names, dtypes, shapes and bytes of the parameters (arrays), and the other entries
+    as JSON.
+    """
     others = {key: value for key, value in plain.items() if key not in ("parameters", DIGEST)}
     arrays = {**plain["parameters"], **_arrays(plain.get(PRIOR))}
     if PRIOR in others:
@@ -338,7 +352,7 @@ def digest(plain: Mapping[str, Any]) -> str:
 
 
 def _as_array(value: Any) -> Any:
-    """A tensor as a NumPy array if NumPy has its kind; anything else as it is, refused by name."""
+    """Returns a tensor as a NumPy array if NumPy has its kind. Returns anything else unchanged."""
     if not hasattr(value, "detach"):
         return value
     try:
@@ -348,7 +362,7 @@ def _as_array(value: Any) -> Any:
 
 
 def require_plain(name: str, value: Any) -> None:
-    """Raises InputError unless ``value`` is what JSON can hold, and not too much of it."""
+    """Raises InputError unless JSON can hold ``value`` and it is not too large."""
     level, values = [value], 0
     for _ in range(PLAIN_DEPTH):
         values += len(level)

@@ -1,13 +1,13 @@
-"""The NumPy interpreter of the rows: a function per kind, written beside its equation, in float64,
-and its vector-Jacobian product beside it.
+"""The NumPy interpreter of the rows, in float64.
 
-``KIND(layer, x, weight, bias)`` is y. With g, the gradient of a number with respect to y,
-``KIND_backward(layer, g, x, weight, bias)`` is the gradients of that number with respect to the
-inputs, and ``KIND_learn(layer, g, x)`` those with respect to weight and bias.
+Each kind has a function, written beside its equation, and a vector-Jacobian product next to it.
+``KIND(layer, x, weight, bias)`` returns y. Let g be the gradient of a number with respect to y.
+``KIND_backward(layer, g, x, weight, bias)`` returns the gradients of that number with respect to
+the inputs. ``KIND_learn(layer, g, x)`` returns those with respect to weight and bias.
 
 A convolution is sliding windows and one matrix product, so that a batch takes seconds, not minutes.
-Batches are cut so that the windows of the widest row stay under ``WINDOW_BYTES``; of one large
-image, windows are taken in bands, and so are the queries of attention.
+Batches are cut so that the windows of the widest row stay under ``WINDOW_BYTES``. The windows of
+one large image are taken in bands, and so are the queries of attention.
 """
 
 from __future__ import annotations
@@ -29,44 +29,50 @@ from vqref.validation import Float64, Int64, Params, as_float64, as_images
 Gradients = tuple[Float64, ...]
 
 WINDOW_BYTES = 64 * 2**20
-"""Bytes that the widest row's windows may take at once; a batch of any size then needs about
-0.2 GiB."""
+"""The most bytes that the widest row's windows may take at once.
+
+A batch of any size then needs about 0.2 GiB."""
 
 
 NORM_EPSILON = 1e-5
-"""What layer_norm adds to a variance."""
+"""The number that layer_norm adds to a variance."""
 
 GROUP_EPSILON = 1e-6
-"""What group_norm adds to a variance."""
+"""The number that group_norm adds to a variance."""
 
 LEAST_LENGTH = 1e-12
-"""What unit_norm divides shorter vectors by."""
+"""The smallest length that unit_norm divides by."""
 
 BEYOND = 1e-3
-"""What share of its way bounded goes beyond the outer values."""
+"""The share by which the range of bounded goes beyond the outer values."""
 
 
 def encode(spec: ModelSpec, params: Params, images: npt.ArrayLike) -> Float64:
-    """Latents (N, S, D) of images (N, C, H, W) in [0, 1]. Raises ValueError if they do not fit."""
+    """Returns the latents (N, S, D) of images (N, C, H, W) in [0, 1].
+
+    Raises ValueError if images or parameters do not fit the spec.
+    """
     return scaled(spec, encode_unscaled(spec, params, images))
 
 
 def encode_unscaled(spec: ModelSpec, params: Params, images: npt.ArrayLike) -> Float64:
-    """What ``scaled`` makes latents of: for unit codes, vectors of any length."""
+    """Returns the input of ``scaled``. If codes are unit vectors, these have any length."""
     rows = spec.encoder[:-1] if spec.normalized else spec.encoder
     return run(rows, params, as_images(images, spec))
 
 
 def scaled(spec: ModelSpec, unscaled: Float64) -> Float64:
-    """The latents (N, S, D) that the last row of a normalized encoder gives; of another encoder, as
-    they are."""
+    """Returns latents (N, S, D): applies a normalized encoder's last row.
+
+    Latents of other encoders stay as they are.
+    """
     return run(spec.encoder[-1:], {}, unscaled) if spec.normalized else unscaled
 
 
 def decode(spec: ModelSpec, params: Params, quantized: npt.ArrayLike) -> Float64:
-    """Outputs (N, P, H, W), the likelihood's parameters, of quantized latents (N, S, D).
+    """Returns outputs (N, P, H, W), the likelihood's parameters, of quantized (N, S, D).
 
-    Raises ValueError if they do not fit.
+    Raises ValueError if quantized or parameters do not fit the spec.
     """
     shape = ("N", spec.latent_size, spec.code_size)
     return run(spec.decoder, params, as_float64("quantized", quantized, shape))
@@ -91,9 +97,11 @@ def run(layers: Sequence[Layer], params: Params, x: Float64 | Int64) -> Float64:
 def backward(
     layers: Sequence[Layer], params: Params, x: Float64 | Int64, gradient: Float64
 ) -> tuple[Float64, dict[str, Float64]]:
-    """The gradients of a number with respect to x (N, *layers[0].in_shape) and to every parameter
-    of the rows, from its gradient with respect to ``run(layers, params, x)``; a few images at a
-    time."""
+    """Returns the gradients of a number with respect to x and to every parameter of the rows.
+
+    x is (N, *layers[0].in_shape). gradient is that of the number with respect to
+    ``run(layers, params, x)``. Works on a few images at a time.
+    """
     weights, steps = weights_of(layers, params), plan(layers)
     held = sum(_window_bytes(layer) for layer in layers)
     size = max(1, WINDOW_BYTES // held)
@@ -203,7 +211,7 @@ def dense_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
 
 
 def reshape(layer: Layer, x: Float64) -> Float64:
-    """The same elements in row-major order under another shape."""
+    """y has the elements of x in row-major order, under another shape."""
     return x.reshape(len(x), *layer.out_shape)
 
 
@@ -230,7 +238,7 @@ def to_grid_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
 
 
 def add(layer: Layer, x: Float64, y: Float64) -> Float64:
-    """The sum, element by element."""
+    """y is the sum, element by element."""
     return x + y
 
 
@@ -239,7 +247,7 @@ def add_backward(layer: Layer, g: Float64, x: Float64, y: Float64) -> Gradients:
 
 
 def activation(layer: Layer, x: Float64) -> Float64:
-    """x itself: the row's activation is all there is."""
+    """y = x. The row only has its activation."""
     return x
 
 
@@ -257,7 +265,7 @@ def embedding(layer: Layer, x: Int64, weight: Float64, bias: Float64) -> Float64
 def embedding_backward(
     layer: Layer, g: Float64, x: Int64, weight: Float64, bias: Float64
 ) -> Gradients:
-    """Indices have no gradient: 0."""
+    """Returns 0, because indices have no gradient."""
     return (np.zeros(x.shape),)
 
 
@@ -268,8 +276,10 @@ def embedding_learn(layer: Layer, g: Float64, x: Int64) -> Gradients:
 
 
 def layer_norm(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
-    """y = weight * (x - mean) / sqrt(variance + NORM_EPSILON) + bias, over the last axis (Ba, Kiros
-    and Hinton 2016)."""
+    """y = weight * (x - mean) / sqrt(variance + NORM_EPSILON) + bias.
+
+    Mean and variance are over the last axis (Ba, Kiros and Hinton 2016).
+    """
     return weight * _normalised(x, NORM_EPSILON)[0] + bias
 
 
@@ -284,8 +294,10 @@ def layer_norm_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
 
 
 def group_norm(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
-    """y = weight[c] * (x - mean) / sqrt(variance + GROUP_EPSILON) + bias[c], mean and variance over
-    all places of the channels of a group (Wu and He 2018)."""
+    """y = weight[c] * (x - mean) / sqrt(variance + GROUP_EPSILON) + bias[c].
+
+    Mean and variance are over all positions of the channels of a group (Wu and He 2018).
+    """
     h, _ = _normalised(_in_groups(layer, x), GROUP_EPSILON)
     return weight[:, None, None] * h.reshape(x.shape) + bias[:, None, None]
 
@@ -304,20 +316,22 @@ def group_norm_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
 
 
 def _in_groups(layer: Layer, x: Float64) -> Float64:
-    """(N, C, H, W) as (N, groups, C / groups * H * W)."""
+    """Reshapes (N, C, H, W) to (N, groups, C / groups * H * W)."""
     return x.reshape(len(x), layer.groups, -1)
 
 
 def _normalised(x: Float64, epsilon: float) -> tuple[Float64, Float64]:
-    """x without its mean and of unit variance along the last axis, and what it was divided by."""
+    """Returns x with mean 0 and variance 1 along the last axis, and its divisor."""
     centred = x - _mean(x)
     deviation = np.sqrt(_mean(np.square(centred)) + epsilon)
     return centred / deviation, deviation
 
 
 def _normalised_backward(c: Float64, h: Float64, deviation: Float64) -> Float64:
-    """Of x, with h the normalised x, and c the gradient of h: (c - mean(c) - h mean(c h)) /
-    deviation."""
+    """Returns the gradient of x: (c - mean(c) - h mean(c h)) / deviation.
+
+    h is the normalised x, and c is the gradient of h.
+    """
     pulled: Float64 = (c - _mean(c) - h * _mean(c * h)) / deviation
     return pulled
 
@@ -328,20 +342,22 @@ def _mean(x: Float64) -> Float64:
 
 
 def unit_norm(layer: Layer, x: Float64) -> Float64:
-    """y = x / max(||x||, LEAST_LENGTH), of each vector."""
+    """y = x / max(||x||, LEAST_LENGTH) for each vector."""
     return x / np.maximum(_length(x), LEAST_LENGTH)
 
 
 def unit_norm_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
-    """(g - y g.y) / ||x||; of shorter vectors, which are divided by a constant, g / that."""
+    """Returns (g - y g.y) / ||x||, or g / LEAST_LENGTH for vectors shorter than that."""
     length, y = _length(x), unit_norm(layer, x)
     along = np.where(length < LEAST_LENGTH, 0.0, (g * y).sum(axis=-1, keepdims=True))
     return ((g - along * y) / np.maximum(length, LEAST_LENGTH),)
 
 
 def bounded(layer: Layer, x: Float64) -> Float64:
-    """y = scale * tanh(x + shift) - middle, constants of each element (Mentzer et al. 2023, finite
-    scalar quantization)."""
+    """y = scale * tanh(x + shift) - middle, with constants per element.
+
+    This is finite scalar quantization (Mentzer et al. 2023).
+    """
     shift, scale, middle = bounds_of(layer)
     return scale * np.tanh(x + shift) - middle
 
@@ -352,11 +368,11 @@ def bounded_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
 
 
 def bounds_of(layer: Layer) -> tuple[Float64, Float64, Float64]:
-    """shift, scale and middle of each element, (D,), of a row of kind bounded.
+    """Returns shift, scale and middle of a row of kind bounded, each (D,).
 
-    An element of L levels takes the values n / h, n from -h to L - 1 - h, h = L // 2. The tanh
-    reaches a little beyond the outer ones. If L is even, these lie half a step from the middle:
-    shift takes 0 to 0.
+    An element with L levels takes the values n / h, where h = L // 2 and n goes from -h to
+    L - 1 - h. The tanh reaches a little beyond the outer values. If L is even, the outer values are
+    half a step off centre, so shift keeps 0 at 0.
     """
     levels = np.array(layer.levels)
     h, reach = levels // 2, (levels - 1) * (1 + BEYOND) / 2
@@ -376,26 +392,29 @@ def upsample(layer: Layer, x: Float64) -> Float64:
 
 
 def upsample_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
-    """The sum over the f x f places of g that show a place of x."""
+    """Returns the sum of g over the f x f positions that show a position of x."""
     (n, channels, height, width), f = x.shape, upsample_factor(layer)
     return (g.reshape(n, channels, height, f, width, f).sum(axis=(3, 5)),)
 
 
 def upsample_factor(layer: Layer) -> int:
-    """f of a row of kind upsample."""
+    """Returns the factor f of a row of kind upsample."""
     return layer.out_shape[1] // layer.in_shape[1]
 
 
 def attention(layer: Layer, q: Float64, k: Float64, v: Float64) -> Float64:
-    """In each head y[n,s] = sum over t of a[n,s,t] * v[n,t], a the softmax over t of
-    q[n,s].k[n,t] / sqrt(size of a head) (Vaswani et al. 2017); causal: over t <= s."""
+    """In each head, y[n,s] = sum over t of a[n,s,t] * v[n,t].
+
+    a is the softmax over t of q[n,s].k[n,t] / sqrt(size of a head) (Vaswani et al. 2017). If the
+    row is causal, both are over t <= s.
+    """
     q, k, v = (_heads(layer, each) for each in (q, k, v))
     parts = [_weights(layer, q, k, part) @ v for part in _queries(q, k)]
     return _joined(np.concatenate(parts, axis=2))
 
 
 def attention_backward(layer: Layer, g: Float64, q: Float64, k: Float64, v: Float64) -> Gradients:
-    """With b = g.v': of the scores, a * (b - sum over t of a * b)."""
+    """The gradient of the scores is a * (b - sum over t of a * b), where b = g.v'."""
     q, k, v, g = (_heads(layer, each) for each in (q, k, v, g))
     of_q, of_k, of_v = (np.zeros_like(each) for each in (q, k, v))
     for part in _queries(q, k):
@@ -408,7 +427,7 @@ def attention_backward(layer: Layer, g: Float64, q: Float64, k: Float64, v: Floa
 
 
 def _weights(layer: Layer, q: Float64, k: Float64, part: slice) -> Float64:
-    """a (N, heads, queries, S), of a part of the queries."""
+    """Returns a (N, heads, queries, S) for a part of the queries."""
     scores = q[:, :, part] @ k.swapaxes(2, 3) / math.sqrt(q.shape[3])
     if layer.causal:
         later = np.triu(np.ones(scores.shape[2:], bool), 1 + part.start)
@@ -419,25 +438,25 @@ def _weights(layer: Layer, q: Float64, k: Float64, part: slice) -> Float64:
 
 
 def _queries(q: Float64, k: Float64) -> list[slice]:
-    """Parts of the queries whose weights and two more such arrays fit ``WINDOW_BYTES``."""
+    """Returns parts of the queries whose weights and two more such arrays fit ``WINDOW_BYTES``."""
     n, heads, queries, _ = q.shape
     return _parts(queries, 8 * 3 * n * heads * k.shape[2])
 
 
 def _heads(layer: Layer, x: Float64) -> Float64:
-    """(N, S, F) as (N, heads, S, F / heads)."""
+    """Reshapes (N, S, F) to (N, heads, S, F / heads)."""
     n, s, size = x.shape
     return x.reshape(n, s, layer.heads, size // layer.heads).transpose(0, 2, 1, 3)
 
 
 def _joined(x: Float64) -> Float64:
-    """The inverse of ``_heads``."""
+    """Inverts ``_heads``."""
     n, heads, s, size = x.shape
     return x.transpose(0, 2, 1, 3).reshape(n, s, heads * size)
 
 
 def linear(x: Float64) -> Float64:
-    """x."""
+    """y = x."""
     return x
 
 
@@ -460,7 +479,7 @@ def relu(x: Float64) -> Float64:
 
 
 def relu_slope(x: Float64) -> Float64:
-    """1 if x > 0, else 0: at 0, too."""
+    """1 if x > 0, else 0. At 0, it is 0."""
     return (x > 0).astype(np.float64)
 
 
@@ -494,8 +513,10 @@ def _gelu_inner(x: Float64) -> Float64:
 
 
 class Kind(NamedTuple):
-    """What a row of a kind computes, and its vector-Jacobian products: of its inputs, and of weight
-    and bias, if it has them."""
+    """The function of one kind of row, and its vector-Jacobian products.
+
+    backward is for its inputs; learn is for weight and bias, if it has them.
+    """
 
     value: Callable[..., Float64]
     backward: Callable[..., Gradients]
@@ -541,7 +562,7 @@ ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
 
 
 def weights_of(layers: Sequence[Layer], params: Params) -> dict[str, list[Float64]]:
-    """Weight and bias of each row by its name; [] of a row that has none. Raises ValueError."""
+    """Returns {name of a row: [weight, bias]}, with [] if it has none. Raises ValueError."""
     return {
         layer.name: [
             as_float64(name, _find(params, name), shape) for name, shape in layer.parameters
@@ -553,34 +574,39 @@ def weights_of(layers: Sequence[Layer], params: Params) -> dict[str, list[Float6
 def before_activation(
     step: Step, values: Mapping[int, Float64], weights: Mapping[str, list[Float64]]
 ) -> Float64:
-    """What a row computes, before its activation."""
+    """Returns the result of a row before its activation."""
     layer = step.layer
     taken = (values[i] for i in step.sources)
     return KINDS[layer.kind].value(layer, *taken, *weights[layer.name])
 
 
 def _bands(layer: Layer, count: int) -> list[slice]:
-    """Rows of a convolution's result, of which the windows of ``count`` images fit
-    ``WINDOW_BYTES``."""
+    """Returns bands of a convolution's rows: windows of ``count`` images fit ``WINDOW_BYTES``."""
     height = layer.out_shape[1]
     return _parts(height, count * _window_bytes(layer) // height)
 
 
 def _parts(length: int, each: int) -> list[slice]:
-    """Slices of 0 to length, as long as ``WINDOW_BYTES`` allow at so many bytes each, or 1."""
+    """Returns slices of 0 to length that take at most ``WINDOW_BYTES``, but hold at least 1.
+
+    each: the bytes per item.
+    """
     step = max(1, WINDOW_BYTES // max(1, each))
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def _gathered(layer: Layer, x: Float64) -> Float64:
-    """A view (N, C, H', W', kh, kw) of x: [n,c,i,j,a,b] is x[n, c, s*i + a, s*j + b]."""
+    """Returns a view (N, C, H', W', kh, kw): [n,c,i,j,a,b] is x[n, c, s*i + a, s*j + b]."""
     windows = np.lib.stride_tricks.sliding_window_view(x, layer.kernel, axis=(2, 3))
     return windows[:, :, :: layer.stride, :: layer.stride]
 
 
 def scattered(layer: Layer, taps: Float64, shape: tuple[int, ...]) -> Float64:
-    """The transpose of ``_gathered``: an array of ``shape`` to which taps (N, H', W', C, kh, kw)
-    are added at [n, c, s*i + a, s*j + b]."""
+    """Transposes ``_gathered``.
+
+    Returns an array of ``shape`` with taps (N, H', W', C, kh, kw) added at
+    [n, c, s*i + a, s*j + b].
+    """
     (kh, kw), s = layer.kernel, layer.stride
     _, h, w = taps.shape[:3]
     full = np.zeros(shape)
@@ -592,7 +618,7 @@ def scattered(layer: Layer, taps: Float64, shape: tuple[int, ...]) -> Float64:
 
 
 def _full_shape(layer: Layer, x: Float64) -> tuple[int, ...]:
-    """Of a transposed convolution's result before it is cropped."""
+    """Returns the shape of a transposed convolution's result before it is cropped."""
     sides = (layer.stride * (n - 1) + k for n, k in zip(x.shape[2:], layer.kernel, strict=True))
     return (len(x), layer.out_shape[0], *sides)
 
@@ -603,14 +629,14 @@ def _cropped(layer: Layer, full: Float64) -> Float64:
 
 
 def _grid_to_vectors(x: Float64, shape: tuple[int, ...]) -> Float64:
-    """(N, g*D, h, w) to (N, *shape), shape (S, D)."""
+    """Turns (N, g*D, h, w) into (N, *shape), where shape is (S, D)."""
     n, channels, h, w = x.shape
     grid = x.reshape(n, channels // shape[1], shape[1], h, w)  # (N, g, D, h, w)
     return grid.transpose(0, 3, 4, 1, 2).reshape(n, *shape)
 
 
 def _vectors_to_grid(x: Float64, shape: tuple[int, ...]) -> Float64:
-    """(N, S, D) to (N, *shape), shape (g*D, h, w)."""
+    """Turns (N, S, D) into (N, *shape), where shape is (g*D, h, w)."""
     n, _, size = x.shape
     channels, h, w = shape
     grid = x.reshape(n, h, w, channels // size, size)  # (N, h, w, g, D)
@@ -618,8 +644,10 @@ def _vectors_to_grid(x: Float64, shape: tuple[int, ...]) -> Float64:
 
 
 def _window_bytes(layer: Layer) -> int:
-    """Float64 bytes of one image's windows (conv), taps (conv_transpose), weights of places
-    (attention) or results."""
+    """Returns the float64 bytes of one image's largest array.
+
+    This is its windows (conv), taps (conv_transpose), attention weights (attention) or results.
+    """
     if layer.kind == "conv":
         return 8 * layer.fan_in * math.prod(layer.out_shape[1:])
     if layer.kind == "conv_transpose":

@@ -1,4 +1,4 @@
-"""Every precision that the toolkit knows: one table for the judge, the trainer and the exporter."""
+"""The precisions that the toolkit knows, in one table for judge, trainer and exporter."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """What rounding can do.
+    """How much rounding can change numbers.
 
     unit     u, the largest relative error of one operation
-    inputs   the relative error by which latents and codebook are rounded before anything else
-    factors  the relative error by which factors of a matrix product are rounded beyond ``inputs``
+    inputs   the relative error of latents and codebook, rounded before anything else
+    factors  the relative error of rounding factors of a matrix product, beyond ``inputs``
     tiny, largest   the smallest normal and the largest finite number
     """
 
@@ -29,7 +29,7 @@ class Precision:
     """A precision of networks.
 
     option  its name on command lines: its own, or a shorter one
-    arithmetic  of distances computed in it; None if nothing bounds them
+    arithmetic  the arithmetic of distances computed in it; None if nothing bounds their errors
     trains  whether ``vqtrain --precision`` takes it
     exports whether ``vqdeploy export --precision`` takes it
     """
@@ -62,19 +62,21 @@ PRECISIONS: Mapping[str, Precision] = MappingProxyType(
         "int8": Precision("int8", None, exports=True),
     }
 )
-"""By name. tf32 has 10 bits after the point in the factors of matrix products alone; tensor cores
-may cut factors and partial sums off instead of rounding them (Fasi et al. 2021, Numerical behavior
-of NVIDIA tensor cores), hence twice the unit. bfloat16 and float16 round every value and every
-operation, so that what accumulates in float32 is inside the bound."""
+"""The precisions by name.
+
+tf32 has 10 bits after the point, but only in the factors of matrix products. Tensor cores may cut
+factors and partial sums off instead of rounding them (Fasi et al. 2021, Numerical behavior of
+NVIDIA tensor cores). So its unit is doubled. bfloat16 and float16 round every value and every
+operation; the bound also holds if sums accumulate in float32."""
 
 
 def of_option(option: str) -> str:
-    """The name of the precision that command lines call ``option``."""
+    """Returns the name of the precision that command lines call ``option``."""
     return next(name for name, row in PRECISIONS.items() if row.option == option)
 
 
 def arithmetic(precision: str) -> Arithmetic:
-    """Of distances in ``precision``. Raises ValueError if it is unknown or nothing bounds it."""
+    """Returns the arithmetic of distances. Raises ValueError if it is unknown or unbounded."""
     row = PRECISIONS.get(precision)
     if row is None or row.arithmetic is None:
         known = ", ".join(name for name, other in PRECISIONS.items() if other.arithmetic)

@@ -1,6 +1,7 @@
-"""How a picture becomes an image of a model: what training did to pictures, whoever runs the model
-does again. Plain data, in ``model.pt`` and in the manifest of a bundle; ``vqref.host.pictures``
-does it.
+"""How a picture becomes an image for a model.
+
+Users of a model must treat pictures as training did. The rules are plain data in ``model.pt`` and
+in the manifest of a bundle. ``vqref.host.pictures`` applies them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from vqref.spec import require_sizes
 WHITE = (255, 255, 255)
 
 CHANNELS = {1: "grey", 3: "colour", 4: "colour with alpha"}
-"""The numbers of channels that pictures have, and what they are called."""
+"""The names of pictures by number of channels."""
 
 _COLOUR = re.compile("#[0-9a-f]{6}", re.ASCII)
 _FIELDS = ("size", "crop", "channels", "background")
@@ -24,14 +25,16 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What is done to a picture, in this order: its first frame is taken, brought to 8 bits, laid
-    on the background if it is transparent and its alpha is no channel, made grey or colour, turned
-    as its EXIF data say, and resized by Lanczos' filter.
+    """The steps from a picture to an image.
 
-    channels: of the images, 1, 3 or 4 if they are made of pictures. size: (H, W) to which pictures
-    are brought; None: they must have the images' size. crop: whether the middle of a picture of
-    other proportions is cut out; else it is stretched. background: red, green and blue from 0 to
-    255.
+    They are, in this order: take the first frame, convert it to 8 bits, lay it on the background if
+    it is transparent and alpha is not a channel, make it grey or colour, turn it as its EXIF data
+    say, and resize it by Lanczos' filter.
+
+    channels: the number of channels of images; 1, 3 or 4 for images made from pictures.
+    size: (H, W) to resize pictures to. None means that pictures must have the size of images.
+    crop: whether to crop the middle of a picture with other proportions. If not, it is stretched.
+    background: red, green and blue from 0 to 255.
 
     Raises ValueError that names the field, what it was and what it must be.
     """
@@ -56,7 +59,7 @@ class Preprocessing:
             raise ValueError(f"background is {levels!r}, expected three levels from 0 to 255")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data: size [H, W] or null, background "#rrggbb"."""
+        """Returns the fields as plain data: size [H, W] or null, background "#rrggbb"."""
         return {
             "size": None if self.size is None else list(self.size),
             "crop": self.crop,
@@ -66,10 +69,9 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, data: Any, image_shape: tuple[int, int, int]) -> Preprocessing:
-        """The inverse of ``to_dict``, for images (C, H, W); None is that of images which were made
-        of no pictures.
+        """Inverts ``to_dict`` for images (C, H, W). None is for images not made from pictures.
 
-        Raises ValueError for anything else, and for what gives other images.
+        Raises ValueError for anything else, and for data that give images of another shape.
         """
         if data is None:
             return cls(image_shape[0])
@@ -97,7 +99,7 @@ class Preprocessing:
 
 
 def parse_colour(text: str) -> Colour:
-    """The levels of "#rrggbb". Raises ValueError."""
+    """Returns the levels of "#rrggbb". Raises ValueError for any other text."""
     if not _COLOUR.fullmatch(text):
         raise ValueError(f"background is {text!r:.80}, expected a text like #ffffff")
     red, green, blue = bytes.fromhex(text[1:])

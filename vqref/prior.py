@@ -1,13 +1,14 @@
-"""A prior over tokens: p(indices) = product over s of p(index_s | those before s), and samples of
-it that are a pure function of noise.
+"""Priors over tokens: p(indices) = product over s of p(index_s | indices before s).
 
-``categorical`` is a table of log-probabilities per position: for one latent, the frequencies of the
-training set. ``autoregressive`` is a causal transformer (Vaswani et al. 2017; pre-norm as Radford
-et al. 2019), its rows in the same table as those of encoder and decoder.
+A "categorical" prior is a table of log-probabilities per position. For one latent, these are the
+frequencies of the training set. An "autoregressive" prior is a causal transformer (Vaswani et al.
+2017; pre-norm as in Radford et al. 2019). Its rows are of the same kinds as those of encoder and
+decoder.
 
-A sample takes, position by position, the code of the largest log p / temperature + gumbel (Gumbel
-1954; Maddison et al. 2014), the noise an input. So equal noise gives equal tokens on every machine
-whose log-probabilities are near enough: ``certified`` says where a bound on their error decides.
+Samples are a pure function of noise, which is an input. Position by position, a sample takes the
+code with the largest log p / temperature + gumbel (Gumbel 1954; Maddison et al. 2014). So equal
+noise gives equal tokens on every machine whose log-probabilities are close enough. ``certified``
+says where a bound on their error guarantees this.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ LOGITS = "prior.logits"
 """The table of a categorical prior, (S, K)."""
 
 WEIGHT_SCALE = 0.02
-"""Standard deviation of weights and positions at the start."""
+"""The standard deviation of initial weights and positions."""
 
 SMOOTHING = 0.5
-"""Added to each count of a categorical prior (Krichevsky and Trofimov 1981)."""
+"""The number added to each count of a categorical prior (Krichevsky and Trofimov 1981)."""
 
 
 @dataclass(frozen=True)
 class PriorSpec:
     """A prior over S indices of K codes.
 
-    kind: "categorical", which has no rows, or "autoregressive", whose rows begin with an embedding
-    and give logits (S, K); their names begin with "prior.".
+    kind: "categorical" or "autoregressive". A categorical prior has no rows. The rows of an
+    autoregressive one begin with an embedding and give logits (S, K). Their names begin with
+    "prior.".
 
     Raises ValueError that names the field, what it was and what it must be.
     """
@@ -84,7 +86,7 @@ class PriorSpec:
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Every array of the prior, in the order of the files, and how it starts."""
+        """Every array of the prior in file order, with its initial values."""
         if self.kind == CATEGORICAL:
             return (Parameter(LOGITS, (self.latent_size, self.num_codes), "zeros"),)
         branches = sum(row.kind == "add" for row in self.rows)
@@ -94,16 +96,16 @@ class PriorSpec:
 
     @property
     def attention(self) -> tuple[Layer, ...]:
-        """The rows that keep keys and values of earlier positions."""
+        """The attention rows, which keep keys and values of earlier positions."""
         return tuple(row for row in self.rows if row.kind == "attention")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data for JSON and files."""
+        """Returns the fields as plain data for JSON and files."""
         return dataclasses.asdict(self) | {"rows": [row.to_dict() for row in self.rows]}
 
     @classmethod
     def from_dict(cls, fields: Any) -> PriorSpec:
-        """The inverse of ``to_dict``. Raises ValueError."""
+        """Inverts ``to_dict``. Raises ValueError for anything else."""
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) != known:
             raise ValueError(f"the prior's spec is no table of {', '.join(sorted(known))}")
@@ -115,8 +117,11 @@ class PriorSpec:
 
 @dataclass(frozen=True)
 class Prior:
-    """A trained prior: its spec and parameters, the digest of the model whose tokens it is of, how
-    it was trained and what was measured, plain data.
+    """A trained prior.
+
+    spec, params: its spec and parameters.
+    model: the digest of the model whose tokens it models.
+    training, metrics: its training options and measurements, plain data.
 
     Raises ValueError for parameters that do not fit the spec.
     """
@@ -131,7 +136,7 @@ class Prior:
         check_params(self.spec, self.params)
 
     def to_plain(self) -> dict[str, Any]:
-        """What goes into a model's file."""
+        """Returns the plain data that go into a model's file."""
         return {
             "spec": self.spec.to_dict(),
             "parameters": dict(self.params),
@@ -142,7 +147,7 @@ class Prior:
 
     @classmethod
     def from_plain(cls, fields: Any) -> Prior:
-        """The inverse of ``to_plain``. Raises ValueError."""
+        """Inverts ``to_plain``. Raises ValueError for anything else."""
         kinds = {"parameters": dict, "model": str, "training": dict, "metrics": dict}
         if not isinstance(fields, dict) or set(fields) != {"spec", *kinds}:
             raise ValueError(f"the prior is no table of spec, {', '.join(kinds)}")
@@ -153,11 +158,11 @@ class Prior:
 
 
 POSITIONWISE = frozenset({"affine", "dense", "add", "activation", "layer_norm"})
-"""Kinds whose result at a position follows from their inputs at that position."""
+"""The kinds whose result at a position depends only on their inputs at that position."""
 
 
 def _require_causal(row: Layer, first: Layer) -> None:
-    """Raises ValueError for a row that would see later indices, or that has no step."""
+    """Raises ValueError for a row that sees later indices or that ``step`` cannot run."""
     seen = row.kind in POSITIONWISE or (row.kind == "attention" and row.causal) or row is first
     if not seen or len(row.out_shape) != 2:
         causal = " that is not causal" * (row.kind == "attention")
@@ -165,8 +170,11 @@ def _require_causal(row: Layer, first: Layer) -> None:
 
 
 def _initialised(row: Layer, rows: tuple[Layer, ...], branches: int) -> tuple[Parameter, ...]:
-    """Weights of ``WEIGHT_SCALE``, those at the end of a branch less by the root of how many are
-    added up (Radford et al. 2019)."""
+    """Returns the parameters of a row. Their deviation is usually ``WEIGHT_SCALE``.
+
+    At the end of a branch, it is divided by the square root of the number of branches that are
+    added up (Radford et al. 2019).
+    """
     if not row.parameters:
         return ()
     (weight, shape), (bias, bias_shape) = row.parameters
@@ -189,8 +197,11 @@ def _initialised(row: Layer, rows: tuple[Layer, ...], branches: int) -> tuple[Pa
 def transformer(
     latent_size: int, num_codes: int, *, width: int = 128, depth: int = 4, heads: int = 4
 ) -> PriorSpec:
-    """A causal transformer over S >= 2 indices: ``depth`` blocks of attention in ``heads`` and of a
-    dense row four times as wide. Raises ValueError."""
+    """Returns the spec of a causal transformer over S >= 2 indices.
+
+    It has ``depth`` blocks. Each has attention in ``heads`` and a dense row four times as wide as
+    ``width``. Raises ValueError for sizes that do not fit.
+    """
     require_sizes("width", (width,))
     require_sizes("depth", (depth,))
     require_sizes("heads", (heads,))
@@ -224,8 +235,11 @@ def transformer(
 def categorical(
     indices: npt.ArrayLike, num_codes: int
 ) -> tuple[PriorSpec, dict[str, npt.NDArray[np.float32]]]:
-    """The prior of the frequencies of indices (N, S) in each position, smoothed by ``SMOOTHING``.
-    Raises ValueError for no indices, or others than 0 to num_codes - 1."""
+    """Returns the prior that has the frequencies of indices (N, S) in each position.
+
+    They are smoothed by ``SMOOTHING``. Raises ValueError if there are no indices, or if some are
+    not from 0 to num_codes - 1.
+    """
     rows = as_indices(indices, ("N", "S"), num_codes)
     if not rows.size:
         raise ValueError(f"indices: shape is {rows.shape}, expected at least one")
@@ -236,13 +250,18 @@ def categorical(
 
 
 def log_probabilities(spec: PriorSpec, params: Params, indices: npt.ArrayLike) -> Float64:
-    """log p (N, S, K) of every code at each position, given the indices (N, S) before it. Raises
-    ValueError for indices or parameters that do not fit."""
+    """Returns log p (N, S, K) of every code at each position, given the indices (N, S) before it.
+
+    Raises ValueError for indices or parameters that do not fit.
+    """
     return log_softmax(_logits(spec, params, _checked(spec, params, indices)))
 
 
 def nats(spec: PriorSpec, params: Params, indices: npt.ArrayLike) -> Float64:
-    """What indices (N, S) cost, (N,). Raises ValueError as ``log_probabilities``."""
+    """Returns the cost of indices (N, S) in nats per image, (N,).
+
+    Raises ValueError as ``log_probabilities`` does.
+    """
     rows = _checked(spec, params, indices)
     cost: Float64 = -_taken(log_softmax(_logits(spec, params, rows)), rows).sum(axis=1)
     return cost
@@ -251,8 +270,10 @@ def nats(spec: PriorSpec, params: Params, indices: npt.ArrayLike) -> Float64:
 def gradients(
     spec: PriorSpec, params: Params, indices: npt.ArrayLike
 ) -> tuple[float, dict[str, Float64]]:
-    """The mean over images of ``nats``, and its gradients with respect to every parameter. Raises
-    ValueError as ``log_probabilities``."""
+    """Returns the mean of ``nats`` over images, and its gradient by every parameter.
+
+    Raises ValueError as ``log_probabilities`` does.
+    """
     rows = _checked(spec, params, indices)
     logits = _logits(spec, params, rows)
     found = log_softmax(logits)
@@ -266,7 +287,7 @@ def gradients(
 
 
 def log_softmax(logits: Float64) -> Float64:
-    """Along the last axis."""
+    """Returns the log-softmax along the last axis."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     found: Float64 = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return found
@@ -284,23 +305,23 @@ def _logits(spec: PriorSpec, params: Params, indices: Int64) -> Float64:
 
 
 def _taken(log_p: Float64, indices: Int64) -> Float64:
-    """(N, S): those of the indices."""
+    """Returns log p (N, S) of the indices."""
     return np.take_along_axis(log_p, indices[..., None], axis=2)[..., 0]
 
 
 class Kept(NamedTuple):
-    """Keys and values (N, S, F) of one row of attention; 0 from the next position on."""
+    """Keys and values (N, S, F) of one attention row. They are 0 from the next position on."""
 
     keys: Float64
     values: Float64
 
 
 Cache = Mapping[str, Kept]
-"""By the names of the rows of attention."""
+"""Keys and values by the names of the attention rows."""
 
 
 def begin(spec: PriorSpec, count: int) -> dict[str, Kept]:
-    """The cache before the first position, of ``count`` images."""
+    """Returns the cache of ``count`` images before the first position."""
     return {
         row.name: Kept(np.zeros((count, *row.in_shape)), np.zeros((count, *row.in_shape)))
         for row in spec.attention
@@ -310,10 +331,11 @@ def begin(spec: PriorSpec, count: int) -> dict[str, Kept]:
 def step(
     spec: PriorSpec, params: Params, previous: npt.ArrayLike, position: int, cache: Cache
 ) -> tuple[Float64, dict[str, Kept]]:
-    """log p (N, K) of every code at one position, and the cache with that position in it.
+    """Returns log p (N, K) of every code at one position, and the cache with that position added.
 
-    previous (N,): the indices one position before, of no meaning at position 0. cache: of the
-    positions before. Raises ValueError for indices, a position or parameters that do not fit.
+    previous: (N,), the indices one position before. They have no meaning at position 0.
+    cache: that of the earlier positions.
+    Raises ValueError for indices, a position or parameters that do not fit.
     """
     check_params(spec, params)
     before = as_indices(previous, ("N",), spec.num_codes)
@@ -344,12 +366,12 @@ def step(
 
 
 def gumbel(seed: int, spec: PriorSpec, count: int, first: int = 0) -> Float64:
-    """Noise (count, S, K) of images ``first``, ``first`` + 1, ...: a function of the seed and the
-    image's number alone.
+    """Returns the noise (count, S, K) for images ``first``, ``first`` + 1, ....
 
-    From Philox 4x64 (Salmon et al. 2011) with the seed as its key, image i beginning at counter i *
-    2^192: of each word of 64 bits the upper 52 as u = (bits + 1/2) / 2^52, and -log(-log(u)).
-    Raises ValueError for a seed that is not from 0 to 2^128 - 1.
+    It depends only on the seed and on the image's number. It comes from Philox 4x64 (Salmon et al.
+    2011), with the seed as key. Image i begins at counter i * 2^192. The upper 52 bits of each
+    64-bit word give u = (bits + 1/2) / 2^52, and the noise is -log(-log(u)). Raises ValueError for
+    a seed that is not from 0 to 2^128 - 1.
     """
     if not 0 <= seed < 2**128:
         raise ValueError(f"seed is {seed!r:.80}, expected 0 to 2^128 - 1")
@@ -365,9 +387,12 @@ def gumbel(seed: int, spec: PriorSpec, count: int, first: int = 0) -> Float64:
 def choose(
     log_p: npt.ArrayLike, noise: npt.ArrayLike, temperature: float = 1.0, top_k: int | None = None
 ) -> Int64:
-    """The code (N,) of the largest log p / temperature + noise, of arrays (N, K); the first of
-    several. top_k: among the so many most probable codes alone, and those equal to the last of
-    them. Raises ValueError for a temperature or a top_k that is not positive."""
+    """Returns the code (N,) with the largest log p / temperature + noise; the first on a tie.
+
+    log_p, noise: (N, K). top_k: choose only among the top_k most probable codes, and codes as
+    probable as the last of these. Raises ValueError for a temperature or a top_k that is not
+    positive.
+    """
     found: Int64 = _scores(log_p, noise, temperature, top_k)[0].argmax(axis=1)
     return found
 
@@ -379,9 +404,12 @@ def certified(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> npt.NDArray[np.bool_]:
-    """Whether ``choose`` takes the same code (N,) of all log-probabilities that are within
-    ``error``, a number or (N, 1), of these: the winner is among the top_k whatever the error, and
-    every code that may be lies further behind than twice the error moves it."""
+    """Returns whether ``choose`` takes the same code for all log-probabilities near these, (N,).
+
+    Near means within ``error``, a number or (N, 1). True requires two things. The winner is among
+    the top_k whatever the error. Every code that may be among the top_k lies further behind than
+    twice the error can move it.
+    """
     bound = np.asarray(error, np.float64)
     scores, ranked = _scores(log_p, noise, temperature, top_k, 2 * bound)
     best = scores.argmax(axis=1)[:, None]
@@ -395,8 +423,9 @@ def certified(
 
 
 ROUNDING = 2.0**-48
-"""More than float64 gets wrong in a score, of the largest: noise by another logarithm, a quotient
-and a sum."""
+"""A bound on the float64 error of a score, relative to the largest score.
+
+It covers noise from another logarithm, a quotient and a sum."""
 
 
 def _scores(
@@ -406,8 +435,11 @@ def _scores(
     top_k: int | None,
     slack: Float64 | float = 0.0,
 ) -> tuple[Float64, Float64]:
-    """log p / temperature + noise, -inf of codes that lie more than ``slack`` below the top_k; and
-    by how much log p is above the best that is not among the top_k, infinite without one."""
+    """Returns the scores log p / temperature + noise, and each log p's lead.
+
+    The score is -inf for codes more than ``slack`` below the top_k. The lead is over the best log p
+    that is not among the top_k. It is infinite if there is none.
+    """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature!r}, expected a positive number")
     if top_k is not None and top_k < 1:
@@ -428,8 +460,10 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> Int64:
-    """Indices (N, S), position by position, of noise (N, S, K): see ``gumbel`` and ``choose``.
-    Raises ValueError for what does not fit."""
+    """Samples indices (N, S), position by position, from noise (N, S, K).
+
+    See ``gumbel`` and ``choose``. Raises ValueError for arguments that do not fit.
+    """
     drawn = as_float64("noise", noise, ("N", spec.latent_size, spec.num_codes))
     indices = np.zeros(drawn.shape[:2], np.int64)
     cache: Cache = begin(spec, len(drawn))

@@ -2,8 +2,8 @@
 
 quantize: index = argmin over k of ||latent - codebook[k]||^2, the lowest index on a tie
 (van den Oord et al. 2017, equation 1).
-update_ema: the codebook as an exponential moving average of the latents that it is nearest to
-(the same, appendix A.1; the post's form, without zero-debias, unless another dialect is named).
+update_ema: makes each code an exponential moving average of the latents nearest to it (the same
+paper, appendix A.1). The default dialect is the post's, without zero-debias.
 """
 
 from __future__ import annotations
@@ -21,21 +21,23 @@ from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
 from vqref.validation import Array, Float64, Int64, Params, as_float64, as_indices
 
 DISTANCE_BYTES = 8 * 2**20
-"""Bytes of squared distances held at once: few enough for a processor's cache, and memory stays
-flat in N."""
+"""The most bytes of squared distances held at once.
+
+They fit a processor's cache, and memory use does not grow with N."""
 
 SMALLEST_VARIANCE = 1e-12
-"""A mean squared distance below this says that the latents are the codes: a draw's temperature is
-then in units of this."""
+"""The smallest mean squared distance that ``draw_indices`` uses as the unit of temperature.
+
+Below it, the latents are the codes."""
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What ``quantize`` found.
+    """The result of ``quantize``.
 
     indices: (N, S) int64. quantized: (N, S, D) float64, rows of the codebook.
-    gap: (N, S) float64, the second-smallest squared distance minus the smallest; infinite if there
-        is only one code.
+    gap: (N, S) float64, the second-smallest squared distance minus the smallest. It is infinite if
+        there is only one code.
     """
 
     indices: Int64
@@ -66,10 +68,10 @@ def quantize(latents: npt.ArrayLike, codebook: npt.ArrayLike) -> Quantized:
 
 
 def squared_distances(latents: Float64, codebook: Float64) -> Iterator[tuple[slice, Float64]]:
-    """Yields ||latent - codebook[k]||^2 in the direct form for a few rows of latents (M, D) at a
-    time, as (rows, distances (rows, K)).
+    """Yields ||latent - codebook[k]||^2 in the direct form, for a few latents (M, D) at a time.
 
-    The next step overwrites the array of distances. Raises ValueError if a distance overflows.
+    Each item is (rows, distances (rows, K)). The next step overwrites the array of distances.
+    Raises ValueError if a distance overflows.
     """
     step = max(1, DISTANCE_BYTES // (8 * len(codebook)))
     columns = np.ascontiguousarray(codebook.T)  # (D, K)
@@ -97,9 +99,9 @@ class EMAState:
     """The codebook and its averages, validated and held as float64.
 
     codebook, ema_means: (K, D). ema_count: (K,), at least 0.
-    steps: how many updates they have had, which a debiased dialect needs to know.
-    normalized: whether codes are unit vectors, as in ``ModelSpec``: every code that is moved is put
-        back on the sphere. count and means are those of other codebooks.
+    steps: the number of updates so far, which a debiased dialect needs.
+    normalized: whether codes are unit vectors, as in ``ModelSpec``. Every code that moves is then
+        put back on the sphere. count and means are updated as for other codebooks.
 
     Raises ValueError for arrays that do not fit each other.
     """
@@ -121,7 +123,7 @@ class EMAState:
 
     @classmethod
     def from_params(cls, params: Params, steps: int = 0, *, normalized: bool = False) -> EMAState:
-        """The state held by a model's parameters, after ``steps`` updates."""
+        """Returns the state that a model's parameters hold after ``steps`` updates."""
         return cls(params[CODEBOOK], params[EMA_COUNT], params[EMA_MEANS], steps, normalized)
 
     @classmethod
@@ -133,10 +135,10 @@ class EMAState:
         *,
         normalized: bool = False,
     ) -> EMAState:
-        """The state from which a dialect starts.
+        """Returns the state from which a dialect starts.
 
         means: (K, D), for a dialect whose means start from values of their own.
-        Raises ValueError if they are missing, or given to a dialect that does not want them.
+        Raises ValueError if they are missing, or if a dialect that does not use them gets them.
         """
         codebook = as_float64("codebook", codebook, ("K", "D"))
         if (means is not None) != (dialect.means == "own"):
@@ -152,9 +154,11 @@ class EMAState:
         return cls(codebook, count, np.asarray(means, np.float64), normalized=normalized)
 
     def placed(self, rows: Float64, codes: Float64) -> Float64:
-        """Where codes (n, D) move if they are drawn to rows (n, D): there, or if they are unit
-        vectors, over the rows' lengths. Rows shorter than LEAST_LENGTH have no direction: their
-        codes stay."""
+        """Returns the new places of codes (n, D) that move to rows (n, D).
+
+        Unit codes move to the rows divided by their lengths. Rows shorter than LEAST_LENGTH have no
+        direction, so their codes stay.
+        """
         if not self.normalized:
             return rows
         length = np.sqrt(np.square(rows).sum(axis=1, keepdims=True))
@@ -162,17 +166,22 @@ class EMAState:
 
 
 def grid(levels: Sequence[int]) -> Float64:
-    """The codebook (K, D) of finite scalar quantization (Mentzer et al. 2023): element d of row k
-    is (n - h) / h with h = levels[d] // 2 and n the d-th digit of k, the first the fastest, in a
-    system whose d-th digit counts to levels[d]."""
+    """Returns the codebook (K, D) of finite scalar quantization (Mentzer et al. 2023).
+
+    Write k in a number system whose d-th digit takes levels[d] values and whose first digit changes
+    fastest. Element d of row k is (n - h) / h, where n is the d-th digit of k and
+    h = levels[d] // 2.
+    """
     digits = np.unravel_index(np.arange(math.prod(levels)), tuple(levels), order="F")
     halves = np.array(levels) // 2
     return np.asarray((np.stack(digits, axis=1) - halves) / halves, np.float64)
 
 
 def averaged(params: Params) -> dict[str, Array]:
-    """Parameters of a codebook that has no averages, with averages in which each code counts once;
-    those that are there stay."""
+    """Returns the parameters, with averages in which each code counts once.
+
+    Averages that are already there stay.
+    """
     codebook = params[CODEBOOK]
     return {EMA_COUNT: np.ones(len(codebook), np.float32), EMA_MEANS: codebook, **params}
 
@@ -185,19 +194,20 @@ def update_ema(
     epsilon: float = 1e-5,
     dialect: Dialect = POST,
 ) -> EMAState:
-    """The state after one step that assigned latents (N, S, D) to indices (N, S). It is a new
-    state: nothing is changed in place.
+    """Returns the state after one step that assigned latents (N, S, D) to indices (N, S).
+
+    It is a new state; nothing changes in place.
 
     count    <- decay * count + (1 - decay) * hits
     means    <- decay * means + (1 - decay) * sum of the latents that hit
     codebook <- means / (count + epsilon)
 
-    The last line is the post's; ``vqref.dialects`` says what other dialects do instead. Unit codes
-    are put back on the sphere: codebook <- codebook / ||codebook||, row by row, but for rows that
-    have no direction, whose codes stay.
+    The last line is the post's; ``vqref.dialects`` gives those of other dialects. Unit codes are
+    put back on the sphere, row by row: codebook <- codebook / ||codebook||. Rows without a
+    direction are skipped, and their codes stay.
 
     Raises ValueError for arrays that do not fit, a decay outside [0, 1], an epsilon that is not
-    positive, or counts of which a dialect can make no codebook.
+    positive, or counts from which a dialect cannot make a codebook.
     """
     k, d = state.codebook.shape
     latents = as_float64("latents", latents, ("N", "S", d))
@@ -222,12 +232,12 @@ def update_ema(
 
 
 def _share(decay: float, steps: int, dialect: Dialect) -> float:
-    """The share of the averages that is data; the rest is what they started from."""
+    """Returns the share of the averages that is data. The rest is their initial values."""
     return 1 - decay**steps if dialect.debiased else 1.0
 
 
 def _smoothed(count: Float64, epsilon: float, dialect: Dialect) -> Float64:
-    """The counts (K,) by which the means are divided."""
+    """Returns the counts (K,) that the means are divided by."""
     if dialect.smoothing == "epsilon":
         return count + epsilon
     total = count.sum()
@@ -241,13 +251,13 @@ def _smoothed(count: Float64, epsilon: float, dialect: Dialect) -> Float64:
 def draw_indices(
     latents: npt.ArrayLike, codebook: npt.ArrayLike, gumbel: npt.ArrayLike, temperature: float
 ) -> Int64:
-    """Draws indices (N, S) from softmax over k of -d_k / (2 * temperature * variance), by the
-    Gumbel-max rule.
+    """Draws indices (N, S) at random, nearer codes more often, by the Gumbel-max rule.
 
-    d_k is the squared distance of a latent (N, S, D) to codebook row k; variance is the mean over
-    all latents of the smallest d_k, divided by D. gumbel (N, S, K) is the random choice:
-    -log(-log(u)) of uniform u. As the temperature falls to 0, this becomes ``quantize`` (after
-    Takida et al. 2022, SQ-VAE, whose variance is learned).
+    The distribution is softmax over k of -d_k / (2 * temperature * variance). d_k is the squared
+    distance of a latent (N, S, D) to codebook row k. variance is the mean over all latents of the
+    smallest d_k, divided by D. gumbel (N, S, K) is the noise: -log(-log(u)) of uniform u. As the
+    temperature falls to 0, this becomes ``quantize``. It follows Takida et al. 2022, SQ-VAE, where
+    the variance is learned.
 
     Raises ValueError for arrays that do not fit or a temperature that is not positive.
     """
@@ -257,8 +267,10 @@ def draw_indices(
 def draw_scores(
     latents: npt.ArrayLike, codebook: npt.ArrayLike, gumbel: npt.ArrayLike, temperature: float
 ) -> Float64:
-    """The scores (N, S, K) of which ``draw_indices`` takes the largest:
-    gumbel - d / (2 * temperature * variance)."""
+    """Returns the scores (N, S, K) whose largest ``draw_indices`` takes.
+
+    They are gumbel - d / (2 * temperature * variance).
+    """
     codebook = as_float64("codebook", codebook, ("K", "D"))
     latents = as_float64("latents", latents, ("N", "S", codebook.shape[1]))
     gumbel = as_float64("gumbel", gumbel, (*latents.shape[:2], len(codebook)))
@@ -283,12 +295,13 @@ def reset_codes(
     epsilon: float = 1e-5,
     dialect: Dialect = POST,
 ) -> EMAState:
-    """The state in which codes (n,) stand at rows (n, D), as if each had long been hit counts (n,)
-    times per step: codebook, count and means together, so that they fit. A new state. Rows of unit
-    codes are put on the sphere first.
+    """Returns a new state with codes (n,) moved to rows (n, D).
+
+    Codebook, count and means change together, as if each code had long been hit counts (n,) times
+    per step. Rows of unit codes are put on the sphere first.
 
     decay, epsilon, dialect: as in ``update_ema``.
-    Raises ValueError for arrays that do not fit, a code that is named twice, or counts below 0.
+    Raises ValueError for arrays that do not fit, a code named twice, or counts below 0.
     """
     k, d = state.codebook.shape
     codes = as_indices(codes, ("n",), k)

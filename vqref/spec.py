@@ -1,9 +1,9 @@
 """The one specification of a model, as data.
 
-A network is a table of rows. ``ModelSpec`` holds the rows of the encoder and of the decoder, and
-from them follow the names, shapes and initial values of every parameter. The NumPy oracle, the
-PyTorch trainer and the ONNX exporter are three interpreters of the same rows; no other file states
-a size or a name again. ``vqref.families`` writes the rows of known networks.
+A network is a table of rows. ``ModelSpec`` holds the rows of the encoder and of the decoder. They
+determine the name, shape and initial values of every parameter. The NumPy oracle, the PyTorch
+trainer and the ONNX exporter all interpret the same rows; no other file repeats a size or a name.
+``vqref.families`` writes the rows of known networks.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 from vqref.likelihoods import output_channels
 
 SIZE_LIMIT = 2**24
-"""The largest size that a spec may state, so that a damaged file cannot ask for all memory."""
+"""The largest size that a spec may state. It keeps a damaged file from asking for all memory."""
 
 ROW_LIMIT = 4096
 """The most rows that a network may have."""
 
 NAME = re.compile(r"[A-Za-z]\w{0,99}(\.\w{1,99}){0,9}", re.ASCII)
-"""Names of rows and families: words separated by dots, which files and messages can hold."""
+"""Names of rows and families: words separated by dots, safe in files and messages."""
 
 CODEBOOK = "quantizer.codebook"
 EMA_COUNT = "quantizer.ema_count"
@@ -37,11 +37,11 @@ Pads = tuple[tuple[int, int], tuple[int, int]]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One array of the model: its name in every file format, its shape, and how it starts.
+    """One array of the model: its name in every file format, its shape and its initial values.
 
-    initial: "uniform" in ±``scale``, "truncated_normal" of standard deviation ``scale`` cut off at
-    two of them, "zeros", "ones", "unit_rows" of length 1 in any direction, "grid", the rows of
-        ``vqref.quantizer.grid``, or "codebook", a copy of the codebook.
+    initial: "uniform" in ±``scale``; "truncated_normal" with standard deviation ``scale``, cut off
+        at two deviations; "zeros"; "ones"; "unit_rows" of length 1 in random directions; "grid",
+        the rows of ``vqref.quantizer.grid``; or "codebook", a copy of the codebook.
     """
 
     name: str
@@ -52,22 +52,24 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Layer:
-    """One row. Shapes are those of one image, without the batch axis.
+    """One row of a network. Shapes are per image, without the batch axis.
 
     name, kind: a unique name, and one of ``KINDS``.
-    in_shape, out_shape: of the first input and of the result.
-    inputs: names of earlier rows of the same network; () means the row before, and for the first
-        row the network's own input.
+    in_shape, out_shape: the shapes of the first input and of the result.
+    inputs: names of earlier rows of the same network. () means the previous row or, for the first
+        row, the network's input.
     activation: one of ``ACTIVATIONS``, applied to the result.
-    kernel, stride, pads: of conv and conv_transpose, in pixels. pads are ((top, bottom), (left,
-        right)): zeros around a convolution's input, or what a transposed one crops from its output.
-    scale, shift: of affine, which computes scale * x + shift.
-    num_codes: of embedding, K.
-    heads, causal: of attention; whether a place attends to itself and the places before it alone.
-    groups: of group_norm: groups of adjacent channels that share mean and variance.
-    levels: of bounded: how many values each element of a vector is to be rounded to, 3 or more.
+    kernel, stride, pads: for conv and conv_transpose, in pixels. pads is ((top, bottom), (left,
+        right)). A conv adds that many zeros around its input; a conv_transpose crops that many
+        pixels from its output.
+    scale, shift: for affine, which computes scale * x + shift.
+    num_codes: for embedding, K.
+    heads, causal: for attention. If causal, a position sees only itself and earlier positions.
+    groups: for group_norm, the number of groups. Adjacent channels of a group share mean and
+        variance.
+    levels: for bounded, the number of values, 3 or more, that each element is rounded to later.
 
-    Raises ValueError that names the row and what is wrong with it.
+    Raises ValueError that names the row and says what is wrong with it.
     """
 
     name: str
@@ -112,31 +114,31 @@ class Layer:
 
     @property
     def parameters(self) -> tuple[tuple[str, Shape], ...]:
-        """Names and shapes of the row's weight and bias; () if its kind has none."""
+        """Names and shapes of the row's weight and bias, or () if its kind has none."""
         shapes = zip(("weight", "bias"), KINDS[self.kind].parameters(self), strict=False)
         return tuple((f"{self.name}.{name}", shape) for name, shape in shapes)
 
     @property
     def fan_in(self) -> int:
-        """How many numbers each output adds up, at most."""
+        """The largest number of inputs that an output adds up."""
         return self._width(self.in_shape) * math.prod(self.kernel)
 
     @property
     def fan_out(self) -> int:
-        """How many outputs each number reaches, at most."""
+        """The largest number of outputs that an input reaches."""
         return self._width(self.out_shape) * math.prod(self.kernel)
 
     def _width(self, shape: Shape) -> int:
-        """Channels (C, H, W), or elements of a vector (F,) or (S, F)."""
+        """The channels of (C, H, W), or the elements F of a vector (F,) or (S, F)."""
         return shape[0] if len(shape) == 3 else shape[-1]
 
     @property
     def products(self) -> int:
-        """Multiplications per image; 0 if the kind has no sums of products."""
+        """The number of multiplications per image; 0 if the kind has no sums of products."""
         return KINDS[self.kind].products(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain data, without fields that stand at their defaults."""
+        """Returns the row as plain data, without the fields that have their default values."""
         fields = {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
         return {
             name: _listed(value) for name, (value, default) in fields.items() if value != default
@@ -144,7 +146,7 @@ class Layer:
 
     @classmethod
     def from_dict(cls, data: Any) -> Layer:
-        """The inverse of ``to_dict``. Raises ValueError."""
+        """Inverts ``to_dict``. Raises ValueError for anything else."""
         if not isinstance(data, dict) or not isinstance(data.get("name"), str):
             raise ValueError(f"a row is {ascii(data)[:80]}, expected a table with a name")
         name = ascii(data["name"])[1:-1]
@@ -162,8 +164,13 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Layer)}
 
 @dataclass(frozen=True)
 class Kind:
-    """What follows from a row of a kind: the shape of its result, () if none fits; those of its
-    weight and bias, () if it has none; how many products it adds up. inputs: how many it takes."""
+    """The rules of one kind of row.
+
+    out_shape: the shape of the result, () if none fits.
+    parameters: the shapes of weight and bias, () if there are none.
+    products: how many products the row adds up.
+    inputs: how many inputs the row takes.
+    """
 
     out_shape: Callable[[Layer], Shape]
     parameters: Callable[[Layer], tuple[Shape, ...]] = lambda row: ()
@@ -273,39 +280,41 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         ),
     }
 )
-"""By name:
+"""The kinds of rows by name:
 
-affine          scale * x + shift, of constants
-conv            weight (C', C, kh, kw), as ``torch.nn.Conv2d`` has it
-conv_transpose  weight (C, C', kh, kw), the gradient of such a convolution; stride 1 or 2
-dense           weight (F', F), of a vector, or of each vector of (S, F)
+affine          scale * x + shift, with constant scale and shift
+conv            convolution; weight (C', C, kh, kw) as in ``torch.nn.Conv2d``
+conv_transpose  the gradient of such a convolution; weight (C, C', kh, kw); stride 1 or 2
+dense           matrix product with a vector, or with each vector of (S, F); weight (F', F)
 reshape         the same elements in row-major order under another shape
 to_vectors      (g*D, h, w) to (S, D): position (i, j) of group m is vector (i*w + j)*g + m
-to_grid         its inverse
+to_grid         the inverse of to_vectors
 add             the sum of two rows
 activation      an activation alone
-embedding       indices (S,) to (S, F): weight (K, F) of the index before a place, and bias (S, F)
-layer_norm      each vector of (S, F) less its mean, over its deviation; weight and bias (F,)
-group_norm      channels in groups of (C, H, W), each less its mean, over its deviation; weight and
-                bias (C,)
-unit_norm       each vector of (S, D) over its length
-bounded         each element of (S, D) drawn by a tanh to where ``levels`` has its values
-upsample        (C, H, W) to (C, f*H, f*W): each place f x f times
-attention       of queries, keys and values (S, F) each, in heads
+embedding       indices (S,) to (S, F): at each position, the row of weight (K, F) for the index
+                before it, plus bias (S, F)
+layer_norm      subtracts the mean of each vector of (S, F) and divides by its deviation; weight and
+                bias (F,)
+group_norm      subtracts the mean of each group of channels of (C, H, W) and divides by its
+                deviation; weight and bias (C,)
+unit_norm       divides each vector of (S, D) by its length
+bounded         maps each element of (S, D) by a tanh into the range of its ``levels``
+upsample        (C, H, W) to (C, f*H, f*W): repeats each pixel f x f times
+attention       attention over queries, keys and values, each (S, F), in heads
 """
 
 NORMS = frozenset({"layer_norm", "group_norm"})
-"""Kinds whose weight starts at 1."""
+"""The kinds whose weights start at 1."""
 
 ACTIVATIONS = ("linear", "elu", "relu", "silu", "gelu")
 
 
 @dataclass(frozen=True)
 class Step:
-    """A row and where its values come from and go.
+    """A row, the values that it takes, and the values that can be freed after it.
 
-    Values are numbered: 0 is the network's input, i + 1 the result of row i. sources: the values
-    that the row takes. spent: those that no later row needs, so that an interpreter may free them.
+    Values are numbered: 0 is the network's input and i + 1 is the result of row i. sources: the
+    values that the row takes. spent: those of them that no later row needs.
     """
 
     layer: Layer
@@ -314,7 +323,7 @@ class Step:
 
 
 def plan(layers: Sequence[Layer]) -> tuple[Step, ...]:
-    """The rows in order with their sources. Raises ValueError if names or shapes do not chain."""
+    """Returns the rows with their sources. Raises ValueError if names or shapes do not chain."""
     places = {layer.name: place for place, layer in enumerate(layers, 1)}
     if len(places) != len(layers):
         raise ValueError("two rows have one name")
@@ -346,25 +355,25 @@ def plan(layers: Sequence[Layer]) -> tuple[Step, ...]:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Everything that the interpreters need to know of a model beside its parameters.
+    """Everything that the interpreters need to know about a model, except its parameters.
 
-    family: the name of the function that wrote the rows, for people.
+    family: the name of the function that wrote the rows, for human readers.
     image_shape: (C, H, W).
     latent_shape: (S,), (h, w) or (h, w, g); position (i, j, m) of a grid is latent (i*w + j)*g + m.
     num_codes, code_size: the codebook is (K, D).
     likelihood: a name of ``vqref.likelihoods.LIKELIHOODS``.
-    encoder, decoder: the rows, from images (C, H, W) to latents (S, D), and back to outputs (P, H,
-        W), the parameters of the likelihood.
-    variance: σ² of a gaussian likelihood: that of the training images' values in [0, 1].
-    value_range: what 0 and 1 of an image are to the networks; outputs lie in the same range.
-    normalized: whether codes are unit vectors, which the encoder's last row makes of latents, too:
-        a unit_norm. Their rows are to have length 1, as training leaves them; nothing divides them
-        again.
-    initial: how weights and codebook start: "glorot_uniform" (Glorot and Bengio 2010, equation 16)
-        or "fan_in", normal of variance 1 / fan-in cut off at two deviations, and a codebook uniform
-        in ±sqrt(3 / D), as Sonnet has it.
+    encoder: the rows that map images (C, H, W) to latents (S, D).
+    decoder: the rows that map codes (S, D) to outputs (P, H, W), the likelihood's parameters.
+    variance: σ² of a gaussian likelihood, the variance of the training images' values in [0, 1].
+    value_range: the values that the networks see for 0 and 1 of an image. Outputs have this range.
+    normalized: whether codes are unit vectors. The encoder must then end in a unit_norm, so that
+        latents are unit vectors too. Rows of the codebook must have length 1, as training leaves
+        them; nothing normalizes them again.
+    initial: how weights and codebook start. "glorot_uniform" is Glorot and Bengio 2010, equation
+        16. "fan_in" is Sonnet's: weights normal with variance 1 / fan-in, cut off at two
+        deviations, and a codebook uniform in ±sqrt(3 / D).
 
-    If the encoder's last row is bounded, the codebook is a grid, which is never trained: its rows
+    If the encoder's last row is bounded, the codebook is a grid that is never trained: its rows
     are ``vqref.quantizer.grid`` of that row's levels.
 
     Raises ValueError that names the field, what it was and what it must be.
@@ -434,18 +443,18 @@ class ModelSpec:
 
     @property
     def latent_size(self) -> int:
-        """The number S of latents, and so of indices, per image."""
+        """The number S of latents per image. It is also the number of indices."""
         return math.prod(self.latent_shape)
 
     @property
     def levels(self) -> Shape:
-        """How many values each element of a code has, (D,), if the codebook is a grid; else ()."""
+        """The number of values of each element of a code, (D,); () if the codebook is no grid."""
         last = self.encoder[-1:]
         return last[0].levels if last and last[0].kind == "bounded" else ()
 
     @property
     def output_shape(self) -> Shape:
-        """(P, H, W) of the decoder's outputs."""
+        """The shape (P, H, W) of the decoder's outputs."""
         return self.decoder[-1].out_shape
 
     @property
@@ -455,7 +464,7 @@ class ModelSpec:
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """Every array of the model, in the order of the files: the rows', then the quantizer's.
+        """Every array of the model in file order: first the rows', then the quantizer's.
 
         ``ema_count`` starts at 0 and ``ema_means`` as a copy of the codebook.
         """
@@ -483,7 +492,7 @@ class ModelSpec:
         return Parameter(weight, weight_shape, *how), Parameter(bias, bias_shape, "zeros")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data for JSON and files."""
+        """Returns the fields as plain data for JSON and files."""
         plain = {f.name: _listed(getattr(self, f.name)) for f in dataclasses.fields(self)}
         for name in LATER:
             if plain[name] == getattr(type(self), name):
@@ -492,8 +501,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, fields: Any) -> ModelSpec:
-        """The inverse of ``to_dict``. Raises ValueError for a field missing, unknown or
-        malformed."""
+        """Inverts ``to_dict``. Raises ValueError for a missing, unknown or malformed field."""
         if not isinstance(fields, dict):
             raise ValueError("the spec is no table")
         known = {field.name for field in dataclasses.fields(cls)}
@@ -512,7 +520,7 @@ class ModelSpec:
 NETWORKS = ("encoder", "decoder")
 
 LATER = frozenset({"normalized"})
-"""Fields that files have only where they are not at their default: they came after the format."""
+"""Fields that were added after the format. Files omit them if they have their defaults."""
 
 
 def require_sizes(name: str, sizes: Shape) -> None:
@@ -588,7 +596,7 @@ def _listed(value: Any) -> Any:
 
 
 def _tupled(value: Any, depth: int = 2) -> Any:
-    """Lists as tuples, as deep as any field has them."""
+    """Turns lists into tuples, as deep as any field nests them."""
     if not depth or not isinstance(value, list):
         return value
     return tuple(_tupled(part, depth - 1) for part in value)

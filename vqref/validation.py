@@ -1,4 +1,4 @@
-"""What the oracle accepts. Every refusal names the array, what was found and what was expected."""
+"""Checks of the oracle's inputs. Errors name the array, what was found and what was expected."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Params = Mapping[str, Array]
 
 
 def as_float64(name: str, array: npt.ArrayLike, shape: tuple[int | str, ...]) -> Float64:
-    """``array`` as float64, once its dtype is known to be floating, its shape right, all finite.
+    """Returns ``array`` as float64 if its dtype is floating, its shape right and all finite.
 
-    ``shape`` holds sizes, or a symbol such as "N" if any size will do. Raises ValueError.
+    ``shape`` holds sizes, or a symbol such as "N" for any size. Otherwise raises ValueError.
     """
     values = np.asarray(array)
     if not np.issubdtype(values.dtype, np.floating):
@@ -34,7 +34,7 @@ def as_float64(name: str, array: npt.ArrayLike, shape: tuple[int | str, ...]) ->
 
 
 def as_images(images: npt.ArrayLike, spec: ModelSpec) -> Float64:
-    """Images (N, C, H, W), floating, in [0, 1], as float64. Raises ValueError."""
+    """Returns images (N, C, H, W) as float64. Raises ValueError if not floating in [0, 1]."""
     values = as_float64("images", images, ("N", *spec.image_shape))
     if values.size and not (values.min() >= 0.0 and values.max() <= 1.0):
         found = f"values from {values.min():.9g} to {values.max():.9g}"
@@ -43,7 +43,7 @@ def as_images(images: npt.ArrayLike, spec: ModelSpec) -> Float64:
 
 
 def as_indices(indices: npt.ArrayLike, shape: tuple[int | str, ...], num_codes: int) -> Int64:
-    """Indices of an integer dtype, 0 <= index < num_codes, as int64. Raises ValueError."""
+    """Returns indices as int64 if they are integers from 0 to num_codes - 1. Raises ValueError."""
     values = np.asarray(indices)
     if not np.issubdtype(values.dtype, np.integer):
         raise ValueError(f"indices: dtype is {values.dtype}, expected an integer dtype")
@@ -55,7 +55,7 @@ def as_indices(indices: npt.ArrayLike, shape: tuple[int | str, ...], num_codes: 
 
 
 def check_params(spec: ModelSpec | PriorSpec, params: Params) -> None:
-    """Holds names, shapes, dtypes and finiteness of parameters to the spec. Raises ValueError."""
+    """Raises ValueError unless parameters are finite and fit the spec: names, shapes, dtypes."""
     expected = {parameter.name: parameter.shape for parameter in spec.parameters}
     if missing := [name for name in expected if name not in params]:
         raise ValueError(f"parameters missing: {', '.join(missing)}")

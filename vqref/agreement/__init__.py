@@ -1,4 +1,4 @@
-"""The judge: whether an implementation agrees with the oracle, and what rounding may explain."""
+"""The judge: decides if an implementation agrees with the oracle as far as rounding allows."""
 
 from vqref.agreement.parity import (
     TOLERANCES,

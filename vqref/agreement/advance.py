@@ -1,59 +1,62 @@
-"""Tokens proved in advance: what rounding can do to them under a named arithmetic, whatever machine
-computes, in whatever order it adds.
+"""Proves tokens in advance: no rounding can change them under a named arithmetic.
 
-The exact network has the parameters and the images as they are in float32. It takes values z_0 (the
-image), z_1, ..., z_L (the latents), a row each. A machine has other values z_i + δ_i. What it
-computes in row i is off by a local error e_i from what that row makes of the machine's own inputs,
-and |e_i| is bounded: see ``arithmetics``. Rows are linear but for their activations, so before
-these δ_i is W δ_(i-1) + e_i without remainder. An activation f at z, its input there off by |δ| <=
-Δ, gives f(z + δ) = f(z) + f'(z) δ + r, where
+A proof holds for every machine with that arithmetic, in whatever order it adds.
+
+The exact network has the parameters and the images as they are in float32. Its values are z_0 (the
+image), z_1, ..., z_L (the latents), one per row. A machine has other values, z_i + δ_i. Its row i
+makes a local error e_i: the difference from what the exact row makes of the machine's own inputs.
+|e_i| is bounded, see ``arithmetics``. Rows are linear except for their activations. So before the
+activation, δ_i is exactly W δ_(i-1) + e_i. Let an activation f have the exact input z, and let the
+machine's input be off by |δ| <= Δ. Then f(z + δ) = f(z) + f'(z) δ + r, where
 
     elu     |r| <= Δ² exp(min(0, z + Δ)) / 2 if z - Δ < 0, else 0: f'' is exp(z) below 0 and 0
-            above, and f' is continuous; ``arithmetics`` has a closer one
-    relu    |r| <= max(0, Δ - |z|): where the input crosses 0, the way beyond
+            above, and f' is continuous; ``arithmetics`` has a closer bound
+    relu    |r| <= max(0, Δ - |z|): if the input crosses 0, the distance beyond 0
     silu    |r| <= Δ² / 4: |f''| <= 1/2
 
-With r and the activation's own rounding counted as local errors, the latents move by
+If r and the activation's own rounding count as local errors, the latents move by
 
     δ_L = Σ over rows of J_i (e_i + r_i)
 
-with the exact Jacobians J_i at the exact values: an identity, not an approximation.
+with the exact Jacobians J_i at the exact values. This is an identity, not an approximation.
 
-Where factors are rounded, the exact network's weights are replaced by the centres of what theirs
-may be rounded to, and its inputs by those moved by a known shift (z_i stands for what this network
-takes). A machine's are within ρ of these: W (δ_(i-1) + ρ_i) + e_i, so that J W ρ_i is one more
-term, in which W ρ_i cancels as W δ does; that the weights are off is in e_i. The network with its
-own factors is one of those that are covered, so the token that is proved is its token.
+If the arithmetic rounds factors, the exact network gets other weights and inputs. Its weights are
+the centres of what the rounded weights may be, and its inputs are moved by a known shift. z_i then
+stands for the values of this network. The machine's inputs are within ρ of these, so its row gives
+W (δ_(i-1) + ρ_i) + e_i. This adds the term J W ρ_i, in which W ρ_i cancels as W δ does. e_i
+includes the error of the weights. The network with its own factors is one of the networks covered,
+so the proved token is its token.
 
-Δ_i comes from the rows' magnitudes alone at the first look, Δ_i = |W| Δ_(i-1) + |e_i|. It is far
-too large at the end, but enters squared, or only where a relu's input is near 0. If that leaves
-tokens open, a second look also bounds lengths, of all of δ_i and at each place of a grid:
+The first look takes Δ_i from the rows' magnitudes alone: Δ_i = |W| Δ_(i-1) + |e_i|. At the end it
+is far too large, but it enters squared, or only where a relu's input is near 0. If tokens stay
+open, a second look also bounds lengths: that of the whole δ_i, and that at each position of a grid:
 
     ||δ_i|| <= ||W|| (||δ_(i-1)|| + ||ρ_i||) + ||e_i||
 
-with ||W|| of the whole row, and of what one place sees. All signs at once that are worst for one
-element are not so for the others, which magnitudes do not know: of 800 weights |W| is 20 times
-larger than ||W||. An element is off by at most its weights' length times that of what it sees. A
-row of few results, as the post's last convolution, gets its Δ from exact Jacobians. And Σ |g| |r|,
-g the gradient after a row, is not larger than ||δ|| allows: where |r| <= c δ²,
+Here ||W|| is that of the whole row, or of what one position sees. Lengths are tighter because the
+signs that are worst for one element are not the worst for the others, which magnitudes ignore: for
+800 weights, |W| is 20 times larger than ||W||. An element is off by at most the length of its
+weights times the length of the error that it sees. A row with few results, such as the post's last
+convolution, gets its Δ from exact Jacobians. Let g be the gradient after a row. ||δ|| also limits
+Σ |g| |r|: where |r| <= c δ²,
 
     Σ |g| |r| <= p ||δ||² + Σ max(0, |g| c - p) Δ²     for every p > 0
 
-A third look, for tokens that would be proved without r, bounds the elements of a row for which
-|g| c is largest one by one, from row to row: their gradients are pulled back, and meet the lengths
-on the way, until they are small enough or the work for it is spent. What remains has small c, so
-that ||δ||² may as well be its.
+A third look is for tokens that would be proved without r. From row to row, it bounds one by one the
+elements with the largest |g| c. It pulls their gradients back, and uses the lengths on the way,
+until the bounds are small enough or the allowed work is spent. The other elements have small c, so
+||δ||² is good enough for them.
 
-The machine answers by the direct form, Σ (x - c)², in float32, and by the first code if some are
-equally near. Code k can win over the nearest code b if ||x + δ - c_k||² - ||x + δ - c_b||², which
-is gap - 2 (c_k - c_b).δ, is not above the quantizer's own rounding (``vqref.agreement.bounds``). So
-a token is proved if for every k
+The machine computes distances by the direct form, Σ (x - c)², in float32. It takes the first code
+if several are equally near. Code k can win over the nearest code b if ||x + δ - c_k||² -
+||x + δ - c_b||², which is gap - 2 (c_k - c_b).δ, is not above the quantizer's own rounding
+(``vqref.agreement.bounds``). So a token is proved if for every k
 
     gap > 2 Σ over rows, elements of |J_i' (c_k - c_b)| (|e_i| + |r_i|) + rounding of two distances
 
-Codes that cannot win even with Δ_L need no Jacobian. The direction c_k - c_b of each other is
-pulled back row by row, and no further ones of a token with a code that could win; once the errors
-of the rows passed, and Δ for what lies below, cannot close the gap, it is dropped.
+Codes that cannot win even with Δ_L need no Jacobian. For each other code, the direction c_k - c_b
+is pulled back row by row. It is dropped as soon as the errors of the rows passed, with Δ for the
+rows below, cannot close the gap. If one code could win, the token's other directions are skipped.
 """
 
 from __future__ import annotations
@@ -74,27 +77,32 @@ from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Float64, Int64, Params, as_images, check_params
 
 SHARPENED, WORK, LITTLE = 2048, 64, 8
-"""How many results of a row are pulled back at the third look, at most, and for how many times the
-multiplications of the encoder: the last of these if factors are not rounded, where magnitudes alone
-prove nearly all that can be."""
+"""Limits of the third look: results of a row that are pulled back, and the work for it.
+
+Work counts in multiples of the encoder's multiplications. If factors are not rounded, LITTLE
+replaces WORK, because magnitudes alone prove nearly all that can be proved."""
 
 
 CLAIM = "float32"
-"""What graphs whose networks are float32 compute in, on the CPU, and on CUDA, where TF32 is off.
-Networks of fewer bits round activations, too, which no arithmetic covers."""
+"""The arithmetic of graphs with float32 networks, on the CPU and on CUDA with TF32 off.
+
+Networks of fewer bits round activations too, which no arithmetic covers."""
 
 NARROW = "lanes"
-"""What most machines really do; its share is told beside that of CLAIM."""
+"""The arithmetic of most machines. Its share is reported beside that of CLAIM."""
 
 
 class Proof(NamedTuple):
-    """What is known in advance of the tokens of some images under an arithmetic.
+    """What is known in advance about the tokens of some images under an arithmetic.
 
-    indices (N, S): the exact tokens. proved (N, S): whether no rounding can change them. rivals (N,
-    S): the code that comes nearest to winning, or one that could; the token itself if there is no
-    other code. excess (N, S): by how much that code's squared distance stays beyond what rounding
-    can do; negative if it could win. moved (N, S): a bound on the length by which the latent can
-    move in any direction, from that of the centres where factors are rounded: far too large.
+    indices: (N, S), the exact tokens.
+    proved: (N, S), whether no rounding can change them.
+    rivals: (N, S), the code that comes nearest to winning, or one that could win. It is the token
+        itself if there is no other code.
+    excess: (N, S), how far the rival's squared distance stays beyond what rounding can bridge. It
+        is negative if the rival could win.
+    moved: (N, S), a bound on how far the latent can move in any direction, far larger than needed.
+        If factors are rounded, it counts from the latent that the centres of the weights give.
     """
 
     indices: Int64
@@ -112,13 +120,18 @@ def prove(
     *,
     closely: bool = True,
 ) -> Proof:
-    """Proves the tokens of images (N, C, H, W) in [0, 1] as far as they can be, under a name of
-    ARITHMETICS. Images and parameters count as float32 rounds them. closely: if the first look
-    leaves tokens open, look again, which proves some more and may take a hundred times as long on a
-    network of which little can be proved. Of an encoder with ``unbounded`` rows nothing is proved.
-    Raises ValueError for another name, for images or
-    parameters that do not fit, and for latents so large that float64 cannot hold their
-    distances."""
+    """Proves as many tokens of images (N, C, H, W) in [0, 1] as it can.
+
+    Images and parameters are taken as float32 rounds them. An encoder with ``unbounded`` rows gets
+    no proofs.
+
+    arithmetic: a name of ARITHMETICS.
+    closely: look again if the first look leaves tokens open. This proves some more tokens. It may
+        take a hundred times as long on a network of which little can be proved.
+
+    Raises ValueError for another name, for images or parameters that do not fit, and for latents so
+    large that float64 cannot hold their distances.
+    """
     if arithmetic not in ARITHMETICS:
         raise ValueError(f"arithmetic is {arithmetic!r}, expected {', '.join(ARITHMETICS)}")
     check_params(spec, params)
@@ -144,8 +157,10 @@ def prove(
 
 
 def _nothing(latents: Float64, codebook: Float64) -> Proof:
-    """A Proof of none of the tokens of latents (N, S, D): every bound is infinite. Their rivals are
-    the next nearest codes."""
+    """Returns a Proof of no token of latents (N, S, D): every bound is infinite.
+
+    The rivals are the second-nearest codes.
+    """
     shape = latents.shape[:2]
     indices = quantize(latents, codebook).indices
     rivals = np.empty(indices.size, np.int64)
@@ -163,10 +178,10 @@ def count_proved(
     images: Array,
     proved: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, int]:
-    """How many tokens of images (N, C, H, W) are proved at the first look, plain data: images,
-    tokens, and a count for CLAIM and NARROW each.
+    """Counts the tokens of images (N, C, H, W) that the first look proves.
 
-    proved: which are for CLAIM, if the caller knows. These are for NARROW, too.
+    Returns plain data: images, tokens, and a count each for CLAIM and NARROW.
+    proved: the tokens proved for CLAIM, if the caller knows. They are proved for NARROW too.
     """
     if proved is None:
         proved = prove(spec, params, images, CLAIM, closely=False).proved
@@ -177,7 +192,7 @@ def count_proved(
 
 
 def tell_proved(counts: Mapping[str, Any]) -> str:
-    """What ``count_proved`` found, in words."""
+    """Says in words what ``count_proved`` found."""
     tokens = counts["tokens"]
     shares = [f"{counts[name] / max(1, tokens):.2%}" for name in (CLAIM, NARROW)]
     return (
@@ -187,7 +202,7 @@ def tell_proved(counts: Mapping[str, Any]) -> str:
 
 
 def _prove_one(network: Network, image: Float64, codebook: Float64, *, closely: bool) -> Proof:
-    """A Proof without its first axis."""
+    """Returns the Proof of one image, without the first axis."""
     if network.arithmetic.factors is None or not closely:
         first = _looked(enclose(network, image, closely=False), codebook)
         if first.proved.all() or not closely:
@@ -203,8 +218,10 @@ def _prove_one(network: Network, image: Float64, codebook: Float64, *, closely: 
 def _sharpened(
     network: Network, enclosure: Enclosure, proof: Proof, codebook: Float64
 ) -> Enclosure | None:
-    """The enclosure with tighter bounds on those results whose curvature weighs most for tokens
-    that would be proved without it; None if there is nothing to win."""
+    """Tightens the bounds on the results whose curvature keeps most tokens from being proved.
+
+    Returns the new enclosure, or None if nothing can be gained.
+    """
     tokens = np.flatnonzero(~proof.proved & np.isfinite(proof.excess))
     directions = codebook[proof.rivals[tokens]] - codebook[proof.indices[tokens]]
     seen = {
@@ -241,8 +258,11 @@ def _sharpened(
 def _pulled_each(
     enclosure: Enclosure, where: tuple[Int64, ...], enough: Float64, times: int
 ) -> Float64:
-    """Bounds on |δ| of single elements of the last row, at channels, rows and columns, each pulled
-    back until it is less than ``enough``, or the work of so many passes is spent."""
+    """Returns bounds on |δ| of single elements of the last row, at channels, rows and columns.
+
+    Pulls each back until it is less than ``enough``, or until the work of ``times`` passes is
+    spent.
+    """
     channels, rows, columns = where
     work = times * sum(step.layer.products for step in enclosure.steps) / len(channels)
     found, chunks = np.empty(len(channels)), len(channels) * 2**15 // PULLED_VALUES + 1
@@ -256,7 +276,7 @@ def _pulled_each(
 
 
 def _looked(enclosure: Enclosure, codebook: Float64) -> Proof:
-    """The tokens of an enclosure, as far as it proves them."""
+    """Returns the Proof of an enclosure's tokens, as far as it proves them."""
     latents, radius = enclosure.latents, enclosure.rows[-1].off.radius
     moved = np.sqrt(np.square(radius).sum(axis=1))
     size, norms = codebook.shape[1], np.sqrt(np.square(codebook).sum(axis=1))
@@ -291,9 +311,11 @@ def _looked(enclosure: Enclosure, codebook: Float64) -> Proof:
 
 
 def _bounds(enclosure: Enclosure, tokens: Int64, directions: Float64, room: Float64) -> Float64:
-    """Bounds (B,) on |direction . δ|, from magnitudes alone where these suffice. Elsewhere the
-    direction of each token that leaves least room for its length is pulled back first; if it is not
-    less than its room the token is not proved, and its others need not be known: -inf."""
+    """Returns bounds (B,) on |direction . δ|, from magnitudes alone if these suffice.
+
+    If not, first pulls back each token's direction with the least room for its length. If its bound
+    is not less than its room, the token is not proved. Its other bounds are not needed: -inf.
+    """
     bounds: Float64 = SLACK * (np.abs(directions) * enclosure.rows[-1].off.radius[tokens]).sum(
         axis=1
     )

@@ -1,9 +1,9 @@
-"""What rounding can do to a squared distance: the bounds behind a certified index.
+"""Bounds on the rounding error of squared distances, the basis of certified indices.
 
-Terms: u the unit roundoff; g(n) = n*u / (1 - n*u), which bounds the relative error of n roundings
-in a row (Higham 2002, Accuracy and Stability of Numerical Algorithms, lemma 3.1); tiny the smallest
-normal number, below which a value may be flushed to zero; x a latent, c a code, d = ||x - c||^2, D
-the code_size.
+Terms: u is the unit roundoff. g(n) = n*u / (1 - n*u) bounds the relative error of n roundings in a
+row (Higham 2002, Accuracy and Stability of Numerical Algorithms, lemma 3.1). tiny is the smallest
+normal number; smaller values may be flushed to zero. x is a latent, c a code, d = ||x - c||^2, and
+D the code_size.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from vqref.validation import Float64
 
 
 def array_dtype(precision: str) -> np.dtype[np.floating[Any]]:
-    """The dtype of arrays that hold results of a precision: float64 for float64, float32 for every
-    other."""
+    """Returns the dtype of results in a precision: float64 for float64, float32 for all others."""
     return np.dtype(np.float64 if precision == "float64" else np.float32)
 
 
@@ -31,9 +30,9 @@ def array_dtype(precision: str) -> np.dtype[np.floating[Any]]:
 class Form:
     """A way to compute a squared distance.
 
-    expanded: as x.x - 2 x.c + c.c, which cancels if norms are large beside the distance; otherwise
-        as the sum of (x - c)^2.
-    rooted: whether its square root is compared, which is itself rounded.
+    expanded: True computes x.x - 2 x.c + c.c, which cancels if norms are large compared with the
+        distance. False computes the sum of (x - c)^2.
+    rooted: whether the square root is compared. It is rounded too.
     """
 
     expanded: bool
@@ -48,12 +47,11 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "expanded root": Form(expanded=True, rooted=True),
     }
 )
-"""By name. Ours are all "direct"; others use "expanded" for speed, and the root out of habit."""
+"""The forms by name. Ours are all "direct". Others use "expanded" for speed, roots from habit."""
 
 
 def require_bound(code_size: int, precision: str, form: str) -> None:
-    """Raises ValueError for an unknown precision or form, or if sums of ``code_size`` terms have no
-    bound."""
+    """Raises ValueError if precision or form is unknown, or sums of ``code_size`` are unbounded."""
     number = arithmetic(precision)
     if form not in FORMS:
         raise ValueError(f"form is {form!r}, expected one of {', '.join(FORMS)}")
@@ -64,8 +62,10 @@ def require_bound(code_size: int, precision: str, form: str) -> None:
 
 
 def roundings(count: int, unit: float) -> float:
-    """g(count): the largest relative error of ``count`` roundings in a row, infinite if they may
-    leave nothing."""
+    """Returns g(count), the largest relative error of ``count`` roundings in a row.
+
+    It is infinite if they may leave no correct digit.
+    """
     return count * unit / (1 - count * unit) if count * unit < 1 else math.inf
 
 
@@ -79,11 +79,12 @@ def distance_error(
     form: str = "direct",
     moved: Float64 | float = 0.0,
 ) -> Float64:
-    """The largest error of each computed squared distance that does not overflow, (M, K) float64.
+    """Returns the largest error of each squared distance that does not overflow, (M, K) float64.
 
     distances: d in float64, (M, K). latent_norms, code_norms: ||x|| (M, 1) and ||c|| (K,).
-    moved: a number or (M, 1), the length by which the implementation's latents may differ from
-        these.
+    moved: a number or (M, 1), the largest distance between the implementation's latents and these.
+
+    Sources of error:
 
     inputs: rounded by a relative p, x - c moves by at most e = p*(||x|| + ||c||), and by
         2*sqrt(D)*tiny if inputs below tiny are flushed to zero. So d becomes at most
@@ -120,9 +121,12 @@ def distance_error(
 
 @dataclass(frozen=True)
 class ScoreSlack:
-    """How far above the least a computed score c.c / 2 - x.c of a latent may lie if the direct form
-    may choose its code: squares * (||x|| + L)^2 + products * (L^2 / 2 + ||x|| * L) + floor, L the
-    longest code's norm."""
+    """Score margin: a code further than this from the smallest score cannot win.
+
+    Scores are c.c / 2 - x.c, and the direct form decides the winner. The margin is
+    squares * (||x|| + L)^2 + products * (L^2 / 2 + ||x|| * L) + floor, where L is the longest
+    code's norm.
+    """
 
     squares: float
     products: float
@@ -130,18 +134,18 @@ class ScoreSlack:
 
 
 def score_slack(code_size: int, precision: str, *, parts: bool = False) -> ScoreSlack:
-    """The slack of scores that are one product each, of a latent and a one with -c and h = c.c / 2.
+    """Returns the slack of scores that are one product each: of (x, 1) with (-c, h), h = c.c / 2.
 
-    A score is half a distance less half of x.x, so each of the two that are compared adds half of
-    what its direct distance is off, and its own error. A product of n terms, in any order, rounds
-    each n times, h has D roundings before, and factors are rounded by f each. So with n = D + 1 a
-    score is off by (g + (1 + g) * (2f + f^2)) * (h + ||x||*||c||), g = g(n + D), and 2*n operations
-    may lose tiny.
+    A score is half a distance minus half of x.x. So each of the two scores compared adds half the
+    error of its direct distance, and its own error. A product of n terms, in any order, rounds each
+    term n times. h has D roundings before that, and each factor is rounded by f. So with n = D + 1,
+    a score is off by (g + (1 + g) * (2f + f^2)) * (h + ||x||*||c||), where g = g(n + D). Also, 2*n
+    operations may lose tiny.
 
-    parts: every number is given as two, the first of 11 bits or fewer, which no factor's rounding
-    changes, and the second at most 2^-11 of the whole; their products are taken but for that of two
-    second ones. Then n = 3*D + 2, and f^2 + 2f + 1 times 2^-22, and two times 2^-11 * f, take the
-    place of 2f + f^2.
+    parts: every number is given as two. The first has 11 bits or fewer, so rounding of factors does
+    not change it. The second is at most 2^-11 of the whole. All their products are taken except
+    those of two second parts. Then n = 3*D + 2, and 2f + f^2 is replaced by 2^-22 times
+    (f^2 + 2f + 1), plus two times 2^-11 * f.
     """
     number = arithmetic(precision)
     terms, factors = code_size + 1, 2 * number.factors + number.factors**2
@@ -167,8 +171,10 @@ def choices(
     form: str = "direct",
     moved: Float64 | float = 0.0,
 ) -> tuple[npt.NDArray[np.intp], Float64]:
-    """The nearest code of each latent, (M,), and by how much each code is farther than rounding
-    explains, (M, K): at most 0 if it may be chosen, -inf for the nearest itself.
+    """Returns the nearest code of each latent, (M,), and each code's excess distance, (M, K).
+
+    The excess is how much farther the code is than rounding explains. It is at most 0 if the code
+    may be chosen, and -inf for the nearest code.
 
     distances: (M, K) in float64, of latents (M, D) and codebook (K, D). moved: as in
     ``distance_error``.
@@ -191,14 +197,14 @@ def _slack(
     form: str,
     moved: Float64,
 ) -> Float64:
-    """Slack (M, K): code k cannot be chosen if its squared distance exceeds the smallest by more.
+    """Returns the slack (M, K): how far d_k may exceed the smallest if code k may be chosen.
 
     Code k beats the nearest code b only if the errors of both close the gap: d_k - d_b <=
-    error_k + error_b. Latents that move by e, ||e|| <= moved, change d_k - d_b by
+    error_k + error_b. Latents that move by e, with ||e|| <= moved, change d_k - d_b by
     -2 e.(c_k - c_b), at most 2*moved*||c_k - c_b||.
 
-    The slack is infinite if overflow decides: direct distances that overflow are all infinite, so
-    equal; inputs that overflow, and the expanded form, can give NaN, which argmin takes.
+    The slack is infinite if overflow decides. Direct distances that overflow are all infinite, and
+    so equal. Inputs that overflow, and the expanded form, can give NaN, which argmin takes.
     """
     latent_norms = np.sqrt(np.square(latents).sum(axis=1))[:, None]
     code_norms = np.sqrt(np.square(codebook).sum(axis=1))

@@ -1,7 +1,8 @@
-"""Where agreement is decided: the tolerances, and the rule for indices.
+"""The rules of agreement: the tolerances, and the rule for indices.
 
-The float64 oracle is the truth. A continuous stage passes if every element is within its row of
-``TOLERANCES``. An index passes if it is the oracle's, or a code that rounding alone can explain.
+The float64 oracle is the truth. A continuous stage passes if the error of every element is within
+the stage's row of ``TOLERANCES``. An index passes if it is the oracle's, or if rounding alone can
+explain it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from vqref.validation import Float64, as_float64
 
 @dataclass(frozen=True)
 class Tolerance:
-    """The error that a stage is allowed.
+    """The error that a stage may have.
 
-    relative: the error allowed over a scale.
-    of: what that scale is. "array" is the largest magnitude in the oracle's array, or of what the
-        caller gives for it; "image" the largest within the same image, so that one wild image hides
-        nothing in another; "element" each element's own magnitude, or what the caller gives for it.
-    reason: why this much, and what was measured.
-    floor: the smallest value that the scale takes.
+    relative: the allowed error, divided by a scale.
+    of: the scale. "array" is the largest magnitude in the oracle's array, or in the magnitudes that
+        the caller gives. "image" is the largest magnitude in the same image, so that one wild image
+        hides nothing in another. "element" is each element's own magnitude, or the one that the
+        caller gives.
+    reason: why the error may be this large, and what was measured.
+    floor: the smallest value of the scale.
     """
 
     relative: float
@@ -39,9 +41,11 @@ class Tolerance:
 
 
 ELU_FLOOR = 0.1
-"""Runtimes compute ELU as exp(x) - 1, which is off by a rounding of 1 however small x is, while
-activations of an untrained network may be 0.01. A tenth of ELU's own unit keeps that rounding apart
-from errors that matter."""
+"""The floor of scales after an ELU, a tenth of ELU's own unit.
+
+Runtimes compute ELU as exp(x) - 1. Its error is a rounding of 1, however small x is. Activations of
+an untrained network may be as small as 0.01. The floor keeps that rounding apart from errors that
+matter."""
 
 TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
     {
@@ -134,11 +138,14 @@ TOLERANCES: Mapping[tuple[str, str], Tolerance] = MappingProxyType(
         ),
     }
 )
-"""Measured: the largest error over several networks, by ``python -m benchmarks.tolerances``."""
+"""The tolerances by (stage, precision).
+
+What was measured is the largest error over several networks, by ``python -m
+benchmarks.tolerances``."""
 
 
 def tolerance(stage: str, precision: str) -> Tolerance:
-    """The row of (stage, precision). Raises ValueError that lists the rows there are."""
+    """Returns the row for (stage, precision). Raises ValueError that lists the known rows."""
     row = TOLERANCES.get((stage, precision))
     if row is None:
         known = ", ".join(f"{s}/{p}" for s, p in TOLERANCES)
@@ -149,14 +156,16 @@ def tolerance(stage: str, precision: str) -> Tolerance:
 
 
 def allowed_error(stage: str, expected: npt.ArrayLike, *, precision: str) -> Float64:
-    """The absolute error that ``check`` allows in each element of the oracle's array. Raises
-    ValueError as ``check`` does."""
+    """Returns the absolute error that ``check`` allows in each element of the oracle's array.
+
+    Raises ValueError as ``check`` does.
+    """
     row, expected = tolerance(stage, precision), np.asarray(expected, np.float64)
     return row.relative * _scale(row, expected, None)
 
 
 def _scale(row: Tolerance, expected: Float64, magnitude: npt.ArrayLike | None) -> Float64:
-    """The scale against which an error in each element of ``expected`` is held."""
+    """Returns the scale by which the error in each element of ``expected`` is judged."""
     given = np.abs(np.asarray(expected if magnitude is None else magnitude))
     if row.of == "array":
         scale = given.max(initial=0.0)
@@ -179,12 +188,12 @@ def check(
     magnitude: npt.ArrayLike | None = None,
     scale: npt.ArrayLike | None = None,
 ) -> Check:
-    """Holds a continuous stage's output to the oracle's: shape, dtype, finiteness, then values.
+    """Compares a continuous stage's output with the oracle's: shape, dtype, finiteness, values.
 
-    actual: the output, whose dtype must be the precision's. expected: the oracle's float64 array.
-    name: the stage's name in the report, ``stage`` if None.
-    magnitude: the scale of each element, for tolerances of an "array" or an "element".
-    scale: the scale of each element, whatever the tolerance is of.
+    actual: the output. Its dtype must be the precision's. expected: the oracle's float64 array.
+    name: the stage's name in the report. None means ``stage``.
+    magnitude: the magnitude of each element, for tolerances with an "array" or "element" scale.
+    scale: the scale of each element. It replaces the scale of the tolerance.
 
     Raises ValueError for a (stage, precision) without a tolerance.
     """
@@ -241,18 +250,17 @@ def check_indices(
     latents_error: npt.ArrayLike = 0.0,
     name: str = "quantizer",
 ) -> Check:
-    """Holds indices (N, S) to the nearest rows of codebook (K, D) for latents (N, S, D), as far as
-    rounding allows.
+    """Checks that indices (N, S) are the nearest codes, as far as rounding allows.
 
-    latents, codebook: exactly what the implementation was given.
-    latents_error: a number or (N, S), the largest Euclidean distance by which the implementation's
-        latents may differ from these; 0 if it was fed them.
-    precision, form: of its squared distances, names of ``vqref.precisions.PRECISIONS`` and
-        ``vqref.agreement.bounds.FORMS``.
+    latents (N, S, D), codebook (K, D): exactly what the implementation was given.
+    latents_error: a number or (N, S), the largest Euclidean distance between the implementation's
+        latents and these. It is 0 if the implementation was given these.
+    precision, form: how it computes squared distances. These are names of
+        ``vqref.precisions.PRECISIONS`` and ``vqref.agreement.bounds.FORMS``.
 
-    With b the nearest code in float64, code k may be chosen instead only if d_k - d_b <= slack_k,
-    which ``vqref.agreement.bounds`` derives. If d_k - d_b > slack_k for every other k, the index is
-    certified.
+    Let b be the nearest code in float64. Code k is allowed instead of b only if
+    d_k - d_b <= slack_k. ``vqref.agreement.bounds`` derives the slack. The index is certified if
+    d_k - d_b > slack_k for every other k.
 
     Raises ValueError for an unknown precision or form, or arrays that do not fit each other.
     """
@@ -314,7 +322,7 @@ def check_indices(
 
 
 _Wrong = tuple[float, int, int]
-"""A wrong index: how far its code is beyond the slack, which latent, and the oracle's index."""
+"""A wrong index: how far its code is beyond the slack, the latent, and the oracle's index."""
 
 
 def _worst_index(
@@ -323,7 +331,7 @@ def _worst_index(
     shape: tuple[int, ...],
     num_codes: int,
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """The worst of the wrong indices, as data and in words."""
+    """Returns the worst of the wrong indices, as data and in words."""
     if not wrong:
         return None, None
     beyond_slack, at, right = max(wrong)
@@ -343,5 +351,5 @@ def _misfit(actual: npt.NDArray[Any], shape: tuple[int, ...], dtype: np.dtype[An
 
 
 def _plain(value: Any) -> float | None:
-    """A number that JSON can hold."""
+    """Returns a number that JSON can hold: None if it is not finite."""
     return float(value) if np.isfinite(value) else None

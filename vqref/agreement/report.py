@@ -1,4 +1,4 @@
-"""What a comparison found, in words, in a table and as plain data."""
+"""The results of a comparison, in words, in a table and as plain data."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vqref.errors import ParityError
 
 @dataclass(frozen=True)
 class Check:
-    """What one comparison found.
+    """The result of one comparison.
 
     stage: the stage, or the name of the array if the stage has several.
     compared: how many elements or indices were compared.
-    violations: how many are wrong; only 0 passes.
-    max_error, rms_error, allowed: of a continuous stage, errors over their scale, and the
-        tolerance.
-    certified, near_ties, flips: of indices, how many choices are proved, how many rounding may
-        decide, and in how many of these it decided otherwise than the oracle.
-    worst: position, found and expected value of the worst offender.
-    problem: why nothing could be compared (shape, dtype), or why the worst offender is wrong.
+    violations: how many are wrong. The check passes only if this is 0.
+    max_error, rms_error, allowed: for a continuous stage, its errors divided by their scale, and
+        the tolerance.
+    certified, near_ties, flips: for indices, how many choices are proved, how many rounding may
+        decide, and how many of the latter differ from the oracle's.
+    worst: position, found and expected value of the worst element.
+    problem: why nothing could be compared (shape, dtype), or why the worst element is wrong.
     """
 
     stage: str
@@ -60,10 +60,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Report:
-    """Checks in the order of the stages, the number of images on which they were made, and how many
-    different codes these have, 0 if that was not counted.
+    """The checks of a comparison, in the order of the stages.
 
-    It prints as one line per stage; ``to_dict`` is plain data for JSON.
+    images: the number of images compared. codes: how many different codes they use; 0 if this was
+    not counted. A report prints as one line per stage; ``to_dict`` gives plain data for JSON.
     """
 
     checks: tuple[Check, ...]
@@ -80,8 +80,10 @@ class Report:
 
     @property
     def worst_error_over_allowed(self) -> float:
-        """The largest continuous error as a share of its tolerance; infinite if an error is not
-        finite."""
+        """The largest continuous error, divided by its tolerance.
+
+        It is infinite if an error is not finite.
+        """
         shares = [
             np.inf if c.max_error is None else c.max_error / c.allowed
             for c in self.checks
@@ -90,7 +92,7 @@ class Report:
         return float(max(shares, default=0.0))
 
     def require(self) -> Report:
-        """Returns itself, or raises ParityError that says which stage."""
+        """Returns itself, or raises ParityError that names the stage."""
         if not self.passed:
             raise ParityError(str(self.failures[0]), self)
         return self
@@ -122,8 +124,11 @@ class Report:
 
 
 def merge(name: str, precision: str, checks: tuple[Check, ...]) -> Check:
-    """Several comparisons as one: counts are added up (those of indices alone, if there are any),
-    and the largest error over its tolerance and the first problem are kept."""
+    """Merges several comparisons into one.
+
+    Adds up the counts, only those of indices if there are any. Keeps the error that is largest
+    relative to its tolerance, and the first problem.
+    """
     failed = [check for check in checks if not check.passed]
     problem = failed[0].problem if failed else None
     if failed and failed[0].stage not in (problem or ""):

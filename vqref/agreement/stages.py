@@ -1,8 +1,7 @@
 """One comparison for every implementation.
 
-Each stage is fed the oracle's input, so that one flip cannot cascade. ``vqtrain`` wraps its module
-in a ``Backend``, ``vqdeploy`` its onnxruntime sessions; what is compared and how it is judged is
-the same.
+Each stage gets the oracle's input, so that one flip cannot cascade. ``vqtrain`` wraps its module in
+a ``Backend``, ``vqdeploy`` its onnxruntime sessions. Both are compared and judged in the same way.
 """
 
 from __future__ import annotations
@@ -29,40 +28,46 @@ from vqref.validation import Array, Float64, Int64, Params, check_params
 STATE = ("codebook", "ema_count", "ema_means")
 
 PROBED_ROWS = 1024
-"""Codebook rows fed to the quantizer as latents, evenly spread: a damaged row shows even if no
-image is near it."""
+"""How many codebook rows, evenly spread, the quantizer also gets as latents.
+
+So a damaged row shows even if no image is near it."""
 
 MIXED_ROWS, MIXED_BY = 256, 0.4
-"""Probes between two of these rows, evenly spread over all pairs, and how far they are from the
-first: a wrong distance shows even if there are few images."""
+"""How many points between two of these rows are probed, and their distance from the first row.
+
+The points are evenly spread over all pairs. The distance is a share of the way to the second row.
+So a wrong distance shows even if there are few images."""
 
 PROBED_TOKENS = 64
-"""Codes decoded in every position, evenly spread, beside those that the images chose; on a grid,
-one code per position."""
+"""How many codes, evenly spread, are decoded in every position besides those of the images.
+
+On a grid, each position gets one code."""
 
 GRADIENT_IMAGES, IMAGES_PER_GRADIENT = 4, 4
-"""Images at most on which gradients are compared, and one of how many: the oracle takes several
-times as long for them."""
+"""Gradients are compared on one image in IMAGES_PER_GRADIENT, and on GRADIENT_IMAGES at most.
+
+The oracle takes several times as long for them."""
 
 Gradients = dict[bytes, list[Mapping[str, Float64]]]
-"""Of every parameter, and sums of the terms' magnitudes, by the bytes of the indices taken."""
+"""Gradients of every parameter, and of their terms, by the bytes of the indices taken."""
 
 SOFTPLUS_FLOOR = 0.01
-"""Of a value of an image, the nats that its loss is judged beside at the least: near 0, so much
-keeps the rounding of 1 within the tolerance."""
+"""The smallest scale of the loss of one value of an image, in nats.
+
+Near 0, it keeps the rounding of 1 within the tolerance."""
 
 DRAW_TEMPERATURE = 0.3
-"""At which drawing is compared: codes other than the nearest are drawn often."""
+"""The temperature at which drawing is compared. It often draws codes other than the nearest."""
 
 DRAWN_ELEMENTS = 2**20
-"""Scores at most for which drawing is compared: one per latent and code."""
+"""The most scores for which drawing is compared, one per latent and code."""
 
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation under test: NumPy arrays in the dtype of ``precision`` in and out.
+    """An implementation under test. It takes and returns NumPy arrays in ``precision``'s dtype.
 
-    A stage left None is not compared.
+    A stage that is None is not compared.
 
     encoder      images -> latents
     quantizer    latents -> (indices, quantized)
@@ -76,11 +81,11 @@ class Backend:
     reset        (codes, rows, counts) -> codebook, ema_count, ema_means after a reset in the
                  parameters' state
 
-    gradients    {precision: images -> (indices that were taken, {name: gradient} of the losses'
-                 total for every parameter of encoder and decoder)}, each in its own precision
+    gradients    {precision: images -> (indices taken, {name: gradient} of the losses' total for
+                 every parameter of encoder and decoder)}, each in its own precision
 
-    precision: of the networks. quantizer_precision: of distances; detokenizer_precision: of the
-    detokenizer, if that is a table; None means the networks'.
+    precision: that of the networks. quantizer_precision: that of distances. detokenizer_precision:
+    that of the detokenizer, if it is a table. None means the networks' precision.
     """
 
     precision: str
@@ -114,13 +119,13 @@ def compare(
     known: Forward | None = None,
     probed: int = PROBED_TOKENS,
 ) -> Report:
-    """Holds every stage of ``backend`` to the oracle on images (N, C, H, W) in [0, 1].
+    """Compares every stage of ``backend`` with the oracle on images (N, C, H, W) in [0, 1].
 
-    beta, decay, epsilon, dialect, steps: of the losses and the averages, as in ``vqref``.
+    beta, decay, epsilon, dialect, steps: for the losses and the averages, as in ``vqref``.
     known: ``vqref.forward`` of the same parameters and images, if the caller has it.
-    probed: how many codes at most the decoder is fed beside the images' tokens.
-    The report says what was found. Raises ValueError alone, for parameters or images that do not
-    fit the spec.
+    probed: the most codes that the decoder gets besides the images' tokens.
+    Returns a report even if stages disagree. Raises only ValueError, for parameters or images that
+    do not fit the spec.
     """
     check_params(spec, params)
     case = _Case.of(spec, params, images, backend, known)
@@ -162,7 +167,7 @@ def compare(
 
 @dataclass(frozen=True)
 class _Case:
-    """What every stage of one comparison is fed, in the dtype of its precision."""
+    """The inputs of every stage of one comparison, in the dtype of its precision."""
 
     spec: ModelSpec
     params: Params
@@ -198,9 +203,11 @@ class _Case:
 
 
 def unit_scale(unscaled: Float64, latents: Float64) -> Float64:
-    """The scale (N, S, D) of an error in each element of unit latents y = x / ||x||, of unscaled x:
-    errors of at most e in each element of x leave (e + |y| sqrt(D) e) / ||x||, first and foremost a
-    turn, which is large where x is short."""
+    """Returns the scale (N, S, D) of errors in unit latents y = x / ||x||, where x is unscaled.
+
+    Errors of at most e in each element of x cause errors of at most (e + |y| sqrt(D) e) / ||x|| in
+    y. Most of it is a turn, which is large if x is short.
+    """
     largest = np.abs(unscaled).max(initial=ELU_FLOOR)
     shares = 1 + np.abs(latents) * latents.shape[2] ** 0.5
     scale: Float64 = largest * shares / _lengths(unscaled)
@@ -208,7 +215,7 @@ def unit_scale(unscaled: Float64, latents: Float64) -> Float64:
 
 
 def _lengths(unscaled: Float64) -> Float64:
-    """(N, S, 1): by which the last row of a normalized encoder divides."""
+    """Returns the lengths (N, S, 1) by which the last row of a normalized encoder divides."""
     found: Float64 = np.linalg.norm(unscaled, axis=2, keepdims=True)
     return found.clip(min=LEAST_LENGTH)
 
@@ -216,7 +223,7 @@ def _lengths(unscaled: Float64) -> Float64:
 def _check_quantizer(
     quantizer: Callable[[Array], tuple[Array, Array]], case: _Case
 ) -> Iterator[Check]:
-    """The latents of the images and rows of the codebook, both judged as one."""
+    """Checks the quantizer on the images' latents and on probes, merged into one result."""
     probes = _probe_latents(case.spec, case.codebook).astype(case.latents.dtype)
     parts = [
         tuple(
@@ -231,7 +238,7 @@ def _check_quantizer(
 
 
 def _check_tokenizer(tokenizer: Callable[[Array], Array], case: _Case) -> Check:
-    """Images to indices, by latents of its own."""
+    """Checks the tokenizer, which computes latents of its own."""
     return check_indices(
         tokenizer(case.images),
         case.exact_latents,
@@ -243,9 +250,12 @@ def _check_tokenizer(tokenizer: Callable[[Array], Array], case: _Case) -> Check:
 
 
 def latents_error(spec: ModelSpec, unscaled: Float64, precision: str) -> Float64:
-    """How far (N, S) an encoder's latents may be from the oracle's, of which ``unscaled`` (N, S, D)
-    are what ``vqref.network.scaled`` takes: it may be off by its tolerance in every element, by
-    sqrt(D) times that in all, and a unit vector by that over its length before."""
+    """Returns how far (N, S) an encoder's latents may be from the oracle's.
+
+    unscaled (N, S, D) is the oracle's input of ``vqref.network.scaled``. Each element may be off by
+    its tolerance, and a vector by sqrt(D) times that. For a unit vector, divide by its length
+    before scaling.
+    """
     allowed = allowed_error("encoder", unscaled, precision=precision)
     error: Float64 = allowed.max(axis=2) * spec.code_size**0.5
     return error / _lengths(unscaled)[..., 0] if spec.normalized else error
@@ -254,7 +264,7 @@ def latents_error(spec: ModelSpec, unscaled: Float64, precision: str) -> Float64
 def _check_decoder(
     backend: Backend, case: _Case, known: Forward | None, beta: float, probed: int
 ) -> Iterator[Check]:
-    """Decoder and detokenizer on the images' tokens and on probes, and the losses of the former."""
+    """Checks decoder and detokenizer on the images' tokens and on probes, and the losses."""
     spec, dtype = case.spec, case.latents.dtype
     tokens = np.concatenate([case.indices, _probe_tokens(spec, probed)])
     quantized = case.codebook[tokens].astype(dtype)
@@ -284,7 +294,7 @@ def _check_decoder(
 def _decode_but_known(
     spec: ModelSpec, case: _Case, quantized: Array, known: Forward | None
 ) -> Float64:
-    """The oracle's outputs of quantized latents, those of the images taken from what is known."""
+    """Returns the oracle's outputs of quantized latents. Takes those of images from ``known``."""
     if known is None or not np.array_equal(known.indices, case.indices):
         return decode(spec, case.params, quantized)
     return np.concatenate(
@@ -293,9 +303,12 @@ def _decode_but_known(
 
 
 def _loss_magnitudes(spec: ModelSpec, losses: Float64) -> Float64:
-    """Scales of the four losses: terms of a reconstruction may cancel if densities exceed 1, and do
-    so with a gaussian, whose constant is (CHW/2) ln 2πσ². A softplus may be computed as log(1 +
-    exp), which is off by a rounding of 1 however small it is, in each value of an image."""
+    """Returns the scales of the four losses.
+
+    Terms of a reconstruction may cancel if densities exceed 1. Those of a gaussian do; its constant
+    is (CHW/2) ln 2πσ². A softplus may be computed as log(1 + exp). This is off by a rounding of 1
+    in each value of an image, however small the softplus is.
+    """
     magnitudes = np.abs(losses)
     if spec.likelihood == "bernoulli":
         magnitudes[[0, 3]] += SOFTPLUS_FLOOR * np.prod(spec.image_shape)
@@ -306,8 +319,10 @@ def _loss_magnitudes(spec: ModelSpec, losses: Float64) -> Float64:
 
 
 def _probe_latents(spec: ModelSpec, codebook: Array) -> Array:
-    """Rows of the codebook, and points between two of them, as latents (n, S, D). Row
-    first - 1 - second, counted from the end if negative, is never row first."""
+    """Returns rows of the codebook, and points between two of them, as latents (n, S, D).
+
+    Row first - 1 - second, counted from the end if negative, is never row first.
+    """
     rows = codebook[_spread(spec.num_codes, PROBED_ROWS)]
     first, second = np.divmod(_spread(len(rows) * (len(rows) - 1), MIXED_ROWS), len(rows) - 1)
     mixed = (1 - MIXED_BY) * rows[first] + MIXED_BY * rows[first - 1 - second]
@@ -319,8 +334,11 @@ def _probe_latents(spec: ModelSpec, codebook: Array) -> Array:
 
 
 def _probe_tokens(spec: ModelSpec, most: int = PROBED_TOKENS) -> Int64:
-    """Indices (n, S). Each probed code stands in each position, neighbours in a row being different
-    codes; on a grid, whose positions share their weights, in one position each."""
+    """Returns indices (n, S) to decode.
+
+    Each probed code stands in each position, and neighbours in a row are different codes. On a
+    grid, where positions share their weights, each code stands in one position.
+    """
     codes = _spread(spec.num_codes, most)
     if len(spec.latent_shape) > 1:
         n = -(-len(codes) // spec.latent_size)
@@ -329,14 +347,14 @@ def _probe_tokens(spec: ModelSpec, most: int = PROBED_TOKENS) -> Int64:
 
 
 def _spread(count: int, most: int) -> Int64:
-    """At most ``most`` of 0 to count - 1, evenly spread, the ends among them."""
+    """Returns at most ``most`` of 0 to count - 1, evenly spread, both ends included."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(np.int64))
 
 
 def check_reconstructions(
     name: str, found: Array, outputs: Float64, precision: str, spec: ModelSpec
 ) -> Check:
-    """Reconstructions beside ``reconstruction_scale``."""
+    """Checks reconstructions against the oracle's, on the scale of ``reconstruction_scale``."""
     return check(
         "reconstructions",
         found,
@@ -348,8 +366,10 @@ def check_reconstructions(
 
 
 def reconstruction_scale(spec: ModelSpec, outputs: Float64) -> Float64:
-    """The scale (N, 1, 1, 1) that the oracle's outputs (N, P, H, W) leave reconstructions: an error
-    in an output moves a mean by the likelihood's slope."""
+    """Returns the scale (N, 1, 1, 1) of reconstructions of the oracle's outputs (N, P, H, W).
+
+    An error in an output moves a mean by the likelihood's slope.
+    """
     slope = LIKELIHOODS[spec.likelihood].slope(spec)
     largest: Float64 = np.abs(outputs).max(axis=(1, 2, 3), keepdims=True, initial=0.0)
     return 1 + largest * slope
@@ -364,8 +384,10 @@ def check_quantized(
     precision: str,
     form: str = "direct",
 ) -> Iterator[Check]:
-    """The indices by their rule, and quantized, which is a copy: rows of the codebook at those
-    indices, to the last bit."""
+    """Checks the indices by their rule, and quantized as a copy.
+
+    quantized must be the rows of the codebook at those indices, to the last bit.
+    """
     judged = check_indices(indices, latents, codebook, precision=precision, form=form)
     yield judged
     if judged.problem is not None:
@@ -392,8 +414,11 @@ def check_ema(
     epsilon: float,
     dialect: Dialect = POST,
 ) -> Iterator[Check]:
-    """codebook, ema_count and ema_means after one update of ``state``, each element beside the sum
-    of the magnitudes that it adds up: sums of latents may cancel."""
+    """Checks codebook, ema_count and ema_means after one update of ``state``.
+
+    The scale of each element is the sum of the magnitudes that it adds up, because sums of latents
+    may cancel.
+    """
     how = decay, epsilon, dialect
     after = update_ema(state, latents, indices, *how)
     positive = EMAState(
@@ -410,8 +435,10 @@ def check_ema(
 
 
 def _on_sphere(magnitude: Float64, codes: Float64, before: Float64) -> Float64:
-    """The magnitudes (K, D) of codes that are rows ``before`` over their lengths: of y = x / ||x||,
-    those of x and of ||x||, which is y.x."""
+    """Returns the magnitudes (K, D) of codes that are rows ``before`` divided by their lengths.
+
+    For y = x / ||x||, these are the magnitudes of x and of ||x||, which is y.x.
+    """
     length, lengths = (np.linalg.norm(x, axis=1, keepdims=True) for x in (before, magnitude))
     shared: Float64 = (magnitude + np.abs(codes) * lengths) / np.maximum(length, LEAST_LENGTH)
     return shared
@@ -424,11 +451,13 @@ def _check_gradients(
     beta: float,
     known: Gradients,
 ) -> Check:
-    """The gradient of every parameter on a few of the images, with the codes that were taken there:
-    another code at a near tie is another gradient. known: the oracle's, by these codes.
+    """Checks the gradient of every parameter on a few of the images.
 
-    A bias is judged beside its row's weight, too: those of keys, and those before a norm of single
-    channels, move no result, so that their gradients are rounding and nothing else.
+    The oracle uses the codes that the backend took, because another code at a near tie has another
+    gradient. known: the oracle's gradients, by these codes.
+
+    The scale of a bias includes that of its row's weight. Biases of keys, and those before a norm
+    of single channels, move no result. Their gradients are nothing but rounding.
     """
     images = case.images[: min(GRADIENT_IMAGES, -(-len(case.images) // IMAGES_PER_GRADIENT))]
     indices, found = pulled(images)
@@ -460,8 +489,10 @@ def _check_gradients(
 
 
 def _check_draw(draw: Callable[[Array, Array, float], Array], case: _Case) -> Check:
-    """The scores of the codes that were drawn beside the best ones: either of two that are equally
-    good to rounding may be drawn."""
+    """Checks that the scores of the drawn codes are the best ones, up to rounding.
+
+    If two codes are equally good up to rounding, either may be drawn.
+    """
     precision, k = case.precision, case.spec.num_codes
     latents = _few(case.latents, DRAWN_ELEMENTS // k)
     shape = latents.shape[:2]
@@ -480,7 +511,7 @@ def _check_draw(draw: Callable[[Array, Array, float], Array], case: _Case) -> Ch
 
 
 def _few(latents: Array, most: int) -> Array:
-    """At most ``most`` latents, as (n, S, D), or as (1, n, D) if that is less than an image's."""
+    """Returns at most ``most`` latents as (n, S, D), or as (1, n, D) if they are less than S."""
     if most >= latents.shape[1]:
         return latents[: most // latents.shape[1]]
     return latents[:1, : max(1, most)]
@@ -492,7 +523,7 @@ def _check_reset(
     case: _Case,
     how: tuple[float, float, Dialect],
 ) -> Iterator[Check]:
-    """Every second code set to a latent of the batch."""
+    """Checks a reset that sets every second code to a latent of the batch."""
     codes = np.arange(0, len(state.codebook), 2)
     rows = np.resize(
         case.latents.reshape(-1, case.latents.shape[2]), (len(codes), case.latents.shape[2])

@@ -1,4 +1,4 @@
-"""The kit that holds anybody's quantizer to the oracle."""
+"""A kit that checks any quantizer against the oracle."""
 
 from vqref.checks.adversary import CASES
 from vqref.checks.checks import QuantizerCheck, check_quantizer, quantizer_checks

@@ -1,8 +1,8 @@
-"""Hard cases for a quantizer: rounding, ties, cancellation or overflow choose the index.
+"""Hard cases for a quantizer: rounding, ties, cancellation or overflow decide the index.
 
-Each case is a function of (rng, latents, codes, code_size, precision) that returns latents
-(N, 1, D) and a codebook (K, D) in the precision's dtype; ``CASES`` names them. The same rng gives
-the same case.
+Each case is a function of (rng, latents, codes, code_size, precision). It returns latents (N, 1, D)
+and a codebook (K, D) in the precision's dtype. ``CASES`` names the cases. The same rng gives the
+same case.
 """
 
 from __future__ import annotations
@@ -21,18 +21,24 @@ Case = Callable[[np.random.Generator, int, int, int, str], tuple[Array, Array]]
 
 
 NEIGHBOURS = 8
-"""Codes of which the nearest is taken for a bisector: between two that are far apart, a third may
-be nearer."""
+"""How many codes are tried to find a near one for a bisector.
+
+Between two codes that are far apart, a third may be nearer."""
 
 
 def decades(precision: str) -> float:
-    """How many powers of ten to each side of 1 leave most squared distances finite and normal."""
+    """Returns how many powers of ten values may lie above or below 1.
+
+    Most squared distances are then finite and normal.
+    """
     return 0.4 * math.log10(arithmetic(precision).largest)
 
 
 def _held(latents: Array, codebook: Array, precision: str) -> tuple[Array, Array]:
-    """Latents (N, D) as (N, 1, D) and the codebook, in the dtype, cut to what the precision
-    holds."""
+    """Returns latents (N, D) as (N, 1, D), and the codebook, in the precision's dtype.
+
+    Clips both to what the precision holds.
+    """
     dtype, limit = array_dtype(precision), arithmetic(precision).largest
     held = [np.clip(array, -limit, limit).astype(dtype) for array in (latents, codebook)]
     return held[0][:, None], held[1]
@@ -165,13 +171,15 @@ def close_seconds(
 
 
 def around_bisectors(rng: np.random.Generator, codebook: Array, n: int, precision: str) -> Array:
-    """Latents (n, 1, D) on the bisectors of a given codebook (K, D), and ulps to either side."""
+    """Returns latents (n, 1, D) on, or ulps beside, the bisectors of a given codebook (K, D)."""
     return _held(_between(rng, np.asarray(codebook), n, precision), codebook, precision)[0]
 
 
 def _between(rng: np.random.Generator, codebook: Array, n: int, precision: str) -> Array:
-    """Midpoints (n, D) of two codes, moved along the bisector, then towards one of the codes by a
-    few ulps or not at all."""
+    """Returns midpoints (n, D) of two codes, moved along the bisector.
+
+    Some are then moved towards one of the codes by a few ulps.
+    """
     first, second = _neighbours(rng, codebook, n)
     across = second - first
     length = np.square(across).sum(axis=1, keepdims=True)
@@ -183,8 +191,11 @@ def _between(rng: np.random.Generator, codebook: Array, n: int, precision: str) 
 def _neighbours(
     rng: np.random.Generator, codebook: Array, n: int, apart: int = 1
 ) -> tuple[Float64, Float64]:
-    """Two codes per latent, each (n, D): any, and the nearest to it of a few whose numbers differ
-    by a multiple of ``apart``."""
+    """Returns two codes per latent, each (n, D): a random one and a near one.
+
+    The near one is the nearest of a few codes whose numbers differ from the first by a multiple of
+    ``apart``.
+    """
     k = len(codebook)
     a = rng.integers(0, k, n)
     others = (a[:, None] + apart * rng.integers(1, max(k, 2), (n, NEIGHBOURS))) % k  # (n, few)
@@ -196,7 +207,7 @@ def _neighbours(
 
 
 def _orthogonal(along: Float64, across: Float64) -> Float64:
-    """``along`` (n, D) without its component in the direction of ``across``."""
+    """Returns ``along`` (n, D) without its component in the direction of ``across``."""
     length = np.square(across).sum(axis=1, keepdims=True)
     component = (along * across).sum(axis=1, keepdims=True)
     share = np.divide(component, length, out=np.zeros_like(length), where=length > 0)
@@ -222,4 +233,4 @@ CASES: Mapping[str, Case] = MappingProxyType(
         )
     }
 )
-"""By name."""
+"""The cases by name."""

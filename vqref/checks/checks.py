@@ -1,17 +1,17 @@
-"""A kit that holds anybody's quantizer to the oracle: named checks, each of which runs by itself.
+"""A kit that checks any quantizer against the oracle, with named checks that run one by one.
 
-All of them at once, with a ParityError that names what failed:
+To run all of them, with a ParityError that names the failed ones:
 
     vqref.checks.check_quantizer(quantize, update)
 
-Each as a test of its own:
+To run each as a test:
 
     @pytest.mark.parametrize("check", vqref.checks.quantizer_checks(quantize, update), ids=str)
     def test_quantizer(check):
         check.run().require()
 
-An implementation takes NumPy arrays and returns anything that ``np.asarray`` takes; an adapter is
-the caller's to write.
+An implementation takes NumPy arrays and returns anything that ``np.asarray`` takes. If it does not,
+wrap it in an adapter.
 """
 
 from __future__ import annotations
@@ -34,8 +34,10 @@ from vqref.errors import ParityError
 
 @dataclass(frozen=True)
 class QuantizerCheck:
-    """One named check. ``run`` returns what it found; if the implementation raises, that is a
-    violation that says so."""
+    """One named check. ``run`` returns its result.
+
+    If the implementation raises an exception, the result is a violation that says so.
+    """
 
     name: str
     _compare: Callable[[Kit], Iterable[Check]] = field(repr=False)
@@ -61,10 +63,10 @@ class QuantizerCheck:
 def check_quantizer(
     quantize: Quantize, update: Update | None = None, step: Step | None = None, **options: Any
 ) -> Report:
-    """Runs every check of ``quantizer_checks``, whose arguments these are.
+    """Runs every check of ``quantizer_checks`` and returns the report.
 
-    Raises ParityError that names the failed checks and carries the report, and ValueError for a
-    precision, form or sizes that have no bound.
+    Takes the arguments of ``quantizer_checks``. Raises ParityError that names the failed checks and
+    carries the report. Raises ValueError for a precision, form or sizes that have no bound.
     """
     report = Report(
         tuple(check.run() for check in quantizer_checks(quantize, update, step, **options))
@@ -88,23 +90,23 @@ def quantizer_checks(
     seed: int = 0,
     thorough: bool = False,
 ) -> list[QuantizerCheck]:
-    """The checks of an implementation, with those of ``update`` and ``step`` if they are given.
+    """Returns the checks for an implementation, with those of ``update`` and ``step`` if given.
 
-    quantize: takes latents (N, S, D) and a codebook (K, D), returns indices (N, S) int64, or those
-        and quantized (N, S, D).
-    update: takes (state, latents, indices, decay, epsilon), returns the EMAState after it, or its
-        codebook, ema_count and ema_means.
-    step: takes (state, latents, decay, epsilon), returns indices, quantized and the state after:
+    quantize: takes latents (N, S, D) and a codebook (K, D). Returns indices (N, S) int64, or
+        indices and quantized (N, S, D).
+    update: takes (state, latents, indices, decay, epsilon). Returns the EMAState after the update,
+        or its codebook, ema_count and ema_means.
+    step: takes (state, latents, decay, epsilon). Returns indices, quantized and the state after:
         all that a training step does in the quantizer.
-    precision, form: those in which distances are computed, names of
+    precision, form: how distances are computed. These are names of
         ``vqref.precisions.PRECISIONS`` and ``vqref.agreement.bounds.FORMS``.
-    dialect: of the moving averages.
+    dialect: the dialect of the moving averages.
     num_codes, code_size: K >= 4 and D of the codebooks in most checks.
-    sizes: "any" if the implementation takes any K and D, which is then tried; "fixed" if it takes
-        ``num_codes`` and ``code_size`` alone. N and S may always be any. Batches that would be too
-        large for these sizes are left out, and their checks with them.
-    seed: of everything that is drawn.
-    thorough: more of the same, in minutes: latents, calls, steps, sizes, and three seeds.
+    sizes: "any" if the implementation takes any K and D; the checks then try several. "fixed" if it
+        only takes ``num_codes`` and ``code_size``. It must take any N and S. Batches that would be
+        too large for these sizes are left out, with their checks.
+    seed: the seed of all random numbers.
+    thorough: tries more latents, calls, steps and sizes, and three seeds. Takes minutes.
 
     Raises ValueError for a precision, form or sizes that have no bound.
     """

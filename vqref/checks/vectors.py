@@ -1,6 +1,6 @@
-"""Conformance vectors: what the oracle answers, as files that any language can read.
+"""Conformance vectors: the oracle's answers, in files that any language can read.
 
-``quantizer.json`` and ``ema.json`` hold everything; ``vectors.npz`` holds the same arrays, named
+``quantizer.json`` and ``ema.json`` hold everything. ``vectors.npz`` holds the same arrays, named
 CASE/ARRAY.
 """
 
@@ -20,7 +20,7 @@ from vqref.dialects import DIALECTS, Dialect
 from vqref.quantizer import EMAState, quantize, squared_distances, update_ema
 
 FORMAT = 1
-"""Raised when a reader of the former format would misread the files."""
+"""The format's version, increased if a reader of the last one would misread the files."""
 
 LATENTS, CODES, CODE_SIZE, STEPS = 24, 8, 4, 5
 PRECISION, FORM = "float32", "direct"
@@ -44,7 +44,7 @@ implementation in float32 should be within 1e-5 of the magnitudes that an elemen
 
 
 def conformance_vectors(seed: int = 0) -> dict[str, bytes]:
-    """{file name: content}; the same seed gives the same bytes of JSON."""
+    """Returns {file name: content}. The same seed gives the same bytes of JSON."""
     arrays: dict[str, npt.NDArray[Any]] = {}
     quantizer = list(_quantizer_cases(seed, arrays))
     ema = [_ema_case(dialect, seed, arrays) for dialect in DIALECTS.values()]
@@ -90,7 +90,7 @@ def _quantizer_cases(seed: int, arrays: dict[str, npt.NDArray[Any]]) -> Iterator
 
 
 def _ema_case(dialect: Dialect, seed: int, arrays: dict[str, npt.NDArray[Any]]) -> dict[str, Any]:
-    """A few steps in which the last code is never hit."""
+    """Returns a few steps in which the last code is never hit."""
     rng = np.random.default_rng(seed)
     means = rng.normal(size=(CODES, CODE_SIZE)).astype(np.float32)
     codebook = rng.normal(size=(CODES, CODE_SIZE)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""``python -m vqref vectors``: conformance vectors for implementations in other languages."""
+"""``python -m vqref vectors`` writes conformance vectors for implementations in any language."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vqref.host.files import write_file
 
 @dataclass(frozen=True, kw_only=True)
 class VectorsOptions:
-    """Where conformance vectors go, and which."""
+    """Options of the command: where to write the vectors, and the seed to draw them with."""
 
     folder: Path = option(
-        type=Path, metavar="DIR", help="a folder; files of these names in it are replaced"
+        type=Path, metavar="DIR", help="folder to write to; replaces files of the same names"
     )
-    seed: int = option("--seed", default=0, type=count, metavar="N", help="of the random cases")
+    seed: int = option("--seed", default=0, type=count, metavar="N", help="seed for random cases")
 
 
 def run(options: VectorsOptions) -> int:
