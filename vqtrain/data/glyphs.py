@@ -96,8 +96,10 @@ HAND = Hand()
 
 @dataclass(frozen=True)
 class _Curves:
-    """An allograph's controls (K, 2), its basis (P, K) with points = basis @ controls, and the
-    place (P,) of each point along its stroke, 0 to 1."""
+    """An allograph's curves: controls (K, 2), basis (P, K) and place (P,).
+
+    points = basis @ controls; place is where each point lies along its stroke, from 0 to 1.
+    """
 
     controls: Floats
     basis: Floats
@@ -227,8 +229,7 @@ def _brush(curves: _Curves, points: Floats, normal: dict[str, Floats], hand: Han
 
 
 def _place(points: Floats, uniform: Floats, hand: Hand, radius: Floats) -> Floats:
-    """Fits the longest side of the inked box to the square, in pixels, as whoever cut out the
-    genuine characters did."""
+    """Fits the longest side of the inked box to the square, in pixels, as in the genuine set."""
     low, high = points.min(1), points.max(1)  # (n, 2)
     thick = 2 * radius.mean(1, keepdims=True)
     fill = SIDE * (0.89 + 0.1 * uniform[:, 1:2])
@@ -260,8 +261,8 @@ def _fragment(normal: dict[str, Floats], uniform: Floats, hand: Hand) -> tuple[F
 def _stamp(points: Floats, radius: Floats, edge: Floats) -> Floats:
     """The union of soft discs, (n, 28, 28); points (n, P, 2) in pixels, radius (n, P), edge (n,).
 
-    Each disc is stamped in the window around it only, and the maximum taken: 81 distances per
-    point, not 784.
+    Stamps each disc only in the window around it, and takes the maximum: 81 distances per point,
+    not 784.
     """
     side = SIDE + 2 * MARGIN
     window = np.arange(-REACH, REACH + 1)
