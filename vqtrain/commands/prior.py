@@ -71,7 +71,7 @@ class PriorCommand(ThreadOptions, SourceOptions):
         "--batch-size", default=32, type=positive, metavar="N", help="images per step"
     )
     learning_rate: float = option(
-        "--learning-rate", default=1e-3, type=float, metavar="X", help="largest rate of AdamW"
+        "--learning-rate", default=1e-3, type=float, metavar="X", help="AdamW's largest rate"
     )
     dropout: float = option(
         "--dropout",
@@ -84,14 +84,15 @@ class PriorCommand(ThreadOptions, SourceOptions):
         "--precision",
         default=AUTO,
         choices=("float32", "bfloat16", AUTO),
-        help="of products in training; auto: bfloat16 if the device supports it, else float32",
+        help="precision of products in training; auto: bfloat16 if the device supports it, else "
+        "float32",
     )
     seed: int = option(
         "--seed",
         default=0,
         type=count,
         metavar="N",
-        help="seed of the parameters and of every order",
+        help="seed of the initial parameters and the order of images",
     )
     runs: Path = option(
         "--runs", default=Path("runs"), type=Path, metavar="FOLDER", help="folder of all runs"
@@ -106,7 +107,7 @@ class PriorCommand(ThreadOptions, SourceOptions):
         "--resume",
         default=AUTO,
         metavar="auto|never|PATH",
-        help="auto continues the last unfinished run of the same options, PATH continues this one",
+        help="auto: continue the last unfinished run with these options; PATH: continue that run",
     )
 
 

@@ -127,7 +127,7 @@ class PictureOptions:
         "--crop",
         default=False,
         action="store_true",
-        help="with --resize: keep the middle of pictures of other proportions, do not stretch them",
+        help="with --resize: cut out the middle in the right proportions, instead of stretching",
     )
     background: Colour | None = option(
         "--background",
@@ -172,7 +172,7 @@ class FileOptions:
         "--resume",
         default=AUTO,
         metavar="auto|never|PATH",
-        help="auto continues the last unfinished run of the same options, PATH continues this one",
+        help="auto: continue the last unfinished run with these options; PATH: continue that run",
     )
     snapshot_steps: int = option(
         "--snapshot-steps",
@@ -239,12 +239,12 @@ class SizeOptions:
     )
     levels: tuple[int, ...] | None = _size(
         "--levels",
-        "number of values of each element, for a codebook that is the grid of all of them: 8,8,8 "
-        "has 512 codes of 3 elements",
+        "number of values of each element; the codebook is then the grid of all combinations: "
+        "8,8,8 has 512 codes of 3 elements",
     )
     normalized: bool | None = _size("--normalized", "make codes and latents unit vectors")
     base_depth: int | None = _size("--base-depth", "channels of the outer convolutions")
-    latent_size: int | None = _size("--latent-size", "latents per image, and so indices")
+    latent_size: int | None = _size("--latent-size", "latents per image; each gives one index")
     hidden: int | None = _size("--hidden", "channels")
     blocks: int | None = _size(
         "--blocks",
@@ -313,11 +313,11 @@ class RecipeOptions:
         "--plain-steps", "steps at the start without the codebook", type=int, metavar="N"
     )
     kmeans_start: bool | None = _switch(
-        "--kmeans-start", "after these steps, set the codebook by k-means on the latents"
+        "--kmeans-start", "after --plain-steps, set the codebook by k-means on the latents"
     )
     temperature: float | None = _recipe(
         "--temperature",
-        "then draw codes near each latent, ever nearer; 0: always the nearest",
+        "after --plain-steps, draw codes near each latent, ever nearer; 0: always the nearest",
         type=float,
         metavar="X",
     )
@@ -338,7 +338,8 @@ class RecipeOptions:
         "--precision",
         default=None,
         choices=(*TRAINED, AUTO),
-        help="of products in training; auto: bfloat16 if the device supports it, else float32 "
+        help="precision of products in training; auto: bfloat16 if the device supports it, else "
+        "float32 "
         f"(default: auto; float32 for the exact recipes {' and '.join(EXACT)})",
     )
 
