@@ -1,5 +1,5 @@
-"""``python -m benchmarks``: runs every benchmark, stores its figures in ``benchmarks/results/`` and
-writes the tables of ``benchmarks/README.md`` from them. Takes a few hours on two cores.
+"""``python -m benchmarks``: runs every benchmark, stores its figures in ``benchmarks/results/``,
+and writes the tables of ``benchmarks/README.md`` from them. Takes a few hours on two cores.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
-"""``python -m benchmarks.advance MODEL IMAGES``: tokens proved in advance, and what tries to refute
-them.
+"""``python -m benchmarks.advance MODEL IMAGES``: proves tokens in advance, and tries to refute
+the proofs.
 
-For each arithmetic: the share of the held-out images' tokens that are proved; a bound on the length
-by which a latent can move, over the latent's own; what a proof costs. The worst perturbation of all
-rows at once over the bound. Then machines: how many tokens that were proved for float32 come out
-otherwise, of the images as they are, moved, mirrored, blended and with noise. onnxruntime with
-either target at each level of optimisation on one and two threads; PyTorch eager, compiled, with
-channels last, without oneDNN; NumPy's float32 with sums in several orders, fused or not; with
-``--javascript FOLDER``, a copy of examples/javascript after ``npm install``, onnxruntime-web.
-Last, machines of other arithmetics, whose differences are found, and the arithmetics in which
-nothing that is proved differs.
+Measures for each arithmetic the share of proved tokens of held-out images; a bound on how far a
+latent can move, relative to the latent's length; and the cost of a proof. Measures the worst
+perturbation of all rows at once, relative to the bound. Then counts how many tokens proved for
+float32 come out differently on other machines. The images are taken as they are, moved, mirrored,
+blended and with noise. The machines are onnxruntime with either target, at each level of
+optimisation, on one and two threads; PyTorch eager, compiled, with channels last, without oneDNN;
+NumPy's float32 with sums in several orders, fused or not; and, with ``--javascript FOLDER``,
+onnxruntime-web. FOLDER is a copy of examples/javascript after ``npm install``. Last come machines
+of other arithmetics, whose differences must be found, and the arithmetics in which no proved token
+differs.
 
-``--tokens N`` is how many proved tokens are compared, those of each machine counted for
-themselves. ``--large`` adds an image of 256x256.
+``--tokens N`` sets how many proved tokens are compared in all; each machine's tokens count.
+``--large`` adds an image of 256x256.
 """
 
 from __future__ import annotations

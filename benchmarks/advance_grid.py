@@ -1,5 +1,6 @@
-"""``python -m benchmarks.advance_grid MODEL IMAGES``: ``benchmarks.advance`` of a grid of tokens,
-under a name of its own, since each stored table has the name of its module."""
+"""``python -m benchmarks.advance_grid MODEL IMAGES``: ``benchmarks.advance`` for a grid of tokens.
+
+It is a module of its own because each stored table has the name of its module."""
 
 from benchmarks.advance import main
 

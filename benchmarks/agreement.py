@@ -1,11 +1,11 @@
-"""``python -m benchmarks.agreement``: backends against the oracle by the million, and rounding
-errors beside their bounds.
+"""``python -m benchmarks.agreement``: compares backends with the oracle on millions of latents,
+and rounding errors with their bounds.
 
-``--latents N`` on each backend, adversarial and ordinary, in several sizes. With ``--model``, on
-each model's codebook ``--drawn N`` latents of its own, and a quarter as many around its bisectors;
-with ``--data``, the tokens of real images, from PyTorch and from onnxruntime, of each model that
-takes such images. Then the largest error of a difference of two squared distances over its bound,
-for each precision and form.
+``--latents N`` latents go to each backend, adversarial and ordinary, in several sizes. With
+``--model``, each model's codebook gets ``--drawn N`` latents of its own, and a quarter as many
+around its bisectors. With ``--data``, each model that takes such images gives the tokens of real
+images, from PyTorch and from onnxruntime. Last, for each precision and form, comes the largest
+error of a difference of two squared distances, divided by its bound.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""``python -m benchmarks.archives BUNDLE [--images 50000] [--kills 5]``: generated pictures in
-parquet files become tokens: by Ray Data on all cores, by one process with a loop, and by a script
-that writes one file an image; and the job of Ray killed at random moments and gone on with.
+"""``python -m benchmarks.archives BUNDLE [--images 50000] [--kills 5]``: turns generated
+pictures in parquet files into tokens, in three ways: Ray Data on all cores, one process with a
+loop, and a script that writes one file per image. Also kills Ray's job at random moments and
+continues it.
 
-Images a second are those between the first part and the last, so that neither the start of Python
-nor that of Ray is among them; the whole time stands beside. Each works with one thread a core.
+Images per second count from the first part to the last, so the start of Python and of Ray is not
+included; the whole time is given too. Each way uses one thread per core.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""``python -m benchmarks.codec BUNDLE``: the Codec beside bare onnxruntime sessions on the same
-arrays, call by call in turns; the folded detokenizer beside the decoder's network; and what an
-import costs.
+"""``python -m benchmarks.codec BUNDLE``: compares the Codec with bare onnxruntime sessions on the
+same arrays, call by call in turns, and the folded detokenizer with the decoder's network. Also
+measures what an import costs.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""``python -m benchmarks.cuda MODEL IMAGES``: what only a card can show.
+"""``python -m benchmarks.cuda MODEL IMAGES``: measures what only a card can show.
 
-Each form of the bundle: what ``verify`` finds on onnxruntime's CUDA provider, and where that puts
-each node. TF32 off and on: how far encoder and reconstructions are off, tokens that differ from the
-oracle's, and those of them that no rounding explains. Tokens proved in advance for float32: what
-onnxruntime and PyTorch on the card make of them, in float32 and otherwise. Ties: each case of the
-adversary. Batches of changing size. Images a second, beside PyTorch's and the processor's.
+For each form of the bundle: what ``verify`` finds on onnxruntime's CUDA provider, and where the
+provider puts each node. With TF32 off and on: the errors of encoder and reconstructions, the tokens
+that differ from the oracle's, and those of them that no rounding explains. For tokens proved in
+advance for float32: what onnxruntime and PyTorch on the card make of them, in float32 and
+otherwise. Then ties, in each case of the adversary; batches of changing size; and images per
+second, compared with PyTorch and with the processor.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""``python -m benchmarks.epochs``: whole epochs on one device, ours beside a plain eager loop with
-a DataLoader.
+"""``python -m benchmarks.epochs``: measures whole epochs on one device, ours and those of a plain
+eager loop with a DataLoader.
 
-Ours is what ``python -m vqtrain`` does in an epoch: images as bytes on the device, shuffled and
-gathered there, the step of recipe post (recorded as a CUDA graph on a card), figures added up there
-and read once per epoch. The plain loop is the same network in PyTorch's own modules, float32 with
-PyTorch's defaults, fed by a DataLoader with two workers. Checks against the oracle, evaluation and
-pictures are not in it. On a card a profile of a hundred steps follows: for how much of the time its
-kernels work, and which work longest.
+Ours is what ``python -m vqtrain`` does in an epoch. Images are bytes on the device, which shuffles
+and gathers them; the step is recipe post's (on a card, recorded as a CUDA graph); figures are added
+up on the device and read once per epoch. The plain loop trains the same network in PyTorch's own
+modules, in float32 with PyTorch's defaults, fed by a DataLoader with two workers. Checks against
+the oracle, evaluation and pictures are not included. On a card, a profile of a hundred steps
+follows: the share of time in which kernels work, and the kernels that work longest.
 """
 
 from __future__ import annotations

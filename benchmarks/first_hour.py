@@ -1,7 +1,9 @@
-"""``python -m benchmarks.first_hour FOLDER``: minutes from the start of a clone to the first
-picture of one's own images, installs aside, and to a verified bundle, with the commands of
-docs/pictures.md and default options. FOLDER holds pictures of any size, or a file *-train.npz of
-images; so many of them are written anew at 64x64.
+"""``python -m benchmarks.first_hour FOLDER``: measures a user's first hour.
+
+Counts the minutes from the start of a clone to the first picture of one's own images, and to a
+verified bundle, without the installs. Uses the commands of docs/pictures.md with default options.
+FOLDER holds pictures of any size, or a file *-train.npz of images; ``--count`` of them are written
+anew at 64x64.
 """
 
 from __future__ import annotations

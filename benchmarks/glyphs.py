@@ -1,9 +1,10 @@
-"""``python -m benchmarks.glyphs [--compare FILE.npz]``: how near the generated set is to genuine
-images, and how fast it is drawn.
+"""``python -m benchmarks.glyphs [--compare FILE.npz]``: measures how close the generated set is to
+genuine images, and how fast it is drawn.
 
-The figures are of 2,000 images, because the number of dimensions grows with the number of images.
+The figures are for 2,000 images, because the number of dimensions grows with the number of images.
 FILE.npz holds genuine images (N, 28, 28) uint8; its first 2,000 are measured in the same way. The
-speed is this process's CPU time, which is that of one core: no step of the drawing is threaded.
+speed is per CPU time of this process, which is one core's, since no step of the drawing is
+threaded.
 """
 
 from __future__ import annotations

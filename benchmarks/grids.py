@@ -1,16 +1,16 @@
-"""``python -m benchmarks.grids --data FOLDER``: how well a grid of tokens holds colour images, ours
-beside vector-quantize-pytorch.
+"""``python -m benchmarks.grids --data FOLDER``: measures how well a grid of tokens holds colour
+images, ours and that of vector-quantize-pytorch.
 
-The residual network, the same for all, so many steps of 32 images in bfloat16. Ours: the default
-recipe and recipe sonnet. The peer: the library's quantizer between PyTorch's own modules, with
-k-means start and dead codes replaced below a count of .05, Adam at 1e-3; its loss is mean squared
-error / variance + commitment / 4. Measured on the test images in
-float32, reconstructions clipped to [0, 1].
+All train the same residual network, for ``--steps`` steps of 32 images in bfloat16. Ours use
+recipes default and sonnet. The peer is the library's quantizer between PyTorch's own modules, with
+k-means start, dead codes replaced below a count of .05, and Adam at 1e-3. Its loss is mean squared
+error / variance + commitment / 4. The test images are measured in float32, with reconstructions
+clipped to [0, 1].
 
 FOLDER holds one file ``*-train.npz`` and one ``*-test.npz`` of uint8 images (N, H, W, 3), or
-``--train`` and ``--test`` name them. Each training is a process of its own: ``--only NAME --seed
-S`` is one of them and prints a line of JSON, and ``--done FILE`` takes such lines instead of
-training again.
+``--train`` and ``--test`` name them. Each training is a process of its own. ``--only NAME --seed
+S`` runs one of them and prints a line of JSON. ``--done FILE`` takes such lines instead of training
+again.
 """
 
 from __future__ import annotations

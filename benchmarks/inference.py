@@ -1,10 +1,10 @@
-"""``python -m benchmarks.inference MODEL``: encoding 256 images, ours beside onnxruntime by itself
-and PyTorch, and the search of a large codebook in the graph beside the direct form.
+"""``python -m benchmarks.inference MODEL``: encodes 256 images by ours, by onnxruntime alone and by
+PyTorch, and compares the search of a large codebook in the graph with the direct form.
 
-Each implementation works in a process of its own with its own choice of threads, in turns. Ours:
-the Codec on a bundle made for the CPU (``export --target cpu``) and on the default one. Peers:
-onnxruntime on the same file, the batch in one piece; PyTorch's own modules with the channels last,
-eager and by torch.compile (skipped if there is no C++ compiler).
+Each implementation works in a process of its own, with its own choice of threads, in turns. Ours is
+the Codec on a bundle made for the CPU (``export --target cpu``) and on the default bundle. The
+peers are onnxruntime on the same file, with the batch in one piece, and PyTorch's own modules with
+channels last, eager and by torch.compile (skipped without a C++ compiler).
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
-"""``python -m benchmarks.install BUNDLE``: new virtual environments as an application has them,
-with numpy and onnxruntime alone: their size, whether pip finds them sound, and how long a new
-process takes to the first token of a bundle. Needs the package index.
+"""``python -m benchmarks.install BUNDLE``: measures what an application has to install.
+
+Makes new virtual environments with only numpy and onnxruntime. Measures their size, whether pip
+finds them sound, and how long a new process takes to the first token of a bundle. Needs the package
+index.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Fifty steps in float64 with every rule on, to be compared: alone, or under torchrun, where each
-rank writes what it ends with.
+"""Takes fifty steps in float64 with every rule on, alone or under torchrun, for a comparison.
+
+Each rank writes the state that it ends with.
 
     torchrun --nproc-per-node N -m benchmarks.joint_steps FOLDER [PASSES]
 """

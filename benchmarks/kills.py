@@ -1,10 +1,11 @@
-"""``python -m benchmarks.kills [--kills N]``: kills a short run of training, and one of a prior, N
-times each at random moments, resumes it each time, and compares what it ends with to a run that
-nobody disturbed.
+"""``python -m benchmarks.kills [--kills N]``: kills short training runs, and resumes them.
 
-A small network on random images, a snapshot every second step, or every epoch of a prior. SIGKILL,
-so that nothing in the process can help; ``benchmarks.hostile.signals`` sends those that a process
-can answer.
+Kills a run of a model and a run of a prior N times each, at random moments, and resumes after each
+kill. Then compares the result with that of an undisturbed run.
+
+The network is small and the images are random. A model's run saves a snapshot every second step, a
+prior's every epoch. SIGKILL leaves the process no chance to react; ``benchmarks.hostile.signals``
+sends the signals that a process can answer.
 """
 
 from __future__ import annotations

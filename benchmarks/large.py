@@ -1,10 +1,10 @@
-"""``python -m benchmarks.large``: what a large model takes: 256×256 colour, 1,024 tokens of 16,384
-codes of 64 elements.
+"""``python -m benchmarks.large``: measures time and memory of a large model: 256×256 colour, 1,024
+tokens of 16,384 codes of 64 elements.
 
-Seconds and peak memory of a training step with one, two and four images, of the k-means start, of
-``vqdeploy export``, of ``vqdeploy verify``, and of ``Codec.encode`` of 64 images. Each is a process
-of its own, whose peak is that of everything it holds, its libraries included. The images are smooth
-random fields; the network is untrained, its codebook set by k-means.
+Measures seconds and peak memory of a training step with one, two and four images, of the k-means
+start, of ``vqdeploy export``, of ``vqdeploy verify``, and of ``Codec.encode`` of 64 images. Each is
+a process of its own, and its peak includes its libraries. The images are smooth random fields. The
+network is untrained; k-means sets its codebook.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
-"""``python -m benchmarks.large_codebooks --data FOLDER --done FILE``: what keeps large
-codebooks in use, technique by technique.
+"""``python -m benchmarks.large_codebooks --data FOLDER --done FILE``: compares techniques that keep
+large codebooks in use.
 
-The residual network with 64 channels and half the image's height and width, 256 tokens per image of
-32x32, and as many codes, the same for all; so many steps of 32 images in float32 on one thread, the
-nearest row at inference. Ours: recipe default with what the table's name says. SimVQ (Zhu et al.
-2024): rows are a frozen normal codebook times a matrix that learns, folded at the end. Wasserstein
-(Fang et al. 2025): rows learn, and the distance between two normal distributions, of latents and of
-rows, is added to the loss. The peer: vector-quantize-pytorch as in ``benchmarks.grids``, its
-codebook told to search as we do, since its own step takes twenty times as long.
+All train the same residual network with 64 channels and half the image's height and width, so 256
+tokens per image of 32x32, and the same number of codes. They take the same number of steps of 32
+images in float32 on one thread, and use the nearest row at inference. Ours is recipe default with
+the change that the table's name says. SimVQ (Zhu et al. 2024): rows are a frozen normal codebook
+times a learned matrix, folded at the end. Wasserstein (Fang et al. 2025): rows are learned, and the
+loss adds the distance between two normal distributions, those of latents and of rows. The peer is
+vector-quantize-pytorch as in ``benchmarks.grids``. It uses our search, since its own step takes
+twenty times as long.
 
-FOLDER is that of ``benchmarks.grids``. NMSE, PSNR and perplexity are of the test images; codes are
-counted over them, and over the training images, which have more tokens than there are codes.
-Each training is a process of its own (``--only NAME``) and prints a line of JSON; ``--done FILE``
-keeps these lines, and what it holds is not trained again.
+FOLDER is that of ``benchmarks.grids``. NMSE, PSNR and perplexity are for the test images. Used
+codes are counted over the test images, and over the training images, which have more tokens than
+there are codes. Each training is a process of its own (``--only NAME``) and prints a line of JSON.
+``--done FILE`` keeps these lines; a training with a line there is not repeated.
 """
 
 from __future__ import annotations

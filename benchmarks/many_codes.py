@@ -1,10 +1,11 @@
-"""``python -m benchmarks.many_codes``: the nearest of 262,144 codes of 8 elements, and of 16,384 on
-the unit sphere, to 65,536 latents: the trainer's search and the graph's, each beside the bare
-product of its library.
+"""``python -m benchmarks.many_codes``: times the search among very many codes.
 
-The scores of all would be 64 GiB. So the bare product, too, is made in pieces, into one array that
-is there already, of the size that was fastest; it finds nothing. The graph runs on 16 images of
-64x64 latents. Memory is by how much a process grew at most once its inputs were there.
+Finds the nearest of 262,144 codes of 8 elements, and of 16,384 on the unit sphere, for 65,536
+latents. Compares the trainer's search and the graph's, each with the bare product of its library.
+
+All scores together would take 64 GiB. So the bare product too works in pieces, of the fastest size,
+into one existing array; it finds nothing. The graph runs on 16 images of 64x64 latents. Memory is
+the largest growth of a process after its inputs were there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""What every benchmark shares: its record, runs that take turns, workers in processes of their own,
-and the machine's limits."""
+"""What all benchmarks share: records, runs in turns, worker processes, the machine's limits."""
 
 from __future__ import annotations
 

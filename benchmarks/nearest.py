@@ -1,9 +1,11 @@
-"""``python -m benchmarks.nearest``: the nearest code and the moving averages at scale, beside one
-bare matrix product of the same size, vector-quantize-pytorch and faiss; how time and memory grow.
+"""``python -m benchmarks.nearest``: measures the nearest code and the moving averages at scale.
+
+Compares ours with a single bare matrix product of the same size, with vector-quantize-pytorch and
+with faiss, and shows how time and memory grow.
 
 Each implementation works in a process of its own on the same normal latents (N, D) and codebook (K,
-D). Memory is by how much the process grew at most once its inputs were there. Ours answers as the
-direct form in float32 does.
+D). Memory is the largest growth of the process after its inputs were there. Ours gives the answers
+of the direct form in float32.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""``python -m benchmarks.oracle``: how long the oracle takes, how much memory it needs, and what a
-check costs for networks of several sizes, beside what ``vqref.agreement.budget`` estimates.
+"""``python -m benchmarks.oracle``: measures time and memory of the oracle, and what a check costs.
 
-Peak memory is what NumPy allocated during the call (tracemalloc), beside the resident size of the
-process. A check is one of the trainer's, of as many images as it takes in a run; per image is what
-further images add, fixed what none would take.
+Checks are measured for networks of several sizes, and compared with the estimate of
+``vqref.agreement.budget``.
+
+Peak memory is what NumPy allocated during the call (tracemalloc); the resident size of the process
+is given too. A check is the trainer's, on as many images as in a run. Its cost per image is what
+each further image adds; its fixed cost is that of no images.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same networks as others would train them: PyTorch's own modules, without our trainer."""
+"""The same networks in PyTorch's own modules, trained as others would, without our trainer."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""``python -m benchmarks.prior MODEL DATA [MODEL DATA …]``: what a learned prior is worth, and what
-drawing from it takes.
+"""``python -m benchmarks.prior MODEL DATA [MODEL DATA …]``: measures what a learned prior is worth,
+and what sampling costs.
 
-What held-out tokens cost: under the uniform prior, the frequencies of each position, a bigram (the
-index before, its counts backed off to the position's frequencies), and the model's own. How far
-samples are from held-out images by a kernel distance (KID's polynomial kernel, Binkowski et al.
-2018, on averages of 4x4 pixels), beside samples of the uniform prior and other held-out images.
-Samples of one seed by the oracle, onnxruntime, PyTorch and, with ``--javascript FOLDER``,
-onnxruntime-web: tokens that are certified and differ. Images a second, by the graph of one step
-with what it keeps, and without it.
+Measures the cost of held-out tokens under four priors: uniform, the frequencies of each position, a
+bigram (by the index before, with counts backed off to the position's frequencies), and the model's
+own. Measures the distance of samples from held-out images by a kernel distance (KID's polynomial
+kernel, Binkowski et al. 2018, on averages of 4x4 pixels), compared with samples of the uniform
+prior and with other held-out images. Draws samples of one seed by the oracle, onnxruntime, PyTorch
+and, with ``--javascript FOLDER``, onnxruntime-web, and counts the certified tokens that differ.
+Measures images per second, by the graph of one step with its cache and without it.
 """
 
 from __future__ import annotations

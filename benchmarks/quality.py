@@ -1,12 +1,12 @@
-"""``python -m benchmarks.quality --data FOLDER``: wall time to a held-out bound, ours beside
-vector-quantize-pytorch.
+"""``python -m benchmarks.quality --data FOLDER``: measures the wall time to a held-out bound, for
+ours and for vector-quantize-pytorch.
 
-Ours is ``python -m vqtrain --epochs N --precision auto`` as a user starts it, with all that it does
-beside training: checks against the oracle, evaluation, pictures, snapshots. The peer is the same
-network in PyTorch's own modules, the library's quantizer between them with k-means start and
-dead-code replacement, trained by its README's loop in batches of 64; its evaluation is not counted.
-Both are timed from the start of their processes to the end of the first epoch whose held-out bound
-is low enough.
+Ours is ``python -m vqtrain --epochs N --precision auto`` as a user starts it, with its checks
+against the oracle, evaluation, pictures and snapshots. The peer is the same network in PyTorch's
+own modules, with the library's quantizer between them, k-means start and dead-code replacement. The
+loop of the library's README trains it in batches of 64; its evaluation is not counted. Both are
+timed from the start of their processes to the end of the first epoch whose held-out bound is low
+enough.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""``python -m benchmarks.ranks [--kills N]``: training on several ranks beside one.
+"""``python -m benchmarks.ranks [--kills N]``: compares training on several ranks and on one.
 
-What fifty steps in float64 end with, what a step sends, what that predicts for cards, and N kills
-of a random rank under torchrun, each of which must leave a whole snapshot and end the others soon,
-with one line. All ranks are on this machine, so its times say nothing of scaling: the volume does,
-and a card's time of a step, which ``benchmarks/results`` has.
+Compares the state after fifty steps in float64, measures what a step sends, and predicts from that
+the times on cards. Kills a random rank under torchrun N times. Each kill must leave a whole
+snapshot and soon end the other ranks, with one line. All ranks are on this machine, so its times
+say nothing about scaling. The volume sent does, with a card's time per step from
+``benchmarks/results``.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""A worker of ``benchmarks.training``: ``python -m benchmarks.steps NETWORK KIND``, one training
-step per line."""
+"""A worker of ``benchmarks.training``: takes one training step per line of its input.
+
+``python -m benchmarks.steps NETWORK KIND`` starts it."""
 
 from __future__ import annotations
 

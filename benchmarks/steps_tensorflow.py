@@ -1,9 +1,8 @@
-"""A worker of ``benchmarks.training`` for an environment with TensorFlow: the post's recipe, one
-training step per line.
+"""A worker of ``benchmarks.training`` that takes steps of the post's recipe in TensorFlow.
 
-``python -m benchmarks.steps_tensorflow eager`` runs it as the post does, operation by operation;
-``compiled`` as one tf.function. Needs numpy, tensorflow, tf-keras and tensorflow-probability; of
-this project, ``vqref`` alone.
+It takes one training step per line of its input. ``python -m benchmarks.steps_tensorflow eager``
+runs the step operation by operation, as the post does; ``compiled`` runs it as one tf.function.
+Needs numpy, tensorflow, tf-keras and tensorflow-probability, and only ``vqref`` of this project.
 """
 
 from __future__ import annotations

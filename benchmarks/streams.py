@@ -1,15 +1,15 @@
-"""``python -m benchmarks.streams [FOLDER]``: training on images that memory does not hold, beside
-training on the same images in memory.
+"""``python -m benchmarks.streams [FOLDER]``: compares training on images that do not fit in memory
+with training on the same images in memory.
 
-FOLDER, or a temporary one, gets 200,000 images of 64x64 colour, as tars of JPEG and as parquet of
-PNG, 10,000 in a file, as WebDataset and ``datasets`` write them, and as one ``.npy``; what is there
-is used again. Processes on shards may have 1 GiB of data, their libraries included: less than half
-of the images' pixels, of which the one in memory has all. Each trains the residual network with one
-thread, and one more process decodes.
+FOLDER, or a temporary folder, gets 200,000 images of 64x64 colour: as tars of JPEG and as parquet
+of PNG, 10,000 per file, as WebDataset and ``datasets`` write them, and as one ``.npy``. Existing
+files are used again. Processes on shards may have 1 GiB of data, including their libraries. That is
+less than half of the images' pixels; the process in memory holds all of them. Each trains the
+residual network with one thread, and one more process decodes.
 
-First the speed, in turns: a pass over some images, from the start of its decoding processes on.
-Then memory: a pass over every image by a smaller network, and what the process and its helpers hold
-at each tenth of it.
+First measures the speed, in turns: a pass over some images, including the start of its decoding
+processes. Then measures memory: a smaller network makes a pass over every image, and at each tenth
+the memory of the process and its helpers is noted.
 """
 
 from __future__ import annotations

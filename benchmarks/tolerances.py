@@ -1,9 +1,8 @@
-"""``python -m benchmarks.tolerances``: the errors behind the rows of
-``vqref.agreement.TOLERANCES``.
+"""``python -m benchmarks.tolerances``: measures the errors behind ``vqref.agreement.TOLERANCES``.
 
-Untrained networks of several families, shapes and seeds, on random images and on blank ones;
-PyTorch in float64, in float32 and in the precisions below, onnxruntime in those that can be
-exported. The largest error of each stage over all cases, beside what is allowed.
+Runs untrained networks of several families, shapes and seeds on random and on blank images. PyTorch
+runs in float64, in float32 and in the lower precisions; onnxruntime in those that can be exported.
+Reports the largest error of each stage over all cases, and what is allowed.
 """
 
 from __future__ import annotations

@@ -1,14 +1,18 @@
-"""``python -m benchmarks.training``: one training step on the CPU, ours beside its peers, in turns.
+"""``python -m benchmarks.training``: times a training step on the CPU, ours and its peers'.
 
-Each implementation in a process of its own. ``--network post`` (batches of 64): peers around the
-same encoder and decoder are PyTorch's own modules with the post's step written plainly;
-vector-quantize-pytorch as its README shows it; and the post's recipe in TensorFlow, eager as the
-post runs it and compiled, if ``--tensorflow`` names a Python that has tensorflow-cpu, tf-keras and
-tensorflow-probability. ``--network residual`` (32×32 colour, batches of 32): ours by the default
-recipe once k-means has started the codebook; plain PyTorch with channels last, and the library, in
-float32 and under autocast to bfloat16. The limit is the arithmetic of the step at the best rate of
-a matrix product, measured in the same run; the sum of its products alone, each timed by itself,
-stands beside it.
+Each implementation runs in a process of its own, in turns.
+
+``--network post`` (batches of 64): peers have the same encoder and decoder. They are PyTorch's own
+modules with the post's step written plainly; vector-quantize-pytorch as its README shows it; and
+the post's recipe in TensorFlow, eager as the post runs it and compiled, if ``--tensorflow`` names a
+Python that has tensorflow-cpu, tf-keras and tensorflow-probability.
+
+``--network residual`` (32×32 colour, batches of 32): ours is the default recipe after k-means has
+started the codebook. Peers are plain PyTorch with channels last, and the library, in float32 and
+under autocast to bfloat16.
+
+The limit is the arithmetic of the step at the best rate of a matrix product, measured in the same
+run. The sum of the step's products, each timed alone, is given too.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""``python -m benchmarks.training_residual``: ``benchmarks.training`` with ``--network residual``,
-under a name of its own, since each stored table has the name of its module."""
+"""``python -m benchmarks.training_residual``: ``benchmarks.training`` with ``--network residual``.
+
+It is a module of its own because each stored table has the name of its module."""
 
 from benchmarks.training import main
 

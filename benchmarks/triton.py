@@ -1,10 +1,12 @@
-"""``python -m benchmarks.triton BUNDLE SERVER``: a real Triton server loads the repository that
-``vqdeploy triton`` writes and answers many clients at once: are its tokens the Codec's?
+"""``python -m benchmarks.triton BUNDLE SERVER``: compares a server's tokens with the Codec's.
 
-SERVER is a folder that has a server for Linux without Docker: ``pip install --no-deps --target
-SERVER nvidia-pytriton``. That server comes without the ONNX Runtime backend, so a backend in Python
-takes its name here and runs the graphs by Python's onnxruntime, on the CPU. What is tried is the
-rest: the repository, each configuration, its warm-up, the batches that the server forms.
+A real Triton server loads the repository that ``vqdeploy triton`` writes, and answers many clients
+at once.
+
+SERVER is a folder with a server for Linux without Docker: ``pip install --no-deps --target SERVER
+nvidia-pytriton``. That server lacks the ONNX Runtime backend. So a backend in Python takes its name
+here, and runs the graphs by Python's onnxruntime on the CPU. The rest is real: the repository, each
+configuration, its warm-up, and the batches that the server forms.
 """
 
 from __future__ import annotations

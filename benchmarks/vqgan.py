@@ -1,11 +1,13 @@
-"""``python -m benchmarks.vqgan``: what an imported VQGAN takes: diffusers' VQModel of 128 channels,
-multipliers (1, 1, 2, 2, 4) and 2 blocks, 256x256 colour, 256 tokens of 1,024 codes of 256.
+"""``python -m benchmarks.vqgan``: measures time and memory of an imported VQGAN.
 
-Seconds and peak memory of ``vqdeploy import``, ``export`` and ``verify``, each a process of its
-own; nodes of the graphs; seconds and peak memory of one image encoded to tokens and one decoded
-from tokens, by the Codec and by diffusers eager in PyTorch, in turns and with as many threads; and
-how far the graphs' latents, tokens and outputs are from diffusers'. Weights are random, the
-codebook latents of random fields, one for each code.
+The model is diffusers' VQModel of 128 channels, multipliers (1, 1, 2, 2, 4) and 2 blocks: 256x256
+colour, 256 tokens of 1,024 codes of 256 elements.
+
+Measures seconds and peak memory of ``vqdeploy import``, ``export`` and ``verify``, each in a
+process of its own, and counts the nodes of the graphs. Measures seconds and peak memory of encoding
+one image to tokens and of decoding one from tokens, by the Codec and by diffusers eager in PyTorch,
+in turns and with equally many threads. Measures how far the graphs' latents, tokens and outputs are
+from diffusers'. Weights are random; the codebook has a latent of random fields for each code.
 """
 
 from __future__ import annotations

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from vqref.host.commandline import Command, Parser
 
 COMMANDS = {"evaluate": "vqtrain.commands.evaluate", "prior": "vqtrain.commands.prior"}
-"""Commands beside training, which has no name, and their modules, each with a COMMAND."""
+"""The named commands and their modules, each with a COMMAND. Training has no name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the process's exit status.
+    """Runs the command line, and returns the process's exit status.
 
-    argv: the words of the command line; None takes the process's, whose end this then is.
+    argv: the words of the command line. None takes the process's own, which then ends here.
     """
     try:
         code = guarded("vqtrain", lambda: _run(argv), last=argv is None)
@@ -43,7 +43,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def command(argv: Sequence[str] | None) -> int:
-    """Parses, and runs what is asked for."""
+    """Parses the words and runs the command that they name."""
     from importlib import import_module
 
     from vqref.host.commandline import Parser, fill
@@ -66,7 +66,7 @@ def command(argv: Sequence[str] | None) -> int:
 
 
 def build_parser() -> Parser:
-    """The parser of training."""
+    """Returns the parser of training."""
     from typing import cast
 
     from vqref.host.commandline import Parser
@@ -74,7 +74,7 @@ def build_parser() -> Parser:
 
     parser = Parser(
         prog="vqtrain",
-        description="Train a VQ model on images, held to the NumPy oracle as it goes.",
+        description="Train a VQ model on images, checking it against the NumPy oracle.",
         epilog="python -m vqtrain evaluate model.pt measures a model, and python -m vqtrain prior "
         "model.pt learns a prior over its tokens: see their --help.",
     )
@@ -86,10 +86,10 @@ def build_parser() -> Parser:
 
 
 def parse_with_config(parser: Parser, words: list[str]) -> argparse.Namespace:
-    """The arguments, those of ``--config`` first, so that the command line has the last word.
+    """Returns the arguments. Those of the command line override those of ``--config``.
 
-    Raises InputError for a file that is not TOML, names an unknown option, or has another kind of
-    value for one.
+    Raises InputError for a file that is not TOML, names an unknown option, or gives an option a
+    value of the wrong kind.
     """
     found = parser.parse(words)
     if found.config is None:
@@ -114,7 +114,7 @@ def parse_with_config(parser: Parser, words: list[str]) -> argparse.Namespace:
 
 
 def _what_is_wrong(action: argparse.Action, value: str | bool | float) -> str | None:
-    """What a value of a file is, and what it must be, if the command line could not have it."""
+    """Says what is wrong with a file's value; None if the command line could have it."""
     if action.nargs == 0 and not isinstance(value, bool):
         return f"{value!r}; it must be true or false"
     if action.nargs != 0 and isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The trainer held to the oracle as it runs: its module as a ``vqref.agreement.Backend``."""
+"""Checks the trainer against the oracle: its module as a ``vqref.agreement.Backend``."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ from vqtrain.run.rules import NEAREST
 from vqtrain.run.step import forward_and_back
 
 PROOF_SECONDS, FEWEST_PROVED, MOST_PROVED, TRAINED_PER_PROOF = 1.0, 8, 64, 150
-"""Of the proofs after an epoch: about how long they may take at worst; the fewest and the most
-images; how many are trained on for each. A proof takes about three training steps' time per
-image."""
+"""Limits of the proofs after an epoch: the most seconds, roughly; the fewest and the most images;
+images trained on per image proved. A proof takes about three training steps' time per image."""
 
 TRAINED_PER_CHECK = 800
-"""How many images are trained on for each that is checked after an epoch. A check takes about
-sixteen training steps' time per image."""
+"""Images trained on per image checked after an epoch. A check takes about sixteen training steps'
+time per image."""
 
 
 def check_against_oracle(
     model: VQVAE, images: Array, options: TrainingOptions, *, probed: int = PROBED_TOKENS
 ) -> Report:
-    """Every stage, the losses, one step of the averages and every rule for the codebook, on real
-    images (N, C, H, W) in [0, 1], beside the oracle. probed: as of ``compare``.
+    """Compares the model with the oracle on real images (N, C, H, W) in [0, 1].
 
-    The model is left as it is. The report says; the caller acts on a violation.
+    Compares every stage, the losses, one step of the averages and every rule for the codebook.
+    Does not change the model. A violation is in the report, and the caller must act on it.
+
+    probed: as in ``compare``.
     """
     with torch.no_grad(), arithmetic("float32"):
         return compare(
@@ -58,24 +59,31 @@ def check_against_oracle(
 
 
 def images_to_check(spec: ModelSpec, trained: int) -> int:
-    """How many images the check after an epoch on ``trained`` images takes: about a fiftieth of
-    what the epoch takes on a processor, at least FEWEST if that many fit one check."""
+    """Returns how many images to check after an epoch on ``trained`` images.
+
+    The check takes about a fiftieth of the epoch's time on a processor. There are at least FEWEST
+    images, if so many fit one check.
+    """
     return min(images_within(spec), max(FEWEST, trained // TRAINED_PER_CHECK))
 
 
 def images_to_prove(spec: ModelSpec, trained: int) -> int:
-    """Of how many images an epoch on ``trained`` images proves the tokens: about a fiftieth of
-    what the epoch takes on a processor, and PROOF_SECONDS at most; 0 if these say too little, fewer
-    than FEWEST_PROVED."""
+    """Returns for how many images to prove the tokens after an epoch on ``trained`` images.
+
+    The proofs take about a fiftieth of the epoch's time on a processor, and at most PROOF_SECONDS.
+    Returns 0 for fewer than FEWEST_PROVED images, which would say too little.
+    """
     within = int(PROOF_SECONDS / seconds_per_proof(spec))
     count = min(MOST_PROVED, trained // TRAINED_PER_PROOF, within)
     return count if count >= FEWEST_PROVED else 0
 
 
 def share_proved(spec: ModelSpec, params: Params, images: Array) -> dict[str, float]:
-    """Measures of the tokens of images (N, C, H, W) in [0, 1]: ``proved``, the share that is proved
-    in advance for float32 in any order, ``proved_in_lanes``, that in 16 lanes or more, and
-    ``proved_images``, N; {} of none."""
+    """Returns the shares of proved tokens of images (N, C, H, W) in [0, 1]; {} for no images.
+
+    ``proved`` is the share proved in advance for float32 in any order, ``proved_in_lanes`` the
+    share proved in 16 lanes or more, ``proved_images`` is N.
+    """
     if not len(images):
         return {}
     counts = count_proved(spec, params, images)
@@ -132,9 +140,9 @@ def _backend(model: VQVAE, options: TrainingOptions) -> Backend:
 def _gradients(
     model: VQVAE, options: TrainingOptions, precision: str
 ) -> Callable[[Array], tuple[Array, dict[str, Array]]]:
-    """The training step's own pass forward and back in that precision, on a copy of the model.
+    """Returns the training step's forward and backward pass in that precision, on a model's copy.
 
-    float64 shows whether a gradient is right, the run's precision what it is there.
+    float64 shows whether a gradient is right; the run's precision shows its value in the run.
     """
     dtype = torch.float64 if precision == "float64" else torch.float32
     options = dataclasses.replace(

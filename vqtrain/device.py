@@ -1,4 +1,4 @@
-"""The device of a process: which one, what it may round, and how it keeps memory."""
+"""The device of a process: its choice, its rounding and its memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LARGEST_THRESHOLD = 32 * 2**20
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of ``--device``: auto, cpu or cuda. Raises MachineError for "cuda" without one."""
+    """Returns the device for auto, cpu or cuda. Raises MachineError for "cuda" without a card."""
     if name == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             "--device cuda: PyTorch finds no CUDA device here; use --device cpu or auto"
@@ -29,8 +29,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(device: torch.device) -> str:
-    """What ``--precision auto`` means: bfloat16 if the device has instructions for it, else
-    float32."""
+    """Returns bfloat16 if the device has instructions for it, else float32.
+
+    This is what ``--precision auto`` means.
+    """
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
@@ -40,7 +42,7 @@ def choose_precision(device: torch.device) -> str:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Lets PyTorch compute with ``count`` threads; None leaves it its own choice."""
+    """Makes PyTorch use ``count`` threads; None leaves the choice to PyTorch."""
     before = torch.get_num_threads()
     if count is not None:
         torch.set_num_threads(count)
@@ -70,10 +72,11 @@ def without_variation() -> Iterator[None]:
 def arithmetic(precision: str, *, one_size: bool = False) -> Iterator[None]:
     """Lets a card convolve in TF32 only if ``precision`` is "tf32".
 
-    cuDNN cuts factors to TF32 by default: a faster network, but not the one that is judged.
+    cuDNN rounds factors to TF32 by default. That is faster, but is not the network that the oracle
+    checks.
 
-    one_size: every batch has the same size, so that cuDNN may try its algorithms and keep the
-    fastest, unless PyTorch is asked to be deterministic.
+    one_size: whether every batch has the same size. If so, cuDNN may try its algorithms and keep
+    the fastest, unless PyTorch must be deterministic.
     """
     deterministic = torch.are_deterministic_algorithms_enabled()
     with torch.backends.cudnn.flags(
@@ -86,19 +89,22 @@ def arithmetic(precision: str, *, one_size: bool = False) -> Iterator[None]:
 
 
 def keep_freed_memory() -> bool:
-    """Lets this process keep the arrays that it frees, for the next step.
+    """Makes this process keep freed arrays for the next step. Returns whether it could.
 
-    glibc gives an array of a few megabytes back to the system when it is freed; the next step then
-    waits for as many pages to be cleared as it writes. On a processor that is a tenth of a step,
-    and several times an activation's own time. Returns whether the C library is one that was asked.
+    glibc returns an array of a few megabytes to the system when it is freed. The next step then
+    waits until the system clears all pages that it writes. On a processor, this takes a tenth of a
+    step, and several times an activation's own time. Only glibc can be told to keep them.
     """
     return _keep(_LARGEST_THRESHOLD, 2**31 - 1)
 
 
 @contextmanager
 def kept_memory() -> Iterator[None]:
-    """``keep_freed_memory`` for a while. Afterwards arrays are given back as glibc decides by
-    itself once it has seen a large one freed, and what is free by then is given back."""
+    """Applies ``keep_freed_memory`` within the context.
+
+    Afterwards returns what is free, and restores the thresholds that glibc itself chooses after it
+    has seen a large array freed.
+    """
     asked = keep_freed_memory()
     try:
         yield
@@ -109,8 +115,11 @@ def kept_memory() -> Iterator[None]:
 
 
 def _keep(mapped: int, trimmed: int) -> bool:
-    """Sets from how many bytes on glibc maps an array of its own, and beyond how many free ones it
-    gives them back. Returns whether the C library is glibc."""
+    """Sets two of glibc's thresholds, in bytes. Returns whether the C library is glibc.
+
+    From ``mapped`` bytes on, glibc maps an array separately. Beyond ``trimmed`` free bytes, it
+    returns them.
+    """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt

@@ -1,6 +1,6 @@
-"""Training in bfloat16: the networks' parameters cast all at once, their gradients cast back so.
+"""Training in bfloat16: casts all parameters of the networks at once, and their gradients back.
 
-Autocast casts each parameter and each gradient by itself, some hundred small operations per step.
+Autocast casts each parameter and gradient alone, about a hundred small operations per step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from vqtrain.network import Network, Row
 
 
 class HalfCopies:
-    """bfloat16 copies of the parameters of networks, made once and filled at each step."""
+    """bfloat16 copies of networks' parameters, made once and filled at each step."""
 
     def __init__(self, networks: Iterable[Network]) -> None:
         rows = [row for network in networks for row in network.modules() if isinstance(row, Row)]
@@ -31,7 +31,7 @@ class HalfCopies:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The networks compute with the copies, as the parameters are now."""
+        """Makes the networks compute with copies of the present parameters."""
         with torch.no_grad():
             torch._foreach_copy_(self._copies, self._full)
         for copy in self._copies:
@@ -47,7 +47,7 @@ class HalfCopies:
     def hand_gradients_back(self, *, add: bool = False) -> None:
         """Gives each parameter the gradient of its copy, in its own precision.
 
-        add: to those that it was given before, in that precision.
+        add: whether to add it, in that precision, to the gradient that the parameter already got.
         """
         found = [torch.zeros_like(c) if c.grad is None else c.grad for c in self._copies]
         if add:

@@ -14,14 +14,15 @@ from vqref.spec import ModelSpec
 
 
 def nats(spec: ModelSpec, images: Tensor, outputs: Tensor) -> Tensor:
-    """-log p(image; outputs) in nats per image, (N,), of images (N, C, H, W) in [0, 1] and outputs
-    (N, P, H, W)."""
+    """Returns -log p(image; outputs) in nats per image, (N,).
+
+    Images are (N, C, H, W) in [0, 1], outputs (N, P, H, W).
+    """
     return NATS[spec.likelihood](spec, images, outputs).sum(dim=(1, 2, 3))
 
 
 def mean(spec: ModelSpec, outputs: Tensor) -> Tensor:
-    """Reconstructions (N, C, H, W) in [0, 1]: the mean of the likelihood, mapped back and
-    clipped."""
+    """Returns the likelihood's mean (N, C, H, W), mapped back and clipped to [0, 1]."""
     return MEANS[spec.likelihood](spec, outputs).clamp(0.0, 1.0)
 
 

@@ -12,7 +12,7 @@ from vqtrain.likelihoods import nats
 
 
 class Losses(NamedTuple):
-    """Scalars: reconstruction, prior and total in nats per image, commitment a mean of squares."""
+    """Scalars: reconstruction, prior and total in nats per image; commitment, a mean of squares."""
 
     reconstruction: Tensor
     commitment: Tensor
@@ -28,9 +28,9 @@ def compute_losses(
     quantized: Tensor,
     beta: float,
 ) -> Losses:
-    """The losses of ``vqref.compute_losses``: images (N, C, H, W), outputs (N, P, H, W), latents
-    and quantized (N, S, D).
+    """Returns the losses of ``vqref.compute_losses``.
 
+    Images are (N, C, H, W), outputs (N, P, H, W), latents and quantized (N, S, D).
     Gradients flow through outputs and latents; quantized is a constant.
     """
     reconstruction = nats(spec, images, outputs).sum() / len(images)

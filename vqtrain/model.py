@@ -1,4 +1,4 @@
-"""The trainable model: encoder, quantizer and decoder from one ModelSpec."""
+"""The trainable model: an encoder, a quantizer and a decoder from one ModelSpec."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vqtrain.quantizer import Quantizer
 
 
 class Forward(NamedTuple):
-    """latents and quantized (N, S, D), indices (N, S) int64, outputs (N, P, H, W)."""
+    """One pass: latents and quantized (N, S, D), indices (N, S) int64, outputs (N, P, H, W)."""
 
     latents: Tensor
     indices: Tensor
@@ -31,7 +31,9 @@ class Forward(NamedTuple):
 class VQVAE(nn.Module):
     """A model whose ``state_dict`` has the spec's parameter names.
 
-    params: values from ``vqref.init_params`` or a file. dialect: of the codebook's averages.
+    params: values from ``vqref.init_params`` or a file. dialect: the rule of the codebook's
+    averages.
+
     Raises ValueError for parameters that do not fit the spec.
     """
 
@@ -49,11 +51,11 @@ class VQVAE(nn.Module):
     def forward(
         self, images: Tensor, choose: Callable[[Tensor, Tensor], Tensor] = nearest
     ) -> Forward:
-        """One pass; ``choose`` gives the indices for latents and codebook.
+        """Runs one pass; ``choose`` takes latents and codebook and returns the indices.
 
-        The decoder's input is quantized itself with the gradient of latents: the straight-through
-        estimator latents + stop_gradient(quantized - latents) without its rounding. The networks
-        may answer in less precision; distances and losses do not.
+        The decoder gets ``quantized`` itself, and its gradient goes to ``latents``. This is the
+        straight-through estimator latents + stop_gradient(quantized - latents), without its
+        rounding. The networks may compute in less precision; distances and losses never do.
         """
         exact = self.quantizer.codebook.dtype
         latents = self.encoder(images).to(exact)
@@ -62,21 +64,23 @@ class VQVAE(nn.Module):
         return Forward(latents, indices, quantized, self.decoder(straight_through).to(exact))
 
     def plain(self, images: Tensor) -> Forward:
-        """One pass in which the decoder is fed the latents themselves, as quantized, before there
-        is a codebook to speak of."""
+        """Runs one pass that feeds the decoder the latents themselves, also as ``quantized``.
+
+        The first steps use it, while the codebook has no values of use yet.
+        """
         exact = self.quantizer.codebook.dtype
         latents = self.encoder(images).to(exact)
         indices, _ = self.quantizer(latents)
         return Forward(latents, indices, latents, self.decoder(latents).to(exact))
 
     def in_half(self) -> HalfCopies:
-        """bfloat16 copies of the networks' parameters, on the device that these are on."""
+        """Returns bfloat16 copies of the networks' parameters, on the same device."""
         if self._half is None:
             self._half = HalfCopies((self.encoder, self.decoder))
         return self._half
 
     def params(self) -> dict[str, npt.NDArray[np.floating]]:
-        """A copy of every parameter as NumPy arrays, by name, in the spec's order."""
+        """Returns copies of all parameters as NumPy arrays, by name, in the spec's order."""
         state = self.state_dict()
         names = [parameter.name for parameter in self.spec.parameters]
         return {name: state[name].cpu().numpy().copy() for name in names}

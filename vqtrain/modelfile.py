@@ -1,4 +1,4 @@
-"""``model.pt``: written whole or not at all, and read without executing anything."""
+"""Reads and writes ``model.pt``: a write is whole or absent, a read executes no code."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vqref.modelfile import Model, read, with_arrays, write
 
 
 def read_model(path: Path) -> Model:
-    """The model in a file that ``write_model`` wrote. Raises InputError."""
+    """Returns the model from a file that ``write_model`` wrote. Raises InputError."""
     model, _ = read(path, lambda file: torch.load(file, map_location="cpu", weights_only=True))
     return model
 
 
 def write_model(path: Path, model: Model) -> None:
-    """Publishes the model at ``path``. Raises OSError; ``path`` is then as it was."""
+    """Writes the model to ``path``. Raises OSError, and then leaves ``path`` as it was."""
     write(path, model, _save)
 
 

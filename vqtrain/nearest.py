@@ -1,10 +1,9 @@
-"""The nearest code: in the direct form if that is little work, else by matrix products whose near
-ties the direct form decides.
+"""The nearest code, by the direct form for little work, else by matrix products.
 
-Only the product ||c||^2 / 2 - x.c is fast, but it is less exact than the direct form ||x - c||^2.
-So the product only says which codes may be nearest: those whose score is within a margin of the
-best, a margin that ``vqref.agreement.bounds`` derives from rounding. The direct form then chooses
-among them, and chooses what it would have chosen among all codes.
+The product ||c||^2 / 2 - x.c is fast, but less exact than the direct form ||x - c||^2. So the
+product only tells which codes may be nearest: those with a score within a margin of the best.
+``vqref.agreement.bounds`` derives the margin from rounding. The direct form then chooses among
+them, and the result is what it would choose among all codes.
 """
 
 from __future__ import annotations
@@ -18,43 +17,42 @@ from torch import Tensor
 from vqref.agreement.bounds import score_slack
 
 PROCESSOR_BYTES, CARD_BYTES = 4 * 2**20, 64 * 2**20
-"""Bytes of an intermediate array, so that memory stays flat in the number of latents. On a
-processor, larger arrays leave its cache, and the allocator returns their pages each time: ten times
-as slow."""
+"""Bytes of an intermediate array, so that memory does not grow with the number of latents. On a
+processor, larger arrays are ten times as slow: they leave its cache, and the allocator returns
+their pages each time."""
 
 PRODUCT_WORK = 2**21
-"""From this many differences, N*S*K*D, products are faster: measured by
-``python -m benchmarks.nearest``."""
+"""From this many differences on, N*S*K*D, products are faster. ``python -m benchmarks.nearest``
+measures it."""
 
 PRODUCT_CODES = 256
-"""From this many codes, products are faster: the direct form compares each latent to GROUP codes in
-any case."""
+"""From this many codes on, products are faster, since the direct form always compares each latent
+with GROUP codes."""
 
 GROUP = 16
-"""Codes in a group, at least. Only its best score is kept, and the direct form looks at a whole
+"""The fewest codes in a group. Only its best score is kept; the direct form looks at the whole
 group."""
 
 TILE = 4096
 """Codes in one product."""
 
 MOST_SCORES = 1024
-"""Up to so many codes every score is kept."""
+"""Up to so many codes, all scores are kept."""
 
 MOST_GROUPS = 8
-"""A latent is compared to every code if more groups than this may hold its nearest one."""
+"""If more groups than this may hold a latent's nearest code, it is compared with every code."""
 
 _FLOAT32_PRODUCTS = {"highest": "float32", "high": "tf32"}
-"""The arithmetic of a product under each setting of ``torch.set_float32_matmul_precision``. With
-"medium", whose factors have 8 bits, no product is of use here."""
+"""The arithmetic of a product under each ``torch.set_float32_matmul_precision``. With "medium",
+whose factors have 8 bits, products are useless here."""
 
 
 @torch.no_grad()
 def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Indices (N, S) int64 of the codebook rows (K, D) nearest to latents (N, S, D): those of the
-    direct form, the lowest on a tie.
+    """Returns indices (N, S) int64 of the codebook rows (K, D) nearest to latents (N, S, D).
 
-    Memory beside the answer does not grow with N: it is a few times PROCESSOR_BYTES or CARD_BYTES,
-    and twice the codebook.
+    They are the indices of the direct form, the lowest on a tie. Besides the answer, memory does
+    not grow with N. It is a few times PROCESSOR_BYTES or CARD_BYTES, and twice the codebook.
     """
     rows = latents.reshape(-1, latents.shape[-1])
     found = (
@@ -64,16 +62,20 @@ def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def takes_products(latents: Tensor, codebook: Tensor) -> bool:
-    """Whether ``nearest`` multiplies. On CUDA that waits for the device, so a CUDA graph cannot
-    hold it."""
+    """Whether ``nearest`` uses products.
+
+    On CUDA, products wait for the device, so a CUDA graph cannot hold them.
+    """
     if len(codebook) < PRODUCT_CODES or latents.numel() * len(codebook) <= PRODUCT_WORK:
         return False
     return latents.dtype == codebook.dtype and product_precision(latents.dtype) is not None
 
 
 def product_precision(dtype: torch.dtype) -> str | None:
-    """The arithmetic of a product of tensors of ``dtype``, as ``vqref.agreement.bounds`` names it;
-    None if it has no bound that helps."""
+    """Returns the arithmetic of a product in ``dtype``, by its name in ``vqref.agreement.bounds``.
+
+    Returns None if it has no useful bound.
+    """
     if dtype == torch.float64:
         return "float64"
     return (
@@ -84,11 +86,12 @@ def product_precision(dtype: torch.dtype) -> str | None:
 
 
 def squared_distances(latents: Tensor, codebook: Tensor, first: int = 0) -> Iterator[Tensor]:
-    """Yields ||x - c||^2 of latents (M, D) and codebook (K, D) in the direct form, (m, K) for
-    ``at_once`` latents at a time, without gradient.
+    """Yields ||x - c||^2 of latents (M, D) and codebook (K, D) in the direct form.
 
-    first: how many latents of the same batch lie before these; where a yield ends does not depend
-    on where these begin.
+    Yields (m, K) for ``at_once`` latents at a time, without gradient.
+
+    first: how many latents of the same batch come before these. Yields end at the same latents of
+    the batch wherever these begin.
     """
     most = at_once(latents, codebook)
     step = min(len(latents), most)
@@ -104,19 +107,21 @@ def squared_distances(latents: Tensor, codebook: Tensor, first: int = 0) -> Iter
 
 
 def at_once(latents: Tensor, codebook: Tensor) -> int:
-    """Of how many latents (M, D) ``squared_distances`` to a codebook (K, D) come at once."""
+    """Returns for how many latents ``squared_distances`` come at once."""
     return _at_once(latents, codebook.numel())
 
 
 def _at_once(latents: Tensor, elements: int) -> int:
-    """How many latents to work on at once if each takes so many elements."""
+    """Returns how many latents to process at once if each takes so many elements."""
     room = PROCESSOR_BYTES if latents.device.type == "cpu" else CARD_BYTES
     return max(1, room // (elements * latents.element_size()))
 
 
 def directly(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Indices (M,) of the codebook rows (K, D) nearest to latents (M, D), every distance computed
-    in the direct form."""
+    """Returns indices (M,) of the codebook rows (K, D) nearest to latents (M, D).
+
+    Computes every distance in the direct form.
+    """
     if len(latents) <= _at_once(latents, codebook.numel()):
         return (latents[:, None] - codebook).square_().sum(dim=-1).argmin(dim=-1)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
@@ -128,8 +133,11 @@ def directly(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
-    """The same indices by matrix products: the best score of each latent in each group of codes,
-    then the direct form on the groups that may hold the nearest code."""
+    """Returns the same indices by matrix products.
+
+    Finds the best score of each latent in each group of codes, then applies the direct form to the
+    groups that may hold the nearest code.
+    """
     (k, d), group = codebook.shape, _group_size(codebook)
     count = -(-k // group)
     codes = torch.cat([codebook, codebook[-1:].expand(group * count - k, -1)])  # copies of the last
@@ -149,8 +157,10 @@ def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _group_size(codebook: Tensor) -> int:
-    """Codes in a group, a power of two: with more of them there are fewer best scores to compare,
-    and more elements of the codes in those few groups that are looked at."""
+    """Returns the number of codes in a group, a power of two.
+
+    Larger groups have fewer best scores to compare, but more code elements to look at in each.
+    """
     k, d = codebook.shape
     return int(max(GROUP, 2 ** round(math.log2(math.sqrt(k / (2 * d))))))
 
@@ -158,8 +168,11 @@ def _group_size(codebook: Tensor) -> int:
 def _by_scores(
     x: Tensor, limit: Tensor, codebook: Tensor, groups: Tensor, rows: Tensor, room: Tensor
 ) -> Tensor:
-    """What ``_by_groups`` returns, if few enough codes have a score: a latent with one score within
-    the margin has its index already, and the direct form decides for the others alone."""
+    """Returns what ``_by_groups`` returns, for codes few enough to keep all scores.
+
+    A latent with a single score within the margin has its index already. The direct form decides
+    for the others only.
+    """
     scores = room[: len(x) * len(codebook)].view(len(x), len(codebook))
     torch.mm(_with_one(x), rows.T, out=scores)
     least, index = scores.min(dim=1, keepdim=True)
@@ -173,15 +186,15 @@ def _by_scores(
 def _by_groups(
     x: Tensor, limit: Tensor, codebook: Tensor, groups: Tensor, rows: Tensor, room: Tensor
 ) -> Tensor:
-    """Indices (m,) of latents x (m, D).
+    """Returns the indices (m,) of latents x (m, D).
 
     limit: their margins (m, 1). groups: the codes as (count, group, D), copies of the last one in
     the last group. rows: of these codes, (count * group, D + 1), -c and half of ||c||^2, so that
     one product gives scores. room: memory for the best score of each group and the scores of a
     tile.
 
-    Scores are (codes, latents), which products and the best of a group both take by their rows: the
-    same thread has them in its cache, and of the shapes of a product the tall one is fastest.
+    Scores are (codes, latents). Products and the best of a group both go through them by rows, so
+    the same thread has them in its cache. Among the shapes of a product, the tall one is fastest.
     """
     m, (count, size, _) = len(x), groups.shape
     best = room[: m * count].view(count, m)
@@ -210,14 +223,17 @@ def _by_groups(
 
 
 def _with_one(x: Tensor) -> Tensor:
-    """x (m, D) with a column of ones, which adds half the squared norms to a product of scores."""
+    """Returns x (m, D) with a column of ones, which adds half the squared norms to the scores."""
     return torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
 
 
 def margin(latents: Tensor, longest: Tensor) -> Tensor:
-    """Margins (M, 1) of the scores ||c||^2 / 2 - x.c of latents (M, D), the longest code of a norm
-    (): a code whose score is further than this from the best cannot be the choice of the direct
-    form."""
+    """Returns margins (M, 1) for the scores ||c||^2 / 2 - x.c of latents (M, D).
+
+    A code whose score is further than this from the best cannot be the choice of the direct form.
+
+    longest: the norm () of the longest code.
+    """
     slack = score_slack(latents.shape[-1], product_precision(latents.dtype) or "")
     norms, longest = latents.double().norm(dim=-1, keepdim=True), longest.double()
     products = longest.square() / 2 + norms * longest

@@ -1,4 +1,4 @@
-"""The PyTorch interpreter of the rows: the same kinds under the same names as ``vqref.network``."""
+"""Interprets rows in PyTorch, with the kinds and names of ``vqref.network``."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from vqref.spec import Layer, plan
 
 
 class Network(nn.Module):
-    """The rows of one network, in their order. ``state_dict`` has the spec's parameter names: a row
-    ``encoder.block1.conv3`` is the module ``block1.conv3`` of the encoder."""
+    """The rows of one network, in order.
+
+    ``state_dict`` has the spec's parameter names. The row ``encoder.block1.conv3`` is the module
+    ``block1.conv3`` of the encoder.
+    """
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
@@ -44,10 +47,12 @@ class Network(nn.Module):
 
 
 class Row(nn.Module):
-    """One row with its weight and bias, uninitialised: ``vqref.init_params`` or a file has values.
+    """One row with its weight and bias, uninitialised.
+
+    ``vqref.init_params`` or a file provides their values.
 
     sources, spent: as in ``vqref.spec.Step``.
-    copies: of the parameters in another precision, which take their place as long as they are set.
+    copies: of the parameters in another precision. While they are set, they replace the parameters.
     """
 
     sources: tuple[int, ...] = ()
@@ -69,8 +74,10 @@ class Row(nn.Module):
 
 
 def _place(parent: nn.Module, path: Sequence[str], row: Row) -> None:
-    """Makes ``row`` the module at ``path`` below ``parent``. ``add_module`` would refuse names that
-    mean something to PyTorch, such as "half", which a row may have."""
+    """Makes ``row`` the module at ``path`` below ``parent``.
+
+    ``add_module`` would refuse names that PyTorch uses, such as "half", which a row may have.
+    """
     for name in path[:-1]:
         inner = parent._modules.setdefault(name, nn.Module())
         assert inner is not None
@@ -83,8 +90,10 @@ def affine(layer: Layer, x: Tensor) -> Tensor:
 
 
 def conv(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """TensorFlow's "same" may pad unequally at stride 2, which ``padding=`` cannot say: such an
-    image is padded first."""
+    """Pads the image first where TensorFlow's "same" at stride 2 pads unequally.
+
+    ``padding=`` cannot do that.
+    """
     (top, bottom), (left, right) = layer.pads
     if (top, left) == (bottom, right):
         return F.conv2d(x, weight, bias, layer.stride, padding=(top, left))
@@ -92,10 +101,13 @@ def conv(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def conv_transpose(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Above stride 1, by phases: outputs s*m + p of one phase p are a convolution of x with the
-    taps that meet them. One convolution gives the channels of all phases, which are then put in
-    place. On a processor this is several times as fast in bfloat16 as ``conv_transpose2d``, which
-    has no kernel for it, and the cropped margin is never computed."""
+    """Works by phases above stride 1.
+
+    Outputs s*m + p of one phase p are a convolution of x with the taps that meet them. One
+    convolution gives the channels of all phases, which are then put in place. On a processor, this
+    is several times as fast in bfloat16 as ``conv_transpose2d``, which has no kernel for bfloat16.
+    The cropped margin is never computed.
+    """
     (top, bottom), (left, right) = layer.pads
     s, (channels, height, width) = layer.stride, layer.out_shape
     whole = layer.kernel[0] % s == layer.kernel[1] % s == 0 and channels >= WIDE
@@ -115,8 +127,8 @@ def conv_transpose(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
 
 
 WIDE = 32
-"""Output channels from which PyTorch's transposed convolution is faster than phases, if each phase
-has as many taps."""
+"""From this many output channels on, PyTorch's transposed convolution is faster than phases, if
+all phases have equally many taps."""
 
 
 class _Phases:
@@ -139,8 +151,7 @@ class _Phases:
         self.shift = [t + self.before for t in self.first]
 
     def taps(self, weight: Tensor, dim: int) -> Tensor:
-        """The taps of axis ``dim`` by phase, (s, ..., size, ...); a tap outside the kernel is
-        zero."""
+        """Returns the taps of axis ``dim`` by phase, (s, ..., size, ...); 0 outside the kernel."""
         zero = torch.zeros_like(weight.select(dim, 0))
         found = []
         for p, first in enumerate(self.first):
@@ -151,9 +162,11 @@ class _Phases:
 
 
 class Interleave(torch.autograd.Function):
-    """Puts the phases of a transposed convolution in their places: parts (N, s*s*O, H', W') to (N,
-    O, s*H, s*W). With channels last, output (s*m + p, s*l + q) lies where a stride for each of m,
-    p, l and q leads, so one strided copy does it, and another one back."""
+    """Puts the phases of a transposed convolution in place: (N, s*s*O, H', W') to (N, O, s*H, s*W).
+
+    With channels last, a stride for each of m, p, l and q leads to output (s*m + p, s*l + q). So
+    one strided copy does it, and another one goes back.
+    """
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, rows: _Phases, columns: _Phases, channels: int) -> Tensor:
@@ -174,8 +187,10 @@ class Interleave(torch.autograd.Function):
 
 
 def _in_place(last: Tensor, rows: _Phases, columns: _Phases, channels: int) -> Tensor:
-    """The view (N, H, s, W, s, O) of parts with channels last. Phases lie evenly shifted: each
-    begins where the one before does, or one window later."""
+    """Returns the view (N, H, s, W, s, O) of parts with channels last.
+
+    Phases are shifted evenly: each begins where the one before does, or one window later.
+    """
     s = rows.stride
     by_image, by_row, by_column, _ = last.stride()
     down = by_row * (rows.shift[1] - rows.shift[0]) if s > 1 else 0
@@ -222,9 +237,11 @@ def layer_norm(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def group_norm(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """PyTorch computes x * scale - mean * scale, which cancels where the deviation is far smaller
-    than the mean, as for flat images: so the mean is taken off first, which changes neither the
-    result nor its gradient otherwise."""
+    """Subtracts the mean first, which changes neither the exact result nor its gradient.
+
+    PyTorch computes x * scale - mean * scale. This cancels if the deviation is far smaller than the
+    mean, as in flat images.
+    """
     with torch.no_grad():
         mean = x.mean(dim=(2, 3)).unflatten(1, (layer.groups, -1)).mean(dim=2)  # (N, groups)
         mean = mean.repeat_interleave(x.shape[1] // layer.groups, dim=1)
@@ -236,7 +253,7 @@ def unit_norm(layer: Layer, x: Tensor) -> Tensor:
 
 
 def bounded(layer: Layer, x: Tensor) -> Tensor:
-    """Of bfloat16 in float32, as which its result stays."""
+    """Computes bfloat16 in float32, and returns float32."""
     x = x.float() if x.dtype.itemsize < 4 else x
     shift, scale, middle = (torch.from_numpy(each).to(x) for each in bounds_of(layer))
     return scale * torch.tanh(x + shift) - middle
@@ -247,7 +264,7 @@ def upsample(layer: Layer, x: Tensor) -> Tensor:
 
 
 def attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One query alone is that of the last place, which sees all keys."""
+    """Takes a single query as that of the last place, which sees all keys."""
     n, places, size = q.shape
     shape = (n, -1, layer.heads, size // layer.heads)
     q, k, v = (each.reshape(shape).transpose(1, 2) for each in (q, k, v))
@@ -256,8 +273,10 @@ def attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Elu(torch.autograd.Function):
-    """ELU that keeps its result for the gradient, not its input: no exponential on the way back.
-    PyTorch's own does so in place alone, which costs copies of a view."""
+    """ELU that keeps its result, not its input, for a gradient without an exponential.
+
+    PyTorch's own ELU does so only in place, which costs copies of a view.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

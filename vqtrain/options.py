@@ -15,43 +15,43 @@ from vqref.precisions import PRECISIONS
 from vqref.spec import ModelSpec
 
 SMALLEST, LARGEST = 1e-12, 1e6
-"""Bounds of options that multiply or divide: float32 holds them and their products."""
+"""Bounds of options that multiply or divide. float32 holds them and their products."""
 
 TRAINED = tuple(name for name, precision in PRECISIONS.items() if precision.trains)
 """Names of the precisions in which a network can be trained."""
 
 FIRST_MOMENT = 0.9
-"""The decay of Adam's mean gradient, beta1, which no option changes."""
+"""The decay of Adam's mean gradient (beta1). No option changes it."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
     """How to train. The defaults are the post's.
 
-    epochs, batch_size: passes over the images, and images per step; a last batch that is not full
-        is dropped
+    epochs, batch_size: passes over the images, and images per step. A last batch that is not full
+        is dropped.
     learning_rate: Adam's
     second_moment, adam_epsilon: Adam's decay of the mean squared gradient (beta2) and its epsilon
     beta: weight of the commitment loss
-    dialect: a name of ``vqref.dialects.DIALECTS``, the rule of the codebook's moving averages
+    dialect: the rule of the codebook's moving averages, a name of ``vqref.dialects.DIALECTS``
     decay, epsilon: of these averages, as in ``vqref.update_ema``
-    seed: of the initial parameters and the order of the images
-    center: start the decoder's last bias so that the first reconstructions are the mean pixel, and
-        the first steps need not drive every latent the same way to learn it
-    plain_steps: steps at the start in which the decoder is fed the latents themselves and the
-        codebook waits
-    kmeans_start: set the codebook by k-means on the latents of all images after these steps
-    temperature, anneal_until: then draw indices from softmax(-d / (2 * temperature * variance)),
-        the temperature falling linearly to 0 at that share of all steps; 0 takes the nearest code
-        from the start
-    revive_below: reset a code whose ``ema_count`` is below this share of the mean to a latent of
-        the batch; 0 resets none
-    cosine: let the learning rate rise for a hundred steps and fall along half a cosine to a
+    seed: for the initial parameters and the order of the images
+    center: start the decoder's last bias so that the first reconstructions are the mean pixel.
+        The first steps then need not drive every latent the same way to learn it.
+    plain_steps: steps at the start in which the decoder gets the latents themselves. The codebook
+        does not change in these steps.
+    kmeans_start: after these steps, set the codebook by k-means on the latents of all images
+    temperature, anneal_until: then draw indices from softmax(-d / (2 * temperature * variance)).
+        The temperature falls linearly to 0, which it reaches after the share ``anneal_until`` of
+        all steps. A temperature of 0 takes the nearest code from the start.
+    revive_below: reset a code to a latent of the batch if its ``ema_count`` is below this share of
+        the mean; 0 resets none
+    cosine: raise the learning rate for a hundred steps, and lower it along half a cosine to a
         hundredth
     precision: of the networks' products in training, one of ``TRAINED``; tf32 needs a CUDA device.
-        Checks and evaluation compute in float32 whatever this is.
+        Checks and evaluation always compute in float32.
 
-    Raises ValueError that names the field, what it was and what it must be.
+    Raises ValueError that names the field, its value and what it must be.
     """
 
     epochs: int = 20
@@ -108,26 +108,28 @@ class TrainingOptions:
             raise ValueError(f"decay is 1; {self.dialect} divides by 1 - decay**steps")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain data."""
+        """Returns the fields as plain data."""
         return dataclasses.asdict(self)
 
 
 STILL: Mapping[str, Any] = MappingProxyType(
     {"dialect": "rosinality", "decay": 1.0, "kmeans_start": False, "revive_below": 0.0}
 )
-"""The options with which a codebook stays as it starts."""
+"""Options that leave the codebook as it starts."""
 
 
 def require_still(spec: ModelSpec, options: TrainingOptions) -> None:
-    """Raises ValueError that names an option by which a codebook would move that is a grid."""
+    """Raises ValueError that names an option that would move the codebook of a grid."""
     for name, value in STILL.items():
         if spec.levels and (found := getattr(options, name)) != value:
             raise ValueError(f"{name} is {found!r}; it must be {value!r}: the codebook is a grid")
 
 
 def default(spec: ModelSpec) -> TrainingOptions:
-    """What works best here: it starts, keeps alive and anneals the codebook. docs/recipes.md has
-    what it measures."""
+    """Returns the options that work best here: they start, revive and anneal the codebook.
+
+    docs/recipes.md has the measurements.
+    """
     if spec.family == "post":
         return TrainingOptions(
             batch_size=32,
@@ -167,16 +169,16 @@ def default(spec: ModelSpec) -> TrainingOptions:
 
 
 def post(spec: ModelSpec) -> TrainingOptions:
-    """The post, exactly: the codebook starts Glorot uniform, with ``ema_count`` 0."""
+    """Returns exactly the post's options. The codebook starts Glorot uniform, ``ema_count`` 0."""
     return TrainingOptions()
 
 
 def sonnet(spec: ModelSpec) -> TrainingOptions:
-    """Sonnet's CIFAR-10 example, exactly, if the likelihood is gaussian.
+    """Returns exactly the options of Sonnet's CIFAR-10 example, if the likelihood is gaussian.
 
-    Its loss is NMSE + commitment / 4. The gaussian likelihood's is that times CHW/2, but for a
-    constant, so beta takes the same factor; so does Adam's epsilon, which then leaves each step as
-    it was.
+    Sonnet's loss is NMSE + commitment / 4. The gaussian likelihood's loss is CHW/2 times that, plus
+    a constant, so beta takes the same factor. Adam's epsilon takes it too, so that each step is
+    Sonnet's.
     """
     factor = _squares(spec)
     return TrainingOptions(
@@ -189,25 +191,27 @@ def sonnet(spec: ModelSpec) -> TrainingOptions:
 
 
 def _squares(spec: ModelSpec) -> float:
-    """CHW / 2: the nats per image of a gaussian likelihood for each unit of NMSE."""
+    """Returns CHW / 2: nats per image per unit of NMSE under a gaussian likelihood."""
     return math.prod(spec.image_shape) / 2
 
 
 RECIPES: Mapping[str, Callable[[ModelSpec], TrainingOptions]] = MappingProxyType(
     {"default": default, "post": post, "sonnet": sonnet}
 )
-"""Named sets of options, functions of the model's spec."""
+"""Named sets of options, each a function of the model's spec."""
 
 DEFAULT_RECIPE = "default"
 
 LARGE_CODEBOOK, SHORT_ROWS = 2048, 8
-"""Codes from which the default recipe gives each fewer elements, and how many. docs/recipes.md has
-what it measures."""
+"""The default recipe gives codes of LARGE_CODEBOOK or more only SHORT_ROWS elements each.
+docs/recipes.md has the measurements."""
 
 
 def recipe_sizes(recipe: str, family: str, asked: Mapping[str, Size]) -> Mapping[str, Size]:
-    """The sizes that are asked for by their names as options, with those that the recipe has for
-    such a codebook in place of the family's."""
+    """Returns the sizes ``asked`` for, and those that the recipe sets for such a codebook.
+
+    Both replace the family's sizes; they go by the names of the options.
+    """
     codes = asked.get("num_codes", 0)
     large = isinstance(codes, int) and codes >= LARGE_CODEBOOK
     short = recipe == DEFAULT_RECIPE and family != "post" and large

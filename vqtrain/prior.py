@@ -15,15 +15,16 @@ from vqref.validation import Params, check_params
 from vqtrain.network import ACTIVATIONS, KINDS, Network, Row
 
 Cache = dict[str, tuple[Tensor, Tensor]]
-"""Keys and values (N, S, F) by the names of the rows of attention, written in place."""
+"""Keys and values (N, S, F), by the names of the attention rows; written in place."""
 
 
 class Prior(nn.Module):
     """A prior whose ``state_dict`` has the spec's parameter names.
 
-    params: values from ``vqref.init_params`` or a file. dropout: the share of the embedding, and of
-    what each branch adds, that training leaves out. Raises ValueError for parameters that do not
-    fit the spec.
+    params: values from ``vqref.init_params`` or a file. dropout: the share of values that training
+    drops from the embedding and from what each branch adds.
+
+    Raises ValueError for parameters that do not fit the spec.
     """
 
     def __init__(self, spec: PriorSpec, params: Params, dropout: float = 0.0) -> None:
@@ -45,8 +46,10 @@ class Prior(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
     def forward(self, indices: Tensor) -> Tensor:
-        """log p (N, S, K) of every code at each position, given the indices (N, S) before it; in
-        the parameters' precision, whatever the products take."""
+        """Returns log p (N, S, K) of every code at each position, given the indices before it.
+
+        Indices are (N, S). The result has the parameters' precision, whatever the products use.
+        """
         exact = next(self.parameters()).dtype
         if not self.spec.rows:
             logits = self.get_parameter(LOGITS).expand(len(indices), -1, -1)
@@ -55,12 +58,12 @@ class Prior(nn.Module):
         return F.log_softmax(logits, dim=-1)
 
     def nats(self, indices: Tensor) -> Tensor:
-        """What indices (N, S) cost, (N,)."""
+        """Returns the cost (N,) of indices (N, S) in nats."""
         log_p: Tensor = self(indices)
         return -log_p.gather(2, indices[..., None]).sum(dim=(1, 2))
 
     def begin(self, count: int) -> Cache:
-        """The cache before the first position, of ``count`` images."""
+        """Returns the cache before the first position, for ``count`` images."""
         like = next(self.parameters())
         return {
             row.name: (like.new_zeros(count, *row.in_shape), like.new_zeros(count, *row.in_shape))
@@ -69,8 +72,10 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def step(self, previous: Tensor, position: int, cache: Cache) -> Tensor:
-        """log p (N, K) at one position; ``previous`` (N,) are the indices before it, of no meaning
-        at position 0. Writes that position's keys and values into the cache."""
+        """Returns log p (N, K) at one position, and adds its keys and values to the cache.
+
+        previous: the indices (N,) before it; they mean nothing at position 0.
+        """
         if not self.spec.rows:
             logits = self.get_parameter(LOGITS)[position].expand(len(previous), -1)
             return F.log_softmax(logits, dim=-1)
@@ -94,7 +99,7 @@ class Prior(nn.Module):
         return F.log_softmax(values[len(self.prior.rows)][:, 0], dim=-1)
 
     def params(self) -> dict[str, npt.NDArray[np.floating]]:
-        """A copy of every parameter as NumPy arrays, by name, in the spec's order."""
+        """Returns copies of all parameters as NumPy arrays, by name, in the spec's order."""
         state = self.state_dict()
         names = [parameter.name for parameter in self.spec.parameters]
         return {name: state[name].cpu().numpy().copy() for name in names}

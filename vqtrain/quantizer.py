@@ -1,5 +1,4 @@
-"""The quantizer and its moving averages in PyTorch: the twin of ``vqref.quantizer``, without
-one-hot matrices."""
+"""The quantizer and its averages: ``vqref.quantizer`` in PyTorch, without one-hot matrices."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
 from vqtrain.nearest import at_once, nearest, squared_distances
 
 SETTLED = 1_000_000
-"""Steps after which nothing of a debiased average is its start any more."""
+"""After so many steps, a debiased average no longer depends on its start."""
 
 
 def update_ema(
@@ -30,18 +29,21 @@ def update_ema(
     steps: Tensor | int = 0,
     normalized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """codebook (K, D), ema_count (K,) and ema_means (K, D) after latents (N, S, D) hit indices (N,
-    S): the rule of ``vqref.update_ema``, ``steps`` updates having gone before."""
+    """Returns codebook (K, D), ema_count (K,) and ema_means (K, D) after one update.
+
+    Latents (N, S, D) have indices (N, S). The rule is that of ``vqref.update_ema``; ``steps`` is
+    the number of updates before.
+    """
     hits, sums = assigned(latents, indices, len(ema_count))
     how = decay, epsilon, dialect, steps, normalized
     return move_averages(codebook, ema_count, ema_means, hits, sums, *how)
 
 
 def assigned(latents: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """hits (K,), how many of indices (N, S) are each code, and sums (K, D) of its latents (N, S,
-    D). Those of several parts of a batch add up to the whole batch's.
+    """Returns each code's hits (K,) among indices (N, S), and the sums (K, D) of its latents.
 
-    The sums are segment sums: an index_add over N*S rows, not a product with N*S*K.
+    Latents are (N, S, D). Results for parts of a batch add up to those of the whole batch. The sums
+    are an index_add over N*S rows, not a product with N*S*K elements.
     """
     index = indices.reshape(-1)
     ones = torch.ones_like(index, dtype=latents.dtype)
@@ -62,7 +64,7 @@ def move_averages(
     steps: Tensor | int = 0,
     normalized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``update_ema`` gives, from hits (K,) and sums (K, D)."""
+    """Returns what ``update_ema`` returns, from hits (K,) and sums (K, D)."""
     count = decay * ema_count + (1 - decay) * hits
     means = decay * ema_means + (1 - decay) * sums
     share = _share(ema_count, decay, dialect, steps + 1)
@@ -72,8 +74,7 @@ def move_averages(
 
 
 def placed(rows: Tensor, codes: Tensor, normalized: bool) -> Tensor:
-    """Where codes (n, D) move if they are drawn to rows (n, D): the rule of
-    ``vqref.EMAState.placed``."""
+    """Returns where codes (n, D) end if they move to rows (n, D), as ``vqref.EMAState.placed``."""
     if not normalized:
         return rows
     length = rows.norm(dim=1, keepdim=True)
@@ -81,7 +82,7 @@ def placed(rows: Tensor, codes: Tensor, normalized: bool) -> Tensor:
 
 
 def _share(like: Tensor, decay: float, dialect: Dialect, steps: Tensor | int) -> Tensor | float:
-    """How much of the averages is data and not their start, in double precision: it cancels."""
+    """Returns the share of data, not start, in the averages; in float64, since it cancels."""
     if not dialect.debiased:
         return 1.0
     exponent = torch.as_tensor(steps, device=like.device).double()
@@ -89,7 +90,7 @@ def _share(like: Tensor, decay: float, dialect: Dialect, steps: Tensor | int) ->
 
 
 def _smoothed(count: Tensor, epsilon: float, dialect: Dialect) -> Tensor:
-    """What the means are divided by, (K,)."""
+    """Returns the divisors of the means, (K,)."""
     if dialect.smoothing == "epsilon":
         return count + epsilon
     total = count.sum()
@@ -105,12 +106,12 @@ def draw(
     variance: Tensor | None = None,
     place: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Indices (N, S) drawn by the rule of ``vqref.draw_indices``, a few latents at a time.
+    """Draws indices (N, S) by the rule of ``vqref.draw_indices``, a few latents at a time.
 
-    gumbel: the random choice, (N, S, K), or a seed from which each part of it is made when it is
-    needed, so that no array of N*S*K elements is.
-    Of a part of a batch, variance (): ``mean_error`` of the whole batch; place: which of how many
-    latents of the batch is the first here.
+    gumbel: the noise (N, S, K), or a seed. From a seed, each part of the noise is made when needed,
+    so no array of N*S*K elements exists.
+    variance, place: for a part of a batch. variance () is ``mean_error`` of the whole batch; place
+    is the number of the first latent here, and how many latents the batch has.
     """
     flat = latents.reshape(-1, latents.shape[-1])
     first, count = place or (0, len(flat))
@@ -131,7 +132,7 @@ def draw(
 
 
 def mean_error(latents: Tensor, codebook: Tensor) -> Tensor:
-    """The mean squared difference (), per element, of latents (N, S, D) to their nearest codes."""
+    """Returns the mean squared difference () per element of latents (N, S, D) to nearest codes."""
     flat = latents.reshape(-1, latents.shape[-1])
     best = codebook[nearest(latents, codebook).reshape(-1)]
     found: Tensor = (flat - best).square().sum(dim=-1).mean() / latents.shape[-1]
@@ -139,8 +140,10 @@ def mean_error(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _noise(seed: int, start: int, count: int, like: Tensor, step: int) -> Tensor:
-    """The Gumbel noise of latents from ``start`` on, of ``count`` in the batch, shaped like their
-    distances (m, K): rows of that of ``step`` latents, which all of the batch are cut into."""
+    """Returns Gumbel noise for latents from ``start`` on, shaped like their distances (m, K).
+
+    The batch has ``count`` latents, cut into pieces of ``step``. The noise is made piece by piece.
+    """
     whole = start - start % step
     rows = min(step, count - whole)
     generator = torch.Generator(like.device).manual_seed(seed + whole)
@@ -161,8 +164,10 @@ def reset_codes(
     steps: Tensor | int = 0,
     normalized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """codebook, ema_count and ema_means with codes (n,) at rows (n, D) and counts (n,): the rule of
-    ``vqref.reset_codes``."""
+    """Returns codebook, ema_count and ema_means with codes (n,) reset to rows (n, D).
+
+    Their counts become counts (n,). The rule is that of ``vqref.reset_codes``.
+    """
     dead = torch.zeros_like(ema_count, dtype=torch.bool).index_fill(0, codes, True)
     wide_counts = ema_count.index_copy(0, codes, counts)
     wide_rows = codebook.index_copy(0, codes, rows)
@@ -185,12 +190,13 @@ def revive_codes(
     steps: Tensor | int = 0,
     normalized: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """codebook, ema_count and ema_means with every dead code set to one of rows (M, D), the first
-    dead code to the first, the second to the second, …, as far as there are some.
+    """Returns codebook, ema_count and ema_means with dead codes set to rows (M, D), in order.
 
-    mean: how many latents of a batch there are for each code, the count that they get. A code is
-    dead if its own is below that share of it. This is ``reset_codes`` of the dead codes, in arrays
-    whose shapes do not depend on how many there are.
+    The first dead code takes the first row, the second the second, and so on while there are rows.
+
+    mean: latents of a batch per code; a reset code gets this count. below: a code is dead if its
+    count is below this share of ``mean``. This is ``reset_codes`` for the dead codes, in arrays
+    whose shapes do not depend on the number of dead codes.
     """
     share = _share(ema_count, decay, dialect, steps)
     dead = ema_count < below * mean * share
@@ -215,7 +221,7 @@ def _replaced(
     steps: Tensor | int,
     normalized: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The state with rows (K, D) and counts (K,) in the places of dead codes (K,)."""
+    """Returns the state with rows (K, D) and counts (K,) in place of dead codes (K,)."""
     rows = placed(rows, codebook, normalized)
     share = _share(ema_count, decay, dialect, steps)
     count = torch.where(dead, share * counts, ema_count)
@@ -225,13 +231,15 @@ def _replaced(
 
 
 def _positive(share: Tensor | float) -> Tensor | float:
-    """The share, or 1 before the first update, when the averages are empty anyway."""
+    """Returns the share, or 1 before the first update, when the averages are empty."""
     return torch.where(share > 0, share, 1.0) if isinstance(share, Tensor) else share
 
 
 class Quantizer(nn.Module):
-    """codebook, ema_count and ema_means as buffers: the optimizer never sees them, ``update`` alone
-    moves them. steps (): how many updates they have had; not a parameter of the model."""
+    """Holds codebook, ema_count and ema_means as buffers, which only its own methods change.
+
+    The optimizer never sees them. steps (): their number of updates; not a parameter of the model.
+    """
 
     codebook: Tensor
     ema_count: Tensor
@@ -249,7 +257,7 @@ class Quantizer(nn.Module):
     def forward(
         self, latents: Tensor, choose: Callable[[Tensor, Tensor], Tensor] = nearest
     ) -> tuple[Tensor, Tensor]:
-        """Indices (N, S), chosen from latents and codebook, and quantized (N, S, D), without
+        """Returns indices (N, S) as ``choose`` gives them, and quantized (N, S, D), without
         gradient."""
         with torch.no_grad():
             indices = choose(latents, self.codebook)
@@ -257,16 +265,17 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, hits: Tensor, sums: Tensor, decay: float, epsilon: float) -> None:
-        """One step of the averages in place, on hits (K,) and sums (K, D) of the latents of the
-        training step that was just taken: what ``assigned`` gives."""
+        """Moves the averages one step in place.
+
+        hits (K,) and sums (K, D): what ``assigned`` returns for the latents of this training step.
+        """
         _, count, means = self._state
         self._set(move_averages(self.codebook, count, means, hits, sums, *self.how(decay, epsilon)))
         self.steps += 1
 
     @torch.no_grad()
     def start(self, rows: Tensor, counts: Tensor, decay: float, epsilon: float) -> None:
-        """Every code set to rows (K, D) and counts (K,) in place, as if training had long gone
-        on."""
+        """Sets all codes to rows (K, D) and counts (K,) in place, as if after long training."""
         self.steps.fill_(SETTLED)
         codes = torch.arange(len(rows), device=rows.device)
         codebook, count, means = self._state
@@ -275,13 +284,13 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def revive(self, rows: Tensor, mean: float, below: float, decay: float, epsilon: float) -> None:
-        """Dead codes set to rows (M, D) in place, as ``revive_codes`` does it."""
+        """Sets dead codes to rows (M, D) in place, as ``revive_codes`` does."""
         codebook, count, means = self._state
         how = self.how(decay, epsilon)
         self._set(revive_codes(codebook, count, means, rows, mean, below, *how))
 
     def how(self, decay: float, epsilon: float) -> tuple[float, float, Dialect, Tensor, bool]:
-        """The last arguments of the functions of this module, for this codebook."""
+        """Returns the last arguments of this module's functions, for this codebook."""
         return decay, epsilon, self.dialect, self.steps, self.normalized
 
     @property

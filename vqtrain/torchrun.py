@@ -1,4 +1,4 @@
-"""What torchrun tells a process of itself, in the environment. Standard library only."""
+"""What torchrun tells a process through the environment. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vqref.errors import CommandError, UsageError
 
 
 def world() -> int:
-    """How many ranks there are; 1 where torchrun did not start this process."""
+    """Returns the number of ranks; 1 if torchrun did not start this process."""
     return int(os.environ["WORLD_SIZE"]) if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
@@ -34,8 +34,10 @@ def local_world() -> int:
 
 @contextmanager
 def said_once() -> Iterator[None]:
-    """Where all ranks would say and fail alike, as they read the command line: rank 0 alone says
-    it; the others end with the same exit code."""
+    """Lets only rank 0 speak where all ranks fail alike, as they read the command line.
+
+    The others end with the same exit code.
+    """
     if rank() == 0:
         yield
         return
@@ -51,14 +53,16 @@ def said_once() -> Iterator[None]:
 
 
 def require_one_process(command: str) -> None:
-    """Raises UsageError under torchrun with several ranks, of which ``command`` makes no use."""
+    """Raises UsageError under torchrun with several ranks, which ``command`` cannot use."""
     if world() > 1:
         raise UsageError(f"{command} works in one process; start it without torchrun")
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a rank's process before its libraries are taken down: one in some fifty of them aborted
-    as their connections were, whatever the run's end."""
+    """Ends a rank's process before its libraries shut down.
+
+    About one process in fifty aborted as its connections were shut down, however the run ended.
+    """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

@@ -1,4 +1,4 @@
-"""Training on images in memory: what ``python -m vqtrain`` and ``vqtrain.train`` share."""
+"""Training on images, as ``python -m vqtrain`` and ``vqtrain.train`` share it."""
 
 from __future__ import annotations
 
@@ -57,19 +57,19 @@ CHOICES = {
     "device": (AUTO, "cpu", "cuda"),
     "precision": (*TRAINED, AUTO),
 }
-"""Options that are one of a few words."""
+"""Options whose value is one of a few words."""
 
 COUNTS = ("threads", "snapshot_steps", "check_images", "check_every", "accumulate")
 """Options that are integers of at least 1."""
 
 LEFT_OUT = ("config", "name", "resume", "json")
-"""Options that a run's folder does not keep: they would not begin the same run again."""
+"""Options that a run's folder does not keep: they do not help to begin the same run again."""
 
 Say = Callable[[str], None]
 
 
 class OptionError(UsageError, ValueError):
-    """An option that cannot be as it was given.
+    """An option has a value that it cannot have.
 
     named: whether the message begins with the option's name and a colon or a space.
     """
@@ -81,17 +81,18 @@ class OptionError(UsageError, ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is wanted of a run, by the names of the command line.
+    """What a run is to do, by the names of the command line.
 
-    recipe: a name of ``RECIPES``. network: a family, or "auto", which goes by the images.
-    likelihood: None takes the family's. sizes: of the network, where they are not the family's.
-    changes: of the recipe, fields of ``TrainingOptions``.
+    recipe: a name of ``RECIPES``. network: a family, or "auto", which chooses by the images.
+    likelihood: None takes the family's. sizes: sizes of the network that differ from the family's.
+    changes: fields of ``TrainingOptions`` that differ from the recipe's.
     device: where it trains. chosen: whether the precision is what this device multiplies fastest.
-    deterministic: refuse operations that vary. threads: PyTorch's, None for its own choice.
-    runs, name, resume: as in ``open_run``. output: where a copy of the model goes, if anywhere.
+    deterministic: refuse operations that vary. threads: for PyTorch; None leaves it the choice.
+    runs, name, resume: as in ``open_run``. output: where to write a copy of the model, or None.
     snapshot_steps, check_images, check_every, pictures, bar: as in ``Work``. tensorboard: write
     event files.
-    ranks: those that train together. accumulate: passes in which each takes its part of a batch.
+    ranks: those that train together. accumulate: passes that each rank makes for its part of a
+    batch.
     """
 
     recipe: str = DEFAULT_RECIPE
@@ -123,7 +124,7 @@ OPTIONS = (
     | {name for family in FAMILIES for name in families.sizes(family)}
     | {each.name for each in dataclasses.fields(TrainingOptions)}
 )
-"""Names of the options of ``train`` that have the command line's meaning and defaults."""
+"""Names of the options of ``train`` with the command line's meaning and defaults."""
 
 
 def train(
@@ -135,24 +136,26 @@ def train(
     say: Say | None = None,
     **options: Any,
 ) -> Model:
-    """Trains a model on images, as ``python -m vqtrain`` does: the same options give the same one.
+    """Trains a model on images, and returns it.
 
-    images: (N, H, W), (N, H, W, C) or (N, C, H, W), C 1, 3 or 4; uint8, or floating in [0, 1]; or
-    what ``vqref.host.pictures.load_any`` read, or what ``vqtrain.data.sources.load_source`` opened.
-    held_out: others to measure on, or the share of
-    these, by the hash of each, that is not trained on; 0 holds none out. None takes those that an
-    ImageSet has, else a tenth.
-    folder: where the run keeps its snapshots, metrics and pictures, and goes on if it was
-    interrupted; None keeps nothing but the model. output: a file to write the model to.
+    ``python -m vqtrain`` with the same options gives the same model.
+
+    images: shape (N, H, W), (N, H, W, C) or (N, C, H, W), where C is 1, 3 or 4; uint8, or floating
+    in [0, 1]. Or the result of ``vqref.host.pictures.load_any`` or of
+    ``vqtrain.data.sources.load_source``.
+    held_out: other images to measure on, or the fraction of ``images`` to hold out, chosen by the
+    hash of each; 0 holds none out. None takes the held-out images of an ImageSet, else a tenth.
+    folder: where the run keeps its snapshots, metrics and pictures, and from where an interrupted
+    run continues. None keeps only the model. output: a file to write the model to.
     say: takes each line of the report; None is silent.
-    options: those of the command line with underscores: ``recipe``, ``network``, ``num_codes``,
+    options: the command line's, with underscores: ``recipe``, ``network``, ``num_codes``,
     ``epochs``, ``batch_size``, ``seed``, ``device``, ``precision``, ``threads``, …;
     ``python -m vqtrain --help`` lists them all (``OPTIONS`` has the names).
 
     Ctrl-C raises KeyboardInterrupt. May be called in any thread.
 
-    Raises TypeError for an unknown option, ValueError for a value that no option can have and for
-    images that cannot be trained on, and otherwise the errors of ``vqref.errors``.
+    Raises TypeError for an unknown option, ValueError for a value that the option cannot have and
+    for images that cannot be trained on, and otherwise the errors of ``vqref.errors``.
     """
     _require_known(options)
     whole = images if isinstance(images, Stream) else _image_set(images, "images")
@@ -183,7 +186,7 @@ def train(
 
 
 def _require_known(options: Mapping[str, Any]) -> None:
-    """Raises TypeError for an option that there is not, with the nearest that there is."""
+    """Raises TypeError for an unknown option, and names the nearest known one."""
     for name in sorted(options.keys() - OPTIONS):
         close = difflib.get_close_matches(name, sorted(OPTIONS), n=1, cutoff=0.5)
         near = f"; did you mean {close[0]}?" if close else ""
@@ -191,19 +194,19 @@ def _require_known(options: Mapping[str, Any]) -> None:
 
 
 def _image_set(images: Any, what: str) -> ImageSet:
-    """Images of any shape as an ImageSet. Raises InputError."""
+    """Returns images of any shape as an ImageSet. Raises InputError."""
     if isinstance(images, ImageSet):
         return images
     if isinstance(images, str | PathLike):
         raise InputError(f"{what}: a path; vqref.host.pictures.load_any reads {images}")
     found = as_images(images)
-    if not found.flags.writeable:  # PyTorch would remark on it
+    if not found.flags.writeable:  # PyTorch would warn
         found = found.copy()
     return ImageSet(found, None, "an array", hashlib.sha256(found.data).hexdigest())
 
 
 def _wanted(held_out: Any) -> float | ImageSet | None:
-    """What ``hold_out`` takes for it. Raises ValueError."""
+    """Returns ``held_out`` as ``hold_out`` takes it. Raises ValueError."""
     if held_out is None:
         return None
     if isinstance(held_out, int | float):
@@ -219,12 +222,12 @@ def _ignore(line: str) -> None:
 
 
 def make_plan(options: Mapping[str, Any], **where: Any) -> Plan:
-    """What the options ask for, those that are None left out.
+    """Returns the plan that the options ask for. Options that are None are ignored.
 
     options: by the names of the command line, OPTIONS among them. where: fields of ``Plan``.
 
-    Raises OptionError for values that no run can have, MachineError for a device that is not here
-    and for a file that cannot be written.
+    Raises OptionError for values that no run can have, MachineError for a device that this machine
+    lacks and for a file that cannot be written.
     """
     given = {name: value for name, value in options.items() if value is not None}
     _require_possible(given)
@@ -252,7 +255,7 @@ def make_plan(options: Mapping[str, Any], **where: Any) -> Plan:
 
 
 def _require_possible(given: Mapping[str, Any]) -> None:
-    """Raises OptionError for what a command line could not say."""
+    """Raises OptionError for values that the command line would refuse."""
     for name, words in CHOICES.items():
         if name in given and given[name] not in words:
             raise OptionError(f"{name} is {given[name]!r}; it must be one of {', '.join(words)}")
@@ -263,12 +266,12 @@ def _require_possible(given: Mapping[str, Any]) -> None:
 
 
 def run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Model:
-    """Trains on images whose held-out part is chosen.
+    """Trains on images whose held-out part is already chosen.
 
-    say: takes each line of the report. asked: options as they were given, by name, which the run's
-    folder keeps for ``--config``.
+    say: takes each line of the report. asked: the options as given, by name. The run's folder keeps
+    them for ``--config``.
 
-    Raises CommandError, and Interrupted if a signal came.
+    Raises CommandError, or Interrupted after a signal.
     """
     with ExitStack() as stack:
         stack.enter_context(threads(plan.threads))
@@ -331,7 +334,7 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
 
 
 def _require_same_course(course: Course, ranks: Ranks) -> None:
-    """Raises InputError unless all ranks mean the same run."""
+    """Raises InputError unless all ranks train the same run."""
     content = json.dumps(course, sort_keys=True).encode()
     if (rank := ranks.different(content)) is not None:
         raise InputError(f"rank {rank} has other images or options than rank 0")
@@ -340,7 +343,7 @@ def _require_same_course(course: Course, ranks: Ranks) -> None:
 def _opened(
     plan: Plan, opened: Callable[[], tuple[RunFolder, State | None]]
 ) -> tuple[RunFolder, State | None]:
-    """The run's folder, held by rank 0 alone, and the state from which all ranks go on."""
+    """Opens the run's folder, which only rank 0 holds, and the state where all ranks continue."""
     if plan.ranks.count == 1:
         return opened()
     folder, state = opened() if plan.ranks.first else (None, None)
@@ -356,7 +359,7 @@ def _opened(
 def _resolved(
     asked: Mapping[str, Any], training: TrainingOptions, spec: ModelSpec, sizes: Mapping[str, Size]
 ) -> dict[str, dict[str, Any]]:
-    """What ``--config`` needs to begin the same run: options as given, the recipe spelt out."""
+    """Returns what ``--config`` needs to begin the same run: the options, the recipe spelt out."""
     tables = {
         "training": training.to_dict(),
         "model": {"network": spec.family, "likelihood": spec.likelihood}
@@ -372,7 +375,7 @@ def _resolved(
 
 
 def _provenance(images: ImageSet, plan: Plan, training: TrainingOptions) -> dict[str, Any]:
-    """Where a model comes from, as plain data."""
+    """Returns where a model comes from, as plain data."""
     return {
         "data": {
             "source": images.source,
@@ -390,10 +393,10 @@ def _provenance(images: ImageSet, plan: Plan, training: TrainingOptions) -> dict
 
 
 def build_spec(plan: Plan, images: ImageSet) -> tuple[ModelSpec, dict[str, Size]]:
-    """The network for these images, and all sizes of its family.
+    """Returns the network for these images, and all sizes of its family.
 
-    Raises OptionError for a size that the family lacks or cannot have, InputError for images that
-    it cannot take.
+    Raises OptionError for a size that the family lacks or that it cannot have, InputError for
+    images that the network cannot take.
     """
     shape = images.train.shape[1:]
     family = families.choose(shape) if plan.network == AUTO else plan.network
@@ -421,7 +424,7 @@ def _replace(recipe: TrainingOptions, changes: Mapping[str, Any]) -> TrainingOpt
 
 
 def _described(spec: ModelSpec) -> str:
-    """The network in a few words: "post: 1x28x28 images, 1 latents, 64 codes, bernoulli"."""
+    """Describes the network: "post: 1x28x28 images, 1 latents, 64 codes, bernoulli"."""
     image, latents = ("x".join(map(str, shape)) for shape in (spec.image_shape, spec.latent_shape))
     return (
         f"{spec.family}: {image} images, {latents} latent{'s' if spec.latent_size > 1 else ''}, "
@@ -430,7 +433,7 @@ def _described(spec: ModelSpec) -> str:
 
 
 def _short_name(source: str) -> str:
-    """What a run on these images is called: kmnist, glyphs, or the file without its ending."""
+    """Names a run on these images: kmnist, glyphs, or the file's name without its ending."""
     official = any(source == train for train, _ in OFFICIAL_NAMES)
     return "kmnist" if official else Path(source).stem.split(" ")[0]
 

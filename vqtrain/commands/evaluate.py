@@ -1,4 +1,4 @@
-"""``python -m vqtrain evaluate``: a model's measures on images, each with what it means."""
+"""``python -m vqtrain evaluate``: measures a model on images, and explains each measure."""
 
 from __future__ import annotations
 
@@ -54,25 +54,26 @@ MEANING = {
     "proved_in_lanes": "share proved in 16 lanes or more",
     "proved_images": "images that these two are of",
 }
-"""What each measure means, in the width that a terminal leaves, in the order in which they are
-printed. ``vqtrain.run.floor`` has the clustering floor and the k-means on patches."""
+"""What each measure means, in the order of printing, short enough for a terminal.
+
+``vqtrain.run.floor`` computes the clustering floor and the k-means on patches."""
 
 FLOORS = {"clustering_floor", "patches_nmse"}
-"""Those of them that are fitted by k-means; a model has at most one."""
+"""The measures that k-means fits. A model has at most one of them."""
 
 MOST_IMAGES, MOST_PIXELS = 256, 2**18
-"""Of a batch, so that large images are measured a few at a time."""
+"""Limits of a batch, so that large images are measured a few at a time."""
 
 PROOF_SECONDS = 5.0
-"""Of the images whose tokens are proved, at worst."""
+"""The longest time that proving the tokens may take."""
 
 LARGEST_VARIANCE = 0.25
-"""No values in [0, 1] have a larger variance: a spec that says so does not know its data's."""
+"""Values in [0, 1] have at most this variance. A spec with more does not know its data's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ThreadOptions, StreamOptions, SourceOptions):
-    """What is measured, on which images, and where."""
+    """Which model to measure, on which images and which device."""
 
     model: Path = option(type=Path, help="the file that vqtrain wrote")
     held_out: float | Path | None = option(
@@ -80,20 +81,20 @@ class EvaluateOptions(ThreadOptions, StreamOptions, SourceOptions):
         default=None,
         type=holdout.parse,
         metavar="PATH|FRACTION",
-        help="images to measure on: others, or a share of these by the hash of each; 0: all "
-        "(default: what the source holds out, of the training images what training did; else all)",
+        help="images to measure on: a path to other images, or a fraction of these, chosen by "
+        "hash; 0: all (default: those that the source or the training held out, else all)",
     )
     device: str = option(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="where to compute"
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="device to compute on"
     )
     binarize: bool = option(
         "--binarize",
         default=False,
         action="store_true",
-        help="draw each pixel black or white by its grey level",
+        help="draw each pixel as 0 or 1; its grey level is the probability of 1",
     )
     seed: int = option(
-        "--seed", default=0, type=count, metavar="N", help="of --binarize and of the floors"
+        "--seed", default=0, type=count, metavar="N", help="seed of --binarize and of the floors"
     )
     json: bool = option(
         "--json", default=False, action="store_true", help="print the measures as JSON"
@@ -193,7 +194,7 @@ def _measure(
 def _with_prior(
     model: Model, learned: Prior, module: VQVAE, batches: Batches, found: Mapping[str, float]
 ) -> dict[str, float]:
-    """The measures that change if the indices are sent by the model's own prior."""
+    """Returns the measures that change if the model's own prior sends the indices."""
     import torch
 
     from vqtrain.device import arithmetic
@@ -213,9 +214,12 @@ def _with_prior(
 def floors(
     spec: ModelSpec, train: Array, measured: Array, variance: float, seed: int
 ) -> dict[str, float]:
-    """What as many codes reach on ``measured`` without a network, fitted to ``train`` by k-means
-    with that seed: for one latent of a Bernoulli model the bound of fixed pictures, else the error
-    of patches. {} if the model has neither, or if there is too little to fit them to."""
+    """Returns what as many codes reach on ``measured`` without a network.
+
+    K-means with this seed fits them to ``train``. For a Bernoulli model with one latent this is the
+    bound of fixed pictures, else the error of patches. Returns {} if the model has neither, or if
+    ``train`` is too small.
+    """
     from vqtrain.run.metrics import picture_errors
 
     rng = np.random.default_rng(seed)
@@ -232,13 +236,13 @@ def floors(
 
 
 def _binarized(images: Array, rng: np.random.Generator) -> Array:
-    """Each pixel 1 with its grey level as probability, else 0; float32."""
+    """Draws each pixel as 1 with its grey level as probability, else 0; float32."""
     levels = to_unit_interval(images)
     return (rng.random(levels.shape, np.float32) < levels).astype(np.float32)
 
 
 def _shown(value: float) -> str:
-    """A measure in the digits that matter."""
+    """Formats a measure with the digits that matter."""
     if isinstance(value, int):
         return f"{value}"
     digits = 4 if abs(value) < 10 else 2 if abs(value) < 1e5 else 0
@@ -246,7 +250,7 @@ def _shown(value: float) -> str:
 
 
 def _ignore(line: str) -> None:
-    """Says nothing, so that JSON is all there is."""
+    """Says nothing, so that only JSON is printed."""
 
 
 COMMAND = Command("evaluate", "measure a model on images", EvaluateOptions, evaluate)

@@ -1,4 +1,4 @@
-"""``python -m vqtrain prior``: learns a prior over a model's tokens, and puts it into the file."""
+"""``python -m vqtrain prior``: learns a prior over a model's tokens and adds it to the file."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 TOKENS = "tokens"
-"""The folder of tokens that are kept, within that of all runs."""
+"""The folder of kept tokens, inside the folder of all runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorCommand(ThreadOptions, SourceOptions):
-    """The model, the images whose tokens are learned, and how."""
+    """The model, the images whose tokens the prior learns, and how it learns them."""
 
     model: Path = option(type=Path, help="the file that vqtrain wrote")
     output: Path | None = option(
@@ -47,58 +47,72 @@ class PriorCommand(ThreadOptions, SourceOptions):
         default=None,
         type=Path,
         metavar="FILE",
-        help="where the model with its prior goes (default: the model's own file)",
+        help="where to write the model with its prior (default: the model's own file)",
     )
     device: str = option(
-        "--device", default=AUTO, choices=(AUTO, "cpu", "cuda"), help="where to train"
+        "--device", default=AUTO, choices=(AUTO, "cpu", "cuda"), help="device to train on"
     )
-    width: int = option("--width", default=128, type=positive, metavar="N", help="of the vectors")
-    depth: int = option("--depth", default=4, type=positive, metavar="N", help="blocks")
-    heads: int = option("--heads", default=4, type=positive, metavar="N", help="of attention")
+    width: int = option(
+        "--width", default=128, type=positive, metavar="N", help="elements per vector"
+    )
+    depth: int = option("--depth", default=4, type=positive, metavar="N", help="number of blocks")
+    heads: int = option("--heads", default=4, type=positive, metavar="N", help="attention heads")
     epochs: int = option(
-        "--epochs", default=60, type=positive, metavar="N", help="passes over the tokens, at most"
+        "--epochs", default=60, type=positive, metavar="N", help="at most N passes over the tokens"
     )
     patience: int = option(
         "--patience",
         default=5,
         type=positive,
         metavar="N",
-        help="epochs without cheaper held-out tokens after which it ends; the best is kept",
+        help="stop after N epochs without cheaper held-out tokens; the best epoch is kept",
     )
     batch_size: int = option(
         "--batch-size", default=32, type=positive, metavar="N", help="images per step"
     )
     learning_rate: float = option(
-        "--learning-rate", default=1e-3, type=float, metavar="X", help="the largest, of AdamW"
+        "--learning-rate", default=1e-3, type=float, metavar="X", help="AdamW's largest rate"
     )
     dropout: float = option(
-        "--dropout", default=0.1, type=float, metavar="X", help="share that training leaves out"
+        "--dropout",
+        default=0.1,
+        type=float,
+        metavar="X",
+        help="share of values that training drops",
     )
     precision: str = option(
         "--precision",
         default=AUTO,
         choices=("float32", "bfloat16", AUTO),
-        help="of the products in training; auto takes bfloat16 if the device multiplies it",
+        help="precision of products in training; auto: bfloat16 if the device supports it, else "
+        "float32",
     )
     seed: int = option(
-        "--seed", default=0, type=count, metavar="N", help="of the parameters and of all order"
+        "--seed",
+        default=0,
+        type=count,
+        metavar="N",
+        help="seed of the initial parameters and the order of images",
     )
     runs: Path = option(
-        "--runs", default=Path("runs"), type=Path, metavar="FOLDER", help="of all runs"
+        "--runs", default=Path("runs"), type=Path, metavar="FOLDER", help="folder of all runs"
     )
     name: str | None = option(
-        "--name", default=None, metavar="NAME", help="the run's folder (default: data and prior)"
+        "--name",
+        default=None,
+        metavar="NAME",
+        help="name of the run's folder (default: DATA-prior)",
     )
     resume: str = option(
         "--resume",
         default=AUTO,
         metavar="auto|never|PATH",
-        help="go on with the last unfinished run of the same options, or with this one",
+        help="auto: continue the last unfinished run with these options; PATH: continue that run",
     )
 
 
 def run(options: PriorCommand) -> int:
-    """Trains as the options say. Raises CommandError, and Interrupted if a signal came."""
+    """Trains as the options say. Raises CommandError, or Interrupted after a signal."""
     from vqtrain.device import choose_device, kept_memory, threads
     from vqtrain.modelfile import read_model, write_model
     from vqtrain.run.narrator import say
@@ -126,7 +140,7 @@ def run(options: PriorCommand) -> int:
 
 
 def _spec(options: PriorCommand, model: Model) -> PriorSpec | None:
-    """The rows of the prior; None for one latent, whose prior is counted. Raises UsageError."""
+    """Returns the prior's rows; None for one latent, whose prior is counted. Raises UsageError."""
     from vqref.prior import transformer
 
     if model.spec.latent_size == 1:
@@ -141,7 +155,7 @@ def _spec(options: PriorCommand, model: Model) -> PriorSpec | None:
 def _tokens(
     options: PriorCommand, model: Model, device: Any, say: Callable[[str], None]
 ) -> tuple[Int64, Int64, str]:
-    """The tokens of the images to train on, of those that are held out, and the data's name."""
+    """Returns the tokens of the training and held-out images, and the data's name."""
     how = {"recursive": options.recursive, "skip_bad": options.skip_bad}
     reading = Reading.of(model.preprocessing, model.spec.image_shape, **how)
     source = load_source(options.data, say, reading)
@@ -176,7 +190,7 @@ def _tokens(
 
 
 def _kept(path: Path, model: Model, *counts: int) -> tuple[Int64, Int64] | None:
-    """Tokens that an earlier run kept; None if there are none that fit."""
+    """Returns the tokens that an earlier run kept, or None if none fit."""
     if not path.exists():
         return None
     try:
@@ -207,7 +221,7 @@ def _tokenised(model: Model, images: Array, device: Any, say: Callable[[str], No
 
 
 def _counted(model: Model, train: Int64, held_out: Int64) -> Prior:
-    """The prior of one latent: frequencies."""
+    """Returns the prior of a single latent: the frequencies of the codes."""
     from vqref import prior
 
     spec, params = prior.categorical(train, model.spec.num_codes)
@@ -263,7 +277,7 @@ def _how(options: PriorCommand, device: Any) -> PriorOptions:
 
 
 def _costs(model: Model, found: Prior, train: Int64, held_out: Int64) -> list[str]:
-    """What the held-out tokens cost under three priors."""
+    """Returns a line for each of three priors: what the held-out tokens cost under it."""
     from vqref import prior
 
     uniform = model.spec.latent_size * math.log(model.spec.num_codes)

@@ -18,57 +18,58 @@ class SourceOptions:
         "--data",
         default="auto",
         metavar="SOURCE",
-        help="kmnist; glyphs, a generated set; auto, kmnist if it can be had, else glyphs; or a "
-        "path: .npz, .npy, IDX, a picture, a folder of pictures or of the official files; read as "
-        "they are needed: parquet files and tars, a folder of them, a folder of .npy files",
+        help="kmnist; glyphs (a generated set); auto (kmnist if available, else glyphs); or a "
+        "path: .npz, .npy, IDX, a picture, a folder of pictures or of the official files. Read in "
+        "pieces, as needed: parquet files, tars, a folder of these, a folder of .npy files",
     )
     held_out: float | Path | None = option(
         "--held-out",
         default=None,
         type=holdout.parse,
         metavar="PATH|FRACTION",
-        help="images that are measured and not trained on: others, or a share of these by the hash "
-        f"of each; 0: none (default: the source's own, else {holdout.FRACTION:g})",
+        help="images to measure on, not to train on: a path to other images, or the fraction of "
+        "these to hold out, chosen by hash; 0: none (default: the source's own, else "
+        f"{holdout.FRACTION:g})",
     )
     recursive: bool = option(
         "--recursive",
         default=False,
         action="store_true",
-        help="read the pictures of subfolders, too",
+        help="also read the pictures in subfolders",
     )
     skip_bad: bool = option(
         "--skip-bad",
         default=False,
         action="store_true",
-        help="leave out pictures that cannot be read, and say which",
+        help="skip pictures that cannot be read, and name them",
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
-    """How shards are read, if the images are in such."""
+    """How shards are read, if the images are in shards."""
 
     workers: int | None = option(
         "--workers",
         default=None,
         type=count,
         metavar="N",
-        help="processes that decode images; 0: none but this one (default: one for each core but "
-        "one)",
+        help="processes that decode images; 0: this process decodes them (default: one per core, "
+        "less one)",
     )
     buffer: int | None = option(
         "--buffer",
         default=None,
         type=positive,
         metavar="N",
-        help="images that are shuffled at once (default: 8192)",
+        help="images that are shuffled together (default: 8192)",
     )
     max_broken: int | None = option(
         "--max-broken",
         default=None,
         type=count,
         metavar="N",
-        help="broken images that are left out, and said, before a run stops (default: 0)",
+        help="skip up to N broken images, with a message; stop if there are more (default: 0)",
     )
 
     def streaming(self) -> Streaming:
@@ -85,5 +86,5 @@ class ThreadOptions:
         default=None,
         type=positive,
         metavar="N",
-        help="threads that PyTorch computes with (default: its own choice)",
+        help="threads that PyTorch uses (default: PyTorch's choice)",
     )

@@ -1,4 +1,4 @@
-"""``python -m vqtrain``: images, a run folder, a trainer."""
+"""``python -m vqtrain``: reads images, opens a run folder, and trains."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 AUTO = "auto"
 
 EXACT = tuple(name for name in RECIPES if name != DEFAULT_RECIPE)
-"""Recipes that are somebody's exactly, their arithmetic too."""
+"""Recipes that copy someone else's exactly, with its arithmetic."""
 
 
 def _by_family(values: Mapping[str, Any]) -> str:
-    """A default that each family has its own of, for ``--help``."""
+    """Describes the defaults of the families for ``--help``."""
     if len({*values.values()}) == 1:
         return f"(default: {next(iter(values.values()))})"
     return f"(default: {', '.join(f'{family} {value}' for family, value in values.items())})"
 
 
 def _recipe(flag: str, help: str, **how: Any) -> Any:
-    """An option of training that is the recipe's unless it is given."""
+    """Makes a training option whose default is the recipe's."""
     name = flag.removeprefix("--").replace("-", "_")
     defaults = {f: getattr(RECIPES[DEFAULT_RECIPE](make()), name) for f, make in FAMILIES.items()}
     return option(flag, default=None, help=f"{help} {_by_family(defaults)}", **how)
 
 
 def _plain_name(text: str) -> str:
-    """The type of ``--name``: what names a folder in that of the runs, and nothing outside it."""
+    """Parses ``--name``: the name of a folder inside the folder of runs."""
     if text in ("", ".", "..") or "/" in text or "\\" in text or not text.isprintable():
         raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder")
     return text
@@ -58,12 +58,12 @@ def _switch(flag: str, help: str) -> Any:
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """The type of options like ``--multipliers``: integers with commas between them, or none."""
+    """Parses options like ``--multipliers``: integers separated by commas, or none."""
     return () if text == "none" else tuple(map(int, text.split(",")))
 
 
 def _size(flag: str, help: str) -> Any:
-    """A size of the network that is its family's unless it is given."""
+    """Makes an option for a size of the network whose default is its family's."""
     name = flag.removeprefix("--").replace("-", "_")
     defaults = {f: families.sizes(f)[name] for f in FAMILIES if name in families.sizes(f)}
     text = f"{help} {_by_family({f: families.spelt(size) for f, size in defaults.items()})}"
@@ -79,7 +79,7 @@ def _size(flag: str, help: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions(ThreadOptions, SourceOptions):
-    """What is trained on, where, and what is left of it."""
+    """The recipe, the images, the device, and how each step runs."""
 
     recipe: str = option(
         "--recipe",
@@ -92,23 +92,23 @@ class RunOptions(ThreadOptions, SourceOptions):
         default=None,
         type=Path,
         metavar="FILE",
-        help="options from a run's options.toml; the command line has the last word",
+        help="read options from a run's options.toml; the command line overrides them",
     )
     device: str = option(
-        "--device", default=AUTO, choices=(AUTO, "cpu", "cuda"), help="where to train"
+        "--device", default=AUTO, choices=(AUTO, "cpu", "cuda"), help="device to train on"
     )
     accumulate: int = option(
         "--accumulate",
         default=1,
         type=positive,
         metavar="N",
-        help="passes, one after another, in which a step takes a batch that memory does not hold",
+        help="split each batch into N passes, for batches that do not fit in memory",
     )
     deterministic: bool = option(
         "--deterministic",
         default=False,
         action="store_true",
-        help="refuse operations that vary from run to run",
+        help="refuse operations whose results vary from run to run",
     )
 
 
@@ -121,28 +121,27 @@ class PictureOptions:
         default=None,
         type=parse_size,
         metavar="HxW",
-        help="bring pictures to this size",
+        help="resize pictures to this size",
     )
     crop: bool = option(
         "--crop",
         default=False,
         action="store_true",
-        help="of pictures of other proportions resize the middle, instead of stretching them",
+        help="with --resize: cut out the middle in the right proportions, instead of stretching",
     )
     background: Colour | None = option(
         "--background",
         default=None,
         type=parse_background,
         metavar="COLOUR",
-        help="what transparent pictures are laid on: #rrggbb, white or black (default: white)",
+        help="colour behind transparent pictures: #rrggbb, white or black (default: white)",
     )
     channels: int | None = option(
         "--channels",
         default=None,
         type=int,
         choices=tuple(CHANNELS),
-        help="1 makes pictures grey, 3 colour, 4 keeps their transparency (default: 1 if all are "
-        "grey, else 3)",
+        help="1: grey; 3: colour; 4: colour with transparency (default: 1 if all are grey, else 3)",
     )
 
 
@@ -153,27 +152,27 @@ class FileOptions:
         default=Path("model.pt"),
         type=Path,
         metavar="FILE",
-        help="where a copy of the model goes",
+        help="where to write a copy of the model",
     )
     runs: Path = option(
         "--runs",
         default=Path("runs"),
         type=Path,
         metavar="FOLDER",
-        help="where the folders of runs are",
+        help="folder of all runs",
     )
     name: str | None = option(
         "--name",
         default=None,
         type=_plain_name,
         metavar="NAME",
-        help="the run's folder (default: data and recipe)",
+        help="name of the run's folder (default: DATA-RECIPE)",
     )
     resume: str = option(
         "--resume",
         default=AUTO,
         metavar="auto|never|PATH",
-        help="go on from a run's last snapshot",
+        help="auto: continue the last unfinished run with these options; PATH: continue that run",
     )
     snapshot_steps: int = option(
         "--snapshot-steps",
@@ -183,7 +182,7 @@ class FileOptions:
         help="steps between snapshots",
     )
     tensorboard: bool = option(
-        "--tensorboard", default=False, action="store_true", help="write event files, too"
+        "--tensorboard", default=False, action="store_true", help="also write event files"
     )
     json: bool = option(
         "--json",
@@ -200,15 +199,15 @@ class CheckOptions:
         default=None,
         type=positive,
         metavar="N",
-        help="images of each check (default: as many as take about two seconds, 4 to 64, before "
-        "the first step and at the end; after an epoch, one for each 800 trained on, at least 4)",
+        help="images per check (default: before the first step and at the end, 4 to 64, about two "
+        "seconds' work; after an epoch, one per 800 images trained on, at least 4)",
     )
     check_every: int = option(
         "--check-every",
         default=1,
         type=positive,
         metavar="N",
-        help="epochs between checks; there is one before the first step and at the end in any case",
+        help="epochs between checks; there is always one before the first step and one at the end",
     )
 
 
@@ -218,14 +217,14 @@ class NetworkOptions:
         "--network",
         default=AUTO,
         choices=(AUTO, *FAMILIES),
-        help="family of networks; auto takes post for one channel up to "
+        help="family of networks; auto: post for one channel up to "
         f"{families.LARGEST_POST}x{families.LARGEST_POST}, else residual",
     )
     likelihood: str | None = option(
         "--likelihood",
         default=None,
         choices=tuple(LIKELIHOODS),
-        help="of images given the decoder's outputs "
+        help="distribution of images given the decoder's outputs "
         + _by_family({name: make().likelihood for name, make in FAMILIES.items()}),
     )
 
@@ -235,34 +234,43 @@ class SizeOptions:
     num_codes: int | None = _size("--num-codes", "rows of the codebook")
     code_size: int | None = _size(
         "--code-size",
-        f"elements of a codebook row; recipe {DEFAULT_RECIPE} gives the rows of grids {SHORT_ROWS} "
-        f"from {LARGE_CODEBOOK} codes up",
+        f"elements per codebook row; recipe {DEFAULT_RECIPE} uses {SHORT_ROWS} for grids of "
+        f"{LARGE_CODEBOOK} codes or more",
     )
     levels: tuple[int, ...] | None = _size(
         "--levels",
-        "values of each element of a code, if the codebook is the grid of all of them: 8,8,8 has "
-        "512 codes of 3",
+        "number of values of each element; the codebook is then the grid of all combinations: "
+        "8,8,8 has 512 codes of 3 elements",
     )
-    normalized: bool | None = _size("--normalized", "codes and latents are unit vectors")
+    normalized: bool | None = _size("--normalized", "make codes and latents unit vectors")
     base_depth: int | None = _size("--base-depth", "channels of the outer convolutions")
-    latent_size: int | None = _size("--latent-size", "latents, and so indices, per image")
+    latent_size: int | None = _size("--latent-size", "latents per image; each gives one index")
     hidden: int | None = _size("--hidden", "channels")
     blocks: int | None = _size(
-        "--blocks", "residual blocks of encoder and of decoder, or of each level of the encoder"
+        "--blocks",
+        "residual blocks in the encoder and the decoder, or in each level of the encoder",
     )
     block_hidden: int | None = _size("--block-hidden", "channels within a block")
-    downsample: int | None = _size("--downsample", "pixels to a side of a latent, a power of two")
+    downsample: int | None = _size(
+        "--downsample", "pixels per latent along each side, a power of two"
+    )
     depth: int | None = _size("--depth", "latents at each place of the grid")
-    base_channels: int | None = _size("--base-channels", "channels that levels have a multiple of")
-    multipliers: tuple[int, ...] | None = _size("--multipliers", "of each level, the finest first")
+    base_channels: int | None = _size(
+        "--base-channels", "channels of a level, before its multiplier"
+    )
+    multipliers: tuple[int, ...] | None = _size(
+        "--multipliers", "multiplier of each level, finest first"
+    )
     attention: tuple[int, ...] | None = _size(
-        "--attention", "sides of the levels with attention after each block, or none"
+        "--attention", "side lengths of levels that have attention after each block, or none"
     )
     middle_attention: bool | None = _size(
         "--middle-attention", "attention between the two blocks next to the latents"
     )
-    groups: int | None = _size("--groups", "of channels in every norm")
-    latent_channels: int | None = _size("--latent-channels", "next to the 1x1 convolutions")
+    groups: int | None = _size("--groups", "groups of channels in each norm")
+    latent_channels: int | None = _size(
+        "--latent-channels", "channels between the 3x3 and 1x1 convolutions at the latents"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,17 +294,17 @@ class RecipeOptions:
     beta: float | None = _recipe("--beta", "weight of the commitment loss", type=float, metavar="X")
     dialect: str | None = _recipe(
         "--dialect",
-        "whose rule the codebook's moving averages follow",
+        "rule of the codebook's moving averages",
         choices=tuple(DIALECTS),
     )
     decay: float | None = _recipe(
         "--decay", "decay of the codebook's moving averages", type=float, metavar="X"
     )
     epsilon: float | None = _recipe(
-        "--epsilon", "added to a code's count before it divides", type=float, metavar="X"
+        "--epsilon", "added to a code's count before dividing by it", type=float, metavar="X"
     )
     seed: int | None = _recipe(
-        "--seed", "of the initial parameters and the order of the images", type=int, metavar="N"
+        "--seed", "seed of the initial parameters and the order of images", type=int, metavar="N"
     )
     center: bool | None = _switch(
         "--center", "start the last bias so that the first reconstructions are the mean pixel"
@@ -305,17 +313,17 @@ class RecipeOptions:
         "--plain-steps", "steps at the start without the codebook", type=int, metavar="N"
     )
     kmeans_start: bool | None = _switch(
-        "--kmeans-start", "then set the codebook by k-means on the latents"
+        "--kmeans-start", "after --plain-steps, set the codebook by k-means on the latents"
     )
     temperature: float | None = _recipe(
         "--temperature",
-        "then draw codes near a latent, ever nearer; 0: the nearest",
+        "after --plain-steps, draw codes near each latent, ever nearer; 0: always the nearest",
         type=float,
         metavar="X",
     )
     anneal_until: float | None = _recipe(
         "--anneal-until",
-        "share of all steps after which the nearest is taken",
+        "share of all steps after which the nearest code is taken",
         type=float,
         metavar="X",
     )
@@ -330,8 +338,9 @@ class RecipeOptions:
         "--precision",
         default=None,
         choices=(*TRAINED, AUTO),
-        help="of the products in training; auto takes bfloat16 if the device multiplies it "
-        f"(default: auto; float32 for recipes {' and '.join(EXACT)}, which are exact)",
+        help="precision of products in training; auto: bfloat16 if the device supports it, else "
+        "float32 "
+        f"(default: auto; float32 for the exact recipes {' and '.join(EXACT)})",
     )
 
 
@@ -346,13 +355,13 @@ class TrainOptions(
     StreamOptions,
     RunOptions,
 ):
-    """Everything that the command line says."""
+    """All options of the command line."""
 
 
 GROUPS: Mapping[str, type[Any]] = {
     "": RunOptions,
     "pictures": PictureOptions,
-    "shards that memory does not hold": StreamOptions,
+    "shards that do not fit in memory": StreamOptions,
     "files": FileOptions,
     "checks against the oracle": CheckOptions,
     "the network": NetworkOptions,

@@ -13,20 +13,21 @@ Collected = Callable[[Sequence[str]], list[str]]
 
 
 def portion(count: int, parts: int, part: int) -> tuple[int, int]:
-    """The first and the one after the last of ``count`` things in one of ``parts`` parts that
-    differ by one at most, the larger ones in front."""
+    """Returns where part ``part`` of ``count`` things begins, and where it ends.
+
+    Sizes of the ``parts`` parts differ by at most one; larger parts come first.
+    """
     size, larger = divmod(count, parts)
     first, last = (size * each + min(each, larger) for each in (part, part + 1))
     return first, last
 
 
 class Batches:
-    """Batches of images (N, C, H, W), held as they came (uint8 or float32) and given out as float32
-    in [0, 1].
+    """Batches of images (N, C, H, W), stored as uint8 or float32, yielded as float32 in [0, 1].
 
-    part: which images of each shuffled batch are given out, from the first to before the second;
-    None gives all. at_once: how many images ``in_order`` and ``some`` give at a time; None gives
-    batches. count: of the images that one pass takes.
+    part: the range of images to yield of each shuffled batch, without its end; None yields all.
+    at_once: how many images ``in_order`` and ``some`` yield at a time; None yields batches.
+    count: images in one pass.
     """
 
     def __init__(
@@ -43,29 +44,34 @@ class Batches:
         self.at_once = at_once or batch_size
 
     def __len__(self) -> int:
-        """Whole batches in one pass."""
+        """The number of whole batches in one pass."""
         return self.count // self.batch_size
 
     def shuffled(self, generator: torch.Generator, skip: int = 0) -> Iterator[Tensor]:
-        """One pass in an order drawn from ``generator``, without the remainder and the first
-        ``skip`` batches. The generator is a CPU's, so the order is the same on every device."""
+        """Yields one pass in an order drawn from ``generator``.
+
+        Leaves out the remainder and the first ``skip`` batches. The generator is on the CPU, so the
+        order is the same on every device.
+        """
         order = torch.randperm(len(self.images), generator=generator).to(self.images.device)
         first, last = self.part
         for start in range(skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
             yield self._unit(self.images[order[start + first : start + last]])
 
     def join(self, collected: Collected) -> None:
-        """Shares what the ranks learnt of the images in a pass. collected: what makes one rank's
-        lines all ranks' lines, which takes all of them."""
+        """Shares between ranks what they learnt about the images in a pass.
+
+        collected: turns one rank's lines into all ranks' lines; all ranks must call it.
+        """
 
     def in_order(self) -> Iterator[Tensor]:
-        """Every image once, as stored; the last batch may be smaller."""
+        """Yields every image once, in stored order; the last batch may be smaller."""
         for images in self.images.split(self.at_once):
             if len(images):  # of no images there is one part, without any
                 yield self._unit(images)
 
     def some(self, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """At most ``count`` images, drawn without repeats, a few at a time."""
+        """Yields at most ``count`` images, drawn without repeats, a few at a time."""
         order = torch.randperm(len(self.images), generator=generator)[:count]
         for part in order.to(self.images.device).split(self.at_once):
             yield self._unit(self.images[part])

@@ -1,7 +1,7 @@
 """Images of shards, decoded by processes of PyTorch's DataLoader.
 
-They are forks of a server, not of the training process: that has threads (of its pulse, of gloo),
-and a fork that comes while one holds a lock waits for it forever.
+They are forks of a server, not of the training process. That process has threads (its pulse,
+gloo), and a fork made while a thread holds a lock would wait for the lock forever.
 """
 
 from __future__ import annotations
@@ -30,15 +30,17 @@ from vqref.validation import Array
 
 
 class Piece(NamedTuple):
-    """Some images of a shard: their numbers in it, rising."""
+    """Some images of a shard: their numbers in it, in rising order."""
 
     shard: Shard
     rows: NDArray[np.int32]
 
 
 class Decoded(NamedTuple):
-    """Images (n, C, H, W) of a piece. broken: those of them that could not be decoded, whose values
-    mean nothing, each with its name and the reason."""
+    """Images (n, C, H, W) of a piece.
+
+    broken: images that could not be decoded, with names and reasons; their values mean nothing.
+    """
 
     images: Array
     broken: dict[int, str]
@@ -46,9 +48,9 @@ class Decoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Decoder:
-    """Gives the images of pieces, all of one shape (C, H, W), uint8, or float32 in [0, 1].
+    """Decodes the images of pieces, all of one shape (C, H, W), uint8 or float32 in [0, 1].
 
-    reading: of pictures, its channels those of the shape.
+    reading: how pictures are read; its channels are those of the shape.
     """
 
     shape: tuple[int, ...]
@@ -56,15 +58,14 @@ class Decoder:
     reading: Reading
 
     def __getitem__(self, piece: Piece) -> Decoded | CommandError:
-        """Errors that stop a run are returned: between processes they would lose what they are."""
+        """Returns errors that stop a run, since raised errors lose their type between processes."""
         try:
             return self.decode(piece)
         except CommandError as error:
             return error
 
     def decode(self, piece: Piece) -> Decoded:
-        """Raises InputError if the shard is damaged as a whole, MachineError if a library is not
-        installed."""
+        """Raises InputError if the whole shard is damaged, MachineError if a library is missing."""
         images = np.zeros((len(piece.rows), *self.shape), self.dtype)
         broken: dict[int, str] = {}
         for i, (name, record) in enumerate(records(piece)):
@@ -87,9 +88,9 @@ class Decoder:
 
 
 def records(piece: Piece) -> Iterator[tuple[str, Record]]:
-    """The records of a piece, each with a name that says where it is.
+    """Yields the records of a piece, each with a name that says where it is.
 
-    Raises InputError if the shard is damaged as a whole.
+    Raises InputError if the whole shard is damaged.
     """
     wanted = iter(piece.rows.tolist())
     row = next(wanted, None)
@@ -106,10 +107,12 @@ def records(piece: Piece) -> Iterator[tuple[str, Record]]:
 def decoded(
     decoder: Decoder, pieces: Iterable[Piece], workers: int, ahead: int = 2
 ) -> Iterator[Decoded]:
-    """What ``decoder`` makes of each piece, in order.
+    """Yields the decoded images of each piece, in order.
 
-    workers: processes, 0 for none but this one. ahead: pieces that they decode in advance, all
-    together. Raises what ``Decoder.decode`` raises, and MachineError if a process ends.
+    workers: processes; 0 decodes in this one. ahead: pieces that all workers together decode in
+    advance.
+
+    Raises what ``Decoder.decode`` raises, and MachineError if a process ends.
     """
     for found in (
         _loaded(decoder, pieces, workers, ahead) if workers else map(decoder.__getitem__, pieces)
@@ -148,7 +151,7 @@ def _loaded(
 
 @cache
 def _context() -> BaseContext:
-    """How processes are started: by a server that has imported what they need, if there is one."""
+    """Returns how to start processes: if possible, by a server with the imports that they need."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -158,8 +161,10 @@ def _context() -> BaseContext:
 
 @contextmanager
 def _quietly_started() -> Iterator[None]:
-    """Where processes are started: signals wait until they ignore them, and PyTorch's handler of
-    the end of one, which raises wherever the program is, is not left behind."""
+    """A context for starting processes, in which signals wait until the processes ignore them.
+
+    Also removes PyTorch's handler for the end of a process, which raises wherever the program is.
+    """
     masked = hasattr(signal, "pthread_sigmask")
     former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if masked else ()
     ended = signal.getsignal(signal.SIGCHLD) if masked else None
@@ -175,10 +180,10 @@ def _quietly_started() -> Iterator[None]:
 
 
 def _begin(worker: int) -> None:
-    """A worker ends with its parent, which gets the signals.
+    """Makes a worker end with its parent, which gets the signals.
 
-    PyTorch's own look at the parent sees the server; and a worker that ended by itself would wait
-    until somebody reads what it has written.
+    PyTorch itself watches the server instead of the parent. A worker that ended by itself would
+    wait until its output is read.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

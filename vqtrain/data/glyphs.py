@@ -1,12 +1,11 @@
-"""A generated set that stands in for Kuzushiji-MNIST without a network: brush-drawn cursive
-hiragana, 28×28.
+"""Generated brush-drawn cursive hiragana, 28×28, in place of Kuzushiji-MNIST when offline.
 
 An allograph of ``vqtrain.data.strokes`` is a linear map from its control points to points half a
 pixel apart on its curves, so all images of an allograph are drawn together. The control points are
-jittered, mapped, slanted, warped and fitted to the square; each point stamps a disc of the brush's
-radius there; then the ink is dried, spread and printed. What an image is made of comes from
-``numpy.random.default_rng([seed, index])`` alone. ``benchmarks/glyphs.py`` measures how near the
-genuine set it is.
+jittered, mapped, slanted, warped and fitted to the square. Each point stamps a disc of the brush's
+radius. Then the ink is dried, spread and printed. All random numbers of an image come from
+``numpy.random.default_rng([seed, index])``. ``benchmarks/glyphs.py`` measures how close this set is
+to the genuine one.
 """
 
 from __future__ import annotations
@@ -26,21 +25,21 @@ SIDE = 28
 MARGIN = 6
 """Pixels around the square in which discs may be stamped unclipped."""
 REACH = 4
-"""Half the side of the window that a disc is stamped in: the largest radius and its soft edge."""
+"""Half the side of a disc's window, which holds the largest radius and its soft edge."""
 SPACING = 0.55
-"""Pixels between two points of a curve, well under a brush's radius, so that no disc shows in the
-outline."""
+"""Pixels between two points of a curve, far less than a brush's radius, so that the outline shows
+no discs."""
 CHUNK = 1000
-"""Images drawn at a time: bounds the memory (120 MB, the interpreter included) and changes nothing
+"""Images drawn at a time. This bounds the memory (120 MB with the interpreter) and changes nothing
 else."""
 
 CONTROLS = 48
-"""Control points that an image has random numbers for; the allographs have fewer."""
+"""Control points for which an image has random numbers. Allographs have fewer."""
 WAVES = 3
 FRAGMENT = 12
-"""Points of the piece of a neighbouring character that some images show at an edge."""
+"""Points of the piece of a neighbouring character at the edge of some images."""
 
-# Standard normal numbers of an image, in the order in which its generator gives them.
+# Standard normal numbers of an image, in the order of its generator.
 _SIZES = {
     "jitter": 2 * CONTROLS,
     "pressure": CONTROLS,
@@ -59,11 +58,11 @@ UNIFORMS = 8
 
 @dataclass(frozen=True)
 class Hand:
-    """How the brush is led and the sheet printed; tuned by eye and by ``benchmarks.glyphs``.
+    """How the brush moves and the sheet is printed; tuned by eye and by ``benchmarks.glyphs``.
 
     jitter: of the control points, in the box's units
-    shear, rotation (radians), log_aspect: standard deviations of the whole character's
-    aspect: by which the box is narrowed
+    shear, rotation (radians), log_aspect: standard deviations, for the whole character
+    aspect: factor that narrows the box
     radius, radius_spread: median in pixels and standard deviation of the logarithm, over images
     pressure: the same standard deviation within an image
     chisel: how much thinner a stroke is along the edge of the brush
@@ -97,8 +96,10 @@ HAND = Hand()
 
 @dataclass(frozen=True)
 class _Curves:
-    """An allograph's controls (K, 2), its basis (P, K) with points = basis @ controls, and the
-    place (P,) of each point along its stroke, 0 to 1."""
+    """An allograph's curves: controls (K, 2), basis (P, K) and place (P,).
+
+    points = basis @ controls; place is where each point lies along its stroke, from 0 to 1.
+    """
 
     controls: Floats
     basis: Floats
@@ -108,11 +109,11 @@ class _Curves:
 def glyphs(
     count: int, seed: int = 0, start: int = 0
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Images ``start`` to ``start + count - 1`` of the generated set of ``seed``.
+    """Returns images ``start`` to ``start + count - 1`` of the generated set of ``seed``.
 
-    Returns images (count, 28, 28) uint8, ink white (255) on black, and labels (count,) uint8: 0 to
-    9 for お き す つ な は ま や れ を, image i of class i mod 10. Image i is the same whatever
-    ``start`` and ``count`` are.
+    Images are (count, 28, 28) uint8, white ink (255) on black. Labels are (count,) uint8, 0 to 9
+    for お き す つ な は ま や れ を; image i has class i mod 10. Image i does not depend on
+    ``start`` and ``count``.
 
     Raises ValueError if count, seed or start is not an integer of at least 0.
     """
@@ -228,8 +229,7 @@ def _brush(curves: _Curves, points: Floats, normal: dict[str, Floats], hand: Han
 
 
 def _place(points: Floats, uniform: Floats, hand: Hand, radius: Floats) -> Floats:
-    """Fits the longest side of the inked box to the square, in pixels, as whoever cut out the
-    genuine characters did."""
+    """Fits the longest side of the inked box to the square, in pixels, as in the genuine set."""
     low, high = points.min(1), points.max(1)  # (n, 2)
     thick = 2 * radius.mean(1, keepdims=True)
     fill = SIDE * (0.89 + 0.1 * uniform[:, 1:2])
@@ -261,8 +261,8 @@ def _fragment(normal: dict[str, Floats], uniform: Floats, hand: Hand) -> tuple[F
 def _stamp(points: Floats, radius: Floats, edge: Floats) -> Floats:
     """The union of soft discs, (n, 28, 28); points (n, P, 2) in pixels, radius (n, P), edge (n,).
 
-    Each disc is stamped in the window around it only, and the maximum taken: 81 distances per
-    point, not 784.
+    Stamps each disc only in the window around it, and takes the maximum: 81 distances per point,
+    not 784.
     """
     side = SIDE + 2 * MARGIN
     window = np.arange(-REACH, REACH + 1)

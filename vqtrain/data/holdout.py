@@ -1,5 +1,8 @@
-"""Which images a run does not train on: a share by the hash of each image, so that a longer data
-set keeps its split and copies of an image stay together, or a set of their own."""
+"""Holds out images that a run does not train on: a share by hash, or a separate set.
+
+The hash of each image decides, so a data set that grows keeps its split, and copies of an image
+stay together.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,11 @@ from vqtrain.data.streams import (
 )
 
 FRACTION = 0.1
-"""The share of a source that has no held-out images of its own."""
+"""The share to hold out of a source without held-out images of its own."""
 
 
 def parse(text: str) -> float | Path:
-    """The type of ``--held-out``: a fraction from 0 to below 1, or a path."""
+    """Parses ``--held-out``: a fraction from 0 to below 1, or a path."""
     try:
         fraction = float(text)
     except ValueError:
@@ -46,24 +49,24 @@ def parse(text: str) -> float | Path:
 
 
 def require_fraction(fraction: float) -> float:
-    """The fraction itself. Raises ValueError unless it is from 0 to below 1."""
+    """Returns the fraction. Raises ValueError unless it is from 0 to below 1."""
     if not 0 <= fraction < 1:  # as nan is
         raise ValueError(f"{fraction:g} is not a fraction from 0 to below 1")
     return fraction
 
 
 def split(images: Array, fraction: float) -> npt.NDArray[np.bool_]:
-    """Which of images (N, C, H, W) are held out: (N,).
+    """Returns which of images (N, C, H, W) are held out, (N,).
 
-    An image is if the first 8 bytes of the sha256 of its pixels, uint8 or float32 in C order, read
-    as a big-endian integer, are below ``fraction`` of 2**64.
+    Holds an image out if the first 8 bytes of the sha256 of its pixels (uint8 or float32 in C
+    order), read as a big-endian integer, are less than ``fraction`` times 2**64.
     """
     places = (_place(image) for image in images)
     return np.fromiter((place < fraction for place in places), np.bool_, len(images))
 
 
 def _place(image: Array) -> float:
-    """Where an image stands between 0 and 1, by its hash."""
+    """Returns a number between 0 and 1 from an image's hash."""
     digest = hashlib.sha256(np.ascontiguousarray(image).data).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
 
@@ -71,13 +74,13 @@ def _place(image: Array) -> float:
 def hold_out(
     source: ImageSet | Stream, wanted: float | Path | ImageSet | None, reading: Reading = PLAIN
 ) -> ImageSet:
-    """The source with the held-out images that are wanted.
+    """Returns the source with the wanted images held out.
 
-    wanted: a fraction of the source's images; the path of others, or these others, which then are
-    held out and ``train`` stays whole; None takes those that the source has of its own, else
-    FRACTION. reading: whether pictures at that path may lie in subfolders, or be broken; else they
-    are read as those of the source were. Of shards, a sample of each part is read, and images are
-    held out by the hash of where they stand.
+    wanted: a fraction of the source's images. Or other images, or their path: these are held out,
+    and ``train`` stays whole. None takes the source's own held-out images, else FRACTION.
+    reading: whether pictures at that path may be in subfolders, or broken; otherwise they are read
+    as the source's were. Of shards, a sample of each part is read. The hash of an image's place in
+    the shards decides whether it is held out.
 
     Raises InputError for a path that holds no images of the source's size.
     """
@@ -115,7 +118,7 @@ def hold_out(
 
 
 def _apart(source: ImageSet, fraction: float) -> ImageSet:
-    """The source in two parts."""
+    """Splits the source in two parts."""
     names, chosen = source.names, split(source.train, fraction)
     if names is not None:
         names = tuple(name for name, out in zip(names, chosen, strict=True) if not out)
@@ -129,7 +132,7 @@ def _apart(source: ImageSet, fraction: float) -> ImageSet:
 
 
 def _read(path: Path, source: ImageSet, reading: Reading) -> ImageSet:
-    """The images at ``path``, pictures as those of the source were read."""
+    """Reads the images at ``path``, pictures as those of the source were read."""
     how = {"recursive": reading.recursive, "skip_bad": reading.skip_bad}
     fitting = Reading.of(source.preprocessing, source.train.shape[1:], **how)
     if is_stream(path, reading.recursive):
@@ -140,18 +143,18 @@ def _read(path: Path, source: ImageSet, reading: Reading) -> ImageSet:
 
 
 def record(images: ImageSet) -> dict[str, Any]:
-    """How many images are held out and how they were chosen, for a model's provenance."""
+    """Returns how many images are held out, and how, for a model's provenance."""
     held_out = 0 if images.held_out is None else len(images.held_out)
     return {"images": held_out, **(images.held_out_as or {})}
 
 
 def share(fraction: float) -> str:
-    """A fraction in words."""
+    """Returns a fraction in words."""
     return "a tenth" if fraction == FRACTION else f"{fraction:g}"
 
 
 def described(images: ImageSet) -> str:
-    """How many images train and how many are held out, as a line."""
+    """Returns a line that says how many images train and how many are held out."""
     train, held_out = images.count, record(images)
     if not held_out["images"]:
         return f"{train} images train, none are held out"

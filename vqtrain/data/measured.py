@@ -21,11 +21,11 @@ from vqtrain.data.streams import Stream
 class Measured:
     """Images to measure on, (N, C, H, W).
 
-    others: those that they were held out of, to fit floors to; None if there are none.
-    kind: "held-out images" if the model was not trained on them, "training images" if it was on
-    each, else "images". source: the name of their file. how: how they were chosen, and how many of
-    them it was trained on if only on some; empty if there is nothing to say.
-    said: what was done to pictures, in lines.
+    others: the images that they were held out of, to fit floors to; or None.
+    kind: "held-out images" if the model was not trained on them, "training images" if it was
+    trained on all, else "images". source: the name of their file. how: how they were chosen, and
+    how many the model was trained on if only on some; else empty.
+    said: lines on what was done to pictures.
     """
 
     images: Array
@@ -45,8 +45,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class _Training:
-    """What a model says of the images that it was trained on: their digest, the share of them that
-    was held out by hash, None if that cannot be known, and the digest of others that were."""
+    """What a model says about its training images.
+
+    It gives their digest, the share held out by hash (None if unknown), and the digest of other
+    images that were held out.
+    """
 
     sha256: str | None
     fraction: float | None
@@ -64,7 +67,10 @@ class _Training:
         return cls(data.get("sha256"), fraction, held_out.get("sha256"))
 
     def trained_on(self, images: Array, sha256: str | None) -> int | None:
-        """On how many of images (N, C, H, W) of a file of that digest; None if nobody knows."""
+        """Counts training images among images (N, C, H, W) of the file; None if unknown.
+
+        sha256: the digest of the file.
+        """
         if sha256 is not None and sha256 == self.held_out:
             return 0
         if sha256 is None or sha256 != self.sha256 or self.fraction is None:
@@ -75,13 +81,13 @@ class _Training:
 def choose(
     source: ImageSet | Stream, model: Model, wanted: float | Path | None, reading: Reading
 ) -> Measured:
-    """The images of a source to measure a model on.
+    """Chooses the images of a source to measure a model on.
 
-    wanted: a share of the source's images, by the hash of each, or the path of others; None takes
-    those that the source holds out of its own, of the images that the model was trained on those
-    that training held out, and otherwise all. reading: of pictures at that path.
+    wanted: a share of the source's images, by the hash of each, or the path of others. None takes
+    the source's own held-out images. If the source is the model's training images, None takes
+    those that training held out; otherwise all. reading: how to read pictures at that path.
 
-    Raises InputError if there are none, or if they have another size than the model's.
+    Raises InputError if there are no images, or if their size is not the model's.
     """
     training = _Training.of(model.provenance)
     if isinstance(source, Stream):
@@ -108,7 +114,7 @@ def choose(
 def _sampled(
     source: Stream, model: Model, training: _Training, wanted: float | Path | None
 ) -> Measured:
-    """Samples of shards: of those that are held out, of all if none are. Raises InputError."""
+    """Returns samples of shards: of held-out images, of all if none are. Raises InputError."""
     known = source.sha256 == training.sha256
     if wanted is None and source.own is None:
         wanted = (training.fraction if known else None) or 0.0
@@ -132,7 +138,7 @@ def _sampled(
 def _held_out(
     source: ImageSet, spec: ModelSpec, wanted: float | Path, reading: Reading
 ) -> ImageSet:
-    """The source with the held-out images that are wanted. Raises InputError."""
+    """Returns the source with the wanted images held out. Raises InputError."""
     if not isinstance(wanted, Path):
         return hold_out(source, wanted)
     others = load_any(wanted, reading)

@@ -1,8 +1,8 @@
-"""In which order an epoch takes images that no memory holds: pieces of shards are shuffled, and
-the images of as many pieces as a buffer holds.
+"""The order of images in an epoch if they do not fit in memory.
 
-Which image comes when follows from sizes and a seed alone, so that a run goes on at any step, and
-any number of ranks takes the same joint batches.
+Pieces of shards are shuffled, and then the images of as many pieces as a buffer holds. The order
+depends only on sizes and a seed. So a run can continue at any step, and any number of ranks takes
+the same joint batches.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import numpy as np
 from vqref.validation import Int64
 
 FIRST = 512
-"""Images of an epoch's first window; each that follows is twice as large, up to the buffer, so that
+"""Images of an epoch's first window. Each next window is twice as large, up to the buffer, so that
 an epoch begins before a whole buffer is decoded."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """What is held and shuffled at once.
+    """The images that are held and shuffled together.
 
-    start: how many images of the epoch come before it. pieces (n,): of each of its images, in
-    their order, and places (n,): where it lies in its piece.
+    start: how many images of the epoch come before it. pieces (n,): the piece of each image, in
+    order. places (n,): where the image is in its piece.
     """
 
     start: int
@@ -36,7 +36,7 @@ class Window:
 
 
 def windows(sizes: Sequence[int], buffer: int, seed: int, first: int = 0) -> Iterator[Window]:
-    """The windows of one epoch, from the one that holds position ``first`` on.
+    """Yields the windows of one epoch, from the window with position ``first`` on.
 
     sizes: images in each piece. buffer: a window takes shuffled pieces until it holds so many
     images. seed: of the epoch.

@@ -1,5 +1,4 @@
-"""Where images come from: Kuzushiji-MNIST from the cache or the network, the generated set, or the
-user's own files."""
+"""Sources of images: Kuzushiji-MNIST from cache or network, the generated set, the user's files."""
 
 from __future__ import annotations
 
@@ -32,7 +31,7 @@ KMNIST_FILES = dict(
         strict=True,
     )
 )
-"""The official image files and their sha256, which decide whoever serves the files."""
+"""The official image files and their sha256, which decides, whoever serves the files."""
 
 KMNIST_PLACES = (
     "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
@@ -41,19 +40,19 @@ KMNIST_PLACES = (
 """The publisher, and a mirror of the same files."""
 
 PLACE_VARIABLE = "PORTABLE_VQVAE_KMNIST_URL"
-"""The environment variable that names another place, such as a mirror in one's own network."""
+"""The environment variable that names another place, such as a mirror in the user's network."""
 
 CACHE_VARIABLE = "PORTABLE_VQVAE_CACHE"
 """The environment variable that names another folder for downloads and generated images."""
 
 PROBE_SECONDS = 5.0
-"""How long it may take to find that there is no network."""
+"""The longest time for finding that there is no network."""
 
 RETRIES = 2
-"""How often a download that broke off starts again."""
+"""How often an interrupted download starts again."""
 
 LARGEST_SEAL = 1024
-"""The most bytes that the file with a digest may have."""
+"""The most bytes in a file with a digest."""
 
 GLYPHS_TRAIN, GLYPHS_HELD_OUT = 12_000, 2_000
 
@@ -61,7 +60,7 @@ PLAIN = Reading()
 """Pictures read as they are."""
 
 COLOURS = {"white": WHITE, "black": (0, 0, 0)}
-"""Backgrounds that have a name."""
+"""Backgrounds with a name."""
 
 Say = Callable[[str], None]
 
@@ -69,15 +68,16 @@ Say = Callable[[str], None]
 def load_source(
     source: str, say: Say, reading: Reading = PLAIN, streaming: Streaming = AS_USUAL
 ) -> ImageSet | Stream:
-    """The images that ``--data`` names: "auto", "kmnist", "glyphs", or a path.
+    """Loads the images that ``--data`` names: "auto", "kmnist", "glyphs", or a path.
 
     "auto" is KMNIST from the cache, else from the network, else the generated set; ``say`` then
     gets a line that says so.
-    reading: how pictures are read; what it asks for is an error for sources that hold none.
-    streaming: how shards are; what it asks for is an error for sources that memory holds.
 
-    Raises InputError for files that hold no images, and MachineError if KMNIST is wanted and cannot
-    be had.
+    reading: how pictures are read. Its options are errors for sources without pictures.
+    streaming: how shards are read. Its options are errors for sources that fit in memory.
+
+    Raises InputError for files without images, and MachineError if KMNIST is wanted and not
+    available.
     """
     named = source in ("auto", "kmnist", "glyphs")
     if not named and is_stream(Path(source), reading.recursive):
@@ -102,7 +102,7 @@ def load_source(
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """The type of ``--resize``: HxW as (H, W), each at least 1."""
+    """Parses ``--resize``: HxW as (H, W), each at least 1."""
     height, cross, width = text.partition("x")
     if not (cross and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"{text!r} is not like 28x28")
@@ -110,7 +110,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_background(text: str) -> Colour:
-    """The type of ``--background``: #rrggbb, white or black, as red, green and blue."""
+    """Parses ``--background``: #rrggbb, white or black, as red, green and blue."""
     try:
         return COLOURS.get(text) or parse_colour(text.lower())
     except ValueError:
@@ -118,17 +118,17 @@ def parse_background(text: str) -> Colour:
 
 
 def cache_folder() -> Path:
-    """Where downloads and generated images stay between runs."""
+    """Returns the folder that keeps downloads and generated images between runs."""
     import pooch
 
     return Path(os.environ.get(CACHE_VARIABLE) or pooch.os_cache("portable-vqvae"))
 
 
 def load_kmnist(cache: Path, say: Say, places: Sequence[str] | None = None) -> ImageSet:
-    """KMNIST's training and held-out images.
+    """Returns KMNIST's training and held-out images.
 
-    Cached files are hashed again, and fetched anew if their digests do not fit. Raises MachineError
-    that says what each place answered.
+    Hashes cached files again, and fetches them anew if their digests do not fit. Raises
+    MachineError that says what each place answered.
     """
     folder = cache / "kmnist"
     missing = [name for name, digest in KMNIST_FILES.items() if not _holds(folder / name, digest)]
@@ -139,7 +139,7 @@ def load_kmnist(cache: Path, say: Say, places: Sequence[str] | None = None) -> I
 
 
 def load_glyphs(cache: Path) -> ImageSet:
-    """The generated set, drawn once and kept; a kept file that was damaged is drawn again."""
+    """Returns the generated set. Draws it once and keeps it; draws a damaged file again."""
     from vqtrain.data.glyphs import glyphs
 
     path = cache / f"glyphs-{GLYPHS_TRAIN}-{GLYPHS_HELD_OUT}.npz"
@@ -159,13 +159,15 @@ def load_glyphs(cache: Path) -> ImageSet:
 
 
 def _holds(path: Path, digest: str) -> bool:
-    """Whether there is a file of this sha256. Raises InputError for what is no regular file."""
+    """Whether there is a file with this sha256. Raises InputError if it is not a regular file."""
     return path.exists() and hashlib.sha256(read_bytes(path)).hexdigest() == digest
 
 
 def _download(folder: Path, names: Sequence[str], places: Sequence[str], say: Say) -> None:
-    """Fetches ``names`` from the first place that has them. Each file is checked against its sha256
-    before it takes its name. Raises MachineError."""
+    """Fetches ``names`` from the first place that has them. Raises MachineError.
+
+    Checks each file against its sha256 before the file gets its name.
+    """
     import pooch
 
     pooch.get_logger().setLevel("ERROR")
@@ -198,8 +200,10 @@ def _download(folder: Path, names: Sequence[str], places: Sequence[str], say: Sa
 
 
 def _probe(urls: Sequence[str]) -> list[str | None]:
-    """None for each address that answers, else why it does not. All are asked at once, and none is
-    waited for beyond PROBE_SECONDS."""
+    """Returns None for each address that answers, else why it does not.
+
+    Asks all at once, and waits for none longer than PROBE_SECONDS.
+    """
     import requests
 
     found: list[str | None] = ["did not answer"] * len(urls)

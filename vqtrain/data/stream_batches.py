@@ -1,4 +1,4 @@
-"""Batches of images that memory does not hold."""
+"""Batches of images that do not fit in memory."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Say = Callable[[str], None]
 
 
 class StreamBatches(Batches):
-    """``Batches`` of a stream: a pass takes every image, all else the sample of them.
+    """``Batches`` of a stream: a pass takes every image, all else uses the sample.
 
-    say: takes a line on each broken image that is met. In its place comes an image of the sample.
-    part, at_once: as of ``Batches``; images of other parts are not decoded.
+    say: takes a line on each broken image found. An image of the sample replaces it.
+    part, at_once: as in ``Batches``; images of other parts are not decoded.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class StreamBatches(Batches):
         self.broken = Broken(images.streaming.max_broken or 0, images.broken)
 
     def shuffled(self, generator: torch.Generator, skip: int = 0) -> Iterator[Tensor]:
-        """As that of ``Batches``: pieces are shuffled, and images within a buffer of them.
+        """Yields a pass like ``Batches``. Shuffles pieces, then images within a buffer of them.
 
-        Raises InputError if more images are broken than may be, or a shard is damaged.
+        Raises InputError if too many images are broken, or a shard is damaged.
         """
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         size, held = self.part[1] - self.part[0], self.sample[:0]
@@ -59,14 +59,16 @@ class StreamBatches(Batches):
             yield from (self.images[:0].float() for _ in range(skip, len(self)))
 
     def join(self, collected: Collected) -> None:
-        """Counts, and says, the broken images that other ranks met. Raises InputError, on every
-        rank, if together these are more than may be."""
+        """Counts and reports the broken images that other ranks found.
+
+        Raises InputError on every rank if together there are too many.
+        """
         for image in collected(sorted(self.broken.known)):
             if line := self.broken.add(image):
                 self.say(line)
 
     def _windows(self, seed: int, skip: int) -> Iterator[Array]:
-        """This rank's images of the epoch, in order, as many at a time as are shuffled at once."""
+        """Yields this rank's images of the epoch in order, a shuffled window at a time."""
         shares, again = tee(self._shares(seed, skip))
         mean = max(1, self.count // len(self.source.pieces))
         ahead = -(-self.source.buffer // mean)
@@ -101,8 +103,10 @@ class StreamBatches(Batches):
 
 
 class _Share(NamedTuple):
-    """One rank's images of a window: their positions (n,) in the epoch, and the pieces that they
-    lie in, each with their places (m,) among the n."""
+    """Returns one rank's images of a window: positions (n,) in the epoch, and their pieces.
+
+    Each piece comes with the places (m,) of its images among the n.
+    """
 
     positions: Int64
     parts: list[tuple[Piece, Int64]]
@@ -116,7 +120,7 @@ def batches_of(
     part: tuple[int, int] | None = None,
     at_once: int | None = None,
 ) -> Batches:
-    """The batches to train on, of a stream or of images in memory."""
+    """Returns the batches to train on, of a stream or of images in memory."""
     if isinstance(images, StreamSet):
         return StreamBatches(images, batch_size, device, say, part, at_once)
     return Batches(images.train, batch_size, device, part, at_once)

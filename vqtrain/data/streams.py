@@ -1,7 +1,7 @@
-"""Images that memory does not hold: shards of them, decoded by worker processes piece by piece.
+"""Images that do not fit in memory: shards, which worker processes decode piece by piece.
 
-What needs many images at once (the variance of the data, the mean pixel, the start of a codebook,
-what is measured after an epoch) takes a bounded sample that is decoded once and kept.
+Some work needs many images at once: the variance of the data, the mean pixel, the start of a
+codebook, the measures after an epoch. It uses a bounded sample, decoded once and kept.
 docs/streams.md says what that changes.
 """
 
@@ -36,25 +36,26 @@ from vqtrain.data.decoding import Decoder, Piece, decoded, records
 from vqtrain.torchrun import local_world
 
 PIECE = 128
-"""Images of a shard that are read, decoded and shuffled together, where it can be cut."""
+"""Images of a shard that are read, decoded and shuffled together, if it can be cut."""
 
 BUFFER, LARGEST_BUFFER = 8192, 2**27
-"""Images that are shuffled at once, and the most bytes that they have."""
+"""Images that are shuffled together, and the most bytes that they may take."""
 
 SAMPLED, SAMPLED_PIECES = 10_000, 64
-"""Images of a sample, of at least so many pieces; it has at most LARGEST_BUFFER bytes, too."""
+"""Images of a sample, and the fewest pieces that they come from. A sample also has at most
+LARGEST_BUFFER bytes."""
 
 LOOKED_AT = 256
-"""Pictures by which size and channels are decided where no option does."""
+"""Pictures that decide size and channels if no option does."""
 
 MAPPED = 2**30
-"""Bytes of an ``.npy`` beyond which it is a stream."""
+"""An ``.npy`` file of more bytes is a stream."""
 
 MOST_WORKERS = 8
-"""Processes that decode unless an option says how many."""
+"""The most processes that decode, unless an option says how many."""
 
 ENDS = 2**16
-"""Bytes at both ends of a file that its digest is of."""
+"""Bytes at each end of a file that go into its digest."""
 
 _SPLIT = re.compile(r"(?:.*/)?(train|validation|valid|val|dev|test)[-._]")
 _HELD_OUT = ("validation", "valid", "val", "dev", "test")
@@ -64,9 +65,9 @@ _HELD_OUT = ("validation", "valid", "val", "dev", "test")
 class Streaming:
     """How shards are read.
 
-    workers: processes that decode; 0: none but this one, None: one for each core of this rank but
-    one, at most MOST_WORKERS. buffer: images that are shuffled at once, None: BUFFER. max_broken:
-    how many images may be broken before a run stops, None: 0.
+    workers: processes that decode. 0: this process decodes. None: one per core of this rank, less
+    one, at most MOST_WORKERS. buffer: images that are shuffled together; None: BUFFER. max_broken:
+    broken images that are skipped before a run stops; None: 0.
     """
 
     workers: int | None = None
@@ -74,12 +75,12 @@ class Streaming:
     max_broken: int | None = None
 
     def asked(self) -> str | None:
-        """The first option that was given; None if there is none."""
+        """Returns the first option that was given, or None."""
         given = {f"--{each.name}": getattr(self, each.name) for each in dataclasses.fields(self)}
         return next((k.replace("_", "-") for k, value in given.items() if value is not None), None)
 
     def processes(self) -> int:
-        """How many decode for this process, which shares its machine with other ranks."""
+        """Returns how many processes decode for this one; ranks share their machine."""
         if self.workers is not None:
             return self.workers
         usable = getattr(os, "sched_getaffinity", None)
@@ -88,16 +89,16 @@ class Streaming:
 
 
 AS_USUAL = Streaming()
-"""No option was given."""
+"""All options at their defaults."""
 
 
 @dataclass(frozen=True)
 class Stream:
-    """A source of shards before it is known which images are held out.
+    """A source of shards whose held-out images are not chosen yet.
 
-    source: its name. pieces: all its images. own: those that it holds out itself, None if it does
-    not. sha256: of the names, sizes and both ends of its files. reading, streaming: how it is read.
-    said: lines on what was left out.
+    source: its name. pieces: its images, without ``own``. own: the images that it holds out itself,
+    or None. sha256: of the names, sizes and both ends of its files. reading, streaming: how it is
+    read. said: lines on what was left out.
     """
 
     source: str
@@ -111,10 +112,10 @@ class Stream:
 
 @dataclass(frozen=True)
 class StreamSet(ImageSet):
-    """A stream whose held-out images are chosen: ``train`` and ``held_out`` are samples of both.
+    """A stream whose held-out images are chosen; ``train`` and ``held_out`` are samples.
 
-    pieces: the images to train on. decoder: how they are read. broken: the images that the samples
-    lack, with the reasons. buffer: images that are shuffled at once.
+    pieces: the images to train on. decoder: how they are read. broken: images missing from the
+    samples, with the reasons. buffer: images that are shuffled together.
     """
 
     pieces: tuple[Piece, ...] = field(kw_only=True)
@@ -125,13 +126,15 @@ class StreamSet(ImageSet):
 
     @property
     def count(self) -> int:
-        """How many images there are to train on."""
+        """The number of images to train on."""
         return sum(len(piece.rows) for piece in self.pieces)
 
 
 def is_stream(path: Path, recursive: bool = False) -> bool:
-    """Whether the images there are read as they are needed: a parquet file, a tar, a large
-    ``.npy``, or a folder of such files and of no pictures."""
+    """Whether the images at ``path`` are read in pieces, as needed.
+
+    True for a parquet file, a tar, a large ``.npy``, or a folder of such files without pictures.
+    """
     name = path.name.lower()
     if not is_folder(path):
         return name.endswith(tuple(e for e in ARCHIVES if e != ".npy" or _is_large(path)))
@@ -144,7 +147,7 @@ def is_stream(path: Path, recursive: bool = False) -> bool:
 
 
 def _is_large(path: Path) -> bool:
-    """Whether a file is beyond MAPPED; False, too, for a name that the system cannot look up."""
+    """Whether a file is larger than MAPPED; False if the system cannot look up the name."""
     try:
         return path.is_file() and path.stat().st_size > MAPPED
     except OSError:
@@ -152,10 +155,11 @@ def _is_large(path: Path) -> bool:
 
 
 def open_stream(path: Path, reading: Reading, streaming: Streaming) -> Stream:
-    """The shards of a file or a folder; nothing is decoded.
+    """Opens the shards of a file or a folder, without decoding them.
 
-    Raises InputError for files that are damaged or hold no images, and for options that they do not
-    take; UsageError for options without sense; MachineError if pyarrow is not installed.
+    Raises InputError for files that are damaged or hold no images, and for options that do not
+    apply to them; UsageError for options that make no sense; MachineError if pyarrow is not
+    installed.
     """
     if reading.skip_bad:
         raise InputError("--skip-bad is for a folder of pictures; of shards, use --max-broken N")
@@ -178,8 +182,10 @@ def _whole(shards: Sequence[Shard]) -> tuple[Piece, ...]:
 
 
 def _own_split(shards: list[Shard]) -> tuple[list[Shard], list[Shard], tuple[str, ...]]:
-    """The shards to train on and those that are held out, by the names that ``datasets`` gives
-    them ("train-00000-of-00002.parquet"), and what is left out."""
+    """Returns the shards to train on, the held-out shards, and lines on what is left out.
+
+    Goes by the names that ``datasets`` gives shards ("train-00000-of-00002.parquet").
+    """
     parts: dict[str, list[Shard]] = {}
     for shard in shards:
         found = _SPLIT.match(shard.name)
@@ -193,7 +199,7 @@ def _own_split(shards: list[Shard]) -> tuple[list[Shard], list[Shard], tuple[str
 
 
 def _digest(shards: Sequence[Shard]) -> str:
-    """Of the names, numbers of images, sizes and both ends of the files."""
+    """Returns a digest of the files' names, numbers of images, sizes and both ends."""
     digest = hashlib.sha256()
     for path, parts in groupby(shards, key=lambda shard: shard.path):
         some = list(parts)
@@ -207,8 +213,10 @@ def _digest(shards: Sequence[Shard]) -> str:
 
 
 def apart(stream: Stream, fraction: float) -> StreamSet:
-    """The stream with a share of its images held out: those for which the first 8 bytes of the
-    sha256 of "FILE/NUMBER", read as a big-endian integer, are below ``fraction`` of 2**64.
+    """Returns the stream with a share of its images held out.
+
+    Holds an image out if the first 8 bytes of the sha256 of "FILE/NUMBER", read as a big-endian
+    integer, are less than ``fraction`` times 2**64.
 
     Raises what ``settle`` raises.
     """
@@ -220,7 +228,7 @@ def apart(stream: Stream, fraction: float) -> StreamSet:
 
 
 def _chosen(pieces: Sequence[Piece], fraction: float) -> Iterator[NDArray[np.bool_]]:
-    """Which images of each piece the hash chooses; they are numbered within their file."""
+    """Yields which images of each piece the hash chooses. Numbers count within a file."""
     before: Counter[str] = Counter()
     for shard, rows in pieces:
         numbers = range(before[shard.name], before[shard.name] + len(rows))
@@ -238,12 +246,12 @@ def settle(
     held: Iterable[Piece],
     how: dict[str, Any] | None,
 ) -> StreamSet:
-    """The stream with what is held out, its samples decoded.
+    """Returns the stream with ``held`` held out, and decodes its samples.
 
-    how: as ``ImageSet.held_out_as``, but for how many images are held out.
+    how: as ``ImageSet.held_out_as``, without the number of held-out images.
 
-    Raises InputError if more images are broken than may be, or if they are of no one size;
-    MachineError if Pillow is not installed.
+    Raises InputError if too many images are broken, or if their sizes differ; MachineError if
+    Pillow is not installed.
     """
     train = tuple(piece for piece in train if len(piece.rows))
     held = tuple(piece for piece in held if len(piece.rows))
@@ -282,8 +290,11 @@ def settle(
 def _look(
     stream: Stream, pieces: Sequence[Piece]
 ) -> tuple[Decoder, Preprocessing | None, list[str]]:
-    """How the images are decoded, by some of them: their commonest size and dtype; colour if one
-    has any. Raises InputError, MachineError."""
+    """Decides from some images how to decode all.
+
+    Takes the commonest size and dtype, and colour if any has colour. Raises InputError,
+    MachineError.
+    """
     reading, shapes, done, broken = stream.reading, Counter[Any](), list[Done](), list[str]()
     for name, record in (each for piece in _drawn(pieces, LOOKED_AT) for each in records(piece)):
         try:
@@ -314,8 +325,10 @@ def _look(
 
 
 def _drawn(pieces: Sequence[Piece], most: int) -> Iterator[Piece]:
-    """At most ``most`` images of pieces, drawn at random but always the same: about as many of each
-    of SAMPLED_PIECES."""
+    """Yields at most ``most`` images of pieces, drawn at random with a fixed seed.
+
+    Takes about equally many from each of SAMPLED_PIECES.
+    """
     total = sum(len(piece.rows) for piece in pieces)
     each = most if total <= most else -(-most // min(SAMPLED_PIECES, len(pieces)))
     rng = np.random.default_rng(0)
@@ -331,7 +344,7 @@ def _drawn(pieces: Sequence[Piece], most: int) -> Iterator[Piece]:
 def _sample(
     decoder: Decoder, pieces: Sequence[Piece], most: int, workers: int
 ) -> tuple[Array, list[str]]:
-    """At most ``most`` images of pieces in a random order, and which were broken."""
+    """Returns at most ``most`` images of pieces in random order, and which were broken."""
     drawn = list(_drawn(pieces, most))
     images = np.empty((sum(len(piece.rows) for piece in drawn), *decoder.shape), decoder.dtype)
     places = np.random.default_rng(1).permutation(len(images))
@@ -348,16 +361,16 @@ def _sample(
 class Broken:
     """Counts broken images.
 
-    most: how many there may be. known: those that were counted before.
+    most: how many are allowed. known: those that were counted before.
     """
 
     def __init__(self, most: int, known: Iterable[str] = ()) -> None:
         self.most, self.known = most, set(known)
 
     def add(self, image: str) -> str | None:
-        """A line on a broken image, "NAME: REASON"; None if it is known.
+        """Returns a line on a broken image, "NAME: REASON"; None if it is known.
 
-        Raises InputError if there are more than may be.
+        Raises InputError if there are more than allowed.
         """
         if image in self.known:
             return None

@@ -1,6 +1,6 @@
-"""Whether a snapshot is one of this run: every entry is there, of the right shape and type.
+"""Checks that a snapshot fits this run: every entry is there, with the right shape and type.
 
-A seal shows that a snapshot is as it was written, not by whom.
+The digest shows only that a snapshot is as written, not who wrote it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from vqref.spec import NETWORKS, ModelSpec
 from vqtrain.run.metrics import MEASURED, Fidelity, Metrics
 
 DEVICES_OWN = ("lr", "fused", "capturable", "foreach")
-"""What a group of the optimizer says that differs from device to device. It is not taken over."""
+"""Entries of an optimizer's group that depend on the device. They are not taken over."""
 
 
 def require_course(state: Mapping[str, Any]) -> None:
-    """Raises InputError unless a snapshot says of which run it is, and whether that is finished."""
+    """Raises InputError unless a snapshot names its run, and says whether that is finished."""
     require_like("course", state.get("course"), {}, known=False)
     require_plain("course", state["course"])
     require_like("finished", state.get("finished"), False)
 
 
 def require_fitting(state: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Raises InputError that names the first entry of a snapshot which a run of ``spec`` does not
-    have, or has otherwise."""
+    """Raises InputError that names the first entry of a snapshot that does not fit ``spec``."""
     entries = {name: value for name, value in state.items() if name not in ("course", "history")}
     expected = _expected(spec)
     if entries.get("epoch") == entries.get("step") == 0:
@@ -48,7 +47,7 @@ def require_fitting(state: Mapping[str, Any], spec: ModelSpec) -> None:
 
 
 def _expected(spec: ModelSpec) -> dict[str, Any]:
-    """Entries like those of a snapshot of ``spec``: tensors without values, zeros."""
+    """Returns entries like those of a snapshot of ``spec``: tensors without values, zeros."""
     learned = [p.shape for p in spec.parameters if p.name.split(".")[0] in NETWORKS]
     moments = {
         i: {"step": _tensor(()), "exp_avg": _tensor(shape), "exp_avg_sq": _tensor(shape)}
@@ -119,7 +118,7 @@ def _require_tensor(name: str, found: Any, expected: Tensor) -> None:
 
 
 def _require_generator(name: str, state: Tensor) -> None:
-    """Raises InputError for bytes that are no state of a generator."""
+    """Raises InputError for bytes that are not the state of a generator."""
     try:
         torch.Generator().set_state(state.cpu())
     except RuntimeError:
@@ -127,7 +126,7 @@ def _require_generator(name: str, state: Tensor) -> None:
 
 
 def _require_counts(state: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Raises InputError for counts that no run has, or that do not fit one another."""
+    """Raises InputError for impossible counts, and for counts that contradict each other."""
     meter = state["meter"]
     steps, count, hits = state["step"], meter["count"], meter["hits"]
     for name, value in (("epoch", state["epoch"]), ("step", steps), ("meter.count", count)):
@@ -147,7 +146,7 @@ def _require_counts(state: Mapping[str, Any], spec: ModelSpec) -> None:
 
 
 def _require_history(history: Any, epochs: int, spec: ModelSpec) -> None:
-    """Raises InputError unless there is a line for each epoch with every measure."""
+    """Raises InputError unless each epoch has a line with every measure."""
     if type(history) is not list:
         raise _misfit("history", type(history).__name__, "list")
     if len(history) != epochs:

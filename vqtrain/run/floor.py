@@ -1,9 +1,9 @@
-"""Clustering floors: what as many codes as the model's could do without a network.
+"""Clustering floors: what as many codes as the model's can do without a network.
 
 For one latent, a decoder is a table of num_codes pictures. The best table is the best mixture of so
-many Bernoulli prototypes with hard assignments and a uniform prior, which k-means under the
-Bernoulli log-likelihood comes near. For a grid of latents, k-means on patches spends as many tokens
-per image, each on the patch under it: what a network is better by, it has learned.
+many Bernoulli prototypes with hard assignments and a uniform prior. K-means under the Bernoulli
+log-likelihood comes close to it. For a grid of latents, k-means on patches uses as many tokens per
+image, each for the patch under it. What a network gains over that, it has learned.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ SMOOTHING = 0.5
 """Pseudo-images of the mean picture in each cluster, so that no pixel of a prototype is certain."""
 
 RESTARTS = 4
-"""How many fits the clustering floor is the best of."""
+"""The clustering floor is the best of so many fits."""
 
 MOST_VECTORS, LEAST_VECTORS, PASS_WORK = 100_000, 20_000, 4 * 10**9
-"""Of more vectors a sample is clustered and measured: one over which a pass takes so many
+"""If there are more vectors, a sample is clustered and measured. A pass over it takes so many
 multiplications, within these limits."""
 
 LEAST_PER_CODE = 2
-"""How many vectors per code a sample that is clustered has at least."""
+"""The fewest vectors per code in a sample that is clustered."""
 
 MOST_PASSES, LEAST_PASSES, FIT_WORK = 60, 3, 3 * 10**11
-"""Passes of a fit: as many as take so many multiplications, within these limits."""
+"""A fit has as many passes as take so many multiplications, within these limits."""
 
 SETTLED = 1e-4
-"""The share by which a pass must lower the cost for another to follow."""
+"""Another pass follows only if a pass lowers the cost by this share."""
 
 BLOCK = 2**22
 """Costs held at once, 16 MiB."""
@@ -45,7 +45,7 @@ BLOCK = 2**22
 
 @dataclass(frozen=True)
 class Cost:
-    """What it costs to send a vector x by a prototype: own(x) + offset - slope.x.
+    """The cost of sending a vector x by a prototype: own(x) + offset - slope.x.
 
     linear: prototypes (K, D) -> slopes (K, D) and offsets (K,). own: x (n, D) -> (n,).
     smoothing: how many copies of the mean of all vectors each cluster holds besides its own.
@@ -59,10 +59,10 @@ class Cost:
 def clustering_floor(
     train: Float32, held_out: Float32, num_codes: int, rng: np.random.Generator
 ) -> float:
-    """The bound in nats per image, reconstruction + ln num_codes, on ``held_out`` of prototypes
-    that were fitted to ``train``, at least num_codes images: the best of RESTARTS fits.
+    """Returns the bound on ``held_out``, in nats per image, of prototypes fitted to ``train``.
 
-    Both are (N, ...) in [0, 1], grey levels as probabilities of white.
+    The bound is reconstruction + ln num_codes, the best of RESTARTS fits. Both sets are (N, ...) in
+    [0, 1], with grey levels as probabilities of white; ``train`` has at least num_codes images.
     """
     x, y = train.reshape(len(train), -1), held_out.reshape(len(held_out), -1)
     x = x[_sample(len(x), num_codes, x.shape[1], LEAST_PER_CODE * num_codes, rng)]
@@ -75,11 +75,11 @@ def clustering_floor(
 def patch_floor(
     spec: ModelSpec, train: Array, measured: Array, rng: np.random.Generator
 ) -> float | None:
-    """The mean squared error, on patches of the images ``measured``, of num_codes patches that were
-    fitted to ``train`` by k-means: values in [0, 1], patches of the size that a token covers.
+    """Returns the mean squared error on ``measured`` of num_codes patches fitted to ``train``.
 
-    Both are (N, C, H, W), uint8 or in [0, 1]. None unless ``patch_grid`` has one, and if there are
-    fewer patches than codes.
+    K-means fits the patches, each of the size that a token covers; errors are of values in [0, 1].
+    Both sets are (N, C, H, W), uint8 or in [0, 1]. Returns None if ``patch_grid`` returns None, or
+    if there are fewer patches than codes.
     """
     grid = patch_grid(spec)
     if grid is None or len(train) * grid[0] * grid[1] < spec.num_codes:
@@ -92,8 +92,11 @@ def patch_floor(
 
 
 def patch_grid(spec: ModelSpec) -> tuple[int, int] | None:
-    """The rows and columns of patches of which each has one token of its own; None for latents that
-    have no place, for several at a place, and for patches that would not be whole."""
+    """Returns the rows and columns of patches that have one token each.
+
+    Returns None if latents have no place, if a place has several latents, or if patches would not
+    be whole.
+    """
     grid = (1, 1) if spec.latent_size == 1 else spec.latent_shape[:2]
     _, height, width = spec.image_shape
     if len(grid) < 2 or grid[0] * grid[1] != spec.latent_size:
@@ -104,8 +107,10 @@ def patch_grid(spec: ModelSpec) -> tuple[int, int] | None:
 def _patches(
     images: Array, grid: tuple[int, int], k: int, least: int, rng: np.random.Generator
 ) -> Float32:
-    """Patches (n, C*height*width) of images (N, C, H, W), a sample of at least ``least`` if they
-    are too many for k codes."""
+    """Returns patches (n, C*height*width) of images (N, C, H, W).
+
+    If they are too many for k codes, returns a sample of at least ``least``.
+    """
     count, channels, height, width = images.shape
     rows, columns = grid
     tall, wide = height // rows, width // columns
@@ -118,15 +123,15 @@ def _patches(
 def _sample(
     count: int, k: int, size: int, least: int, rng: np.random.Generator
 ) -> npt.NDArray[np.intp]:
-    """Which of ``count`` vectors of ``size`` elements to compare to k codes."""
+    """Returns which of ``count`` vectors of ``size`` elements to compare with k codes."""
     most = max(least, LEAST_VECTORS, min(MOST_VECTORS, PASS_WORK // (k * size)))
     return np.arange(count) if count <= most else rng.choice(count, most, replace=False)
 
 
 def _fit(x: Float32, k: int, cost: Cost, rng: np.random.Generator) -> tuple[Float32, float]:
-    """Prototypes (K, D) of x (n, D) by Lloyd's alternation, and their mean cost on x.
+    """Fits prototypes (K, D) to x (n, D) by Lloyd's algorithm; returns them and their mean cost.
 
-    Clusters that are left empty restart at vectors drawn by their cost, as k-means++ draws its own.
+    Empty clusters restart at vectors drawn by their cost, as in k-means++.
     """
     from scipy.sparse import csr_array
 
@@ -155,7 +160,7 @@ def _fit(x: Float32, k: int, cost: Cost, rng: np.random.Generator) -> tuple[Floa
 
 
 def _nearest(x: Float32, prototypes: Float32, cost: Cost) -> tuple[npt.NDArray[np.intp], Float32]:
-    """For each of x (n, D) the prototype (K, D) of the least cost, and that cost."""
+    """Returns for each of x (n, D) the prototype (K, D) with the least cost, and that cost."""
     nearest, served = np.empty(len(x), np.intp), cost.own(x)
     slopes, offsets = cost.linear(prototypes)
     step = max(1, BLOCK // len(prototypes))

@@ -1,5 +1,4 @@
-"""A run is a folder: options, metrics, pictures, snapshots and model, and a lock, so that no two
-processes share it."""
+"""The folder of a run: options, metrics, pictures, snapshots and model, locked for one process."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ Require = Callable[[State], None]
 Option = str | bool | int | float
 
 LARGEST_OPTIONS = 2**14
-"""The most bytes that a file of options may have."""
+"""The most bytes in a file of options."""
 
 
 class RunFolder:
@@ -47,12 +46,13 @@ class RunFolder:
     metrics.jsonl  a line per epoch
     use.jsonl      a line per epoch: how often codes were chosen
     pictures/      PNGs of every epoch
-    report.html    all of that to look at, see ``vqtrain.run.webreport``
+    report.html    a page that shows all of this, see ``vqtrain.run.webreport``
     snapshots/     the last two states
     model.pt       the model after the last full epoch
 
-    held: whether this process is the one that works in it; else it only knows its name.
-    Raises MachineError if another process holds it or it cannot be made.
+    held: whether this process works in the folder; else it only knows the name.
+
+    Raises MachineError if another process holds the folder, or if it cannot be made.
     """
 
     def __init__(self, path: Path, *, held: bool = True) -> None:
@@ -72,7 +72,7 @@ class RunFolder:
             raise MachineError(f"{path}: cannot be written: {error.strerror}") from None
 
     def release(self) -> None:
-        """Lets another process in."""
+        """Releases the folder to other processes."""
         self._lock.release()
 
     @property
@@ -80,7 +80,7 @@ class RunFolder:
         return self.path / SNAPSHOTS
 
     def picture(self, epoch: int, what: str) -> Path:
-        """Where a picture of an epoch goes."""
+        """Returns the path of a picture of an epoch."""
         return self.path / PICTURES / f"epoch-{epoch:03d}-{what}.png"
 
     def write_options(self, options: Mapping[str, Mapping[str, Any]]) -> None:
@@ -91,14 +91,12 @@ class RunFolder:
         write_file(self.path / OPTIONS, text.encode(errors="surrogateescape"))  # paths are bytes
 
     def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Writes all epochs so far, a JSON object per line; all of them, so that a resumed run
-        repeats none."""
+        """Writes all epochs so far, a JSON object per line, so that a resumed run repeats none."""
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write_file(self.path / METRICS, lines.encode())
 
     def settings(self) -> dict[str, Any]:
-        """The tables that ``write_options`` wrote; none if there are none. Raises OSError,
-        ValueError."""
+        """Returns the tables that ``write_options`` wrote, or {}. Raises OSError, ValueError."""
         import tomllib
 
         path = self.path / OPTIONS
@@ -107,7 +105,7 @@ class RunFolder:
         return tomllib.loads(path.read_bytes().decode(errors="surrogateescape"))
 
     def write_use(self, epoch: int, use: Mapping[str, Any]) -> None:
-        """Adds the use of codes of an epoch, plain data, to that of the epochs before."""
+        """Adds an epoch's use of codes, plain data, to that of earlier epochs."""
         kept = {number: line for number, line in self.read_use().items() if number < epoch}
         lines = "".join(
             json.dumps(line) + "\n" for line in (*kept.values(), {"epoch": epoch, **use})
@@ -115,7 +113,7 @@ class RunFolder:
         write_file(self.path / USE, lines.encode())
 
     def read_use(self) -> dict[int, dict[str, Any]]:
-        """What ``write_use`` wrote, by epoch; lines that are damaged are passed over."""
+        """Returns what ``write_use`` wrote, by epoch. Skips damaged lines."""
         found = {}
         path = self.path / USE
         for line in path.read_bytes().splitlines() if path.exists() else ():
@@ -126,7 +124,7 @@ class RunFolder:
 
 
 def read_options(path: Path) -> dict[str, Option]:
-    """The options of a TOML file, its tables flattened: text, truth values and finite numbers.
+    """Returns the options of a TOML file, without its tables: text, booleans and finite numbers.
 
     Raises InputError.
     """
@@ -146,7 +144,7 @@ def read_options(path: Path) -> dict[str, Option]:
 
 
 def _option(name: str, value: Any) -> Option:
-    """The value itself. Raises InputError unless it is one that an option can have."""
+    """Returns the value. Raises InputError unless an option can have it."""
     if not isinstance(value, Option):
         raise InputError(f"{plain(name)} is a {type(value).__name__}, expected text or a number")
     if isinstance(value, float) and not math.isfinite(value):
@@ -159,11 +157,11 @@ def _option(name: str, value: Any) -> Option:
 def latest_state(
     run: Path, require: Require = require_course
 ) -> tuple[State, Path, list[str]] | None:
-    """The newest sound snapshot of a run, where it is, and why newer ones were skipped; None if the
-    run has none.
+    """Returns a run's newest sound snapshot, its path, and why newer ones were skipped.
 
-    require: raises InputError for a state that is not sound. Raises InputError if there are
-    snapshots and none is sound.
+    Returns None if the run has no snapshots. Raises InputError if it has some and none is sound.
+
+    require: raises InputError for a state that is not sound.
     """
     complaints: list[str] = []
     for path in list_states(run / SNAPSHOTS):
@@ -188,14 +186,14 @@ def open_run(
     say: Say,
     fits: Require,
 ) -> tuple[RunFolder, State | None]:
-    """The run's folder, held, and the state to go on from, if any.
+    """Opens and locks the run's folder; returns it and the state to continue from, if any.
 
-    runs: the folder of all runs. name: this one's; None takes ``default_name``, numbered so that it
-    is new, or the last of that name if it can go on. resume: "auto", "never", or the path of a
-    snapshot or a run. fits: raises InputError for a snapshot of the same course that does not fit
-    it; that is skipped, as a damaged one is.
+    runs: the folder of all runs. name: this run's. None takes the last run named ``default_name``
+    if it can continue, else that name with a new number. resume: "auto", "never", or the path of a
+    snapshot or a run. fits: raises InputError for a snapshot of the same course that does not fit.
+    Such a snapshot is skipped, like a damaged one.
 
-    Raises UsageError if a snapshot was made in another course, InputError if a run cannot go on,
+    Raises UsageError if a snapshot belongs to another course, InputError if a run cannot continue,
     and MachineError if another process holds its folder.
     """
 
@@ -225,7 +223,7 @@ def open_run(
 
 
 def _resume_from(path: Path, course: Course, require: Require, say: Say) -> tuple[RunFolder, State]:
-    """An explicit snapshot, or the last one of an explicit run: it is this one or an error."""
+    """Loads the given snapshot, or the last one of the given run, or raises an error."""
     if path.is_dir():
         states = list_states(path / SNAPSHOTS)
         if not states:
@@ -244,9 +242,9 @@ def _resume_from(path: Path, course: Course, require: Require, say: Say) -> tupl
 def _go_on(
     folder: RunFolder, course: Course, require: Require, say: Say, *, named: bool
 ) -> State | None:
-    """The state of a run that is not finished and has the same course; None to begin.
+    """Returns the state of an unfinished run of the same course; None to begin a new one.
 
-    A named run is held to its course.
+    A named run must have the same course and be unfinished.
     """
     found = latest_state(folder.path, require)
     if found is None:
@@ -265,7 +263,7 @@ def _go_on(
 
 
 def _numbered(runs: Path, name: str) -> list[Path]:
-    """NAME, NAME-2, NAME-3, … as far as they exist."""
+    """Returns NAME, NAME-2, NAME-3, … while they exist."""
     found: list[Path] = []
     while (path := runs / (f"{name}-{len(found) + 1}" if found else name)).exists():
         found.append(path)

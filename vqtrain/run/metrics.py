@@ -1,4 +1,4 @@
-"""What is measured: over an epoch as it is trained, and over a whole set of images."""
+"""Measures a model, over an epoch of training and over a whole set of images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vqtrain.options import TrainingOptions
 from vqtrain.run.ranks import ALONE, Ranks
 
 MEASURED = {"held_out": "held out", "training_sample": "sample of training"}
-"""The sets that are measured after an epoch, and what they are called."""
+"""The sets that are measured after an epoch, and their names in the report."""
 
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5
 SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
@@ -30,20 +30,21 @@ SSIM_C1, SSIM_C2 = 0.01**2, 0.03**2
 values of range L = 1."""
 
 AT_ONCE = 2**20
-"""Values worked on at once: SSIM takes about a dozen float64 arrays of that size."""
+"""Values processed at once. SSIM needs about a dozen float64 arrays of this size."""
 
 LEAST_ERROR = 1e-10
-"""Mean squared errors below this count as this, 100 dB: a single image that is reproduced exactly,
-perhaps a white one, would make the mean PSNR infinite."""
+"""Smaller mean squared errors count as this one, 100 dB. Otherwise a single exact reconstruction,
+perhaps of a white image, would make the mean PSNR infinite."""
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How near reconstructions come to the images, values in [0, 1].
+    """How close reconstructions are to the images, whose values are in [0, 1].
 
-    nmse: the mean squared error over the variance of the data.
-    psnr: of the mean squared error of the whole set, in dB. mean_psnr: the mean of the images' own.
-    ssim: structural similarity (Wang et al. 2004), per channel, its mean over images.
+    nmse: the mean squared error divided by the variance of the data.
+    psnr: PSNR of the mean squared error of the whole set, in dB. mean_psnr: the mean of the PSNRs
+    of single images.
+    ssim: structural similarity (Wang et al. 2004), per channel, averaged over images.
     """
 
     nmse: float
@@ -57,9 +58,9 @@ class Metrics:
     """Means over images, in nats per image (commitment: a mean of squares), and the use of codes.
 
     hits: how often each code was chosen, (K,) int64.
-    fidelity: None for an epoch, which only training steps saw.
-    pixel_entropy: the reconstruction loss of a perfect copy, of a set that a Bernoulli model was
-    measured on; None for an epoch and for other likelihoods.
+    fidelity: None for an epoch, which is measured by its training steps only.
+    pixel_entropy: the reconstruction loss of a perfect copy of the set, for a Bernoulli model. None
+    for an epoch and for other likelihoods.
     """
 
     reconstruction: float
@@ -77,17 +78,17 @@ class Metrics:
 
     @property
     def perplexity(self) -> float:
-        """exp of the entropy of the indices' frequencies, from 1 to num_codes."""
+        """The exponential of the entropy of the indices' frequencies, from 1 to num_codes."""
         shares = self.hits[self.hits > 0] / self.hits.sum()
         return float(np.exp(-(shares * np.log(shares)).sum()))
 
     @property
     def codes_used(self) -> int:
-        """How many codes were chosen at all."""
+        """How many codes were chosen at least once."""
         return int((self.hits > 0).sum())
 
     def to_dict(self, spec: ModelSpec) -> dict[str, float]:
-        """Every measure by its name; ``bits_per_dimension`` is the bound per pixel and channel."""
+        """Returns measures by name; ``bits_per_dimension`` is the bound per pixel and channel."""
         names = ("reconstruction", "commitment", "prior", "total", "bound")
         least = {} if self.pixel_entropy is None else {"pixel_entropy": self.pixel_entropy}
         return {
@@ -101,7 +102,7 @@ class Metrics:
 
 
 class Meter:
-    """Adds up batches on the device. Adding does not wait for the device; reading does."""
+    """Sums batches on the device. Adding does not wait for the device; reading does."""
 
     def __init__(self, spec: ModelSpec, device: torch.device) -> None:
         self.count = 0
@@ -116,20 +117,20 @@ class Meter:
         self.hits.index_add_(0, index, torch.ones_like(index))
 
     def join(self, ranks: Ranks) -> None:
-        """Adds up what the ranks counted, each for itself: each then has all."""
+        """Adds up the counts of all ranks; each rank then has the sums."""
         count = torch.tensor([self.count], device=self.hits.device)
         ranks.add_up([self.sums])
         ranks.add_up([self.hits, count])
         self.count = int(count)
 
     def clear(self) -> None:
-        """Begins anew."""
+        """Starts again from zero."""
         self.count = 0
         self.sums.zero_()
         self.hits.zero_()
 
     def state(self) -> dict[str, Any]:
-        """What ``load`` needs to go on counting."""
+        """Returns what ``load`` needs to continue counting."""
         return {"count": self.count, "sums": self.sums, "hits": self.hits}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -138,14 +139,14 @@ class Meter:
         self.hits.copy_(state["hits"])
 
     def read(self, fidelity: Fidelity | None = None, pixel_entropy: float | None = None) -> Metrics:
-        """The means over the images added so far, at least one."""
+        """Returns the means over the images added so far, at least one."""
         reconstruction, commitment, prior, total = (self.sums / self.count).tolist()
         hits = self.hits.cpu().numpy().copy()
         return Metrics(reconstruction, commitment, prior, total, hits, fidelity, pixel_entropy)
 
 
 def _ignore(count: int) -> None:
-    """Takes no notice of how far a measurement is."""
+    """Ignores the progress of a measurement."""
 
 
 @torch.no_grad()
@@ -157,11 +158,11 @@ def evaluate(
     measured: Callable[[int], None] = _ignore,
     ranks: Ranks = ALONE,
 ) -> Metrics:
-    """Measures every image of ``batches``, of several ranks each its own, without a step;
-    everything is added up in float64.
+    """Measures a model on every image of ``batches``, without training it; sums are float64.
 
-    variance: of the data, by which ``nmse`` divides. measured: takes after each batch how many
-    images are done. Memory does not grow with the number of images.
+    variance: the variance of the data, by which ``nmse`` divides. measured: gets the number of
+    images done after each batch. ranks: each measures its own images, and all get the same result.
+    Memory does not grow with the number of images.
     """
     spec, codebook = model.spec, model.quantizer.codebook
     meter = Meter(spec, codebook.device)
@@ -193,8 +194,10 @@ def evaluate(
 
 
 def least_reconstruction(spec: ModelSpec, batches: Batches, ranks: Ranks = ALONE) -> float | None:
-    """The reconstruction loss of a perfect copy of ``batches``, of all ranks at least one image, if
-    the likelihood has one that no outputs go below: a Bernoulli's is the entropy of the pixels."""
+    """Returns the least possible reconstruction loss of ``batches``; None if there is no least.
+
+    Bernoulli has one, the entropy of the pixels. All ranks together have at least one image.
+    """
     if spec.likelihood != "bernoulli":
         return None
     total = batches.images.new_zeros((), dtype=torch.float64)
@@ -207,27 +210,30 @@ def least_reconstruction(spec: ModelSpec, batches: Batches, ranks: Ranks = ALONE
 
 
 def pixel_entropy(images: Tensor) -> Tensor:
-    """Nats (N,) of images (N, C, H, W) in [0, 1]: the sum over pixels of -x ln x - (1-x) ln (1-x),
-    a Bernoulli's loss where each pixel's probability is its grey level x."""
+    """Returns the Bernoulli loss (N,) in nats of perfect copies of images (N, C, H, W) in [0, 1].
+
+    Each pixel's probability is its grey level x. The loss is the sum over pixels of
+    -x ln x - (1-x) ln (1-x).
+    """
     entropies: Tensor = torch.special.entr(images) + torch.special.entr(1 - images)
     return entropies.sum(dim=(1, 2, 3))
 
 
 def picture_errors(error: float, variance: float) -> tuple[float, float]:
-    """NMSE and PSNR of a mean squared error of values in [0, 1] of that variance."""
+    """Returns NMSE and PSNR for a mean squared error of values in [0, 1] with this variance."""
     return error / max(variance, LEAST_ERROR), -10 * math.log10(max(error, LEAST_ERROR))
 
 
 def decibels(errors: Tensor) -> Tensor:
-    """PSNR of mean squared errors of values whose peak is 1."""
+    """Returns the PSNR of mean squared errors of values whose peak is 1."""
     return -10 * errors.clamp(min=LEAST_ERROR).log10()
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """SSIM (N,) of pairs of float64 images (N, C, H, W) in [0, 1]: the mean over channels and over
-    the places where the whole window fits (Wang et al. 2004, equation 13).
+    """Returns SSIM (N,) of pairs of float64 images (N, C, H, W) in [0, 1].
 
-    The window is never wider or higher than the image.
+    This is the mean over channels and over all places where the whole window fits (Wang et al.
+    2004, equation 13). The window is never wider or higher than the image.
     """
     step = max(1, AT_ONCE // images[0].numel())
     pairs = zip(images.split(step), others.split(step), strict=True)
@@ -249,8 +255,10 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _windows(size: int) -> Tensor:
-    """The Gaussian window at each place of ``size`` pixels where it fits, (places, size): the local
-    means of a column of pixels by a matrix product."""
+    """Returns the Gaussian window at each place in ``size`` pixels where it fits, (places, size).
+
+    A matrix product with it gives the local means of a column of pixels.
+    """
     width = min(SSIM_WINDOW, size)
     offsets = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
     window = torch.exp(-(offsets**2) / (2 * SSIM_SIGMA**2))
@@ -258,7 +266,7 @@ def _windows(size: int) -> Tensor:
 
 
 def variance_of(images: Array) -> float:
-    """The variance of the values of uint8 images (as grey levels in [0, 1]) or floating ones."""
+    """Returns the variance of uint8 images (as grey levels in [0, 1]) or floating images."""
     values = images.reshape(-1)
     unit = 255 if images.dtype == np.uint8 else 1
     sums = np.zeros(2)

@@ -1,4 +1,4 @@
-"""What a run says and shows of itself: lines, pictures, event files. Nothing here changes a run."""
+"""Reports a run by lines, pictures and event files. Nothing here changes the run."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ SHOWN_IMAGES, SHOWN_SAMPLES, SHOWN_CODES = 32, 64, 1024
 """The most images of each kind that a picture shows."""
 
 SHOWN_VALUES = 2**22
-"""The most values of the images that a picture shows: large images are shown in smaller numbers."""
+"""The most values of images in a picture, so that it shows fewer images if they are large."""
 
 COLUMNS = {"held_out": "held out", "training_sample": "sample"}
-"""What the measured images are called in a report: images of their own, or some of training's."""
+"""Names of the measured images in a report: separate images, or some training images."""
 
 Line = Mapping[str, Any]
 """An epoch of ``metrics.jsonl``."""
 
 
 def say(line: str) -> None:
-    """Prints a line at once, so that a log that is followed, or whose process is killed, has it."""
+    """Prints a line at once, so that a log has it even if the process is killed."""
     print(line, flush=True)
 
 
 def kind_of_set(line: Line) -> str:
-    """What the measured images of an epoch are: "held_out", or "training_sample"."""
+    """Returns what an epoch's measured images are: "held_out" or "training_sample"."""
     return "held_out" if "held_out" in line else "training_sample"
 
 
 @dataclass(frozen=True)
 class Standing:
-    """How a run stands.
+    """The state of a run, for its report.
 
-    verdict: in a sentence. good: True for one that is finished, False for one that failed.
-    output: where the model of a finished run went, if a copy was wanted. ranks: that train.
-    origin: data and machine, tables by their captions. disagreement: the check that ended it.
+    verdict: a sentence. good: True if the run is finished, False if it failed.
+    output: where the copy of a finished run's model is, or None. ranks: how many train.
+    origin: data and machine, tables by captions. disagreement: the check that ended the run.
     """
 
     verdict: str
@@ -65,10 +65,10 @@ class Standing:
 
 
 class Narrator:
-    """Tells how a run goes.
+    """Reports the progress of a run.
 
-    say: takes each line. folder: the run's, for pictures. writer: a TensorBoard SummaryWriter, or
-    None. seed: of the codes that pictures of samples are drawn with.
+    say: takes each line. folder: the run's folder, for pictures. writer: a TensorBoard
+    SummaryWriter, or None. seed: of the codes in pictures of samples.
     """
 
     def __init__(
@@ -78,17 +78,17 @@ class Narrator:
         self.shown_images = self._at_most(SHOWN_IMAGES)
 
     def agrees(self, report: Report, count: int, when: str) -> None:
-        """Says that a check against the oracle on ``count`` images passed, and by how much."""
+        """Reports that a check against the oracle on ``count`` images passed, and by how much."""
         worst = f"{report.worst_error_over_allowed:.0%} of allowed"
         self.say(f"oracle: agrees on {count} images, {when} (worst error {worst})")
 
     def least(self, measured_as: str, nats: float, prior: float) -> None:
-        """Says what no reconstruction of the measured images can score less than."""
+        """Reports the lowest possible score of a reconstruction of the measured images."""
         perfect = f"{nats:.1f} nats + {prior:.1f} of prior"
         self.say(f"{COLUMNS[measured_as]}: a perfect reconstruction would score {perfect}")
 
     def proved(self, line: Line) -> None:
-        """Says which share of an epoch's measured tokens is proved in advance, if it was asked."""
+        """Reports the share of an epoch's measured tokens proved in advance, if it is known."""
         found = line[kind_of_set(line)]
         if "proved" in found:
             self.say(
@@ -97,14 +97,14 @@ class Narrator:
             )
 
     def heading(self, measured_as: str) -> None:
-        """Says what the columns of ``epoch`` are."""
+        """Prints the heading of the columns of ``epoch``."""
         self.say(
             f"epoch     bound{COLUMNS[measured_as]:>10}  PSNR  commitment  perplexity  codes"
             "  images/s  oracle"
         )
 
     def epoch(self, line: Line) -> None:
-        """Says an epoch in one line, and writes it to the event files."""
+        """Reports an epoch in one line, and in the event files."""
         measured = line[kind_of_set(line)]
         bounds = f"{_nats(line['bound']):>10}{_nats(measured['bound']):>10}"
         self.say(
@@ -143,7 +143,7 @@ class Narrator:
         self.folder.write_use(epoch, pictures.use_of_codes(hits))
 
     def _draw_codes(self, model: VQVAE, hits: Int64, epoch: int) -> None:
-        """Draws samples of the uniform prior, and each code at all places, the most used first."""
+        """Draws samples of the uniform prior, and each code at all places, most used first."""
         size, count = self.spec.latent_size, self._at_most(SHOWN_SAMPLES)
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randint(self.spec.num_codes, (count, size), generator=generator)
@@ -153,7 +153,7 @@ class Narrator:
         save_square(self.folder.picture(epoch, "codebook"), self._decoded(model, codes))
 
     def report(self, history: Sequence[Line], standing: Standing) -> None:
-        """Writes ``report.html``: the epochs so far, at least one, and how the run stands."""
+        """Writes ``report.html``: the epochs so far, at least one, and the state of the run."""
         measured_as = kind_of_set(history[-1])
         checked = [line for line in history if "oracle" in line][-1:]
         oracle = checked[0]["oracle"] if checked else None
@@ -174,7 +174,7 @@ class Narrator:
         write_report(self.folder, story, self.say)
 
     def _following(self, standing: Standing) -> dict[str, str]:
-        """What to run next."""
+        """Returns what to run next."""
         run, model = self.folder.path, standing.output or self.folder.path / MODEL
         if standing.good:
             bundle = model.parent / f"{model.stem}-onnx"
@@ -200,7 +200,7 @@ class Narrator:
         }
 
     def _decoded(self, model: VQVAE, indices: Tensor) -> Array:
-        """Reconstructions (N, C, H, W) of indices (N, S), a few at a time."""
+        """Returns reconstructions (N, C, H, W) of indices (N, S), decoded a few at a time."""
         codebook = model.quantizer.codebook
         parts = [
             mean(self.spec, model.decoder(codebook[part.to(codebook.device)])).cpu().numpy()

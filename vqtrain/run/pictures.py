@@ -1,5 +1,5 @@
-"""Pictures of a run, beside the sheets of ``vqref.host.sheets``: maps of tokens, and the use of the
-codes as figures to draw."""
+"""Pictures of a run besides the sheets of ``vqref.host.sheets``: maps of tokens, and the use of
+codes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vqref.spec import ModelSpec
 from vqref.validation import Array, Float64, Int64
 
 MOST_RANKS = 200
-"""The most codes whose share of the tokens is kept: of more, every so many of the rarer ones."""
+"""The most codes whose share of tokens is kept. If there are more, some rarer ones are left out."""
 
 
 def save_tokens(
@@ -24,11 +24,13 @@ def save_tokens(
     indices: Int64,
     colours: Float64,
 ) -> None:
-    """Draws images (N, C, H, W), beneath them their reconstructions, and beneath those their
-    indices (N, S) as maps: a cell per token in the colour of its code, g maps for a depth of g.
+    """Draws images (N, C, H, W), their reconstructions, and maps of their indices (N, S).
 
-    path: of the PNG, written whole or not at all. spec: one whose latent_shape is (h, w) or
-    (h, w, g). colours: (K, 3), of ``vqref.host.colours``.
+    Each row is below the one before. A map has a cell per token in the colour of its code; a depth
+    of g has g maps.
+
+    path: of the PNG, written whole or not at all. spec: has a latent_shape of (h, w) or (h, w, g).
+    colours: (K, 3), from ``vqref.host.colours``.
     """
     height, width, *groups = spec.latent_shape
     cells = colours[indices].reshape(len(images), height, width, *(groups or [1]), 3)
@@ -41,9 +43,9 @@ def save_tokens(
 
 
 def use_of_codes(hits: Int64) -> dict[str, Any]:
-    """Each code's share of all tokens, the most used first, as plain data.
+    """Returns each code's share of all tokens, most used first, as plain data.
 
-    hits (K,): how often each was chosen, not all 0.
+    hits (K,): how often each code was chosen, not all 0.
     """
     shares = np.sort(hits[hits > 0] / hits.sum())[::-1]
     perplexity = float(np.exp(-(shares * np.log(shares)).sum()))

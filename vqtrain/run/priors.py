@@ -1,4 +1,4 @@
-"""Training of a prior on tokens: steps, epochs, early stopping, and what a signal leaves."""
+"""Trains a prior on tokens: steps, epochs, early stopping, and the state saved at a signal."""
 
 from __future__ import annotations
 
@@ -37,31 +37,34 @@ from vqtrain.run.snapshot import Course, save_state
 from vqtrain.run.webreport import Story, line_of, write_report
 
 MOMENTS = 0.9, 0.95
-"""Of AdamW, as transformers are trained."""
+"""The betas of AdamW, as usual for transformers."""
 
 WEIGHT_DECAY = 0.1
-"""Of matrices; biases and norms have none."""
+"""For matrices; biases and norms have no decay."""
 
 WARM_UP = 0.05
-"""Share of all steps over which the learning rate rises from 0."""
+"""The share of all steps in which the learning rate rises from 0."""
 
 LARGEST_GRADIENT = 1.0
-"""Length to which a step's gradient is cut."""
+"""The length to which a step's gradient is clipped."""
 
 TEMPERATURES, SHOWN = (1.0, 0.8), 64
-"""Of the samples that are drawn after an epoch, and how many of each."""
+"""Temperatures of the samples drawn after an epoch, and how many of each."""
 
 MEASURED_AT_ONCE, LINE_SECONDS, SNAPSHOT_STEPS = 256, 30.0, 500
 
 CHECKED = 16
-"""Rows of tokens on which the module is held to the oracle."""
+"""Rows of tokens on which the module is checked against the oracle."""
 
 
 @dataclass(frozen=True)
 class PriorOptions:
-    """How a prior is trained: passes over the tokens at most, rows of tokens per step, the largest
-    learning rate, the share that dropout leaves out, epochs without an improvement on held-out
-    tokens after which it ends, the seed, and the precision of products. Raises ValueError."""
+    """How to train a prior. Raises ValueError.
+
+    The fields are the most passes over the tokens, rows of tokens per step, the largest learning
+    rate, the share that dropout drops, epochs without improvement on held-out tokens before it
+    stops, the seed, and the precision of products.
+    """
 
     epochs: int = 60
     batch_size: int = 32
@@ -86,7 +89,7 @@ class PriorOptions:
 
 
 def course_of_prior(spec: PriorSpec, options: PriorOptions, model: str, tokens: str) -> Course:
-    """What decides about every step: model and tokens by their digests."""
+    """Returns all that determines the steps; model and tokens by their digests."""
     rows = json.dumps(spec.to_dict(), sort_keys=True).encode()
     return {
         **dataclasses.asdict(options),
@@ -99,9 +102,9 @@ def course_of_prior(spec: PriorSpec, options: PriorOptions, model: str, tokens: 
 
 @dataclass(frozen=True)
 class PriorWork:
-    """Where a prior is trained: nothing here changes what is computed on a given device.
+    """Where a prior is trained. It does not change what is computed on a given device.
 
-    output: the model's file with its prior, if there is to be one.
+    output: the file for the model with its prior, or None.
     """
 
     device: torch.device
@@ -112,11 +115,13 @@ class PriorWork:
 
 
 class PriorTrainer:
-    """One run on tokens (N, S), measured on others.
+    """One run on tokens (N, S), measured on other tokens.
 
-    state: of a snapshot to go on from. Raises InputError if the tokens do not fill one batch.
-    ``run`` raises CommandError if the loss is no longer finite, ParityError if module and oracle
-    disagree, and Interrupted, with the state saved, if a signal came.
+    state: the state of a snapshot to continue from.
+
+    Raises InputError if the tokens do not fill one batch. ``run`` raises CommandError if the loss
+    is no longer finite, ParityError if module and oracle disagree, and Interrupted after a signal,
+    once the state is saved.
     """
 
     def __init__(
@@ -188,8 +193,10 @@ class PriorTrainer:
         self._measure()
 
     def _take(self, tokens: Tensor) -> float:
-        """One step. Its randomness follows from its number, so that a run that goes on from a
-        snapshot is the run that was not interrupted. Returns the mean nats."""
+        """Takes one step, and returns the mean nats.
+
+        Its randomness depends only on its number, so a resumed run equals an uninterrupted one.
+        """
         number = self.epoch * self.steps_each + self.step
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.learning_rate * self._rate(number)
@@ -210,7 +217,7 @@ class PriorTrainer:
         return nats
 
     def _rate(self, step: int) -> float:
-        """The learning rate's share: up a line, then down half a cosine to a tenth."""
+        """Returns the learning rate's factor: a linear rise, then half a cosine down to 0.1."""
         total = self.options.epochs * self.steps_each
         warm = max(1, round(WARM_UP * total))
         if step < warm:
@@ -227,7 +234,7 @@ class PriorTrainer:
         )
 
     def _measure(self) -> None:
-        """Measures the held-out tokens, keeps the best, publishes and tells of the epoch."""
+        """Measures the held-out tokens, keeps the best, publishes and reports the epoch."""
         measured = measure(self.module, self.measured)
         rate = self.step * self.options.batch_size * self.spec.latent_size / self.seconds
         line = {
@@ -270,7 +277,7 @@ class PriorTrainer:
         return Prior(self.spec, self.best, self.course["model"], training, metrics)
 
     def _check(self) -> None:
-        """Holds the module to the oracle on held-out tokens. Raises ParityError."""
+        """Checks the module against the oracle on held-out tokens. Raises ParityError."""
         rows = self.measured[:CHECKED]
         expected = prior.log_probabilities(self.spec, self.module.params(), rows.cpu().numpy())
         self.module.eval()
@@ -311,7 +318,7 @@ class PriorTrainer:
 
     @torch.no_grad()
     def _draw(self, epoch: int) -> None:
-        """Draws samples of the prior at each temperature, of the same noise every time."""
+        """Draws samples of the prior at each temperature, always from the same noise."""
         module = VQVAE(self.model.spec, self.model.params).to(self.work.device).eval()
         noise = prior.gumbel(self.options.seed, self.spec, SHOWN)
         for temperature in TEMPERATURES:
@@ -344,7 +351,7 @@ class PriorTrainer:
 
 
 def _seed(*numbers: int) -> int:
-    """A seed of several."""
+    """Combines several numbers into a seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -352,8 +359,7 @@ _COUNTS = ("epoch", "step", "waited", "sum", "seconds")
 
 
 def require_prior_state(state: Mapping[str, Any], spec: PriorSpec) -> None:
-    """Raises InputError that names the first entry of a snapshot which a run of ``spec`` does not
-    have, or has otherwise."""
+    """Raises InputError that names the first entry of a snapshot that does not fit ``spec``."""
     shapes = {p.name: torch.empty(p.shape, device="meta") for p in spec.parameters}
     moments = {
         i: {"step": torch.empty((), device="meta"), "exp_avg": like, "exp_avg_sq": like}
@@ -375,7 +381,7 @@ def require_prior_state(state: Mapping[str, Any], spec: PriorSpec) -> None:
 
 
 def _in_groups(parameters: Mapping[str, Tensor]) -> list[Tensor]:
-    """In the optimizer's order: matrices first."""
+    """Returns the parameters in the optimizer's order: matrices first."""
     return [
         each for flat in (False, True) for each in parameters.values() if (each.ndim < 2) == flat
     ]
@@ -394,15 +400,14 @@ def _optimizer(module: modules.Prior, options: PriorOptions) -> torch.optim.Opti
 
 @torch.no_grad()
 def measure(module: modules.Prior, tokens: Tensor) -> float:
-    """The mean nats of tokens (N, S), at least one row, added up in float64."""
+    """Returns the mean nats of tokens (N, S), at least one row, summed in float64."""
     module.eval()
     parts = (module.nats(part).double().sum() for part in tokens.split(MEASURED_AT_ONCE))
     return float(sum(parts) / len(tokens))
 
 
 def draw_samples(module: modules.Prior, noise: Array, temperature: float = 1.0) -> Int64:
-    """Indices (N, S) of noise (N, S, K), step by step: ``vqref.prior.sample`` on the module's
-    device."""
+    """Samples indices (N, S) from noise (N, S, K), as ``vqref.prior.sample``, on the device."""
     module.eval()
     device = next(module.parameters()).device
     indices = np.zeros(noise.shape[:2], np.int64)
@@ -418,8 +423,10 @@ def draw_samples(module: modules.Prior, noise: Array, temperature: float = 1.0) 
 def tokenise(
     model: VQVAE, batches: Batches, count: Callable[[int], None] = lambda done: None
 ) -> Int64:
-    """The indices (N, S) of every image of ``batches``, in order; count: takes how many are
-    done."""
+    """Returns the indices (N, S) of all images of ``batches``, in order.
+
+    count: takes how many are done.
+    """
     parts: list[Int64] = []
     for images in batches.in_order():
         parts.append(model.quantizer(model.encoder(images))[0].cpu().numpy())

@@ -1,4 +1,4 @@
-"""How far long work is: a bar on a terminal, else a line every half minute."""
+"""Shows the progress of long work: a bar on a terminal, else a line every half minute."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vqtrain.options import TrainingOptions
 from vqtrain.run.snapshot import RunState
 
 SECONDS, BAR_SECONDS = 30.0, 0.5
-"""Between two lines, and before the first; between two looks at the losses for a bar."""
+"""Seconds between two lines, and before the first; between two readings of losses for a bar."""
 
 Say = Callable[[str], None]
 
 
 class Due:
-    """Tells whether it is time for a line: ``seconds`` after it was made, and after each line."""
+    """Tells when it is time for a line: ``seconds`` after the start, and after each line."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -34,21 +34,21 @@ class Due:
 
 
 class Pace:
-    """How long each of several equal things takes, counted from where ``done`` of them are done."""
+    """Measures how long each of several equal things takes, from when ``done`` are done."""
 
     def __init__(self, done: int) -> None:
         self.done, self.since = done, time.monotonic()
 
     def seconds(self, done: int) -> float:
-        """Seconds for each, now that ``done`` are done, at least one more than at first."""
+        """Returns seconds per thing after ``done`` are done, at least one more than at first."""
         return (time.monotonic() - self.since) / (done - self.done)
 
 
 class Progress:
-    """Shows how far an epoch of a run is.
+    """Shows the progress of an epoch.
 
-    state: of the run. steps_each: in an epoch. say: takes the lines. bar: whether a terminal shows
-    a bar instead.
+    state: of the run. steps_each: steps per epoch. say: takes the lines. bar: whether to show a bar
+    on a terminal instead.
     """
 
     def __init__(
@@ -61,20 +61,20 @@ class Progress:
         self.restart()
 
     def restart(self) -> None:
-        """Takes the pace from here on: something else than a step took long."""
+        """Measures the pace from here on, after work other than a step took long."""
         self.pace = Pace(self.state.step)
 
     def steps(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
-        """The batches of the rest of an epoch, each taken before the next is asked for.
+        """Yields the batches of the rest of an epoch; each is used before the next is taken.
 
-        To read the losses is to wait for the device: they are read as often as somebody sees them.
+        Reading the losses waits for the device, so they are read only when they are shown.
         """
         self.restart()
         yield from self._behind_a_bar(batches) if self.bar else self._with_lines(batches)
         self.stepped = time.monotonic()
 
     def ended(self) -> None:
-        """Notes that the epoch whose steps are taken is measured and published, too."""
+        """Notes that the epoch is measured and published."""
         self.ending = time.monotonic() - self.stepped
 
     def _with_lines(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -85,7 +85,7 @@ class Progress:
                 self._tell()
 
     def _tell(self) -> None:
-        """Says how far the epoch is, and how long the run takes at its pace."""
+        """Reports the progress of the epoch, and how long the run takes at its pace."""
         state, bound = self.state, self.state.meter.read().bound
         each = self.pace.seconds(state.step)
         epochs = self.options.epochs - state.epoch
@@ -116,7 +116,7 @@ class Progress:
                 )
 
     def measuring(self, total: int) -> Callable[[int], None]:
-        """``counting`` for the images that are measured after an epoch."""
+        """Returns ``counting`` for the images measured after an epoch."""
         return counting(self.say, self._epoch(), total)
 
     def _epoch(self) -> str:
@@ -124,9 +124,9 @@ class Progress:
 
 
 def counting(say: Say, what: str, total: int) -> Callable[[int], None]:
-    """Takes how many of ``total`` images are measured, and says it every SECONDS.
+    """Returns a function that takes how many of ``total`` images are done, and reports regularly.
 
-    what: begins the line, as "epoch 3/20".
+    what: begins the line, for example "epoch 3/20".
     """
     due, pace = Due(SECONDS), Pace(0)
 
@@ -139,7 +139,7 @@ def counting(say: Say, what: str, total: int) -> Callable[[int], None]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that people would use."""
+    """Formats seconds in a convenient unit."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"

@@ -1,14 +1,15 @@
 """The ranks of a run: what they add up, what they agree on, and how they end together.
 
-Each rank is a process that torchrun started. All take the same steps in the same order; what they
-must have alike (gradients, hits and sums of the averages) is added up, what one of them must choose
-or write is rank 0's. Whatever ends one rank ends all, soon, and one of them says why:
+Each rank is a process that torchrun started. All take the same steps in the same order. Gradients,
+hits and sums of the averages must be equal on all ranks, so they are added up. Rank 0 makes all
+choices and writes all files. Whatever ends one rank soon ends all, and one of them says why:
 
-- A signal is agreed on between two steps, once a second, so that all stop after the same one.
-- An error is noted in torchrun's store before its rank ends; the others find their connections
-  closed, look there, and end with the same exit code.
-- A rank that is killed or stands still leaves no note. The others find its connection closed, or
-  its neighbour no longer hears its pulse.
+- Signals: once per second, between two steps, all ranks agree whether one came. They then stop
+  after the same step.
+- Errors: a rank writes a note to torchrun's store before it ends. The others find their connections
+  closed, read the note, and end with the same exit code.
+- A rank that is killed or hangs leaves no note. The others find its connection closed, or its
+  neighbour no longer hears its pulse.
 """
 
 from __future__ import annotations
@@ -39,26 +40,26 @@ from vqtrain.data.batches import portion
 from vqtrain.device import choose_device
 
 PATIENCE = timedelta(hours=1)
-"""How long a rank waits for others whose pulse is heard: rank 0 may measure, draw and write."""
+"""How long a rank waits for others that have a pulse: rank 0 may measure, draw and write."""
 
 STORE_SECONDS, START_SECONDS = 20.0, 300.0
-"""How long torchrun's store has to answer, and how long ranks may take to begin."""
+"""The longest time for torchrun's store to answer, and for ranks to begin."""
 
 BEAT, SILENCE, GRACE = 2.0, 30.0, 10.0
-"""Seconds between two beats of a pulse; without one until a rank counts as lost; and from the end
-of one rank until the others end where they stand."""
+"""Seconds between two beats of a pulse; without a beat until a rank counts as lost; and from one
+rank's end until the others end wherever they are."""
 
 AGREED = 1.0
-"""Seconds between two agreements on whether to go on from step to step: one takes a moment, of
-hundreds of ranks as long as a step."""
+"""Seconds between two agreements on whether to continue. An agreement is fast, but with hundreds of
+ranks it takes as long as a step."""
 
 GOES_ON = "the same command goes on from the last snapshot"
 
 
 class Ranks:
-    """A run of one rank, which has nobody to wait for. ``Joint`` is one rank of several.
+    """A run of a single rank, which waits for nobody. ``Joint`` is one rank of several.
 
-    rank, count: which this is, and of how many.
+    rank, count: the number of this rank, and how many there are.
     """
 
     rank, count = 0, 1
@@ -69,46 +70,48 @@ class Ranks:
         return self.rank == 0
 
     def part(self, count: int) -> tuple[int, int]:
-        """Which of ``count`` images are this rank's: the first, and the one after the last."""
+        """Returns the range of this rank's images among ``count``: its start and its end."""
         return portion(count, self.count, self.rank)
 
     def together(self) -> AbstractContextManager[None]:
-        """A stretch that all ranks enter and none leaves alone by a signal: all else that takes
-        several ranks happens within. Raises what ``go_on`` does."""
+        """A context that all ranks enter, and that no rank leaves alone because of a signal.
+
+        All other joint work happens within it. Raises what ``go_on`` raises.
+        """
         return nullcontext()
 
     def go_on(self) -> None:
         """Raises Interrupted on every rank if a signal came to any, MachineError if one is lost."""
 
     def another_step(self) -> None:
-        """``go_on`` before a step, as often as AGREED has it."""
+        """Calls ``go_on`` before a step, as often as AGREED says."""
 
     def stop(self, signum: int) -> None:
-        """Lets the others know that a signal came to this rank, unless they know. All then stop."""
+        """Tells the others, unless they know, that this rank got a signal. All then stop."""
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Puts the sums over all ranks into tensors of one type, the same bits on each rank."""
+        """Replaces tensors of one type by their sums over all ranks, bit for bit equal on each."""
 
     def hand_out(self, tensors: Sequence[Tensor]) -> None:
-        """Puts rank 0's values into tensors."""
+        """Fills tensors with rank 0's values."""
 
     def hand_out_plain(self, value: Any) -> Any:
-        """Rank 0's tensors and plain data."""
+        """Returns rank 0's tensors and plain data."""
         return value
 
     def different(self, content: bytes) -> int | None:
-        """The first rank whose content is not rank 0's, None if all have the same."""
+        """Returns the first rank whose content differs from rank 0's, or None."""
         return None
 
     def collected(self, lines: Sequence[str]) -> list[str]:
-        """Every rank's lines, rank 0's first."""
+        """Returns the lines of all ranks, rank 0's first."""
         return list(lines)
 
     def wait(self) -> None:
         """Waits until all ranks are here."""
 
     def local_first(self) -> AbstractContextManager[None]:
-        """What the first rank of each machine does before its others: it may download."""
+        """A context that each machine's first rank enters before the others, to download."""
         return nullcontext()
 
 
@@ -116,9 +119,10 @@ ALONE = Ranks()
 
 
 class Joint(Ranks):
-    """One rank of several, each of which calls the same methods in the same order.
+    """One rank of several. All ranks call the same methods in the same order.
 
-    device: where tensors are that are handed out.
+    device: where tensors that are handed out are.
+
     Every method raises MachineError if another rank is lost.
     """
 
@@ -215,7 +219,7 @@ class Joint(Ranks):
 
 
 def _require_all(collective: Callable[..., Any], *arguments: Any) -> None:
-    """What takes all ranks. Raises MachineError if one is lost."""
+    """A context for joint work of all ranks. Raises MachineError if one is lost."""
     try:
         collective(*arguments)
     except RuntimeError as error:
@@ -228,10 +232,11 @@ def _require_all(collective: Callable[..., Any], *arguments: Any) -> None:
 
 @contextmanager
 def joined(device: str) -> Iterator[Ranks]:
-    """The ranks of this run: those that torchrun started, or one.
+    """A context with the ranks of this run: those that torchrun started, or a single one.
 
-    device: what ``--device`` says; a card becomes this rank's own of those of its machine.
-    Of an error that ends all ranks, one says it; the others raise SystemExit with its exit code.
+    device: what ``--device`` says; each rank gets a card of its own on its machine.
+
+    If an error ends all ranks, one reports it; the others raise SystemExit with its exit code.
     Raises MachineError if there are fewer cards than ranks, or if ranks do not find each other.
     """
     if torchrun.world() == 1:
@@ -260,14 +265,14 @@ def joined(device: str) -> Iterator[Ranks]:
 
 
 def _end_within(seconds: float, code: int) -> None:
-    """Ends the process where it stands if it has not ended by itself: a card may hold it up."""
+    """Ends the process if it has not ended by itself; a card may hold it up."""
     timer = threading.Timer(seconds, os._exit, [code])
     timer.daemon = True
     timer.start()
 
 
 def _store() -> Any:
-    """torchrun's store. Raises MachineError."""
+    """Returns torchrun's store. Raises MachineError."""
     try:
         store, _, _ = next(iter(rendezvous("env://", timeout=PATIENCE)))
         store.set_timeout(timedelta(seconds=STORE_SECONDS))
@@ -277,7 +282,7 @@ def _store() -> Any:
 
 
 def _assemble(store: Any) -> None:
-    """Waits for all ranks, in a way that a signal cuts. Raises MachineError."""
+    """Waits for all ranks; a signal can interrupt it. Raises MachineError."""
     world, end = torchrun.world(), time.monotonic() + START_SECONDS
     store.add(HERE, 1)
     while (here := store.add(HERE, 0)) < world:
@@ -287,7 +292,7 @@ def _assemble(store: Any) -> None:
 
 
 def _connected(store: Any, device: torch.device) -> Joint:
-    """This rank, connected to all others."""
+    """Returns this rank, connected to all others."""
     rank, world, local = torchrun.rank(), torchrun.world(), torchrun.local_rank()
     card = device.type == "cuda"
     if card:
@@ -311,7 +316,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _code_of(error: BaseException) -> int:
-    """The exit status of a process that this error ends."""
+    """Returns the exit status of a process that this error ends."""
     if isinstance(error, Interrupted | CommandError):
         return int(error.exit_code)
     if isinstance(error, SystemExit):
@@ -320,14 +325,15 @@ def _code_of(error: BaseException) -> int:
 
 
 HERE, SAID, CODE = "here", "said", "code"
-"""Keys of the store: how many ranks began; how many had something to say of the end, and the first
-one's exit status."""
+"""Keys of the store: how many ranks began; how many reported the end; the first one's exit
+status."""
 
 
 def _note(store: Any, code: int) -> int | None:
-    """Notes that this rank ends with ``code`` and says why; the noted code if another was first.
+    """Notes that this rank ends with ``code`` and reports why.
 
-    None, too, if the store does not answer: then nobody has said anything that can be relied on.
+    Returns the noted code if another rank was first, else None. Also returns None if the store does
+    not answer, since then no reliable note exists.
     """
     with suppress(RuntimeError):
         if store.add(SAID, 1) > 1:
@@ -339,10 +345,11 @@ def _note(store: Any, code: int) -> int | None:
 class _Pulse(threading.Thread):
     """Shows the next rank that this one is alive, and watches the one before.
 
-    Where that falls silent, or where the process does not end by itself after another rank did, it
-    ends the process: the main thread may wait for a card or for a connection that nothing closes.
+    It ends the process if the rank before falls silent, or if the process does not end by itself
+    after another rank ended. The main thread may wait for a card, or for a connection that nothing
+    closes.
 
-    end: stops it. The interpreter must not end while it is within the store.
+    end: stops it. The interpreter must not end while this thread uses the store.
     """
 
     def __init__(self, store: Any, rank: int, count: int) -> None:
@@ -369,7 +376,7 @@ class _Pulse(threading.Thread):
                 self._lost()
 
     def _listen(self) -> None:
-        """Takes note of the pulse before, and of another rank's end."""
+        """Notices the pulse of the rank before, and another rank's end."""
         place = f"pulse/{self.before}"
         if self.store.check([place]) and (found := self.store.get(place)) != self._heard:
             self._heard, self._since = found, time.monotonic()
@@ -386,7 +393,7 @@ class _Pulse(threading.Thread):
 
 
 def digest_of(arrays: Mapping[str, Any]) -> bytes:
-    """A digest of NumPy arrays by name, of every bit."""
+    """Returns a digest of all bits of NumPy arrays by name."""
     found = hashlib.sha256()
     for name, array in arrays.items():
         found.update(name.encode() + array.tobytes())

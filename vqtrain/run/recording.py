@@ -1,4 +1,4 @@
-"""Training steps recorded once and played again, as a CUDA graph is."""
+"""Records training steps once and replays them, as CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from vqtrain.run.rules import Choices, Rules, fits_an_array
 from vqtrain.run.step import WHOLE, Split, Taken, set_learning_rate, take
 
 WARM_UP = 3
-"""Steps of a kind that are taken one operation at a time before it is recorded: libraries choose
-their kernels in them."""
+"""Steps of a kind that run one operation at a time before it is recorded. Libraries choose their
+kernels in these steps."""
 
 
 def can_be_recorded(spec: ModelSpec, options: TrainingOptions) -> bool:
-    """Whether a step never waits for its device: the search of a large codebook does, and
-    deterministic sums may."""
+    """Whether a step never waits for its device.
+
+    The search of a large codebook waits, and deterministic sums may.
+    """
     latents = torch.empty(options.batch_size * spec.latent_size, spec.code_size, device="meta")
     large = takes_products(latents, torch.empty(spec.num_codes, spec.code_size, device="meta"))
     fits = fits_an_array(spec, options.batch_size)  # else its noise is made as it is needed
@@ -30,13 +32,13 @@ def can_be_recorded(spec: ModelSpec, options: TrainingOptions) -> bool:
 
 
 Record = Callable[[Callable[[], Taken]], Callable[[], Taken]]
-"""Makes, of a body that works on tensors in fixed places, a function that does the same again."""
+"""Takes a body that works on tensors in fixed places, and returns a function that repeats it."""
 
 
 def record_graph(body: Callable[[], Taken]) -> Callable[[], Taken]:
     """Records ``body``, without running it, as a CUDA graph.
 
-    Raises RuntimeError if it does what a graph cannot hold.
+    Raises RuntimeError if it does something that a graph cannot hold.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -51,8 +53,7 @@ def record_graph(body: Callable[[], Taken]) -> Callable[[], Taken]:
 
 @dataclass
 class _Kind:
-    """The tensors in which steps of a kind find their images and choices, how many were taken, and
-    the recording, if there is one."""
+    """A kind of step: tensors for images and choices, steps taken, and the recording, if any."""
 
     images: Tensor
     choices: Choices
@@ -61,12 +62,11 @@ class _Kind:
 
 
 class RecordedSteps:
-    """``training_step`` with its model, optimizer, options and rules; each kind of step is recorded
-    after its first few.
+    """``training_step`` that records each kind of step after its first few.
 
-    record: ``record_graph``. say: takes the line that says why a kind could not be recorded; its
-    steps are then taken one operation at a time, as the first ones are. split: of one rank, into
-    passes. What a call returns holds until the next.
+    record: ``record_graph``. say: takes a line if a kind could not be recorded, with the reason.
+    Steps of that kind then run one operation at a time, like the first ones. split: of a single
+    rank, into passes. The result of a call is valid until the next call.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class RecordedSteps:
         return _aside(lambda: self._take(kind), images.device)
 
     def _kind(self, images: Tensor, choices: Choices) -> _Kind:
-        """The kind of this step, its tensors filled with this step's images and choices."""
+        """Returns the kind of this step, filled with its images and choices."""
         kind = self._kinds.get(choices.kind)
         if kind is None:
             kind = _Kind(images.clone(), choices.to(images.device, copy=True))
@@ -117,7 +117,7 @@ class RecordedSteps:
 
 
 def _aside(body: Callable[[], Taken], device: torch.device) -> Taken:
-    """Runs ``body``, on a card on a stream of its own, as the first runs of a recording must."""
+    """Runs ``body``, on a card in a separate stream, as the first runs of a recording must."""
     if device.type != "cuda":
         return body()
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)

@@ -1,8 +1,7 @@
-"""The rules of a recipe: the learning rate step by step, and what happens to the codebook beside
-its averages.
+"""The rules of a recipe: the learning rate of each step, and changes to the codebook.
 
-Every rule that touches the codebook has its twin in ``vqref.quantizer``, with the random choice
-passed in. Here the choice is made, by one generator whose state a snapshot holds.
+Each rule that changes the codebook has a twin in ``vqref.quantizer``, which takes the random choice
+as an argument. Here a single generator makes the choice, and snapshots hold its state.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ RISING_STEPS = 100
 """Steps in which a cosine schedule first rises to the learning rate."""
 
 SHORTEST_RUN = 10
-"""Plain steps take at most this part of a run, so that a short one has a codebook, too."""
+"""Plain steps take at most 1 / SHORTEST_RUN of a run, so that short runs also get a codebook."""
 
 LAST_SHARE = 0.01
 """The share of the learning rate at which a cosine schedule ends."""
 
 REVIVE_UNTIL = 0.9
-"""The share of all steps after which no code is revived any more: the last ones settle."""
+"""The share of all steps after which no codes are revived, so that the codebook settles."""
 
 KMEANS_LATENTS, LATENTS_PER_CODE = 20_000, 4
-"""At most so many latents of the training images are clustered, or so many per code if that is
+"""The most latents of training images that are clustered, in all or per code, whichever is
 more."""
 
 SPREAD_WORK = 2**31
-"""Differences, M*K*D, up to which k-means begins with k-means++, which computes each of them."""
+"""Up to so many differences, M*K*D, k-means starts with k-means++, which computes them all."""
 
 KMEANS_STEPS, LARGE_STEPS = 30, 10
-"""Rounds of k-means, and those beyond SPREAD_WORK."""
+"""Rounds of k-means, up to SPREAD_WORK and beyond it."""
 
 CHOICE_ELEMENTS = 2**24
 """Elements of the largest array of random choices that a rule makes, 64 MiB."""
@@ -49,12 +48,12 @@ CHOICE_ELEMENTS = 2**24
 
 @dataclass(frozen=True)
 class Choices:
-    """What the rules chose for one step, in tensors so that steps of one kind differ in them alone.
+    """What the rules chose for one step, as tensors; steps of one kind differ only in these.
 
-    plain: the decoder is fed the latents themselves.
-    gumbel (N, S, K), or a seed for it if that is too large; temperature (): of the draw of indices,
-        None if the nearest code is taken.
-    order (N*S,): in which latents of the batch take the places of dead codes, None if none does.
+    plain: the decoder gets the latents themselves.
+    gumbel (N, S, K), or a seed if that is too large; temperature (): for the draw of indices; None
+        if the nearest code is taken.
+    order (N*S,): the order in which latents of the batch replace dead codes; None if none do.
     """
 
     plain: bool
@@ -64,11 +63,11 @@ class Choices:
 
     @property
     def kind(self) -> tuple[bool, ...]:
-        """Steps of one kind do the same operations."""
+        """The kind of the step. Steps of one kind do the same operations."""
         return self.plain, self.gumbel is not None, self.order is not None
 
     def to(self, device: torch.device, *, copy: bool = False) -> Choices:
-        """The same on a device; with ``copy``, in tensors of its own."""
+        """Returns the same choices on a device; with ``copy``, in new tensors."""
 
         def moved(value: Tensor | int | None) -> Tensor | int | None:
             return value.to(device, copy=copy) if isinstance(value, Tensor) else value
@@ -77,7 +76,7 @@ class Choices:
         return Choices(self.plain, *chosen)  # type: ignore[arg-type]
 
     def fill(self, other: Choices) -> None:
-        """Takes over the choices of another step of the same kind, in place."""
+        """Copies the choices of another step of the same kind, in place."""
         for name in ("gumbel", "temperature", "order"):
             mine, others = getattr(self, name), getattr(other, name)
             if isinstance(mine, Tensor):
@@ -90,7 +89,7 @@ def fits_an_array(spec: ModelSpec, count: int) -> bool:
 
 
 NEAREST = Choices(plain=False, gumbel=None, temperature=None, order=None)
-"""A step of no rule: the nearest codes are taken, and none is reset."""
+"""A step without rules: it takes the nearest codes, and resets none."""
 
 
 class Rules:
@@ -105,11 +104,11 @@ class Rules:
         self.generator = torch.Generator().manual_seed(options.seed + 1)
 
     def plain(self, step: int) -> bool:
-        """Whether the decoder is fed the latents themselves in this step (counted from 0)."""
+        """Whether the decoder gets the latents themselves in this step (counted from 0)."""
         return step < self.plain_steps
 
     def starts(self, step: int) -> bool:
-        """Whether the codebook is set by k-means before this step."""
+        """Whether k-means sets the codebook before this step."""
         return self.options.kmeans_start and step == self.plain_steps
 
     def learning_rate(self, step: int) -> float:
@@ -130,7 +129,7 @@ class Rules:
         return self.options.revive_below > 0 and not self.plain(step) and early
 
     def choices(self, step: int, spec: ModelSpec, count: int) -> Choices:
-        """What this step needs on ``count`` images, its random choices made."""
+        """Makes the choices of this step for ``count`` images."""
         temperature = 0.0 if self.plain(step) else self.temperature(step)
         gumbel = self._gumbel(spec, count) if temperature > 0 else None
         order = None
@@ -140,8 +139,10 @@ class Rules:
         return Choices(self.plain(step), gumbel, held, order)
 
     def _gumbel(self, spec: ModelSpec, count: int) -> Tensor | int:
-        """Noise for every latent and code, or a seed of it: minus the logarithm of an exponential
-        variable is Gumbel distributed."""
+        """Returns noise for every latent and code, or its seed.
+
+        Minus the logarithm of an exponential variable is Gumbel distributed.
+        """
         if not fits_an_array(spec, count):
             return self._seed()
         noise = torch.empty(count, spec.latent_size, spec.num_codes)
@@ -151,8 +152,10 @@ class Rules:
         return int(torch.randint(2**31, (), generator=self.generator))
 
     def start(self, model: VQVAE, batches: Batches, ranks: Ranks = ALONE) -> None:
-        """Sets the codebook by k-means on latents of the training images, without gradient. Rank 0
-        does it for all."""
+        """Sets the codebook by k-means on latents of the training images, without gradient.
+
+        Rank 0 does it for all ranks.
+        """
         state = self.generator.get_state()
         if ranks.first:
             self._start(model, batches)
@@ -173,7 +176,7 @@ class Rules:
 
     @torch.no_grad()
     def _some_latents(self, model: VQVAE, batches: Batches) -> Tensor:
-        """Latents (M, D) of as many images as k-means wants latents, in a random order."""
+        """Returns latents (M, D) of as many images as k-means needs, in random order."""
         spec = model.spec
         wanted = max(KMEANS_LATENTS, LATENTS_PER_CODE * spec.num_codes)
         images = -(-wanted // spec.latent_size)
@@ -186,11 +189,13 @@ class Rules:
 def kmeans(
     latents: Tensor, codes: int, seed: int, *, normalized: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Rows (codes, D) of k-means on latents (M, D), and the row of each latent, (M,).
+    """Returns rows (codes, D) of k-means on latents (M, D), and the row of each latent, (M,).
 
-    normalized: latents are unit vectors, and rows are put back on the sphere in each round.
-    Lloyd's alternation with ``nearest``, which needs no array of all distances. SciPy's makes one,
-    and its k-means++ computes every distance again for each further row.
+    This is Lloyd's algorithm with ``nearest``, which needs no array of all distances. SciPy's makes
+    one, and its k-means++ recomputes every distance for each further row.
+
+    normalized: latents are unit vectors, and each round puts rows back on the sphere.
+
     Raises ValueError for latents that are not finite.
     """
     if not latents.isfinite().all():
@@ -208,8 +213,10 @@ def kmeans(
 
 
 def _spread_rows(latents: Tensor, codes: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007): each row is a latent drawn with a probability that
-    grows with its squared distance to the rows before."""
+    """Draws rows by k-means++ (Arthur and Vassilvitskii 2007).
+
+    Each row is a latent, drawn in proportion to its squared distance to the nearest earlier row.
+    """
     rows = latents.new_empty(codes, latents.shape[1])
     closest = torch.ones_like(latents[:, 0], dtype=torch.float64)
     for k in range(codes):
@@ -223,8 +230,10 @@ def _spread_rows(latents: Tensor, codes: int, generator: torch.Generator) -> Ten
 
 
 def _different_rows(latents: Tensor, codes: int, generator: torch.Generator) -> Tensor:
-    """Latents drawn at random, all different if there are enough: equal rows are near ties, which
-    the search cannot pass over."""
+    """Draws latents at random, all different if there are enough.
+
+    Equal rows would be near ties, which the search cannot skip.
+    """
     places = latents.unique(dim=0)
     drawn = torch.randperm(len(places), generator=generator)[torch.arange(codes) % len(places)]
     rows: Tensor = places[drawn.to(latents.device)]

@@ -1,7 +1,4 @@
-"""Snapshots of a run: everything that the next step depends on, sealed with a digest.
-
-The last two are kept.
-"""
+"""Snapshots of a run: all that the next step depends on, with a digest. The last two are kept."""
 
 from __future__ import annotations
 
@@ -35,10 +32,10 @@ newline follow."""
 KEPT = 2
 
 DATA, PICTURES = "data_sha256", ("resize", "crop", "background")
-"""The entries of a course that say which images it trains on, and how pictures are read."""
+"""Entries of a course: which images it trains on, and how pictures are read."""
 
 Course = Mapping[str, Any]
-"""What decides about every step of a run: two runs of the same course end at the same model."""
+"""All that determines the steps of a run. Two runs of the same course end with the same model."""
 
 
 def course_of(
@@ -50,12 +47,12 @@ def course_of(
     preprocessing: Preprocessing | None = None,
     buffer: int | None = None,
 ) -> Course:
-    """The options, the network and the images of a run, as plain data.
+    """Returns the options, the network and the images of a run, as plain data.
 
-    sizes: the family's, by which people know the network. Its rows are here as a digest, last.
-    held_out: the share of the images, or the digest of others; None for the source's own.
+    sizes: the family's sizes, by which users know the network. A digest of its rows comes last.
+    held_out: the share of the images, or the digest of other images; None for the source's own.
     preprocessing: what was done to pictures, None for arrays. buffer: images of a stream that are
-    shuffled at once, None for images in memory.
+    shuffled together, None for images in memory.
     """
     rows = json.dumps([layer.to_dict() for layer in spec.layers], sort_keys=True).encode()
     return {
@@ -75,8 +72,10 @@ def course_of(
 
 
 def _read_as(preprocessing: Preprocessing | None) -> dict[str, Any]:
-    """How pictures are read, by the names of the options; None for arrays. The number of channels
-    is part of the images' shape."""
+    """Returns how pictures are read, by the names of the options; None for arrays.
+
+    The number of channels is part of the images' shape.
+    """
     if preprocessing is None:
         return dict.fromkeys(PICTURES)
     known, size = preprocessing.to_dict(), preprocessing.size
@@ -85,7 +84,7 @@ def _read_as(preprocessing: Preprocessing | None) -> dict[str, Any]:
 
 
 def differences(course: Course, other: Course) -> list[str]:
-    """What differs in two courses, a phrase each; what follows from the rest is not named."""
+    """Returns a phrase for each difference of two courses, except those that follow from others."""
     changed = {key: other.get(key) for key in course if course[key] != other.get(key)}
     if len(changed) > 1:
         changed.pop("rows", None)
@@ -101,7 +100,7 @@ def _phrase(key: str, was: Any, now: Any) -> str:
 
 
 def require_same_course(run: Path, course: Course, state: Mapping[str, Any]) -> None:
-    """Raises UsageError that names what changed if a snapshot was made in another course."""
+    """Raises UsageError that names the changes if a snapshot belongs to another course."""
     if changed := differences(course, state["course"]):
         raise UsageError(
             f"{run} was begun with {', '.join(changed)}; use the same options, or another --name"
@@ -110,12 +109,12 @@ def require_same_course(run: Path, course: Course, state: Mapping[str, Any]) -> 
 
 @dataclass
 class RunState:
-    """Where a run stands. Its steps change it in place.
+    """The state of a run. Steps change it in place.
 
     model, optimizer: what is trained. choices: the generator of the rules' random choices.
-    meter: what was measured since the epoch began. order: the state in which the generator of the
-    images' order was then.
-    epoch, step, seconds: whole epochs, and steps and seconds spent within the next one.
+    meter: what was measured since the epoch began. order: the state of the images' order generator
+    when the epoch began.
+    epoch, step, seconds: epochs done, and steps and seconds spent in the next one.
     history: a line of metrics per epoch. finished: the last epoch is done and ``output`` written.
     """
 
@@ -131,7 +130,7 @@ class RunState:
     finished: bool = False
 
     def to_plain(self) -> dict[str, Any]:
-        """What goes into a snapshot: tensors and plain data."""
+        """Returns the content of a snapshot: tensors and plain data."""
         return {
             "model": self.model.state_dict(),
             "quantizer_steps": self.model.quantizer.steps,
@@ -143,9 +142,9 @@ class RunState:
         }
 
     def load(self, plain: Mapping[str, Any]) -> None:
-        """Takes over what ``to_plain`` gave, to go on from there, all of it or nothing.
+        """Takes over what ``to_plain`` returned, all of it or nothing.
 
-        Raises InputError that names an entry which does not fit this run.
+        Raises InputError that names an entry that does not fit this run.
         """
         require_fitting(plain, self.model.spec)
         self.model.load_state_dict(plain["model"])
@@ -157,8 +156,10 @@ class RunState:
             setattr(self, name, plain[name])
 
     def _load_optimizer(self, plain: Mapping[str, Any]) -> None:
-        """Takes over moments and counts of steps. The rest is said by the options, and where it
-        lives and how it is moved is this device's own."""
+        """Takes over moments and counts of steps only.
+
+        The options give the rest, and this device decides where the state is kept and moved.
+        """
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": plain["state"], "param_groups": groups})
 
@@ -167,9 +168,9 @@ _KEPT_AS_IT_IS = ("order", "epoch", "step", "seconds", "history")
 
 
 def save_state(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Writes the snapshot of ``step`` (steps since the start) and removes all but the last KEPT.
+    """Writes the snapshot of ``step`` (steps since the start), and removes all but the last KEPT.
 
-    Raises OSError; the earlier snapshots are then as they were.
+    Raises OSError, and then leaves the earlier snapshots as they were.
     """
     payload = io.BytesIO()
     torch.save(state, payload)
@@ -184,12 +185,12 @@ def save_state(folder: Path, step: int, state: Mapping[str, Any]) -> Path:
 
 
 def list_states(folder: Path) -> list[Path]:
-    """The snapshots in a folder, the latest first."""
+    """Returns the snapshots in a folder, the latest first."""
     return sorted(folder.glob("step-*.state"), reverse=True)
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The state in a snapshot. Executes nothing.
+    """Returns the state in a snapshot. Executes nothing.
 
     Raises InputError for a file that is damaged, foreign or of another version.
     """

@@ -1,4 +1,4 @@
-"""How a model begins: its parameters, its codebook's averages, its place on a device."""
+"""Starts a model: its parameters, its codebook's averages, its place on a device."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
 
 WIDEST_OUTPUT = 32.0
-"""Outputs beyond ± this need not be tried for a mean pixel: a logit of 32 is white to float32."""
+"""Mean pixels need no outputs beyond ± this: in float32, a logit of 32 is white."""
 
 DARKEST = 1e-3
-"""Mean pixels are kept this far from black and from white."""
+"""Mean pixels stay this far from black and white."""
 
 
 def start_model(
     spec: ModelSpec, options: TrainingOptions, images: Array, device: torch.device
 ) -> VQVAE:
-    """The model before its first step on images (N, C, H, W), uint8 or in [0, 1]."""
+    """Returns the model before its first step on images (N, C, H, W), uint8 or in [0, 1]."""
     rng = np.random.default_rng(options.seed)
     params = vqref.init_params(spec, rng)
     if options.center:
@@ -38,16 +38,15 @@ def start_model(
 
 
 def prepare(model: VQVAE, device: torch.device) -> VQVAE:
-    """The model on its device, its kernels laid out with the channels last, as fast convolutions
-    want them."""
+    """Moves the model to its device, with channels-last kernels for fast convolutions."""
     return model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def mean_outputs(spec: ModelSpec, images: Array) -> Float64:
-    """Outputs (P,) whose likelihood's mean is the mean pixel of each channel of ``images``.
+    """Returns outputs (P,) whose likelihood's mean is the mean pixel of each channel of ``images``.
 
-    Means rise with their outputs, so they are found by bisection, whatever the likelihood. Outputs
-    that are no means (scales) stay at 0.
+    Bisection finds them for any likelihood, since means rise with outputs. Outputs that are not
+    means (scales) stay at 0.
     """
     unit = 255 if images.dtype == np.uint8 else 1
     pixel = images.mean(axis=(0, 2, 3), dtype=np.float64) / unit  # (C,)

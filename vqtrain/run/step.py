@@ -20,26 +20,27 @@ from vqtrain.run.ranks import ALONE, Ranks
 from vqtrain.run.rules import Choices, Rules
 
 Taken = tuple[Losses, Tensor]
-"""The losses before a step, and the indices (N, S), both of this rank's images."""
+"""The losses before a step and the indices (N, S), both for this rank's images."""
 
 Choose = Callable[[Tensor, Tensor], Tensor]
-"""Gives the indices for latents and codebook."""
+"""Takes latents and codebook, and returns the indices."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """How the images of a step are split: over ranks, and on each into passes, one after another.
+    """How the images of a step are split: over ranks, and on each rank into successive passes.
 
-    What a step does to the model does not depend on it, but for the order of sums.
+    It changes nothing of what a step does to the model, except the order of sums.
     """
 
     ranks: Ranks = ALONE
     passes: int = 1
 
     def parts(self, images: int, batch_size: int) -> list[Part]:
-        """The passes over this rank's images of a batch, none of them without an image.
+        """Returns the passes over this rank's images of a batch; each pass has images.
 
-        images: how many are at hand: one rank alone takes any batch, several those of batch_size.
+        images: how many there are. A single rank takes a batch of any size, several ranks take
+        batches of batch_size.
         """
         count = images if self.ranks.count == 1 else batch_size
         first, last = self.ranks.part(count)
@@ -49,7 +50,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Part:
-    """Images ``start`` to ``end`` of a rank's, whose own begin at ``first`` of ``count`` in all."""
+    """Images ``start`` to ``end`` of a rank, whose images begin at ``first`` of all ``count``."""
 
     first: int
     start: int
@@ -58,15 +59,15 @@ class Part:
 
     @property
     def share(self) -> float:
-        """Of all images of the step."""
+        """The share of these images among all of the step."""
         return (self.end - self.start) / self.count
 
     def of(self, images: Tensor) -> Tensor:
-        """These of the rank's images."""
+        """Returns this part of the rank's images."""
         return images[self.start : self.end]
 
     def of_all(self, values: Tensor) -> Tensor:
-        """What is these images', of values for all of the step."""
+        """Returns this part of values for all images of the step."""
         return values[self.first + self.start : self.first + self.end]
 
 
@@ -74,10 +75,10 @@ WHOLE = Split()
 
 
 def make_optimizer(model: VQVAE, options: TrainingOptions) -> torch.optim.Optimizer:
-    """Adam on encoder and decoder; the codebook has no gradient.
+    """Returns Adam for encoder and decoder; the codebook has no gradient.
 
-    On a card the learning rate and the count of steps live there, so that a CUDA graph can hold
-    them.
+    On a card, the learning rate and the count of steps are kept on the card, so that a CUDA graph
+    can hold them.
     """
     learned = _learned(model)
     on_card = learned[0].device.type == "cuda"
@@ -97,7 +98,7 @@ def _learned(model: VQVAE) -> list[Parameter]:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets the rate of the next steps; one that lives on a card keeps its place."""
+    """Sets the learning rate of the next steps, in place if it is kept on a card."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -114,10 +115,10 @@ def training_step(
     step: int,
     split: Split = WHOLE,
 ) -> Taken:
-    """Takes step ``step`` (counted from 0) on images (N, C, H, W), of several ranks this one's.
+    """Takes step ``step`` (counted from 0) on this rank's images (N, C, H, W).
 
-    Gradients go to encoder and decoder; then this step's latents move the codebook's averages, as
-    the rules have it. Returns the losses before the step and the indices (N, S).
+    The gradients move encoder and decoder. Then the latents of this step move the codebook's
+    averages as the rules say. Returns the losses before the step and the indices (N, S).
     """
     set_learning_rate(optimizer, rules.learning_rate(step))
     count = len(images) if split.ranks.count == 1 else options.batch_size
@@ -133,10 +134,10 @@ def take(
     choices: Choices,
     split: Split = WHOLE,
 ) -> Taken:
-    """The step itself, all on one device.
+    """Takes the step itself, all on one device.
 
-    choices: for the images of all ranks. Alone, it never waits for that device, and all that
-    differs between two steps of a kind is in tensors: ``images``, ``choices``, the learning rate.
+    choices: for the images of all ranks. With a single rank, this never waits for the device. Two
+    steps of a kind then differ only in tensors: ``images``, ``choices``, the learning rate.
     """
     ranks, spec = split.ranks, model.spec
     parts = split.parts(len(images), options.batch_size)
@@ -168,13 +169,13 @@ def _passes(
     split: Split,
     parts: Sequence[Part],
 ) -> tuple[Losses, Tensor, Tensor]:
-    """The losses of images (N, C, H, W), their latents (N, S, D) and indices (N, S), pass by pass.
+    """Returns the losses of images (N, C, H, W), their latents (N, S, D) and indices (N, S).
 
-    The parameters' gradients are this rank's share of those of the whole step.
+    Works pass by pass. The gradients that it leaves are this rank's share of the whole step's.
     """
     spec, variance = model.spec, None
     drawn = choices.temperature is not None
-    if drawn and len(parts) != 1:  # it must be known before the first pass; others wait for it
+    if drawn and len(parts) != 1:  # known before the first pass; other ranks wait for it
         variance = _variance_ahead(model, images, options, split, parts)
     found: list[tuple[Losses, Tensor, Tensor]] = []
     for part in parts:
@@ -203,7 +204,7 @@ def _passes(
 def _variance_ahead(
     model: VQVAE, images: Tensor, options: TrainingOptions, split: Split, parts: Sequence[Part]
 ) -> Tensor:
-    """``mean_error`` () of all images of the step, for which each is encoded once more."""
+    """Returns ``mean_error`` () of all images of the step; encodes each once more for that."""
     codebook = model.quantizer.codebook
     total = codebook.new_zeros(())
     half = model.in_half() if options.precision == "bfloat16" else None
@@ -216,9 +217,9 @@ def _variance_ahead(
 
 
 def _rule(choices: Choices, part: Part, ranks: Ranks, variance: Tensor | None) -> Choose | None:
-    """How the indices of a part are chosen if not as the nearest code.
+    """Returns how the indices of a part are chosen; None for the nearest code.
 
-    variance: ``mean_error`` () of all images of the step, None to find it out in this only pass.
+    variance: ``mean_error`` () of all images of the step; None computes it in this only pass.
     """
     gumbel, temperature = choices.gumbel, choices.temperature
     if gumbel is None or temperature is None:
@@ -238,8 +239,10 @@ def _rule(choices: Choices, part: Part, ranks: Ranks, variance: Tensor | None) -
 
 
 def _in_order(latents: Tensor, order: Tensor, most: int, ranks: Ranks) -> Tensor:
-    """Rows (M, D): the first of all ranks' latents in an order of them, ``most`` if there are so
-    many; zeros for those that are not among this rank's latents (N, S, D)."""
+    """Returns rows (M, D): the first latents of all ranks in this order, at most ``most``.
+
+    Rows that are not among this rank's latents (N, S, D) are zeros.
+    """
     rows, wanted = latents.reshape(-1, latents.shape[-1]), order[:most]
     if ranks.count == 1:
         return rows[wanted]
@@ -252,7 +255,7 @@ def _in_order(latents: Tensor, order: Tensor, most: int, ranks: Ranks) -> Tensor
 
 
 def _gradients(model: VQVAE) -> list[Tensor]:
-    """Of all parameters that are learned; zeros where this rank has none."""
+    """Returns the gradients of all learned parameters; zeros if this rank has none."""
     for parameter in _learned(model):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -269,10 +272,10 @@ def forward_and_back(
     *,
     add: bool = False,
 ) -> tuple[Forward, Losses]:
-    """One pass and its losses; leaves their gradients in the parameters, which had none to add to.
+    """Runs one pass, computes its losses, and leaves their gradients in the parameters.
 
-    choose: how indices are chosen, None for the nearest code. share: what the gradients are
-    multiplied by. add: whether to the gradients of an earlier pass.
+    choose: how indices are chosen; None takes the nearest code. share: a factor for the gradients.
+    add: whether to add to the gradients of an earlier pass; else it replaces them.
     """
     half = model.in_half() if options.precision == "bfloat16" else None
     with half.in_place() if half else nullcontext():

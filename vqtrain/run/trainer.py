@@ -1,4 +1,4 @@
-"""The training loop: steps, epochs, the checks between them, and what a signal leaves."""
+"""The training loop: steps, epochs, the checks between them, and the state saved at a signal."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from vqtrain.run.start import prepare, start_model
 from vqtrain.run.step import WHOLE, Split, Taken, make_optimizer, training_step
 
 SAMPLED_IMAGES = 1000
-"""The most training images that are measured after an epoch if none are held out."""
+"""If no images are held out, at most so many training images are measured after an epoch."""
 
 
 def require_one_batch(images: ImageSet, options: TrainingOptions) -> None:
@@ -64,18 +64,18 @@ def require_one_batch(images: ImageSet, options: TrainingOptions) -> None:
 
 @dataclass(frozen=True)
 class Work:
-    """Where and how a run works: nothing here changes what it computes on a given device.
+    """Where and how a run works. It does not change what the run computes on a given device.
 
-    folder: the run's. output: where a copy of the model goes, if anywhere.
+    folder: the run's folder. output: where to write a copy of the model, or None.
     snapshot_steps: steps between snapshots within an epoch.
-    check_images: how many images a check against the oracle takes; None takes as many as it does in
-    about two seconds, and after an epoch as many as it does in a fiftieth of the epoch's time on a
-    processor. check_every: epochs between checks.
+    check_images: images per check against the oracle. None takes as many as a check does in about
+    two seconds; after an epoch, as many as in a fiftieth of the epoch's time on a processor.
+    check_every: epochs between checks.
     say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
-    record: whether steps on a card are recorded as CUDA graphs, if they can be.
-    pictures: whether each epoch is drawn. bar: whether a terminal shows the progress of an epoch by
-    a bar; where none is drawn, ``say`` gets a line every half minute.
-    split: of each batch over ranks and passes. Of several ranks only the first checks, draws and
+    record: whether to record steps on a card as CUDA graphs, if possible.
+    pictures: whether to draw pictures after each epoch. bar: whether to show the progress of an
+    epoch as a bar on a terminal; without a bar, ``say`` gets a line every half minute.
+    split: how each batch is split over ranks and passes. Only the first rank checks, draws and
     writes.
     """
 
@@ -94,13 +94,16 @@ class Work:
 
 
 class Trainer:
-    """One run.
+    """One training run.
 
-    course: what ``course_of`` says of it. state: of a snapshot to go on from.
+    provenance: where the model comes from, as plain data. course: what ``course_of`` returned for
+    the run. state: the state of a snapshot to continue from.
 
-    Raises InputError if the images do not fill one batch. ``run`` raises ParityError if the module
-    and the oracle disagree, or ranks with each other, CommandError if the loss is no longer finite,
-    MachineError if another rank is lost, and Interrupted, with the state saved, if a signal came.
+    Raises InputError if the images do not fill one batch.
+
+    ``run`` raises ParityError if the module disagrees with the oracle, or a rank with another;
+    CommandError if the loss is no longer finite; MachineError if another rank is lost; and
+    Interrupted after a signal, once the state is saved.
     """
 
     def __init__(
@@ -168,7 +171,7 @@ class Trainer:
         self.shown = to_unit_interval(measured[: self.narrator.shown_images])
 
     def run(self) -> Model:
-        """Trains until ``options.epochs`` epochs are done. Returns what ``output`` holds."""
+        """Trains until ``options.epochs`` epochs are done. Returns the final model."""
         count = self.ranks.count
         self.work.say(
             f"{self.batches.count} images, {self.total} steps of {self.options.batch_size} "
@@ -196,7 +199,7 @@ class Trainer:
             raise
 
     def _run(self) -> Model:
-        """Checks, the rest of the epochs, and the end."""
+        """Checks the model, trains the rest of the epochs, and finishes."""
         if self.ranks.first:
             self._require_agreement(self.model, self.sample, "before the first step", aloud=True)
         self._tell_least()
@@ -206,14 +209,14 @@ class Trainer:
         return self._finish()
 
     def _tell_least(self) -> None:
-        """Says what a perfect reconstruction would score, if the likelihood has such a limit."""
+        """Reports the score of a perfect reconstruction, if the likelihood has such a limit."""
         least = least_reconstruction(self.spec, self.measured, self.ranks)
         if least is not None:
             prior = self.spec.latent_size * math.log(self.spec.num_codes)
             self.narrator.least(self.measured_as, least, prior)
 
     def _epoch(self) -> None:
-        """Takes the rest of the epoch, then measures, checks, publishes, and tells of it."""
+        """Trains the rest of the epoch, then measures, checks, publishes and reports."""
         state = self.state
         self._steps()
         with self.ranks.together():
@@ -265,7 +268,7 @@ class Trainer:
         self.progress.ended()
 
     def _steps(self) -> None:
-        """The rest of the epoch's steps."""
+        """Takes the rest of the epoch's steps."""
         state = self.state
         self.generator.set_state(state.order)
         batches = self.batches.shuffled(self.generator, skip=state.step)
@@ -277,8 +280,10 @@ class Trainer:
                 end = time.perf_counter()
 
     def _step(self, images: Tensor, waited: float) -> None:
-        """The next step of the epoch, on a batch of images, of several ranks on this one's, which
-        were waited for so many seconds."""
+        """Takes the next step of the epoch on this rank's images of a batch.
+
+        waited: seconds that it took until the images came.
+        """
         state, start = self.state, time.perf_counter()
         with hold():
             step = self._steps_taken()
@@ -318,8 +323,7 @@ class Trainer:
         return model
 
     def _read_back(self, path: Path) -> Model:
-        """Holds what the file says to the oracle, on images that the run was not checked on before,
-        if there are any."""
+        """Reads the file and checks its model against the oracle, if possible on new images."""
         model = read_model(path)
         dialect = DIALECTS[self.options.dialect]
         module = prepare(VQVAE(model.spec, model.params, dialect), self.work.device)
@@ -329,7 +333,7 @@ class Trainer:
         return model
 
     def _model(self) -> Model:
-        """The model after a full epoch."""
+        """Returns the model after a full epoch."""
         history = self.state.history
         return Model(
             self.spec,
@@ -389,8 +393,10 @@ class Trainer:
         probed: int = PROBED_TOKENS,
         aloud: bool = False,
     ) -> Report:
-        """Checks ``model`` against the oracle on images (N, C, H, W). probed: as of ``compare``.
-        Raises ParityError, CommandError."""
+        """Checks ``model`` against the oracle on images (N, C, H, W).
+
+        probed: as in ``compare``. Raises ParityError, CommandError.
+        """
         try:
             report = check_against_oracle(model, images, self.options, probed=probed)
         except ValueError as error:  # a weight or a stage that is no longer finite

@@ -1,8 +1,7 @@
-"""The report of a run: ``report.html``, one file that shows the run's settings, curves, pictures,
-use of codes and checks, and says what to run next.
+"""Writes a run's ``report.html``: settings, curves, pictures, use of codes, checks, next commands.
 
-It is written anew after every epoch and at the end, from what the run has written until then. The
-browser draws the curves with Bokeh's own JavaScript, which comes with the page.
+The file is written anew after every epoch and at the end, from what the run has written so far. The
+browser draws the curves with Bokeh's own JavaScript, which is part of the page.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from vqref.host.files import write_file
 from vqtrain.run.folder import PICTURES, RunFolder
 
 REPORT = "report.html"
-"""Its name in the folder of a run."""
+"""The report's name in the folder of a run."""
 
 DRAWING = Path(__file__).with_suffix(".js")
 """What draws the curves and turns the pages of the epochs."""
 
 GOING_BYTES, PICTURE_BYTES = 2**20, 2**22
-"""The most bytes of pictures in the report of a run that goes on, which is written often, and of
-one that has ended: of long runs it shows the pictures of some epochs."""
+"""The most bytes of pictures in the report of an unfinished run, which is written often, and of an
+ended run. For long runs, the report shows pictures of only some epochs."""
 
 
 class Measure(NamedTuple):
-    """How a figure is called and written, by Python and, as a curve, by the browser."""
+    """The name of a figure, and its format in Python and, as a curve, in the browser."""
 
     label: str
     form: str
@@ -71,16 +70,16 @@ KINDS = {
     "samples-0.8": ("Samples at temperature 0.8", "Images that the prior draws at temperature 0.8"),
     "codebook": ("Codebook", "What each code decodes to, the most used first"),
 }
-"""The pictures of an epoch: their headings, and what is to be seen on them."""
+"""The pictures of an epoch: their headings, and what they show."""
 
 
 TABLES = {"run": "As the command was given", "training": "Training", "model": "Network"}
-"""What the tables of ``options.toml`` are called."""
+"""Captions of the tables of ``options.toml``."""
 
 
 @dataclass(frozen=True)
 class Story:
-    """What a report tells beside the pictures.
+    """The content of a report besides the pictures.
 
     verdict: how the run stands, in a sentence, and whether that is good; None while it goes on.
     history: the lines of ``metrics.jsonl``, and the measured images' figures under "measured".
@@ -105,8 +104,7 @@ def line_of(command: str, *words: object) -> str:
 
 
 def write_report(folder: RunFolder, story: Story, say: Callable[[str], None]) -> None:
-    """Writes the report. A run is worth more than its report: what goes wrong with it is said in a
-    line, and the run goes on."""
+    """Writes the report. If that fails, reports it in a line, and the run continues."""
     try:
         write_file(folder.path / REPORT, page_of(folder, story))
     except Exception as error:
@@ -114,7 +112,7 @@ def write_report(folder: RunFolder, story: Story, say: Callable[[str], None]) ->
 
 
 def page_of(folder: RunFolder, story: Story) -> bytes:
-    """The page. Raises OSError, and ValueError for a history that is none."""
+    """Returns the page. Raises OSError, and ValueError for an invalid history."""
     lines = _lines(story)
     shown = _shown(folder, GOING_BYTES if story.good is None else PICTURE_BYTES)
     panels = _panels(story, lines)
@@ -139,7 +137,7 @@ def page_of(folder: RunFolder, story: Story) -> bytes:
 
 @cache
 def _scripts() -> tuple[str, ...]:
-    """Bokeh's JavaScript, which needs no import of its Python, and ours."""
+    """Returns our JavaScript and Bokeh's, without importing Bokeh's Python."""
     from bokeh.util.paths import bokehjs_path
 
     own = Path(bokehjs_path()) / "js"
@@ -148,7 +146,7 @@ def _scripts() -> tuple[str, ...]:
 
 
 def _lines(story: Story) -> dict[str, list[Mapping[str, Any]]]:
-    """The figures of each epoch, by who they are of."""
+    """Returns the figures of each epoch, by the set that they belong to."""
     found = {"training": list(story.history)}
     if all("measured" in line for line in story.history):
         found[story.measured_as] = [line["measured"] for line in story.history]
@@ -156,7 +154,7 @@ def _lines(story: Story) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _panels(story: Story, lines: Mapping[str, list[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """The curves: of each measure a line for each set of images that has it."""
+    """Returns the curves: for each measure, a line per set of images that has it."""
     found = []
     for name, measure in MEASURES.items():
         curves = [
@@ -175,7 +173,7 @@ def _panels(story: Story, lines: Mapping[str, list[Mapping[str, Any]]]) -> list[
 
 
 def _figures(story: Story, lines: Mapping[str, list[Mapping[str, Any]]]) -> str:
-    """The last epoch's figures, and those of every epoch, for whoever cannot hover."""
+    """Returns the figures of the last and of every epoch, for readers who cannot hover."""
     names = [
         name for name in MEASURES if any(name in line for kept in lines.values() for line in kept)
     ]
@@ -205,7 +203,7 @@ def _cell(name: str, line: Mapping[str, Any]) -> str:
 
 
 def _curves(panels: Sequence[Mapping[str, Any]]) -> str:
-    """A place for each curve, with its last figures in words."""
+    """Returns a place for each curve, with its last figures in words."""
     parts = []
     for panel in panels:
         form = MEASURES[panel["name"]].form
@@ -229,8 +227,10 @@ def _curves(panels: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _shown(folder: RunFolder, most: int) -> list[dict[str, Any]]:
-    """The epochs whose pictures are in the report, each with its pictures by kind and the use of
-    codes: as many as ``most`` bytes hold, evenly spread, the last one among them."""
+    """Returns the epochs with pictures in the report, with pictures by kind and the use of codes.
+
+    Takes as many as fit into ``most`` bytes, evenly spread, including the last epoch.
+    """
     by_epoch: dict[int, dict[str, Path]] = {}
     for path in sorted((folder.path / PICTURES).glob("epoch-*-*.png")):
         _, epoch, kind = path.stem.split("-", 2)
@@ -250,7 +250,7 @@ def _shown(folder: RunFolder, most: int) -> list[dict[str, Any]]:
 
 
 def _use(use: dict[str, Any] | None) -> dict[str, Any] | None:
-    """The use of codes of an epoch with its words; None if it was not kept."""
+    """Returns an epoch's use of codes with its text; None if it was not kept."""
     if use is None:
         return None
     said = f"{use['used']:,} of {use['codes']:,} codes used, perplexity {use['perplexity']:,.1f}."
@@ -262,7 +262,7 @@ def _address(path: Path) -> str:
 
 
 def _pictures(shown: Sequence[Mapping[str, Any]]) -> str:
-    """The pictures of the last epoch, a slider for the others, and the use of codes."""
+    """Returns the pictures of the last epoch, a slider for the others, and the use of codes."""
     last = shown[-1]
     slider = (
         '<div class="slider" id="slider" hidden><label for="epoch">Epoch '
@@ -291,7 +291,7 @@ def _pictures(shown: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _oracle(story: Story) -> str:
-    """What was checked, and the worst figure beside its bound."""
+    """Returns what was checked, and the worst figure with its bound."""
     oracle = story.oracle or {}
     parts = {check["stage"]: webpage.part_of_bound(check) for check in oracle["checks"]}
     known = {stage: part for stage, part in parts.items() if part is not None}
