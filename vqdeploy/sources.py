@@ -97,7 +97,7 @@ def read_checkpoint(content: bytes) -> Any:
     with parsed("not a checkpoint"), zipfile.ZipFile(io.BytesIO(content)) as archive:
         if any(name.endswith(".npy") for name in archive.namelist()):
             return read_npz(content)
-        damaged = archive.testzip()  # PyTorch reads on
+        damaged = archive.testzip()  # PyTorch ignores wrong checksums
         if damaged is not None:
             raise InputError(f"damaged: the checksum of {plain(damaged)} is not that of its bytes")
     return vqref.modelfile.unpickled(content, _load_pickle, "checkpoint")
@@ -194,6 +194,6 @@ def _read_safetensors(content: bytes) -> tuple[dict[str, Array], str | None]:
         raise missing(error) or error from None
     with parsed("not a safetensors file"):  # damaged, or a dtype that NumPy lacks
         params = load(content)
-    size = int.from_bytes(content[:8], "little")  # of the JSON header, which load has validated
+    size = int.from_bytes(content[:8], "little")  # size of the JSON header; load has validated it
     header: dict[str, Any] = json.loads(content[8 : 8 + size])
     return params, header.get("__metadata__", {}).get(SPEC)

@@ -38,7 +38,7 @@ def run(options: InspectOptions) -> int:
     print(f"manifest    {bundle.sha256}")
     for part in (_model(bundle), _files(bundle.manifest), _proof(bundle.manifest), _proved(bundle)):
         for line in part:
-            print(plain(line))  # a file may hold what a terminal obeys
+            print(plain(line))  # a file may hold control codes of terminals
     return ExitCode.DONE
 
 
