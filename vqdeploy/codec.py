@@ -182,9 +182,9 @@ class Codec:
     def encode(self, images: Images) -> npt.NDArray[np.int64]:
         """Returns the indices (N, S) of N images, int64 from 0 to num_codes - 1.
 
-        images: pictures, or an array. Its dtype is uint8, or floating with values in [0, 1]. Its
-        shape is (N, C, H, W), (N, H, W, C), or (N, H, W) if C is 1. Without N it is one image, a
-        batch of one.
+        images: pictures, or an array of uint8, or of floating numbers in [0, 1]. The array's shape
+        is (N, C, H, W), (N, H, W, C), or (N, H, W) if C is 1. Without N it is one image, a batch of
+        one.
 
         Raises InputError (a ValueError) for any other shape, dtype or range and for values that
         are not finite, and what ``prepare`` raises.

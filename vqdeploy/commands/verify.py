@@ -57,7 +57,7 @@ class VerifyOptions(PicturesOptions, BundleOptions):
         default=None,
         type=Path,
         metavar="FILE",
-        help="file for a web page that says the same",
+        help="file for a web page with what the certificate says",
     )
     manifest_sha256: str | None = option(
         "--manifest-sha256",
