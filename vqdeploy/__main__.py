@@ -1,17 +1,18 @@
-"""``python -m vqdeploy``: makes bundles of trained models, verifies and runs them."""
+"""``python -m vqdeploy``: turns trained models into bundles, verifies and runs them."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from vqref.host.interrupts import guarded  # all else is imported once signals are watched
+from vqref.host.interrupts import guarded  # other imports wait until signals are handled
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the process's exit status.
+    """Runs the command line and returns the exit status of the process.
 
-    argv: the words of the command line; None takes the process's, whose end this then is.
+    argv: the words of the command line. If it is None, this takes the words of the process, and
+    the process ends with this call.
     """
     return guarded("vqdeploy", lambda: _run(argv), last=argv is None)
 
@@ -23,7 +24,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def command(argv: Sequence[str] | None) -> int:
-    """Parses, and runs the command that is named."""
+    """Parses the command line and runs the command that it names."""
     from vqdeploy.commands import (
         bench,
         decode,

@@ -1,8 +1,11 @@
-"""Tokens of images that memory does not hold: a folder of parquet files beside a ``manifest.json``.
+"""Encodes more images than memory can hold.
 
-A job is cut into parts, a shard of the source each. A part is a file of tokens that is written as a
-whole; its bytes follow from the bundle and the shard alone, so that it does not matter who writes
-it, when, or how often. A job that was killed does again what has no file yet.
+The tokens go to a folder of parquet files with a ``manifest.json``.
+
+A job is split into parts, one per shard of the source. A part is a file of tokens that is written
+as a whole. Its bytes depend only on the bundle and the shard, so it does not matter which process
+writes it, when, or how often. If a job was killed, running it again writes only the parts that are
+missing.
 """
 
 from __future__ import annotations
@@ -38,21 +41,21 @@ FORMAT, FORMAT_VERSION = "vqdeploy-tokens", 1
 MANIFEST = "manifest.json"
 
 IMAGES_BYTES = 2**26
-"""Roughly what the images that are held before they are encoded may take, as float32."""
+"""About how many bytes the images that wait to be encoded may take, as float32."""
 
 SECONDS_BETWEEN_LINES = 5
-"""How long a job says nothing of its progress."""
+"""The least time between two lines on progress."""
 
 _FILE = re.compile(r"tokens-\d{5,}-of-\d{5,}\.parquet", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What all who work on a folder of tokens share.
+    """What all workers on a folder of tokens share.
 
     bundle: the folder that export wrote. manifest_sha256: its digest. output: the folder for the
-    tokens, the same for all. device, threads: as of ``Codec.load``. most_broken: how many images
-    may be left out because they cannot be read.
+    tokens, the same for all workers. device, threads: as for ``Codec.load``. most_broken: how many
+    unreadable images may be left out.
     """
 
     bundle: Path
@@ -72,7 +75,7 @@ class Part:
 
     @cached_property
     def source(self) -> str:
-        """The digest of what the shard is, wherever it lies."""
+        """The digest of the shard's description without its path."""
         said = dataclasses.asdict(self.shard)
         del said["path"]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
@@ -80,10 +83,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a part.
+    """The result for one part.
 
-    images: how many it holds. broken: how many were left out; named: the first of them, with the
-    reasons. sha256: of the file. kept: whether it was there already.
+    images: how many images it holds. broken: how many images were left out. named: the first of
+    these, with the reasons. sha256: the file's digest. kept: whether the file was there
+    already.
     """
 
     part: Part
@@ -95,7 +99,7 @@ class Outcome:
 
 
 def parts_of(shards: Sequence[Shard]) -> tuple[Part, ...]:
-    """The parts of a job, a shard each, in their order."""
+    """Returns the parts of a job, one per shard, in the same order."""
     count = len(shards)
     return tuple(
         Part(f"tokens-{number:05}-of-{count:05}.parquet", shard)
@@ -104,8 +108,10 @@ def parts_of(shards: Sequence[Shard]) -> tuple[Part, ...]:
 
 
 class PartEncoder:
-    """Writes the parts of a job, one at a time, with one Codec. Raises what ``Codec.load``
-    raises."""
+    """Writes the parts of a job, one at a time, with one Codec.
+
+    Raises what ``Codec.load`` raises.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -120,10 +126,11 @@ class PartEncoder:
         self.at_once = max(1, IMAGES_BYTES // (4 * math.prod(spec.image_shape)))
 
     def __call__(self, part: Part) -> Outcome:
-        """Writes the part, unless it is there, and says what it holds.
+        """Writes the part unless it is there already, and returns what it holds.
 
-        Raises InputError for a shard that is damaged, more broken images than the job allows, and a
-        file of that name that another bundle or another source made; OSError.
+        Raises InputError if the shard is damaged, if it has more broken images than the job allows,
+        and if the file comes from another bundle or another source. Raises OSError if the file
+        cannot be written.
         """
         path = self.job.output / part.file
         if path.exists():
@@ -143,8 +150,10 @@ class PartEncoder:
         return Outcome(part, len(keys), len(broken), tuple(named), digest, kept=False)
 
     def _batches(self, shard: Shard, broken: list[str]) -> Iterator[tuple[list[str], Array]]:
-        """The names and images (N, C, H, W) of a shard, a few at a time. What cannot be read goes
-        to ``broken``. Raises InputError."""
+        """Yields the names and images (N, C, H, W) of a shard, a few at a time.
+
+        Adds unreadable images to ``broken``. Raises InputError.
+        """
         shape = self.codec.spec.image_shape
         keys: list[str] = []
         images: list[Array] = []
@@ -165,7 +174,7 @@ class PartEncoder:
             yield keys, np.stack(images)
 
     def _kept(self, path: Path, part: Part) -> Outcome:
-        """What the file of a part holds. Raises InputError if it is not what would be written."""
+        """Returns what a part's file holds. Raises InputError if another job wrote it."""
         content = read_bytes(path)
         with about(path):
             said = parquet_metadata(content)
@@ -184,18 +193,20 @@ class PartEncoder:
 
 
 def require_few(named: Sequence[str], count: int, most: int) -> None:
-    """Raises InputError that names the first of ``count`` broken images if they are more than
-    ``most``."""
+    """Raises InputError if there are more than ``most`` broken images.
+
+    count: how many there are. named: a line for each; the error lists the first of them.
+    """
     if count > most:
         what = "1 broken image" if count == 1 else f"{count} broken images"
         raise InputError(f"{what}, and --max-broken is {most}: {'; '.join(named[:MOST_NAMED])}")
 
 
 def begin(job: Job, spec: ModelSpec, source: str, parts: Sequence[Part]) -> None:
-    """Makes the folder of a job, or finds that what is there is of the same job.
+    """Makes the folder of a job, or checks that an existing folder is of the same job.
 
-    source: its name. Raises InputError for a folder of another job or of other things, MachineError
-    if it cannot be written to.
+    source: the source's name. Raises InputError if the folder is of another job or holds other
+    files, MachineError if it cannot be written to.
     """
     path = job.output / MANIFEST
     told = _told(job, spec, source, parts)
@@ -216,8 +227,10 @@ def begin(job: Job, spec: ModelSpec, source: str, parts: Sequence[Part]) -> None
 
 
 def finish(job: Job, spec: ModelSpec, source: str, outcomes: Sequence[Outcome]) -> None:
-    """Writes the manifest of a job whose parts, in their order, are all there, and removes what
-    killed workers left beside them. Raises OSError."""
+    """Writes the manifest of a complete job, and removes files that killed workers left.
+
+    outcomes: those of all parts, in order. Raises OSError.
+    """
     sweep(job.output, r"tokens-.*")
     parts = [outcome.part for outcome in outcomes]
     done = {
@@ -239,7 +252,7 @@ def finish(job: Job, spec: ModelSpec, source: str, outcomes: Sequence[Outcome]) 
 
 
 def _told(job: Job, spec: ModelSpec, source: str, parts: Sequence[Part]) -> dict[str, Any]:
-    """What a manifest says before there are tokens."""
+    """Returns what a manifest says before there are tokens."""
     digests = "".join(part.source for part in parts)
     return {
         "format": FORMAT,
@@ -253,7 +266,7 @@ def _told(job: Job, spec: ModelSpec, source: str, parts: Sequence[Part]) -> dict
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """The entries of a manifest. Raises InputError."""
+    """Returns the entries of a manifest. Raises InputError."""
     content = read_bytes(path)
     with about(path), parsed("not the manifest of a folder of tokens"):
         found = unsealed(content)
@@ -269,10 +282,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_archive(folder: Path) -> Tokens:
-    """All tokens of a folder that ``finish`` completed.
+    """Returns all tokens of a folder that ``finish`` completed.
 
-    Raises InputError for one that is not complete, a part that is not what the manifest says, and
-    more tokens than memory is given to; MachineError if pyarrow is not installed.
+    Raises InputError if the folder is not complete, if a part differs from what the manifest says,
+    and if there are more tokens than may be held in memory. Raises MachineError if pyarrow is not
+    installed.
     """
     path = folder / MANIFEST
     found = _read_manifest(path)
@@ -295,7 +309,7 @@ def read_archive(folder: Path) -> Tokens:
 
 
 def _read_part(path: Path, sha256: str, said: dict[str, Any]) -> Tokens:
-    """The tokens of a part. Raises InputError if its file is not the one of that digest."""
+    """Returns the tokens of a part. Raises InputError if its file has another digest."""
     if hashlib.sha256(read_bytes(path)).hexdigest() != sha256:
         raise InputError(f"{path}: damaged: its sha256 is not the one that {MANIFEST} says")
     tokens = read_tokens(path)
@@ -306,9 +320,9 @@ def _read_part(path: Path, sha256: str, said: dict[str, Any]) -> Tokens:
 
 @dataclass
 class Progress:
-    """How far a job is, and how long it will take.
+    """The progress of a job, and the time it still needs.
 
-    total: the weight of all shards. clock: seconds from any moment on.
+    total: the weight of all shards. clock: returns seconds since any fixed moment.
     """
 
     parts: int
@@ -322,7 +336,7 @@ class Progress:
         self._before = self._encoded = self._kept = 0
 
     def add(self, outcome: Outcome) -> str | None:
-        """Counts a part; a line, if the last one is a while ago."""
+        """Counts a part. Returns a line if the last line is SECONDS_BETWEEN_LINES old."""
         self.outcomes[outcome.part.file] = outcome
         now, weight = self.clock(), outcome.part.shard.weight
         if outcome.kept:
@@ -338,13 +352,13 @@ class Progress:
         return f"{done}, {self.speed()}{self._left()}"
 
     def speed(self) -> str:
-        """The images that were encoded, and how many a second."""
+        """Returns how many images were encoded, and how many per second."""
         images = sum(each.images for each in self.outcomes.values() if not each.kept)
         seconds = max(self.clock() - self._start, 1e-9)
         return f"{images:,} images encoded, {images / seconds:,.0f} images/s"
 
     def summary(self) -> str:
-        """What the job has done, once it is complete."""
+        """Returns what the job has done. Call it when the job is complete."""
         found = self.outcomes.values()
         images, broken = sum(each.images for each in found), sum(each.broken for each in found)
         kept = sum(each.images for each in found if each.kept)
@@ -353,8 +367,10 @@ class Progress:
         return f"{images:,} images{before}{left_out}; {self.speed()}"
 
     def _left(self) -> str:
-        """The time that the other shards take at the speed since the first was encoded: what came
-        before it was the start of workers."""
+        """Returns the time that the remaining shards will take.
+
+        It takes the speed since the first shard was encoded: before that, the workers started.
+        """
         since = self._encoded - self._before
         if self._first is None or not since:
             return ""
@@ -363,7 +379,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """A time in the two largest units: "2 h 05 min", "3 min 20 s", "4 s"."""
+    """Returns a time in its two largest units: "2 h 05 min", "3 min 20 s", "4 s"."""
     whole = round(seconds)
     if whole >= 3600:
         return f"{whole // 3600} h {whole % 3600 // 60:02} min"
@@ -371,11 +387,11 @@ def duration(seconds: float) -> str:
 
 
 Engine = Callable[[Job, Sequence[Part]], Iterator[Outcome]]
-"""What has parts written, by whomever, and gives their outcomes as they come."""
+"""A function that has parts written and yields their outcomes as they arrive."""
 
 
 def in_process(job: Job, parts: Sequence[Part]) -> Iterator[Outcome]:
-    """The engine of one process with a loop."""
+    """The engine that writes the parts in this process, one after another."""
     yield from map(PartEncoder(job), parts)
 
 
@@ -387,10 +403,10 @@ def encode_archive(
     engine: Engine = in_process,
     say: Callable[[str], None] = print,
 ) -> Progress:
-    """Writes the tokens of all shards, a part each, and the manifest.
+    """Writes the tokens of all shards, one part per shard, and the manifest.
 
-    say: takes lines on progress, as it is made. Raises what ``begin`` and ``PartEncoder`` raise;
-    the same call then goes on.
+    say: receives lines on progress during the work. Raises what ``begin`` and ``PartEncoder``
+    raise. The same call then continues the job.
     """
     parts = parts_of(shards)
     begin(job, spec, source, parts)

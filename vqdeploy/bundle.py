@@ -1,4 +1,4 @@
-"""The bundle: the folder that export makes, and everything that reads one. Needs numpy alone."""
+"""The bundle: the folder that export writes, and everything that reads one. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ MANIFEST = "manifest.json"
 ORACLE = "oracle.npz"
 CARD = "README.md"
 FILES = (*(f"{name}.onnx" for name in STAGES), ORACLE, CARD)
-"""Every file of a bundle but the manifest, which holds their sizes and digests."""
+"""Every file of a bundle except the manifest, which holds their sizes and digests."""
 
 PRIOR_FILES = tuple(f"{name}.onnx" for name in PRIOR_STAGES)
-"""Those that a bundle with a prior has beside."""
+"""The additional files of a bundle with a prior."""
 
 FILE_BYTES = 2 * 2**30
-"""The largest file that is read, protobuf's own limit."""
+"""The largest file that is read, in bytes. It is protobuf's own limit."""
 
 MANIFEST_BYTES = 2**26
-"""The largest manifest that is read: a history of thousands of epochs is a few MiB."""
+"""The largest manifest that is read, in bytes. A history of thousands of epochs is a few MiB."""
 
 GOLDEN = {
     "images": np.float32,
@@ -51,16 +51,18 @@ GOLDEN = {
 """The arrays of a golden batch."""
 
 GOLDEN_PRIOR = {"indices": np.int64, "log_probabilities": np.float64}
-"""Those of a prior's: tokens, and log p of each given those before."""
+"""The arrays of a prior's golden batch: tokens, and log p of each token given those before it."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle's place and its manifest, which is checked here; files are checked as they are read.
+    """A bundle's path and its manifest.
+
+    ``open`` checks the manifest; the other files are checked when they are read.
 
     manifest: the parsed ``manifest.json``, without its seal. spec: the model's specification, from
-    the manifest. preprocessing: what is to be done to pictures. content: the manifest's bytes.
-    prior: the specification of the learned prior, if there is one.
+    the manifest. preprocessing: how to prepare pictures. content: the manifest's bytes. prior: the
+    specification of the learned prior, None if there is none.
     """
 
     path: Path
@@ -72,11 +74,12 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | Path, manifest_sha256: str | None = None) -> Bundle:
-        """The bundle at ``path``.
+        """Opens the bundle at ``path`` and checks its manifest.
 
-        manifest_sha256: what its ``sha256`` must be, if that is known from elsewhere.
-        Raises InputError for a folder that is not a bundle, a damaged one, one of another format
-        version, and another one than was asked for.
+        manifest_sha256: the ``sha256`` that the bundle must have, if the caller knows it.
+
+        Raises InputError if the folder is not a bundle, the bundle is damaged or of another format
+        version, or its ``sha256`` is another one.
         """
         path = Path(path)
         where, content = path / MANIFEST, _manifest_bytes(path)
@@ -106,7 +109,7 @@ class Bundle:
 
     @property
     def sha256(self) -> str:
-        """The digest of the manifest, which says what bundle this is: it holds the others'."""
+        """The digest of the manifest. It identifies the bundle: the manifest has all digests."""
         return hashlib.sha256(self.content).hexdigest()
 
     @property
@@ -116,7 +119,7 @@ class Bundle:
 
     @property
     def batch(self) -> int | None:
-        """The one batch size that every graph takes, None if they take any."""
+        """The one batch size that every graph takes, or None if they take any."""
         batch: int | None = self.manifest["batch"]
         return batch
 
@@ -131,7 +134,7 @@ class Bundle:
         return bool(self.manifest["detokenizer"] == "table")
 
     def read(self, name: str) -> bytes:
-        """The bytes of one of FILES, after a check of size and sha256 against the manifest.
+        """Returns the bytes of one of FILES, after checking size and sha256 against the manifest.
 
         Raises InputError.
         """
@@ -146,11 +149,11 @@ class Bundle:
         return content
 
     def graph(self, name: str) -> bytes:
-        """The ONNX file of one of STAGES, or of PRIOR_STAGES. Raises InputError."""
+        """Returns the ONNX file of one of STAGES or PRIOR_STAGES. Raises InputError."""
         return self.read(f"{name}.onnx")
 
     def oracle(self) -> Oracle:
-        """The parameters and the golden batch, which fit ``spec``. Raises InputError."""
+        """Returns the parameters and the golden batch. Raises InputError if they do not fit."""
         found = Oracle.from_bytes(self.read(ORACLE), str(self.path / ORACLE))
         try:
             found.require(self.spec, self.prior)
@@ -162,7 +165,7 @@ class Bundle:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the bundle at ``path``, of whatever version, sealed or not.
+    """Returns the manifest of the bundle at ``path``, of any version, sealed or not.
 
     Raises InputError.
     """
@@ -170,7 +173,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def describe_files(files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """The manifest's entry for each file: size in bytes and sha256."""
+    """Returns the manifest's entry for each file: size in bytes and sha256."""
     return {
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in files.items()
@@ -183,7 +186,7 @@ def describe_graphs(
     index_type: str = INDEX_TYPES[0],
     prior: PriorSpec | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The manifest's entry for each graph: its file, and name, dtype and shape of each port."""
+    """Returns the manifest's entry per graph: its file, and name, dtype and shape of each port."""
     known = {name: ports(spec, batch, index_type) for name in STAGES}
     if prior is not None:
         known |= prior_ports(prior, batch, index_type)
@@ -210,7 +213,7 @@ def _manifest_bytes(path: Path) -> bytes:
 
 
 def _parsed(where: Path, content: bytes) -> dict[str, Any]:
-    """The entries of a manifest. Raises InputError."""
+    """Returns the entries of a manifest. Raises InputError."""
     try:
         manifest = parsed(content)
     except ValueError as error:
@@ -221,7 +224,7 @@ def _parsed(where: Path, content: bytes) -> dict[str, Any]:
 
 
 def _require_version(where: Path, version: Any) -> None:
-    """Raises InputError that says what to do about another format version."""
+    """Raises InputError with advice if the format version is another one."""
     if type(version) is not int or version < 1:
         raise InputError(f"{where}: format version is {version!r}, expected {FORMAT_VERSION}")
     if version < FORMAT_VERSION:
@@ -237,7 +240,7 @@ def _require_version(where: Path, version: Any) -> None:
 
 
 def _prior(manifest: Mapping[str, Any], spec: ModelSpec) -> PriorSpec | None:
-    """The prior of a manifest that has one. Raises ValueError, KeyError."""
+    """Returns the prior that a manifest describes, if any. Raises ValueError, KeyError."""
     if "prior" not in manifest:
         return None
     require_entries(manifest, PRIOR)
@@ -248,7 +251,10 @@ def _prior(manifest: Mapping[str, Any], spec: ModelSpec) -> PriorSpec | None:
 
 
 def _require_files(files: Any, names: tuple[str, ...]) -> None:
-    """Raises ValueError, KeyError or TypeError unless exactly these are described, each whole."""
+    """Raises an error unless the manifest fully describes exactly these files.
+
+    Raises ValueError, KeyError or TypeError.
+    """
     for name in names:
         size, digest = files[name]["bytes"], files[name]["sha256"]
         sized = type(size) is int and 0 <= size <= FILE_BYTES
@@ -259,7 +265,7 @@ def _require_files(files: Any, names: tuple[str, ...]) -> None:
 
 
 def _require_form(manifest: Mapping[str, Any], spec: ModelSpec, prior: PriorSpec | None) -> None:
-    """Raises ValueError or KeyError for graphs that are described as no export writes them."""
+    """Raises ValueError or KeyError if no export writes graphs of this description."""
     allowed = {
         "precision": [name for name, precision in PRECISIONS.items() if precision.exports],
         "detokenizer": ["table", "network"],
@@ -298,7 +304,7 @@ FACTS: Mapping[str, type | tuple[type, ...]] = {
     "kept.tokens": int,
     "kept.equal": int,
 }
-"""What a manifest tells beside, a dotted name for an entry of an entry."""
+"""Other entries of a manifest and their types. A dotted name is an entry of an entry."""
 
 PRIOR: Mapping[str, type | tuple[type, ...]] = {
     "prior": dict,
@@ -306,7 +312,7 @@ PRIOR: Mapping[str, type | tuple[type, ...]] = {
     "prior.training": dict,
     "prior.nats": (int, float),
 }
-"""What a manifest with a prior tells of it; nats: what held-out tokens cost, in training."""
+"""The entries on a prior. nats: what the tokens of held-out images cost, as training found."""
 
 PROVED: Mapping[str, type | tuple[type, ...]] = {
     "proved": dict,
@@ -316,11 +322,11 @@ PROVED: Mapping[str, type | tuple[type, ...]] = {
     "proved.float32": int,
     "proved.lanes": int,
 }
-"""The same of a manifest that tells what is proved in advance; earlier ones do not."""
+"""The entries on what is proved in advance. Earlier manifests lack them."""
 
 
 def _require_facts(manifest: Mapping[str, Any]) -> None:
-    """Raises KeyError for one of FACTS that is missing, ValueError for one of another type."""
+    """Raises KeyError if one of FACTS is missing, ValueError if one has another type."""
     require_entries(manifest, {**FACTS, **PROVED} if "proved" in manifest else FACTS)
     for check in manifest["agreement"]["checks"]:
         if not isinstance(check, dict) or type(check.get("violations")) is not int:
@@ -330,9 +336,9 @@ def _require_facts(manifest: Mapping[str, Any]) -> None:
 def require_entries(
     content: Mapping[str, Any], kinds: Mapping[str, type | tuple[type, ...]]
 ) -> None:
-    """Raises KeyError for an entry that is missing, ValueError for one of another type.
+    """Raises KeyError if an entry is missing, ValueError if one has another type.
 
-    kinds: as those of FACTS.
+    kinds: types by dotted name, as in FACTS.
     """
     for name, kind in kinds.items():
         value: Any = content
@@ -343,15 +349,15 @@ def require_entries(
 
 
 GROUPS = ("param", "golden", "prior", "golden_prior")
-"""What the arrays of an oracle file are named after, by the fields of Oracle."""
+"""The prefixes of array names in an oracle file, in the order of Oracle's fields."""
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """What a bundle proves itself with: parameters, and a golden batch with the oracle's answers.
+    """What verifies a bundle: parameters, and a golden batch with the oracle's answers.
 
-    golden: arrays by the names and dtypes of GOLDEN. prior, golden_prior: the same of a prior;
-    empty without one.
+    golden: arrays with the names and dtypes of GOLDEN. prior, golden_prior: the same for a prior.
+    They are empty without one.
     """
 
     params: dict[str, Array]
@@ -360,7 +366,10 @@ class Oracle:
     golden_prior: dict[str, Array] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
-        """An ``.npz`` whose bytes depend on the arrays alone: NumPy gives entries a fixed date."""
+        """Returns an ``.npz`` whose bytes depend only on the arrays.
+
+        NumPy gives the entries a fixed date.
+        """
         buffer = io.BytesIO()
         whole = (self.params, self.golden, self.prior, self.golden_prior)
         groups = dict(zip(GROUPS, whole, strict=True))
@@ -374,7 +383,7 @@ class Oracle:
 
     @classmethod
     def from_bytes(cls, content: bytes, name: str) -> Oracle:
-        """The inverse of ``to_bytes``; ``name`` is the file's, for the error.
+        """Inverts ``to_bytes``. ``name`` is the file's name, for the error message.
 
         Raises InputError.
         """
@@ -388,8 +397,7 @@ class Oracle:
         return cls(*groups.values())
 
     def require(self, spec: ModelSpec, prior: PriorSpec | None) -> None:
-        """Raises ValueError unless these are the parameters and a golden batch of ``spec``, and of
-        the prior."""
+        """Raises ValueError unless parameters and golden batches fit ``spec`` and the prior."""
         check_params(spec, self.params)
         self._require_prior(prior)
         if set(self.golden) != set(GOLDEN):

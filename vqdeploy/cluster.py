@@ -1,13 +1,13 @@
-"""Tokens on many cores and machines, by Ray Data.
+"""Computes tokens on many cores and machines, with Ray Data.
 
-``on_ray`` is an engine of ``vqdeploy.archives``. ``CodecActor`` is for those who have a pipeline of
-Ray Data already:
+``on_ray`` is an engine for ``vqdeploy.archives``. ``CodecActor`` is for users who already have a
+pipeline of Ray Data:
 
     dataset = ray.data.read_parquet("images").map_batches(
         CodecActor, fn_constructor_args=["model-onnx"], batch_size=256,
         compute=ray.data.ActorPoolStrategy(size=4), num_cpus=1)
 
-Ray is imported when it is used, so that workers import this module without it.
+Ray is imported only when it is used, so that workers can import this module without it.
 """
 
 from __future__ import annotations
@@ -35,31 +35,33 @@ from vqref.host.pictures import Reading
 from vqref.validation import Array
 
 WORKERS_PER_CARD = 4
-"""Workers that share a GPU: each decodes pictures while another one's graph runs."""
+"""Workers that share a GPU: one decodes pictures while the graph of another runs."""
 
 QUEUED = 2
-"""Parts that a worker holds at a time, the one at work included."""
+"""Parts that a worker holds at a time, including the one it works on."""
 
 SECONDS_TO_CONNECT = 10
-"""How long a cluster may take to be reached."""
+"""The longest that connecting to a cluster may take."""
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # errors reach us as exceptions, the caller as one line
-    "RAY_worker_niceness": "0",  # the job is what the user waits for
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the job says who has no card, no variable does
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # we get errors as exceptions, and print one line
+    "RAY_worker_niceness": "0",  # the user waits for this job
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the job decides who has no GPU, not a variable
 }
-"""How Ray runs here, unless the user's environment says otherwise."""
+"""Settings for Ray, unless the user's environment sets them."""
 
 
 class CodecActor:
-    """One Codec for ``map_batches``: adds a column ``indices``, int64 (N, S), to each batch.
+    """A Codec for ``map_batches``. It adds a column ``indices``, int64 (N, S), to each batch.
 
-    bundle: the folder that export wrote, on every machine. column: of the images: bytes of
-    pictures, {bytes, path}, or arrays uint8, or floating in [0, 1]. device, threads: as of
-    ``Codec.load``; one thread fits ``num_cpus=1``. manifest_sha256: which bundle it must be.
+    bundle: the folder that export wrote. Every machine must have it.
+    column: the column of the images. They are bytes of pictures, {bytes, path}, or arrays, uint8 or
+    floating in [0, 1].
+    device, threads: as for ``Codec.load``. One thread fits ``num_cpus=1``.
+    manifest_sha256: the digest that the bundle must have.
 
-    Raises what ``Codec.load`` raises, and InputError for a batch with an image that cannot be read.
+    Raises what ``Codec.load`` raises, and InputError if a batch has an unreadable image.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class CodecActor:
         return {**batch, "indices": self.codec.encode(self._images(batch[self.column]))}
 
     def _images(self, rows: Array) -> Array:
-        """Images (N, C, H, W). Raises InputError."""
+        """Returns images (N, C, H, W). Raises InputError."""
         shape = self.codec.spec.image_shape
         if rows.dtype != object:
             return rows
@@ -99,8 +101,11 @@ class CodecActor:
 
 
 class PartActor:
-    """One ``PartEncoder`` for ``map_batches``: rows of a pickled ``part`` become rows of a pickled
-    ``outcome``, which is the CommandError if there is one."""
+    """A ``PartEncoder`` for ``map_batches``.
+
+    It takes rows of a pickled ``part`` and returns rows of a pickled ``outcome``. If there was a
+    CommandError, that error is the outcome.
+    """
 
     def __init__(self, job: Job) -> None:
         self.encode: PartEncoder | CommandError
@@ -126,15 +131,16 @@ class PartActor:
 def on_ray(
     job: Job, parts: Sequence[Part], *, address: str | None = None, workers: int | None = None
 ) -> Iterator[Outcome]:
-    """The engine of many workers: an actor each, which holds one Codec.
+    """The engine of many workers. Each worker is an actor with one Codec.
 
-    address: of a cluster, whose machines see bundle, source and output under the same paths; None
-    starts one here for the time of the job. workers: how many at a time; None: one for each of the
-    cores that ``job.threads`` takes (1 unless it says), or WORKERS_PER_CARD per GPU if there are
-    any and the job's device is not "cpu".
+    address: the address of a cluster. Its machines must see bundle, source and output under the
+    same paths. None starts a cluster on this machine until the job ends.
+    workers: how many work at a time. None takes WORKERS_PER_CARD per GPU if there are GPUs and the
+    job's device is not "cpu". Otherwise it takes as many workers as the cores allow, with
+    ``job.threads`` cores each (1 if that is None).
 
-    Raises MachineError if Ray is not installed, the cluster is not there, or a worker dies; and
-    what a PartEncoder raises.
+    Raises MachineError if Ray is not installed, the cluster cannot be reached, or a worker dies.
+    Raises what a PartEncoder raises, too.
     """
     import ray.data
 
@@ -165,8 +171,10 @@ def on_ray(
 
 
 class _Pool(NamedTuple):
-    """How many actors, the cores (and threads) and the share of a GPU that each takes, and the
-    device of their Codecs."""
+    """The number of actors, and what each of them takes.
+
+    cores: cores and threads. cards: a share of a GPU. device: the device of the Codec.
+    """
 
     size: int
     cores: int
@@ -175,7 +183,10 @@ class _Pool(NamedTuple):
 
 
 def _pool(job: Job, resources: Mapping[str, float], workers: int | None) -> _Pool:
-    """Raises MachineError for a device or a number of workers that the cluster does not have."""
+    """Chooses the actors for a job.
+
+    Raises MachineError if the cluster lacks the device or cannot run so many workers.
+    """
     cores, cards = int(resources.get("CPU", 0)), int(resources.get("GPU", 0))
     threads = job.threads or 1
     if job.device == "cuda" and not cards:
@@ -192,7 +203,7 @@ def _pool(job: Job, resources: Mapping[str, float], workers: int | None) -> _Poo
 
 @contextmanager
 def _cluster(address: str | None) -> Iterator[None]:
-    """Connects to a cluster, or starts one; says nothing. Raises MachineError."""
+    """Connects to a cluster or starts one, and prints nothing. Raises MachineError."""
     os.environ.update({k: v for k, v in _ENVIRONMENT.items() if k not in os.environ})
     import ray
     import ray.data
@@ -210,7 +221,7 @@ def _cluster(address: str | None) -> Iterator[None]:
                     logging_level=logging.ERROR,
                     include_dashboard=False,
                 )
-        except SystemExit:  # what Ray makes of a signal while it starts
+        except SystemExit:  # Ray raises it for a signal while it starts
             raise Interrupted(signal.SIGTERM) from None
         except Exception as error:
             raise MachineError(f"Ray: {error}") from None
@@ -226,8 +237,10 @@ def _cluster(address: str | None) -> Iterator[None]:
 
 
 def _require_open(address: str) -> None:
-    """Raises MachineError unless somebody listens at HOST:PORT: Ray itself tries for minutes.
-    Lets other forms of addresses pass."""
+    """Raises MachineError unless something listens at HOST:PORT. Accepts other forms of addresses.
+
+    Ray itself would try for minutes.
+    """
     host, _, port = address.rpartition(":")
     if not (host and port.isdecimal()) or "/" in host:
         return
@@ -238,7 +251,7 @@ def _require_open(address: str) -> None:
 
 
 def _same_modules() -> dict[str, dict[str, str]]:
-    """A ``runtime_env`` in which workers import what this process imports."""
+    """Returns a ``runtime_env`` in which workers import what this process imports."""
     return {
         "env_vars": {"PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)}
     }
@@ -246,7 +259,7 @@ def _same_modules() -> dict[str, dict[str, str]]:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Sends nowhere what Ray's C++ says on stderr of its own log level."""
+    """Discards what Ray's C++ code prints on stderr about its own log level."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     try:

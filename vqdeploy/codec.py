@@ -1,5 +1,7 @@
-"""The tokenizer inside other programs. Needs numpy and onnxruntime alone, and Pillow for
-pictures."""
+"""The Codec: a tokenizer to use in other programs.
+
+It needs only numpy and onnxruntime, and Pillow to read pictures.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,11 @@ Pictures = Any
 """A path, a PIL image, or a sequence of them."""
 
 Images = npt.ArrayLike | Pictures
-"""What is encoded: arrays, or pictures."""
+"""What ``encode`` takes: arrays or pictures."""
 
 
 class Codec:
-    """Images to indices and back, from a bundle.
+    """Turns images into indices and back, with the graphs of a bundle.
 
         codec = Codec.load("model-onnx")
         indices = codec.encode(images)           # int64 (N, S)
@@ -43,17 +45,18 @@ class Codec:
 
     spec       the model: image_shape (C, H, W), latent_shape and its product latent_size S,
                num_codes K, code_size D, likelihood
-    preprocessing    what is done to pictures, as was done to those of the training
-    manifest_sha256  the digest of the bundle's manifest, which says what bundle this is
-    device     "cpu" or "cuda", as chosen; "custom" if ``load`` was given providers
+    preprocessing    how pictures are prepared: as they were for training
+    manifest_sha256  the digest of the bundle's manifest, which identifies the bundle
+    device     the chosen device, "cpu" or "cuda"; "custom" if ``load`` was given providers
     providers  onnxruntime's execution providers, the preferred one first
 
-    Images are arrays, which must be as the model wants them, or pictures: a path, a PIL image, or a
-    sequence of them. Pictures are prepared first, see ``prepare``.
+    Images are arrays or pictures. Arrays must have the shape and range that ``encode`` lists.
+    A picture is a path or a PIL image; a sequence of pictures is a batch. ``prepare`` says how
+    pictures are prepared.
 
-    Methods may be called from several threads. Large inputs go through a few images at a time, so
-    that memory stays flat. A Codec is a context manager, and can be pickled for worker processes,
-    which open sessions of their own.
+    Several threads may call the methods at once. Large inputs are processed a few images at a time,
+    so that memory stays flat. A Codec is a context manager. It can be pickled for worker processes,
+    which open their own sessions.
     """
 
     def __init__(
@@ -80,15 +83,17 @@ class Codec:
         intra_op_num_threads: int | None = None,
         manifest_sha256: str | None = None,
     ) -> Codec:
-        """Reads a bundle, checks its files against their digests and opens it on a device.
+        """Reads a bundle, checks its files against their digests, and opens it on a device.
 
-        device: "cpu", "cuda", or "auto", which takes CUDA if there is a card that can be used.
-        providers: onnxruntime's, instead of ``device``; the first one must be usable.
-        session_options: an onnxruntime.SessionOptions. intra_op_num_threads: threads within an
+        device: "cpu", "cuda" or "auto". "auto" takes CUDA if a GPU can be used.
+        providers: onnxruntime's execution providers, used instead of ``device``. The first one
+        must be usable.
+        session_options: an onnxruntime.SessionOptions. intra_op_num_threads: threads per
         operator. manifest_sha256: the digest that the bundle's manifest must have, as ``export``
         and ``verify`` print it.
-        Raises InputError (a ValueError) for a damaged or another bundle, MachineError if "cuda" or
-        the first provider cannot be used, ValueError for another device.
+        Raises InputError (a ValueError) if the bundle is damaged or is not the one asked for,
+        MachineError if "cuda" or the first provider cannot be used, ValueError for any other
+        device.
         """
         found = Bundle.open(bundle, manifest_sha256)
         graphs = {stage: found.graph(stage) for stage in ("tokenizer", "detokenizer")}
@@ -110,7 +115,7 @@ class Codec:
         self.close()
 
     def close(self) -> None:
-        """Gives onnxruntime's sessions back; later calls raise ValueError."""
+        """Releases onnxruntime's sessions. Later calls raise ValueError."""
         self._sessions = None
 
     def __getstate__(self) -> tuple[Any, ...]:
@@ -135,8 +140,10 @@ class Codec:
         return sessions[stage](*arrays)
 
     def _open(self, stage: str, sessions: dict[str, Session]) -> None:
-        """Opens a graph that ``load`` did not, on the device of the others. Raises what ``load``
-        raises."""
+        """Opens a graph that ``load`` left closed, on the same device as the others.
+
+        Raises what ``load`` raises.
+        """
         bundle, _, _, runtime = self._made_from
         device = "auto" if self.device == "custom" else self.device
         with self._opening:
@@ -148,7 +155,7 @@ class Codec:
                 sessions.update(opened[0])
 
     def _batch(self, images: Images) -> npt.NDArray[np.float32]:
-        """Images (N, C, H, W) float32 in [0, 1], of arrays or pictures. Raises InputError."""
+        """Returns arrays or pictures as (N, C, H, W) float32 in [0, 1]. Raises InputError."""
         if not isinstance(images, np.ndarray):
             from vqref.host.pictures import is_picture
 
@@ -158,11 +165,13 @@ class Codec:
         return as_batch(images, self.spec.image_shape)
 
     def prepare(self, pictures: Pictures) -> npt.NDArray[np.uint8]:
-        """Pictures as ``encode`` sees them: uint8 (N, C, H, W).
+        """Returns pictures as ``encode`` sees them: uint8 (N, C, H, W).
 
-        pictures: a path, a PIL image, or a sequence of them. One alone is a batch of one. They are
-        turned as their EXIF data say, brought to grey or colour, laid on a background if they are
-        transparent, and resized, as ``preprocessing`` says.
+        pictures: a path, a PIL image, or a sequence of these. A single picture is a batch of one.
+
+        Each picture is rotated as its EXIF data say, converted to grey or colour, put on a
+        background if it is transparent, and resized. ``preprocessing`` sets the details.
+
         Raises InputError (a ValueError) that names the picture, MachineError if Pillow is not
         installed.
         """
@@ -171,39 +180,41 @@ class Codec:
         return prepare(pictures, self.spec.image_shape, self.preprocessing)
 
     def encode(self, images: Images) -> npt.NDArray[np.int64]:
-        """Indices (N, S), int64 from 0 to num_codes - 1, of N images.
+        """Returns the indices (N, S) of N images, int64 from 0 to num_codes - 1.
 
-        images: uint8, or floating in [0, 1]; (N, H, W) if C is 1, (N, C, H, W) or (N, H, W, C); or
-        one image without its N, which is a batch of one; or pictures.
-        Raises InputError (a ValueError) for another shape, dtype or range, for values that are not
-        finite, and what ``prepare`` raises.
+        images: pictures, or an array of uint8, or of floating numbers in [0, 1]. The array's shape
+        is (N, C, H, W), (N, H, W, C), or (N, H, W) if C is 1. Without N it is one image, a batch of
+        one.
+
+        Raises InputError (a ValueError) for any other shape, dtype or range and for values that
+        are not finite, and what ``prepare`` raises.
         """
         return self._run("tokenizer", self._batch(images))
 
     def latents(self, images: Images) -> npt.NDArray[np.float32]:
-        """What the encoder says of N images, before the quantizer: float32 (N, S, D).
+        """Returns the encoder's output for N images, before the quantizer: float32 (N, S, D).
 
-        The first call opens another graph of the bundle. images: as those of ``encode``. Raises
-        what ``encode`` and ``load`` raise.
+        The first call opens another graph of the bundle. images: as for ``encode``. Raises what
+        ``encode`` and ``load`` raise.
         """
         return self._run("encoder", self._batch(images))
 
     @cached_property
     def codebook(self) -> npt.NDArray[np.float32]:
-        """The codes, float32 (K, D), not to be written to: row k is what index k stands for.
+        """The codes, float32 (K, D), read-only. Row k is the code of index k.
 
-        The bundle's oracle file is read when they are first asked for. Raises InputError (a
-        ValueError) if it is damaged.
+        The first access reads the bundle's oracle file. Raises InputError (a ValueError) if that
+        file is damaged.
         """
         codes = self._made_from[0].oracle().params[CODEBOOK].copy()
         codes.setflags(write=False)
         return codes
 
     def decode(self, indices: npt.ArrayLike, *, uint8: bool = False) -> Array:
-        """Reconstructions (N, C, H, W), float32 in [0, 1], of indices (N, S).
+        """Returns reconstructions (N, C, H, W), float32 in [0, 1], of indices (N, S).
 
-        uint8: give the nearest of 256 levels instead, np.rint(255 * x): half way is rounded to the
-        even one. Raises ValueError for another shape or dtype, and for an index outside 0 to
+        uint8: return the nearest of 256 levels instead, np.rint(255 * x), which rounds halves to
+        even. Raises ValueError for any other shape or dtype, and for an index outside 0 to
         num_codes - 1.
         """
         shape = ("N", self.spec.latent_size)
@@ -211,7 +222,7 @@ class Codec:
         return np.rint(255 * found).astype(np.uint8) if uint8 else found
 
     def reconstruct(self, images: Images, *, uint8: bool = False) -> Array:
-        """``decode(encode(images), uint8=uint8)``."""
+        """Returns ``decode(encode(images), uint8=uint8)``."""
         return self.decode(self.encode(images), uint8=uint8)
 
     @overload
@@ -245,15 +256,17 @@ class Codec:
         top_k: int | None = None,
         certify: bool = False,
     ) -> Any:
-        """Reconstructions (n, C, H, W) of indices that are drawn from the bundle's prior; from the
-        uniform one if it has none.
+        """Draws indices from the bundle's prior and returns their reconstructions (n, C, H, W).
 
-        seed: an integer from 0 on, or None for another draw each time; of the uniform prior also a
-        generator to draw from. A sample of a learned prior is a function of seed, temperature,
-        top_k and its own number alone.
-        temperature, top_k: see ``vqref.prior.choose``; a learned prior's alone.
-        certify: give also which images (n,) are certified: no error within the tolerance of the
-        graphs changes one of their tokens, so every machine draws the same.
+        A bundle without a learned prior uses the uniform prior.
+
+        seed: an integer of at least 0, or None for a new draw each time. The uniform prior also
+        takes a generator to draw from. A sample of a learned prior depends only on seed,
+        temperature, top_k and the sample's own number.
+        temperature, top_k: only for a learned prior, see ``vqref.prior.choose``.
+        certify: only for a learned prior. Also return which images (n,) are certified: no error
+        within the tolerance of the graphs changes any of their tokens, so every machine draws the
+        same.
         Raises TypeError or ValueError for anything else.
         """
         if self.prior is None:
@@ -274,9 +287,11 @@ class Codec:
         temperature: float = 1.0,
         top_k: int | None = None,
     ) -> Drawn:
-        """Tokens of a learned prior: indices (n, S), and which of them (n, S) are certified, given
-        the tokens before them. The first call opens another graph of the bundle. Raises as
-        ``sample``."""
+        """Draws indices (n, S) from a learned prior, and says which are certified (n, S).
+
+        A token is certified given the tokens before it, see ``sample``. The first call opens
+        another graph of the bundle. Raises what ``sample`` raises.
+        """
         from vqdeploy.sampling import draw
 
         prior, count = self._prior(), _whole("n", n)
@@ -287,9 +302,11 @@ class Codec:
         return draw(step, prior, number, count, temperature, top_k)
 
     def log_likelihood(self, indices: npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """log p (N,) of indices (N, S) under the learned prior, in nats. Raises ValueError for
-        another shape or dtype, an index outside 0 to num_codes - 1, and a bundle without a
-        prior."""
+        """Returns log p (N,) of indices (N, S) under the learned prior, in nats.
+
+        Raises ValueError for any other shape or dtype, an index outside 0 to num_codes - 1, and a
+        bundle without a prior.
+        """
         prior = self._prior()
         rows = as_indices(indices, ("N", prior.latent_size), prior.num_codes)
         found = self._all("prior", rows)[0]
@@ -299,11 +316,11 @@ class Codec:
 
     @property
     def prior(self) -> PriorSpec | None:
-        """The learned prior's specification, if the bundle has one."""
+        """The specification of the learned prior, or None if the bundle has none."""
         return self._made_from[0].prior
 
     def _prior(self) -> PriorSpec:
-        """Raises ValueError if there is none."""
+        """Returns the prior's specification. Raises ValueError if there is none."""
         prior = self.prior
         if prior is None:
             raise ValueError("the bundle has no learned prior: vqtrain prior learns one")
@@ -311,7 +328,7 @@ class Codec:
 
 
 def _generator(seed: Any) -> np.random.Generator:
-    """A generator of its own for a seed, or the one that is given. Raises TypeError, ValueError."""
+    """Returns the given generator, or a new one for a seed. Raises TypeError, ValueError."""
     if isinstance(seed, np.random.Generator):
         return seed
     expected = "an integer from 0 on, a numpy.random.Generator or None"
@@ -319,7 +336,7 @@ def _generator(seed: Any) -> np.random.Generator:
 
 
 def _whole(name: str, value: Any, expected: str = "an integer from 0 on") -> int:
-    """An integer from 0 on. Raises TypeError, ValueError."""
+    """Returns the value as an integer of at least 0. Raises TypeError, ValueError."""
     try:
         found = -1 if isinstance(value, bool | np.bool_) else index(value)
     except TypeError:

@@ -1,4 +1,4 @@
-"""From a trained model to a bundle: built, verified, and only then published."""
+"""Turns a trained model into a bundle: builds it, verifies it, and only then publishes it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from vqref.spec import ModelSpec
 from vqref.validation import Array, Params
 
 UNPUBLISHED = {"history", "oracle"}
-"""Metrics of every epoch, and of the training's own checks: a manifest leaves them to model.pt."""
+"""Metrics that stay in model.pt: those of every epoch, and of the checks during training."""
 
 
 def export(
@@ -61,22 +61,26 @@ def export(
     images: Callable[[Model], Array] | None = None,
     replace: bool = False,
 ) -> Report:
-    """Writes the bundle of the model in ``source`` to the folder ``output``, once its graphs agree
-    with the oracle.
+    """Writes a bundle of the model to the folder ``output`` if its graphs agree with the oracle.
 
-    source: a ``model.pt`` or a file of parameters, or a model in memory. images: gives images
-    (N, C, H, W) in [0, 1] for the model, to measure on and to take int8's ranges from; None for
-    images that the model draws. The same model, options and images give the same bytes.
+    source: a ``model.pt``, a file of parameters, or a model in memory.
+    options: how to write the graphs.
+    images: a function that returns images (N, C, H, W) in [0, 1] for the model. They serve to
+    measure on and to set the ranges of int8. None takes images drawn from the model.
+    replace: whether to replace a bundle that exists.
+
+    Returns the report on the agreement. The same model, options and images give the same bytes.
+
     Raises InputError for a source that cannot be read or an ``output`` that exists (unless
     ``replace``), ParityError if a graph disagrees, MachineError and OSError if nothing can be
-    written; ``output`` is then as it was.
+    written. ``output`` is then unchanged.
     """
     options, output = options or GraphOptions(), Path(output)
     require_replaceable(output, replace=replace)
     name, model, origin = _source(source)
     spec, params = model.spec, {p.name: model.params[p.name] for p in model.spec.parameters}
     given = None if images is None else images(model)
-    try:  # weights may be so large that a stage overflows, or that float16 cannot hold them
+    try:  # large weights may overflow in a stage, or exceed float16
         options = dataclasses.replace(options, fold=options.folds(spec))
         golden = golden_images(spec, params)
         asked = Answered.of(spec, params, np.concatenate([golden, aimed_images(spec, params)]))
@@ -113,7 +117,7 @@ def export(
 def _prior_graphs(
     name: str, learned: Prior, options: GraphOptions, golden: Mapping[str, Array]
 ) -> dict[str, bytes]:
-    """The graphs of a prior, once they agree with the oracle. Raises ParityError."""
+    """Returns the graphs of a prior. Raises ParityError if they disagree with the oracle."""
     graphs = {
         stage: build_prior_graph(stage, learned.spec, learned.params, options)
         for stage in PRIOR_STAGES
@@ -127,7 +131,7 @@ def _prior_graphs(
 
 
 def _about_prior(spec: ModelSpec, learned: Prior, options: GraphOptions) -> dict[str, Any]:
-    """The manifest's entries that a prior adds or changes."""
+    """Returns the manifest entries that a prior adds or changes."""
     return {
         "graphs": describe_graphs(spec, options.batch, options.index_type, learned.spec),
         "prior": {
@@ -139,9 +143,9 @@ def _about_prior(spec: ModelSpec, learned: Prior, options: GraphOptions) -> dict
 
 
 def _source(source: str | Path | Model) -> tuple[str, Model, dict[str, str]]:
-    """What to call a model in messages, the model, and the manifest's entries on its digest.
+    """Returns the model's name in messages, the model, and the manifest entries on its digest.
 
-    Raises InputError for a file that cannot be read, and a model that no file could hold.
+    Raises InputError for a file that cannot be read and for a model that no file could hold.
     """
     if isinstance(source, Model):
         model = Model.from_plain(source.to_plain())
@@ -153,7 +157,10 @@ def _source(source: str | Path | Model) -> tuple[str, Model, dict[str, str]]:
 
 
 def _measured_on(spec: ModelSpec, params: Params, given: Array | None) -> Answered:
-    """The images to measure on, the model's own if none are given. Raises ValueError."""
+    """Returns the images to measure on: the given ones, or some drawn from the model.
+
+    Raises ValueError if there are none.
+    """
     images = draw_images(spec, params, measured_images(spec)) if given is None else given
     if not len(images):
         raise ValueError("there are no images to measure it on")
@@ -163,7 +170,7 @@ def _measured_on(spec: ModelSpec, params: Params, given: Array | None) -> Answer
 def _agreement(
     name: str, spec: ModelSpec, params: Params, asked: Answered, written: Written
 ) -> Report:
-    """The report on what is about to be published. Raises ParityError unless all of it agrees."""
+    """Returns the report on the graphs to publish. Raises ParityError unless all of them agree."""
     count, codes = len(asked.images), len(np.unique(asked.known.indices))
     answers = check_answers(spec, params, asked, written, count)
     checks = (*answers, *check_structure(spec, params, written.graphs, written.options))
@@ -183,7 +190,7 @@ def _files(
     facts: Mapping[str, Any],
     report: Report,
 ) -> dict[str, bytes]:
-    """Every file of the bundle by name; ``facts`` go into the manifest and onto the card."""
+    """Returns the files of the bundle by name. ``facts`` go into the manifest and the card."""
     files = {f"{name}.onnx": content for name, content in graphs.items()}
     files[ORACLE] = oracle.to_bytes()
     files[CARD] = write_card(spec, facts, report).encode()
@@ -198,7 +205,7 @@ def _files(
 
 
 def _form(spec: ModelSpec, options: GraphOptions) -> dict[str, Any]:
-    """The manifest's entries on how the graphs were written."""
+    """Returns the manifest entries on how the graphs were written."""
     return {
         "precision": of_option(options.precision),
         "opset": options.opset,
@@ -212,8 +219,10 @@ def _form(spec: ModelSpec, options: GraphOptions) -> dict[str, Any]:
 
 
 def _origin(model: Model, origin: Mapping[str, str]) -> dict[str, Any]:
-    """The manifest's entries on where the model came from, what is to be done to its pictures, and
-    what exported it."""
+    """Returns the manifest entries on the model's origin.
+
+    They say where it came from, how to prepare its pictures, and what exported it.
+    """
     from vqdeploy.runtime.library import onnxruntime
 
     prepared = model.preprocessing or Preprocessing(model.spec.image_shape[0])
@@ -232,10 +241,10 @@ def _origin(model: Model, origin: Mapping[str, str]) -> dict[str, Any]:
 
 
 def require_replaceable(output: Path, *, replace: bool) -> None:
-    """Raises InputError if ``output`` exists and may not be replaced, MachineError if nothing can
-    be written there.
+    """Raises an error unless a bundle can be written to ``output``.
 
-    With ``replace``, a bundle of any version may be replaced, and an empty folder.
+    Raises InputError if ``output`` exists and may not be replaced, MachineError if nothing can be
+    written there. With ``replace``, a bundle of any version and an empty folder may be replaced.
     """
     require_new_folder(output, replace=replace)
     if output.exists() and any(output.iterdir()):

@@ -1,7 +1,10 @@
-"""What an export starts from: a model.pt, or a file of parameters under the spec's names; and what
-an import starts from and ends with: a checkpoint of others, and a model.pt.
+"""Reads and writes models in files.
 
-This is the one place where deployment needs torch, and safetensors, each for its files alone.
+An export reads a model.pt, or a file of parameters under the spec's names. An import reads a
+checkpoint of another library and writes a model.pt.
+
+This is the only place where deployment needs torch and safetensors, each only for its own kind of
+file.
 """
 
 from __future__ import annotations
@@ -35,15 +38,15 @@ INERT = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
 )
 """Classes that trainers left in published checkpoints, as keys of dictionaries. They are not
-imported: an empty class stands for them."""
+imported: an empty class replaces them."""
 
 SPEC = "spec"
-"""The entry of a parameter file that holds the spec as JSON: a string array of an .npz, a metadata
-key of a .safetensors file."""
+"""The entry of a parameter file that holds the spec as JSON. It is a string array in an .npz, and a
+metadata key in a .safetensors file."""
 
 
 def read_source(path: Path) -> tuple[Model, str]:
-    """The model in a ``model.pt``, .npz or .safetensors file, and the file's sha256.
+    """Returns the model in a ``model.pt``, .npz or .safetensors file, and the file's sha256.
 
     Raises InputError, and MachineError if the library that the file needs is not installed.
     """
@@ -57,11 +60,13 @@ def read_source(path: Path) -> tuple[Model, str]:
 
 
 def read_parameters(path: Path) -> tuple[Model, str]:
-    """The model made of the parameters in a file, and the file's sha256.
+    """Returns the model with the parameters in a file, and the file's sha256.
 
-    The spec is the file's entry ``spec`` if there is one, else what the shapes say, which only
-    those of family post do. Without ``quantizer.ema_count`` and ``quantizer.ema_means`` each code
-    counts once. Raises InputError, and MachineError if safetensors is not installed.
+    The spec is the file's entry ``spec``. Without that entry it follows from the shapes, which
+    works only for family post. Without ``quantizer.ema_count`` and ``quantizer.ema_means`` each
+    code counts once.
+
+    Raises InputError, and MachineError if safetensors is not installed.
     """
     content = read_bytes(path)
     with about(path), parsed("not a file of parameters"):
@@ -75,8 +80,10 @@ def read_parameters(path: Path) -> tuple[Model, str]:
 
 
 def read_checkpoint(content: bytes) -> Any:
-    """What stands in the bytes of a file that ``torch.save``, safetensors or ``numpy.savez`` wrote,
-    whatever it is called: plain data, tensors and arrays. Nothing in it is executed.
+    """Returns the plain data, tensors and arrays in the bytes of a checkpoint.
+
+    The file may be of ``torch.save``, safetensors or ``numpy.savez``, under any name. Nothing in it
+    is executed.
 
     Raises InputError, and MachineError if the library that the file needs is not installed.
     """
@@ -90,14 +97,14 @@ def read_checkpoint(content: bytes) -> Any:
     with parsed("not a checkpoint"), zipfile.ZipFile(io.BytesIO(content)) as archive:
         if any(name.endswith(".npy") for name in archive.namelist()):
             return read_npz(content)
-        damaged = archive.testzip()  # PyTorch reads on
+        damaged = archive.testzip()  # PyTorch ignores wrong checksums
         if damaged is not None:
             raise InputError(f"damaged: the checksum of {plain(damaged)} is not that of its bytes")
     return vqref.modelfile.unpickled(content, _load_pickle, "checkpoint")
 
 
 def write_model(path: Path, model: Model) -> None:
-    """Publishes the model at ``path``. Raises OSError; ``path`` is then as it was."""
+    """Publishes the model at ``path``. Raises OSError and then leaves ``path`` unchanged."""
     import torch
 
     def save(plain: dict[str, Any], file: BinaryIO) -> None:
@@ -108,8 +115,10 @@ def write_model(path: Path, model: Model) -> None:
 
 
 def _load_pickle(file: BinaryIO) -> Any:
-    """``argparse.Namespace``, in which some trainers keep their options, is plain data, too. Raises
-    InputError that names what is none."""
+    """Loads plain data. That includes ``argparse.Namespace``, where some trainers keep options.
+
+    Raises InputError that names anything else.
+    """
     import torch
 
     class Inert:
@@ -129,7 +138,7 @@ def _load_pickle(file: BinaryIO) -> Any:
 
 
 def _load_safetensors(content: bytes) -> dict[str, Any]:
-    """As tensors, for NumPy lacks bfloat16."""
+    """Returns PyTorch's tensors, because NumPy lacks bfloat16."""
     from safetensors.torch import load
 
     with parsed("not a safetensors file"):
@@ -138,7 +147,7 @@ def _load_safetensors(content: bytes) -> dict[str, Any]:
 
 
 def _model(path: Path, params: dict[str, Array], written: str | None) -> Model:
-    """Raises ValueError for parameters that are not those of a model."""
+    """Makes the model. Raises ValueError if the parameters are not those of a model."""
     if CODEBOOK not in params:
         names = plain(", ".join(sorted(params)[:4]))
         raise ValueError(f"holds no {CODEBOOK}; its names are {names}, …")
@@ -169,7 +178,7 @@ def _spec(params: dict[str, Array], written: str | None) -> ModelSpec:
 
 
 def _read_npz(content: bytes) -> tuple[dict[str, Array], str | None]:
-    """The arrays of an .npz and its entry ``spec``."""
+    """Returns the arrays of an .npz and its entry ``spec``."""
     params = read_npz(content)
     written = params.pop(SPEC, None)
     if written is not None and (written.shape != () or written.dtype.kind != "U"):
@@ -178,13 +187,13 @@ def _read_npz(content: bytes) -> tuple[dict[str, Array], str | None]:
 
 
 def _read_safetensors(content: bytes) -> tuple[dict[str, Array], str | None]:
-    """The arrays of a safetensors file and the entry ``spec`` of its metadata."""
+    """Returns the arrays of a safetensors file and the entry ``spec`` of its metadata."""
     try:
         from safetensors.numpy import load
     except ModuleNotFoundError as error:
         raise missing(error) or error from None
     with parsed("not a safetensors file"):  # damaged, or a dtype that NumPy lacks
         params = load(content)
-    size = int.from_bytes(content[:8], "little")  # of the JSON header, which load has validated
+    size = int.from_bytes(content[:8], "little")  # size of the JSON header; load has validated it
     header: dict[str, Any] = json.loads(content[8 : 8 + size])
     return params, header.get("__metadata__", {}).get(SPEC)

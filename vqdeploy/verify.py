@@ -1,4 +1,4 @@
-"""Holds a bundle to the oracle that it carries, on any provider, with numpy and onnxruntime."""
+"""Checks a bundle against the oracle it carries, on any provider, with numpy and onnxruntime."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ from vqref.spec import ModelSpec
 from vqref.validation import Array, Params
 
 Placement = dict[str, dict[str, dict[str, int]]]
-"""How many nodes of each operator each provider takes: {stage: {provider: {operator: count}}}."""
+"""The nodes per operator that each provider runs: {stage: {provider: {operator: count}}}."""
 
 
 class Verified(NamedTuple):
-    """What a verification found, the device that ran, and where each graph's nodes were placed.
+    """What a verification found, the device that ran it, and where each graph's nodes were placed.
 
-    proved: of the images that were given, or of the golden batch, how many tokens are proved in
-    advance: ``count_proved``, and ``of`` what; None if that was not asked, of networks of fewer
-    bits than float32's and of those that the oracle is too slow on.
+    proved: how many tokens of the given images, or else of the golden batch, are proved in
+    advance. It holds the entries of ``count_proved`` and ``of``, which names the images. None if
+    nothing was to be proved: for networks with fewer bits than float32, and for networks on which
+    the oracle is too slow.
     """
 
     report: Report
@@ -55,8 +56,10 @@ class Verified(NamedTuple):
 
 @dataclass(frozen=True)
 class Written:
-    """The graphs of a bundle, as they are written and as they run. options: how they were written;
-    ``fold`` says whether the detokenizer is a table."""
+    """The graphs of a bundle, as they are written and as they run.
+
+    options: how they were written. ``fold`` says whether the detokenizer is a table.
+    """
 
     graphs: Mapping[str, Graph]
     sessions: Mapping[str, Session]
@@ -70,15 +73,19 @@ def verify(
     samples: int = 0,
     threads: int | None = None,
 ) -> Verified:
-    """Checks every file's digest, the recorded answers, what the graphs are, and what the five of
-    them answer on ``device``. Graphs with other nodes than their rows say are not run.
+    """Checks a bundle and returns what it found.
 
-    bundle: its folder, or what was opened of it. device: "cpu", "cuda" or "auto". images: further
-    images (N, C, H, W), float32 in [0, 1], beside the golden batch and those that are aimed at
-    every code. samples: how many latents to feed the quantizer, see ``vqdeploy.proof.samples``; if
+    It checks the digest of every file, the recorded answers, what the graphs are, and what the five
+    graphs answer on ``device``. Graphs whose nodes differ from what their rows say are not run.
+
+    bundle: its folder, or an open Bundle. device: "cpu", "cuda" or "auto".
+    images: more images (N, C, H, W), float32 in [0, 1], to compare on besides the golden batch and
+    the images that are aimed at every code.
+    samples: how many latents to feed the quantizer, see ``vqdeploy.proof.samples``. If there are
     any, more samples of a prior are drawn, too.
-    threads: within an operator; None leaves that to onnxruntime. Raises InputError for a damaged
-    bundle, MachineError if the device cannot be used.
+    threads: threads per operator. None leaves the choice to onnxruntime.
+
+    Raises InputError for a damaged bundle, MachineError if the device cannot be used.
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     spec, oracle, options = bundle.spec, bundle.oracle(), _options(bundle)
@@ -136,10 +143,10 @@ def verify(
 
 @dataclass(frozen=True)
 class _Advance:
-    """The proofs of some images for CLAIM.
+    """Proofs of some of the images for CLAIM.
 
-    places: their numbers among those that are compared. counts: those of the images that were
-    given, as ``Verified.proved`` tells it.
+    places: the numbers of these images among the compared ones. counts: the value of
+    ``Verified.proved``.
     """
 
     places: npt.NDArray[np.int64]
@@ -155,8 +162,10 @@ class _Advance:
 def _in_advance(
     bundle: Bundle, params: Params, images: Array, own: int, golden: int
 ) -> _Advance | None:
-    """Proofs of as many images as a verification has time for: first of those that were given, then
-    of the golden batch, then of those that are aimed. None if there is nothing to prove."""
+    """Proves as many images as a verification has time for. None if there is nothing to prove.
+
+    Takes the given images first, then the golden batch, then the aimed images.
+    """
     spec, given = bundle.spec, len(images) - own
     count = provable(spec, own, given)
     if bundle.precision != CLAIM or not count:
@@ -170,7 +179,7 @@ def _in_advance(
 
 
 def _options(bundle: Bundle) -> GraphOptions:
-    """How the graphs were written. Raises InputError if this version writes them otherwise."""
+    """Returns how the graphs were written. Raises InputError if this version writes others."""
     said = bundle.manifest
     if said["graphs_version"] != GRAPHS_VERSION:
         exporter = said["provenance"].get("export")
@@ -197,10 +206,11 @@ def check_answers(
     own: int,
     kept: Mapping[str, int] | None = None,
 ) -> Iterator[Check]:
-    """What the graphs of a bundle answer, before it is published and whenever it is verified.
+    """Checks the answers of a bundle's graphs, before it is published and when it is verified.
 
-    asked: images and the oracle's answers; of the first ``own`` networks of few bits must keep the
-    tokens. kept: how many they kept at export; None if this is the export.
+    asked: images and the oracle's answers. own: networks with fewer bits than float32 must keep
+    the tokens of the first ``own`` images. kept: how many tokens they kept at export, None during
+    the export.
     """
     graphs, sessions, options = written.graphs, written.sessions, written.options
     precision, folded = of_option(options.precision), bool(options.fold)
@@ -217,6 +227,6 @@ def check_answers(
     table = graphs["detokenizer"].tensors.get("table")
     if folded and table is not None:
         yield check_table(spec, params, table.array(), sessions, precision)
-    if precision != "float32":  # whose tokens are certified one by one
+    if precision != "float32":  # float32 tokens are certified one by one
         found, exact = sessions["tokenizer"](asked.images[:own])[0], asked.known.indices[:own]
         yield check_kept(precision, found, exact, kept)

@@ -1,5 +1,5 @@
-"""The commands of vqdeploy, one file each: typed options, and the function that takes them.
+"""The commands of vqdeploy, one file each: typed options, and the function that runs with them.
 
 Heavy imports happen inside the functions, so that ``--help`` answers at once. ``shared`` holds what
-several commands have in common.
+several commands share.
 """

@@ -1,4 +1,4 @@
-"""``vqdeploy bench``: measures how fast a bundle runs here, beside PyTorch if that is installed."""
+"""``vqdeploy bench``: measures how fast a bundle runs here, and PyTorch if it is installed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BATCHES = (1, 16, 256)
 WARM_UP = 3
 
 DIFFERENT_IMAGES = 256
-"""A larger batch repeats them: it takes as long, and the oracle draws them slowly."""
+"""A larger batch repeats these: that takes as long, and the oracle draws images slowly."""
 
 LONGEST = 3600.0
 """The most seconds that ``--seconds`` takes."""
@@ -40,14 +40,14 @@ class BenchOptions(BundleOptions):
         type=positive,
         action="append",
         metavar="N",
-        help="a batch size, as often as wanted (default: 1, 16, 256)",
+        help="batch size to measure; may be repeated (default: 1, 16, 256)",
     )
     seconds: float = option(
         "--seconds",
         default=2.0,
         type=real(0, LONGEST),
         metavar="X",
-        help="for each direction, batch and implementation",
+        help="seconds to measure each direction, batch size and implementation",
     )
     json: bool = option("--json", default=False, action="store_true", help="print JSON")
 
@@ -76,8 +76,8 @@ def run(options: BenchOptions) -> int:
 
 
 def _measure(bundle: Bundle, codec: Codec, options: BenchOptions) -> Iterator[dict[str, Any]]:
-    """A row for each direction, batch and implementation: median and 99th percentile in
-    milliseconds per call, images and tokens per second at the median."""
+    """Yields a row per direction, batch and implementation: median and 99th percentile in
+    milliseconds per call, and images and tokens per second at the median."""
     from vqdeploy.proof.samples import draw_images
 
     params = bundle.oracle().params
@@ -104,7 +104,7 @@ def _measure(bundle: Bundle, codec: Codec, options: BenchOptions) -> Iterator[di
 def _alternate(
     runners: Mapping[str, Runner], array: Array, seconds: float
 ) -> dict[str, list[float]]:
-    """Seconds of each call, one at least; implementations take turns, call by call."""
+    """Returns the seconds of each call, at least one; implementations take turns at every call."""
     for run in runners.values():
         for _ in range(WARM_UP):
             run(array)
@@ -122,8 +122,8 @@ def _alternate(
 def _runners(
     bundle: Bundle, params: Params, codec: Codec, threads: int | None
 ) -> dict[str, dict[str, Runner]]:
-    """{direction: {implementation: function}}; torch is the trainer's module with the bundle's
-    parameters, eager, if PyTorch is installed."""
+    """Returns {direction: {implementation: function}}. If PyTorch is installed, "torch" is the
+    trainer's module with the bundle's parameters, in eager mode."""
     runners: dict[str, dict[str, Runner]] = {
         "encode": {"codec": codec.encode},
         "decode": {"codec": codec.decode},
@@ -156,5 +156,8 @@ def _runners(
 
 
 COMMAND = Command(
-    "bench", "images and tokens per second, beside PyTorch if it is installed", BenchOptions, run
+    "bench",
+    "measure images and tokens per second, and PyTorch's if it is installed",
+    BenchOptions,
+    run,
 )

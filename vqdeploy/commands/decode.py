@@ -1,4 +1,4 @@
-"""``vqdeploy decode``: tokens to images."""
+"""``vqdeploy decode``: turns tokens into images."""
 
 from __future__ import annotations
 
@@ -20,20 +20,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeOptions(BundleOptions):
-    """The tokens, and the file or folder for their reconstructions."""
+    """Which tokens to decode, and the file or folder for the images."""
 
-    tokens: Path = option(type=Path, help="the file or folder that encode wrote")
+    tokens: Path = option(
+        type=Path, help="the file (.npz, .npy, .parquet) or the folder that encode wrote"
+    )
     output: str = option(
         "--output",
         default="images.npz",
         metavar="PATH",
-        help="where to: .npz, .npy, .png for a sheet, or a folder for a PNG of each",
+        help="file or folder to write: .npz, .npy, .png for one sheet, or a folder of PNGs",
     )
     force: bool = option(
         "--force",
         default=False,
         action="store_true",
-        help="decode tokens of another bundle, too",
+        help="also decode tokens of another bundle",
     )
 
 
@@ -65,7 +67,7 @@ def run(options: DecodeOptions) -> int:
 
 
 def _decoded(path: Path, codec: Codec, tokens: Tokens, *, uint8: bool) -> Array:
-    """Reconstructions (N, C, H, W). Raises InputError that names the file."""
+    """Returns reconstructions (N, C, H, W). Raises InputError that names the file."""
     try:
         return codec.decode(tokens.indices, uint8=uint8)
     except ValueError as error:
@@ -74,7 +76,7 @@ def _decoded(path: Path, codec: Codec, tokens: Tokens, *, uint8: bool) -> Array:
 
 COMMAND = Command(
     "decode",
-    "tokens to images: .npz, .npy or .parquet to .npz, .npy, a sheet or a folder of PNGs",
+    "turn tokens into images: .npz, .npy, one sheet or a folder of PNGs",
     DecodeOptions,
     run,
 )

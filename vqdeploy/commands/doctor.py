@@ -35,7 +35,7 @@ LIBRARIES = {
     "cuDNN": ("libcudnn.so.9",),
     "cuBLAS": ("libcublas.so.13", "libcublas.so.12"),
 }
-"""Shared libraries that onnxruntime's CUDA provider loads, any one of each."""
+"""Shared libraries that onnxruntime's CUDA provider loads. One name per library is enough."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,9 +59,9 @@ def run(options: DoctorOptions) -> int:
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found, whether that is fine, and what to do if it is not.
+    """One finding: what was checked, the result, whether it is fine, and what to do if not.
 
-    fatal: no bundle runs until that is done.
+    fatal: no bundle runs until the advice is followed.
     """
 
     what: str
@@ -81,7 +81,7 @@ def _tell(finding: Finding) -> None:
 
 
 def examine() -> list[Finding]:
-    """Looks at everything, in the order in which one thing needs the other."""
+    """Returns all findings, in an order where each check needs only those before it."""
     findings = [*_machine(), _one_runtime()]
     try:
         ort = onnxruntime()
@@ -104,7 +104,7 @@ def examine() -> list[Finding]:
 
 
 def _machine() -> list[Finding]:
-    """Processor, system and packages, which are fine whatever they are."""
+    """Returns the processor, system and packages. These are always fine."""
     machine = describe_machine(PACKAGES)
     hardware = f"{machine['processor']}, {machine['cores']} cores, {machine['system']}"
     packages = ", ".join(f"{name} {machine[name]}" for name in PACKAGES if name in machine)
@@ -115,7 +115,7 @@ def _machine() -> list[Finding]:
 
 
 def _one_runtime() -> Finding:
-    """Whether exactly one of the packages that bring onnxruntime is installed."""
+    """Checks that exactly one of the packages that provide onnxruntime is installed."""
     found = []
     for name in RUNTIMES:
         try:
@@ -139,7 +139,7 @@ def _one_runtime() -> Finding:
 
 
 def _libraries(ort: Any) -> list[Finding]:
-    """Whether the libraries of CUDA can be loaded."""
+    """Checks that the CUDA libraries can be loaded."""
     ort.preload_dlls()
     findings = []
     for what, names in LIBRARIES.items() if sys.platform == "linux" else ():
@@ -158,5 +158,5 @@ def _loads(name: str) -> bool:
 
 
 COMMAND = Command(
-    "doctor", "what this machine has, and what to do about what it lacks", DoctorOptions, run
+    "doctor", "check this machine, and say how to get what it lacks", DoctorOptions, run
 )

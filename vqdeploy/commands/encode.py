@@ -1,4 +1,4 @@
-"""``vqdeploy encode``: images to tokens, of a file or of an archive that memory does not hold."""
+"""``vqdeploy encode``: turns images into tokens, from a file or an archive larger than memory."""
 
 from __future__ import annotations
 
@@ -26,68 +26,71 @@ ENGINES = ("process", "ray")
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions(PicturesOptions, BundleOptions):
-    """The images, and the file or folder for their tokens."""
+    """Which images to encode, and the file or folder for their tokens."""
 
     images: Path = option(
         type=Path,
-        help="a picture, a folder of them, .npz, .npy or IDX; with a folder as --output also "
-        "parquet files, tars and .npy files that memory does not hold, or a folder of them",
+        help="a picture, a folder of pictures, .npz, .npy or IDX; if --output is a folder, also "
+        "parquet files, tars and .npy files larger than memory, or a folder of them",
     )
     output: str = option(
         "--output",
         default="tokens.npz",
         metavar="PATH",
-        help="where to: .npz, .npy, .parquet, or a folder for parquet files and their manifest",
+        help="file or folder to write: .npz, .npy, .parquet, or a folder for parquet files and "
+        "their manifest",
     )
     prove: str | None = option(
         "--prove",
         default=None,
         choices=tuple(ARITHMETICS),
         metavar="NAME",
-        help="write of each token whether it is the same on every machine that computes in "
-        f"{', '.join(ARITHMETICS)}; takes about as long as the oracle (default: do not)",
+        help="record for each token whether it is the same on every machine that computes in "
+        f"NAME: {', '.join(ARITHMETICS)}; takes about as long as the oracle (default: record "
+        "nothing)",
     )
     engine: str | None = option(
         "--engine",
         default=None,
         choices=ENGINES,
-        help="of a folder: who works, this process or Ray Data on all cores and cards (default: "
-        "process)",
+        help="for a folder: work in this process, or with Ray Data on all cores and GPUs "
+        "(default: process)",
     )
     address: str | None = option(
         "--address",
         default=None,
         metavar="HOST:PORT",
-        help="of --engine ray: the cluster, or auto for one that runs here (default: start one)",
+        help="for --engine ray: address of the cluster, or auto for one that runs on this machine "
+        "(default: start one)",
     )
     workers: int | None = option(
         "--workers",
         default=None,
         type=positive,
         metavar="N",
-        help="of --engine ray: how many at a time (default: one per core, four per card)",
+        help="for --engine ray: workers at a time (default: one per core, four per GPU)",
     )
     max_broken: int | None = option(
         "--max-broken",
         default=None,
         type=count,
         metavar="N",
-        help="of a folder: how many images that cannot be read may be left out (default: 0)",
+        help="for a folder: how many unreadable images may be left out (default: 0)",
     )
     shard_images: int | None = option(
         "--shard-images",
         default=None,
         type=positive,
         metavar="N",
-        help=f"of a folder: about how many images a file has (default: {SHARD_IMAGES}; those of "
-        "a tar stay together)",
+        help=f"for a folder: about how many images per file (default: {SHARD_IMAGES}; images of "
+        "one tar stay together)",
     )
 
 
 OF_FILES = ("prove", "part", "skip_bad", "limit")
 OF_FOLDERS = ("engine", "address", "workers", "max_broken", "shard_images")
 OF_RAY = ("address", "workers")
-"""Options that have a meaning for one kind of output, or one engine, alone."""
+"""Options that apply to only one kind of output, or to only one engine."""
 
 
 def run(options: EncodeOptions) -> int:
@@ -99,7 +102,7 @@ def run(options: EncodeOptions) -> int:
 
 
 def _require_absent(options: EncodeOptions, names: tuple[str, ...], why: str) -> None:
-    """Raises UsageError for an option that was given and has no meaning here."""
+    """Raises UsageError if one of the options was given, since it has no meaning here."""
     for field in dataclasses.fields(EncodeOptions):
         if field.name in names and getattr(options, field.name) != field.default:
             raise UsageError(f"--{field.name.replace('_', '-')} is for {why}")
@@ -143,7 +146,7 @@ def _say(line: str) -> None:
 
 
 def _to_file(options: EncodeOptions) -> int:
-    """Writes the tokens of images that memory holds."""
+    """Writes the tokens of images that fit in memory."""
     from vqdeploy.proof.advance import require_float32
     from vqdeploy.tokens import Tokens, require_format, write_tokens
 
@@ -174,7 +177,10 @@ def _to_file(options: EncodeOptions) -> int:
 
 
 def _proof(options: EncodeOptions, images: Array, indices: Int64) -> Proof:
-    """What is proved of the tokens. Raises ParityError if the device gave others than those."""
+    """Returns what is proved about the tokens.
+
+    Raises ParityError if the device computed other tokens than those proved.
+    """
     from vqdeploy.proof.advance import check_proved
 
     bundle = Bundle.open(options.bundle)
@@ -186,7 +192,7 @@ def _proof(options: EncodeOptions, images: Array, indices: Int64) -> Proof:
 
 COMMAND = Command(
     "encode",
-    "images to tokens: a folder or a file to .npz, .npy, .parquet or a folder of parquet files",
+    "turn images into tokens: .npz, .npy, .parquet or a folder of parquet files",
     EncodeOptions,
     run,
 )

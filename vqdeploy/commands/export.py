@@ -1,4 +1,4 @@
-"""``vqdeploy export``: makes a bundle of a trained model."""
+"""``vqdeploy export``: turns a trained model into a bundle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vqref.modelfile import Model
 
 LARGEST_BATCH = 2**16
-"""Of graphs of one size: their inputs are padded to it, whatever they hold."""
+"""The largest ``--static-batch``. Every input is padded to that size, however small it is."""
 
 EXPORTED = tuple(row.option for row in PRECISIONS.values() if row.exports)
 
@@ -34,53 +34,57 @@ class ExportOptions(PicturesOptions):
         default=None,
         type=Path,
         metavar="FILE",
-        help="parameters under the spec's names instead: .npz or .safetensors",
+        help="export parameters under the spec's names instead: .npz or .safetensors",
     )
     output: Path | None = option(
         "--output",
         default=None,
         type=Path,
         metavar="FOLDER",
-        help="the bundle (default: MODEL-onnx)",
+        help="the bundle to write (default: MODEL-onnx)",
     )
     replace: bool = option(
         "--replace", default=False, action="store_true", help="replace the bundle if there is one"
     )
-    opset: int = option("--opset", default=18, type=int, metavar="N", help="18 to 20")
-    precision: str = option("--precision", default="fp32", choices=EXPORTED, help="of the networks")
+    opset: int = option("--opset", default=18, type=int, metavar="N", help="ONNX opset, 18 to 20")
+    precision: str = option(
+        "--precision", default="fp32", choices=EXPORTED, help="precision of the networks"
+    )
     target: str = option(
         "--target",
         default="any",
         choices=("any", "cpu"),
-        help="provider that the graphs are written for; all run either",
+        help="provider that the graphs are written for; every provider runs both kinds",
     )
     index_type: str = option(
         "--index-type",
         default="int64",
         choices=("int64", "int32"),
-        help="of indices in the graphs: int32 is for JavaScript and TensorRT",
+        help="dtype of indices in the graphs; int32 is for JavaScript and TensorRT",
     )
     static_batch: int | None = option(
         "--static-batch",
         default=None,
         type=whole(1, LARGEST_BATCH),
         metavar="N",
-        help=f"graphs that take batches of N alone, at most {LARGEST_BATCH}",
+        help=f"write graphs that take only batches of N, at most {LARGEST_BATCH}",
     )
     fold: bool | None = option(
         "--fold",
         default=None,
         action=argparse.BooleanOptionalAction,
-        help="the detokenizer as a table (default: if it has at most 65,536 entries and 64 MiB)",
+        help="write the detokenizer as a table (default: if it has at most 65,536 entries and "
+        "64 MiB)",
     )
     data: Path | None = option(
         "--data",
         default=None,
         type=Path,
         metavar="PATH",
-        help="images to measure on, and to take int8's ranges from (default: drawn by the model)",
+        help="images to measure on, and to take the int8 ranges from (default: drawn from the "
+        "model)",
     )
-    limit: int | None = limit_option("as the oracle does in a minute, at most 256")
+    limit: int | None = limit_option("what the oracle can do in a minute, at most 256")
 
 
 def run(options: ExportOptions) -> int:
@@ -106,8 +110,10 @@ def run(options: ExportOptions) -> int:
 
 
 def _images(options: ExportOptions) -> Callable[[Model], Array] | None:
-    """Reads the images of --data for a model, and says what was done to them; None without
-    --data."""
+    """Returns a function that reads the images of --data for a model, or None without --data.
+
+    The function prints what was done to the images.
+    """
     from vqdeploy.proof.measure import measured_images
 
     data = options.data
@@ -126,7 +132,7 @@ def _images(options: ExportOptions) -> Callable[[Model], Array] | None:
 
 
 def _source(options: ExportOptions) -> Path:
-    """The one file to export. Raises UsageError."""
+    """Returns the one file to export. Raises UsageError."""
     from vqdeploy.sources import PARAMETER_FORMATS
     from vqdeploy.tokens import require_format
 
@@ -139,7 +145,7 @@ def _source(options: ExportOptions) -> Path:
 
 
 def _graph_options(options: ExportOptions) -> GraphOptions:
-    """Raises UsageError for values that no graph has."""
+    """Returns how to write the graphs. Raises UsageError for values that no graph can have."""
     from vqdeploy.graphs.build import GraphOptions
 
     try:
@@ -157,7 +163,7 @@ def _graph_options(options: ExportOptions) -> GraphOptions:
 
 COMMAND = Command(
     "export",
-    "model.pt to a bundle: the five graphs, verified before they are written",
+    "turn a model.pt into a bundle of five graphs, verified before they are written",
     ExportOptions,
     run,
 )

@@ -1,4 +1,4 @@
-"""``vqdeploy import``: makes a model.pt of somebody else's checkpoint."""
+"""``vqdeploy import``: turns a checkpoint of another library into a model.pt."""
 
 from __future__ import annotations
 
@@ -18,57 +18,57 @@ RANGES = {"-1,1": (-1.0, 1.0), "0,1": (0.0, 1.0)}
 
 @dataclass(frozen=True, kw_only=True)
 class ImportOptions:
-    """What to import, and what its files do not say."""
+    """What to import, and facts that its files do not state."""
 
-    source: Path = option(type=Path, help="the checkpoint, or its folder")
+    source: Path = option(type=Path, help="the checkpoint file, or its folder")
     output: Path = option(
-        "--output", default=Path("model.pt"), type=Path, metavar="FILE", help="the model.pt"
+        "--output", default=Path("model.pt"), type=Path, metavar="FILE", help="file to write"
     )
     config: Path | None = option(
         "--config",
         default=None,
         type=Path,
         metavar="FILE",
-        help="its configuration (default: the .yaml or .json beside it)",
+        help="configuration of the checkpoint (default: the .yaml or .json next to it)",
     )
     mapping: Path | None = option(
         "--mapping",
         default=None,
         type=Path,
         metavar="FILE",
-        help="TOML that says which network a state dict is of, and whose names are ours",
+        help="TOML file that describes the network of a state dict, and maps its names to ours",
     )
     model: Path | None = option(
         "--model",
         default=None,
         type=Path,
         metavar="FILE",
-        help="the model.pt that gets a codebook of vector-quantize-pytorch",
+        help="the model.pt that receives a codebook of vector-quantize-pytorch",
     )
     image_size: int | None = option(
         "--image-size",
         default=None,
         type=positive,
         metavar="N",
-        help="side of the images, in pixels (default: what the configuration says)",
+        help="side of the images in pixels (default: from the configuration)",
     )
     range: str | None = option(
         "--range",
         default=None,
         choices=tuple(RANGES),
-        help="of the images of a model of diffusers (default: -1,1)",
+        help="value range of the images, for a model of diffusers (default: -1,1)",
     )
     weights: str | None = option(
         "--weights",
         default=None,
         choices=("ema", "model"),
-        help="which of LlamaGen's (default: ema if there, as LlamaGen has it)",
+        help="which weights of a LlamaGen checkpoint (default: ema if present, as in LlamaGen)",
     )
     digest: str | None = option(
         "--digest",
         default=None,
         metavar="SHA256",
-        help="what the checkpoint's must be; without it a changed number cannot be known",
+        help="sha256 that the checkpoint must have; without it, a changed number goes unnoticed",
     )
 
 
@@ -100,7 +100,7 @@ def run(options: ImportOptions) -> int:
 
 
 def _told(found: Imported) -> str:
-    """What was imported, in lines."""
+    """Returns lines that say what was imported."""
     spec, params = found.model.spec, found.model.params
     numbers = sum(params[name].size for row in spec.layers for name, _ in row.parameters)
     grid = "×".join(map(str, spec.latent_shape))
@@ -117,7 +117,7 @@ def _told(found: Imported) -> str:
 
 COMMAND = Command(
     "import",
-    "somebody else's checkpoint to a model.pt, every tensor accounted for",
+    "turn another library's checkpoint into a model.pt; every tensor is accounted for",
     ImportOptions,
     run,
 )

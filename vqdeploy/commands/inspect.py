@@ -38,12 +38,12 @@ def run(options: InspectOptions) -> int:
     print(f"manifest    {bundle.sha256}")
     for part in (_model(bundle), _files(bundle.manifest), _proof(bundle.manifest), _proved(bundle)):
         for line in part:
-            print(plain(line))  # a file may hold what a terminal obeys
+            print(plain(line))  # a file may hold control codes of terminals
     return ExitCode.DONE
 
 
 def _model(bundle: Bundle) -> list[str]:
-    """What the networks are, what is done to pictures, and how the graphs were written."""
+    """Returns lines on the networks, the preparation of pictures, and the form of the graphs."""
     from vqdeploy.card import tell_pictures
 
     spec, manifest = bundle.spec, bundle.manifest
@@ -60,7 +60,7 @@ def _model(bundle: Bundle) -> list[str]:
 
 
 def _prior(bundle: Bundle) -> list[str]:
-    """What the learned prior is, and what tokens cost under it."""
+    """Returns a line on the learned prior and on what tokens cost under it, if there is one."""
     if bundle.prior is None:
         return []
     nats, rows = bundle.manifest["prior"]["nats"], len(bundle.prior.rows)
@@ -68,7 +68,7 @@ def _prior(bundle: Bundle) -> list[str]:
 
 
 def _files(manifest: Mapping[str, Any]) -> list[str]:
-    """What the graphs take and give, and every file's size and digest."""
+    """Returns lines on the inputs and outputs of graphs, and on every file's size and digest."""
     lines = []
     for name, graph in manifest["graphs"].items():
         lines.append(f"  {name}")
@@ -80,7 +80,7 @@ def _files(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _proof(manifest: Mapping[str, Any]) -> list[str]:
-    """Where the model came from, and how its graphs agreed with the oracle."""
+    """Returns lines on where the model came from and how its graphs agreed with the oracle."""
     from vqdeploy.card import tell_imported
 
     provenance, agreement = manifest["provenance"], manifest["agreement"]
@@ -102,7 +102,7 @@ def _proof(manifest: Mapping[str, Any]) -> list[str]:
 
 
 def _in_advance(told: Mapping[str, Any]) -> list[str]:
-    """How many tokens are proved in advance, if a manifest or a certificate says it."""
+    """Returns how many tokens are proved in advance, if the manifest or certificate says so."""
     from vqref.agreement.advance import tell_proved
 
     if not told.get("proved"):
@@ -119,7 +119,7 @@ def _origin(provenance: Mapping[str, Any]) -> str:
 
 
 def _proved(bundle: Bundle) -> list[str]:
-    """What the certificate in the bundle says, if there is one. Raises InputError."""
+    """Returns what the certificate in the bundle says, if there is one. Raises InputError."""
     from vqdeploy.proof.certificate import CERTIFICATE, read_certificate
 
     if not (bundle.path / CERTIFICATE).exists():
@@ -130,4 +130,6 @@ def _proved(bundle: Bundle) -> list[str]:
     return [said, *_in_advance(found)]
 
 
-COMMAND = Command("inspect", "say what a bundle holds, its digests checked", InspectOptions, run)
+COMMAND = Command(
+    "inspect", "check the digests of a bundle and say what it holds", InspectOptions, run
+)

@@ -11,18 +11,18 @@ from vqref.host.commandline import Command, option
 
 @dataclass(frozen=True, kw_only=True)
 class PageOptions:
-    """The bundle, and where the page goes."""
+    """Which bundle to run, and where to write the page."""
 
     bundle: Path = option(type=Path, help="the folder that export wrote")
     output: Path = option(
-        "--output", default=Path("page"), type=Path, metavar="FOLDER", help="where to"
+        "--output", default=Path("page"), type=Path, metavar="FOLDER", help="folder to write"
     )
     runtime: Path | None = option(
         "--runtime",
         default=None,
         type=Path,
         metavar="FOLDER",
-        help="the npm package onnxruntime-web, or its dist (default: npm fetches it)",
+        help="the npm package onnxruntime-web, or its dist folder (default: npm fetches it)",
     )
     replace: bool = option(
         "--replace", default=False, action="store_true", help="replace the page if there is one"
@@ -40,4 +40,4 @@ def run(options: PageOptions) -> int:
     return ExitCode.DONE
 
 
-COMMAND = Command("page", "a static site that runs a bundle in a browser", PageOptions, run)
+COMMAND = Command("page", "write a static site that runs a bundle in a browser", PageOptions, run)

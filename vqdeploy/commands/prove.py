@@ -1,4 +1,4 @@
-"""``vqdeploy prove``: which tokens are the same on every machine, without running one."""
+"""``vqdeploy prove``: says which tokens are the same on every machine, without running any."""
 
 from __future__ import annotations
 
@@ -30,44 +30,46 @@ if TYPE_CHECKING:
     from vqdeploy.tokens import Images
 
 MOST_IMAGES, SECONDS = 1000, 15.0
-"""Of images, unless told how many: at most so many, and what one check of the oracle may take of
-all arithmetics; a proof takes half to six times as long as that."""
+"""The limits on images without ``--limit``: their number, and the seconds that one check by the
+oracle may take for all arithmetics together. A proof takes half to six times as long as such a
+check."""
 
 LEAST = 8
-"""How many of the least provable tokens, and images, are shown."""
+"""How many of the least provable tokens and images are shown."""
 
 NAME_WIDTH = 36
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProveOptions(PicturesOptions):
-    """The images, what machines are assumed to do, and what to show."""
+    """Which images to prove, what machines are assumed to do, and what to show."""
 
     bundle: Path = option(type=Path, help="the folder that export wrote")
-    images: Path = option(type=Path, help="a picture, a folder of them, .npz, .npy or IDX")
+    images: Path = option(type=Path, help="a picture, a folder of pictures, .npz, .npy or IDX")
     arithmetic: list[str] | None = option(
         "--arithmetic",
         default=None,
         choices=(*ARITHMETICS, "all"),
         action="append",
         metavar="NAME",
-        help=f"what machines compute in, as often as wanted: {', '.join(ARITHMETICS)}, or all "
-        "(default: float32)",
+        help=f"arithmetic that machines compute in: {', '.join(ARITHMETICS)}, or all; may be "
+        "repeated (default: float32)",
     )
-    limit: int | None = limit_option(f"as take about a minute, at most {MOST_IMAGES}")
+    limit: int | None = limit_option(f"what takes about a minute, at most {MOST_IMAGES}")
     picture: Path | None = option(
         "--picture",
         default=None,
         type=Path,
         metavar="FILE",
-        help="a PNG of the least provable images, what their token decodes to, and what the rival",
+        help="PNG to write: the least provable images, and what their token and its rival "
+        "decode to",
     )
     json: bool = option("--json", default=False, action="store_true", help="print JSON")
     per_token: bool = option(
         "--per-token",
         default=False,
         action="store_true",
-        help="with --json: what is known of every token, too",
+        help="with --json: also print what is known of every token",
     )
 
 
@@ -79,7 +81,7 @@ class Proved(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """The images that were given, their exact latents (N, S, D), and how many tokens an encoder
+    """The given images, their exact latents (N, S, D), and the number of tokens that an encoder
     within its measured tolerance may flip."""
 
     images: Images
@@ -115,14 +117,14 @@ def run(options: ProveOptions) -> int:
 
 
 def _names(given: Sequence[str] | None) -> list[str]:
-    """The arithmetics that were asked for, each once."""
+    """Returns the arithmetics that were asked for, each once."""
     if given is None:
         return ["float32"]
     return [*ARITHMETICS] if "all" in given else [*dict.fromkeys(given)]
 
 
 def _ask(options: ProveOptions, bundle: Bundle, params: Params, arithmetics: int) -> Asked:
-    """Raises InputError for images that do not fit, and for none."""
+    """Reads and encodes the images. Raises InputError if they do not fit or there are none."""
     spec = bundle.spec
     most = images_within(spec, MOST_IMAGES, SECONDS / arithmetics)
     found = options.read(options.images, spec, bundle.preprocessing, most)
@@ -147,14 +149,17 @@ def _timed(spec: ModelSpec, params: Params, images: Array, name: str) -> Proved:
 
 
 def _least(proof: Proof) -> list[tuple[int, int]]:
-    """Image and number of the least provable tokens."""
+    """Returns (image, position) of the least provable tokens."""
     order = np.argsort(proof.excess, axis=None, kind="stable")[:LEAST]
     return [divmod(int(each), proof.excess.shape[1]) for each in order]
 
 
 def _draw(path: Path, spec: ModelSpec, params: Params, images: Array, proof: Proof) -> None:
-    """The least provable images; beneath them what their tokens decode to, what they do with the
-    rival in place of the least provable token, and where the two differ, the most as white."""
+    """Draws the least provable images, with three rows beneath them.
+
+    The rows: what their tokens decode to; the same with the rival in place of the least provable
+    token; and where the two differ, with the largest difference white.
+    """
     from vqref.host.sheets import save_pairs
 
     chosen = np.argsort(proof.excess.min(axis=1), kind="stable")[:LEAST]
@@ -177,7 +182,7 @@ def _lines(
     found: Mapping[str, Proved],
     least: Sequence[tuple[int, int]],
 ) -> Iterator[str]:
-    """What is printed, at most 80 characters wide but for paths and what was done to pictures."""
+    """Yields the lines to print, at most 80 characters wide except paths and picture remarks."""
     yield from asked.images.said
     size = asked.latents[..., 0].size
     yield (
@@ -217,8 +222,10 @@ def _lines(
 
 
 def _moved(asked: Asked, proof: Proof) -> tuple[float, float]:
-    """The median and the largest bound on a latent's way, over its length: infinite if there is no
-    bound."""
+    """Returns the median and the largest bound on how far a latent moves, over its length.
+
+    They are infinite if there is no bound.
+    """
     lengths = np.sqrt(np.square(asked.latents).sum(axis=2))
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.nan_to_num(proof.moved / lengths, nan=np.inf, posinf=np.inf)
@@ -230,13 +237,13 @@ def _position(spec: ModelSpec, token: int) -> tuple[int, ...]:
 
 
 def _name(asked: Asked, image: int) -> str:
-    """Of the picture, or the image's number."""
+    """Returns the name of the picture, or the number of the image if it has no name."""
     names = asked.images.names
     return str(image) if names is None else names[image]
 
 
 def _short(name: str) -> str:
-    """A name that leaves the columns in place: its end, which tells more."""
+    """Shortens a name so that columns stay aligned. Keeps its end, which says more."""
     shown = plain(name)
     return shown if len(shown) < NAME_WIDTH else "…" + shown[2 - NAME_WIDTH :]
 
@@ -248,7 +255,7 @@ def _as_data(
     found: Mapping[str, Proved],
     least: Sequence[tuple[int, int]],
 ) -> dict[str, Any]:
-    """The same as plain data; what is infinite is null."""
+    """Returns the same as plain data, with null for infinite values."""
     first = next(iter(found.values())).proof
     told: dict[str, Any] = {
         "bundle": str(options.bundle),
@@ -280,7 +287,7 @@ def _as_data(
 
 
 def _row(asked: Asked, proof: Proof, seconds: float, *, per_token: bool) -> dict[str, Any]:
-    """What is known under an arithmetic."""
+    """Returns what is known under one arithmetic."""
     median, largest = _moved(asked, proof)
     row: dict[str, Any] = {
         "proved": int(proof.proved.sum()),
@@ -299,7 +306,7 @@ def _row(asked: Asked, proof: Proof, seconds: float, *, per_token: bool) -> dict
 
 
 def _finite(value: Any) -> float | None:
-    """A number that JSON can hold."""
+    """Returns a number that JSON can hold, None if it is not finite."""
     return float(value) if np.isfinite(value) else None
 
 

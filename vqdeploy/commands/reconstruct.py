@@ -10,16 +10,20 @@ from vqref.errors import ExitCode, InputError
 from vqref.host.commandline import Command, option
 
 SHOWN = 32
-"""How many images a picture of pairs has, unless told."""
+"""How many images a picture of pairs shows by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructOptions(PicturesOptions, BundleOptions):
-    """The images, and the picture to draw."""
+    """Which images to reconstruct, and the picture to draw."""
 
-    images: Path = option(type=Path, help="a picture, a folder of them, .npz, .npy or IDX")
+    images: Path = option(type=Path, help="a picture, a folder of pictures, .npz, .npy or IDX")
     output: Path = option(
-        "--output", default=Path("reconstructions.png"), type=Path, metavar="FILE", help="where to"
+        "--output",
+        default=Path("reconstructions.png"),
+        type=Path,
+        metavar="FILE",
+        help="PNG to write",
     )
     limit: int | None = limit_option(str(SHOWN))
 
@@ -41,6 +45,4 @@ def run(options: ReconstructOptions) -> int:
     return ExitCode.DONE
 
 
-COMMAND = Command(
-    "reconstruct", "a picture of images above their reconstructions", ReconstructOptions, run
-)
+COMMAND = Command("reconstruct", "draw images above their reconstructions", ReconstructOptions, run)

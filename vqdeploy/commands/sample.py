@@ -17,26 +17,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(BundleOptions):
-    """How many samples, and the picture to draw."""
+    """How many samples to draw, and the picture to write."""
 
     output: Path = option(
-        "--output", default=Path("samples.png"), type=Path, metavar="FILE", help="where to"
+        "--output", default=Path("samples.png"), type=Path, metavar="FILE", help="PNG to write"
     )
-    number: int = option("--number", default=64, type=positive, metavar="N", help="how many")
-    seed: int = option("--seed", default=0, type=count, metavar="N", help="of the draw")
+    number: int = option(
+        "--number", default=64, type=positive, metavar="N", help="number of samples"
+    )
+    seed: int = option("--seed", default=0, type=count, metavar="N", help="seed of the draw")
     temperature: float = option(
         "--temperature",
         default=1.0,
         type=float,
         metavar="X",
-        help="of a learned prior: below 1, likelier images (default: 1)",
+        help="for a learned prior: values below 1 give likelier images (default: 1)",
     )
     top_k: int | None = option(
         "--top-k",
         default=None,
         type=positive,
         metavar="N",
-        help="of a learned prior: at each position the N likeliest codes alone",
+        help="for a learned prior: draw only from the N likeliest codes at each position",
     )
 
 
@@ -55,7 +57,10 @@ def run(options: SampleOptions) -> int:
 
 
 def _drawn(codec: Codec, options: SampleOptions) -> tuple[Array, str]:
-    """The images, and how many of them are the same on every machine. Raises UsageError."""
+    """Returns the images, and a remark on how many are the same on every machine.
+
+    Raises UsageError.
+    """
     if codec.prior is None:
         if options.temperature != 1.0 or options.top_k is not None:
             raise UsageError("--temperature and --top-k need a bundle with a learned prior")
@@ -73,4 +78,4 @@ def _drawn(codec: Codec, options: SampleOptions) -> tuple[Array, str]:
     return images, f", {sure.sum()} certified"
 
 
-COMMAND = Command("sample", "a sheet of images of the prior", SampleOptions, run)
+COMMAND = Command("sample", "draw a sheet of images from the prior", SampleOptions, run)

@@ -21,7 +21,7 @@ from vqref.spec import ModelSpec
 from vqref.validation import Array
 
 MOST_VALUES = 2**26
-"""The most values, N·C·H·W, of the images that a picture or a batch to measure holds."""
+"""The most values, N·C·H·W, that the images of one picture or one measured batch may have."""
 
 MOST_THREADS = 1024
 """The most threads that ``--threads`` takes."""
@@ -29,7 +29,7 @@ MOST_THREADS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class BundleOptions:
-    """A bundle, and what it runs on."""
+    """Which bundle to run, and on what."""
 
     bundle: Path = option(type=Path, help="the folder that export wrote")
     device: str = option(
@@ -40,12 +40,12 @@ class BundleOptions:
         default=None,
         type=whole(1, MOST_THREADS),
         metavar="N",
-        help="threads of the CPU within an operator (default: onnxruntime's choice)",
+        help="CPU threads per operator (default: onnxruntime's choice)",
     )
 
 
 def limit_option(default: str) -> Any:
-    """The option --limit of a command that says what it takes without."""
+    """Returns the option --limit. default: says what the command takes without it."""
     return option(
         "--limit",
         default=None,
@@ -57,25 +57,25 @@ def limit_option(default: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PicturesOptions:
-    """Which images are taken of a file or a folder."""
+    """Which images to take from a file or a folder."""
 
     part: str = option(
         "--part",
         default=PARTS[0],
         choices=PARTS,
-        help="which images of a folder of the official files",
+        help="which images to take from a folder of the official files",
     )
     recursive: bool = option(
         "--recursive",
         default=False,
         action="store_true",
-        help="read the pictures of subfolders, too",
+        help="also read the pictures in subfolders",
     )
     skip_bad: bool = option(
         "--skip-bad",
         default=False,
         action="store_true",
-        help="leave out pictures that cannot be read, and say which",
+        help="skip pictures that cannot be read, and name them",
     )
     limit: int | None = limit_option("all")
 
@@ -86,8 +86,10 @@ class PicturesOptions:
         preprocessing: Preprocessing | None,
         limit: int | None = None,
     ) -> Images:
-        """The images for a model, at most ``limit`` unless the user said how many. Raises
-        InputError, MachineError."""
+        """Returns the images for a model, at most ``limit`` unless the user gave --limit.
+
+        Raises InputError, MachineError.
+        """
         return read_images(
             path,
             spec,
@@ -99,7 +101,7 @@ class PicturesOptions:
         )
 
     def require_unused(self) -> None:
-        """Raises UsageError for one of these options if a command has no --data to read."""
+        """Raises UsageError if one of these options was given without --data."""
         for field in dataclasses.fields(PicturesOptions):
             if getattr(self, field.name) != field.default:
                 flag = "--" + field.name.replace("_", "-")
@@ -107,7 +109,7 @@ class PicturesOptions:
 
 
 def require_room(option: str, count: int, spec: ModelSpec) -> None:
-    """Raises UsageError that names the option if ``count`` images are more than MOST_VALUES."""
+    """Raises UsageError that names the option if ``count`` images exceed MOST_VALUES."""
     most = MOST_VALUES // math.prod(spec.image_shape)
     if count > most:
         raise UsageError(f"{option} is {count}; of images {spec.image_shape} at most {most} fit")
@@ -117,7 +119,7 @@ def require_room(option: str, count: int, spec: ModelSpec) -> None:
 def opened(
     options: BundleOptions, output: Path, require: Callable[[Path], None] = require_writable
 ) -> Iterator[Codec]:
-    """Opens the bundle's Codec, once ``require`` has found that ``output`` can be written."""
+    """Opens the bundle's Codec after ``require`` has checked that ``output`` can be written."""
     require(output)
     quiet()
     codec = Codec.load(options.bundle, options.device, intra_op_num_threads=options.threads)

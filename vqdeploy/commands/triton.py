@@ -1,4 +1,4 @@
-"""``vqdeploy triton``: a bundle as a model repository of Triton."""
+"""``vqdeploy triton``: writes a bundle as a model repository of Triton."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MOST_INSTANCES = 1024
 
 
 def _prefix(text: str) -> str:
-    """The type of --prefix."""
+    """Parses --prefix."""
     if not re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,100})?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is not of letters, digits, '_', '.' and '-'")
     return text
@@ -22,30 +22,30 @@ def _prefix(text: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TritonOptions:
-    """The bundle, and the repository to write."""
+    """Which bundle to take, and the repository to write."""
 
     bundle: Path = option(type=Path, help="the folder that export wrote")
-    repository: Path = option(type=Path, help="the folder of models to write")
+    repository: Path = option(type=Path, help="the model repository (a folder) to write")
     prefix: str = option(
         "--prefix",
         default="",
         type=_prefix,
         metavar="TEXT",
-        help="what the names of the models begin with (default: nothing)",
+        help="prefix of the models' names (default: nothing)",
     )
     instances: int = option(
         "--instances",
         default=1,
         type=whole(1, MOST_INSTANCES),
         metavar="N",
-        help="of each model, per GPU or on the CPU",
+        help="instances of each model, per GPU or on the CPU",
     )
     max_batch: int | None = option(
         "--max-batch",
         default=None,
         type=positive,
         metavar="N",
-        help="the largest batch (default: as a Codec takes it)",
+        help="the largest batch (default: the same as for a Codec)",
     )
     replace: bool = option(
         "--replace", default=False, action="store_true", help="replace the folder if there is one"
@@ -70,7 +70,7 @@ def run(options: TritonOptions) -> int:
 
 COMMAND = Command(
     "triton",
-    "a bundle as a model repository of the Triton Inference Server",
+    "write a bundle as a model repository of the Triton Inference Server",
     TritonOptions,
     run,
 )

@@ -1,4 +1,4 @@
-"""``vqdeploy verify``: holds a bundle to the oracle that it carries."""
+"""``vqdeploy verify``: checks a bundle against the oracle that it carries."""
 
 from __future__ import annotations
 
@@ -20,56 +20,57 @@ if TYPE_CHECKING:
 
 
 MOST_IMAGES, SECONDS = 1000, 60.0
-"""Of further images, unless told how many: at most so many, and what the oracle may take."""
+"""The limits on further images without ``--limit``: their number, and the seconds that the oracle
+may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyOptions(PicturesOptions, BundleOptions):
-    """What to compare beside the golden batch, and where to write what was proved."""
+    """What to compare besides the golden batch, and where to write what was proved."""
 
     data: Path | None = option(
         "--data",
         default=None,
         type=Path,
         metavar="PATH",
-        help="further images to compare on: a file or a folder of pictures (default: none)",
+        help="more images to compare on: a file or a folder of pictures (default: none)",
     )
-    limit: int | None = limit_option(f"as the oracle does in a minute, at most {MOST_IMAGES}")
+    limit: int | None = limit_option(f"what the oracle can do in a minute, at most {MOST_IMAGES}")
     samples: int = option(
         "--samples",
         default=0,
         type=count,
         metavar="N",
-        help="feed the quantizer N latents, drawn from the model and around its bisectors, and "
-        "write a certificate",
+        help="feed the quantizer N latents, drawn from the model and near its bisectors, and write "
+        "a certificate",
     )
     certificate: Path | None = option(
         "--certificate",
         default=None,
         type=Path,
         metavar="FILE",
-        help="where to write what was proved, and on what (default: certificate.json in the "
-        "bundle, with --samples)",
+        help="file that says what was proved, and on what (default: with --samples, "
+        "certificate.json in the bundle)",
     )
     html: Path | None = option(
         "--html",
         default=None,
         type=Path,
         metavar="FILE",
-        help="where to write the same as a page to look at",
+        help="file for a web page with what the certificate says",
     )
     manifest_sha256: str | None = option(
         "--manifest-sha256",
         default=None,
         metavar="HEX",
-        help="what export printed, from a place that you trust: refuse any other bundle",
+        help="digest that export printed, from a source you trust: refuse any other bundle",
     )
     public_key: str | None = option(
         "--public-key",
         default=None,
         metavar="KEY",
-        help="of minisign, the key or its file: refuse a bundle without a manifest.json.minisig by "
-        "it",
+        help="minisign key, or its file: refuse a bundle without a manifest.json.minisig signed "
+        "with that key",
     )
     json: bool = option("--json", default=False, action="store_true", help="print JSON")
 
@@ -120,8 +121,10 @@ def run(options: VerifyOptions) -> int:
 def _images(
     options: VerifyOptions, bundle: Bundle
 ) -> tuple[Array | None, dict[str, Any], tuple[str, ...]]:
-    """Further images, what a certificate says about all that is compared, and what was done to
-    pictures."""
+    """Returns further images, the certificate's entries on what is compared, and remarks.
+
+    The remarks say what was done to pictures.
+    """
     from vqref.agreement.budget import images_within
 
     compared: dict[str, Any] = {"golden_batch": True, "images": 0, "latents": options.samples}
@@ -137,7 +140,7 @@ def _images(
 def _tell(
     options: VerifyOptions, bundle: Bundle, found: Verified, compared: Mapping[str, Any]
 ) -> None:
-    """Prints what was compared, the report, on CUDA each graph's placement, and the verdict."""
+    """Prints what was compared, the report, the verdict, and on CUDA each graph's placement."""
     also = [f"{compared[what]} {what}" for what in ("images", "latents") if compared[what]]
     print(f"{options.bundle} on {found.device}, {' and '.join(['golden batch', *also])}")
     print(f"manifest sha256 {bundle.sha256}")
@@ -159,11 +162,11 @@ def _tell(
 
 
 def _placed(provider: str, operators: Mapping[str, int]) -> str:
-    """A provider's nodes of one graph: "CUDA 3: 2 Conv, 1 Relu"."""
+    """Returns one provider's nodes of one graph, such as "CUDA 3: 2 Conv, 1 Relu"."""
     nodes = ", ".join(f"{count} {operator}" for operator, count in operators.items())
     return f"{provider.removesuffix('ExecutionProvider')} {sum(operators.values())}: {nodes}"
 
 
 COMMAND = Command(
-    "verify", "hold a bundle to the oracle that it carries, on this machine", VerifyOptions, run
+    "verify", "check a bundle on this machine against the oracle it carries", VerifyOptions, run
 )

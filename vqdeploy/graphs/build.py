@@ -1,6 +1,7 @@
-"""The five graphs of a bundle, built from the rows: the same model gives the same bytes.
+"""Builds the five graphs of a bundle from the rows. The same model gives the same bytes.
 
-``build_graph`` needs numpy alone, so that whoever verifies a bundle can write its graphs anew.
+``build_graph`` needs only numpy, so that anyone who verifies a bundle can build its graphs
+again.
 """
 
 from __future__ import annotations
@@ -23,32 +24,35 @@ from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Params, check_params
 
 GRAPHS_VERSION = 1
-"""Raised whenever the same model would get other graphs: a bundle is verified by what wrote it."""
+"""Goes up whenever the same model would get other graphs. A bundle is verified by the version that
+wrote it."""
 
 TARGETS = ("any", "cpu")
-"""The providers that graphs are written for: any, or onnxruntime's CPU provider, on which they are
-then faster; other providers run them too."""
+"""The providers that graphs are written for. "cpu" graphs are faster on onnxruntime's CPU
+provider; other providers run them too."""
 
 TABLE_ENTRIES = 2**16
 """The most rows of indices that a table may have."""
 
 TABLE_BYTES = 64 * 2**20
-"""The most that a table may take unless it is asked for: a larger one outweighs most networks."""
+"""The most bytes of a table that ``fold=None`` chooses. A larger table outweighs most
+networks."""
 
 
 @dataclass(frozen=True)
 class GraphOptions:
-    """How graphs are written.
+    """How to write the graphs.
 
     opset: one of ``OPSETS``.
-    precision: of the networks, by the option of a row of ``vqref.precisions`` that can be exported;
-        the quantizer is always float32.
+    precision: the networks' precision, as the ``option`` of a row of ``vqref.precisions`` that can
+        be exported. The quantizer is always float32.
     batch: the one batch size that every graph takes, or None if they take any.
-    fold: whether the detokenizer is a table of all reconstructions; None: if the table is small.
+    fold: whether the detokenizer is a table of all reconstructions. None makes it a table if the
+        table is small.
     target: one of ``TARGETS``.
-    index_type: of the inputs and outputs ``indices``, one of ``INDEX_TYPES``.
+    index_type: the dtype of the inputs and outputs ``indices``, one of ``INDEX_TYPES``.
 
-    Raises ValueError that names the field.
+    Raises ValueError that names the wrong field.
     """
 
     opset: int = OPSETS[0]
@@ -76,7 +80,7 @@ class GraphOptions:
     def folds(self, spec: ModelSpec) -> bool:
         """Returns whether the detokenizer of a model of ``spec`` is a table.
 
-        Raises ValueError if it should be, but would be too large.
+        Raises ValueError if ``fold`` is True but the table would be too large.
         """
         entries = _table_entries(spec)
         if self.fold is None:
@@ -90,7 +94,7 @@ class GraphOptions:
 
 
 def _table_entries(spec: ModelSpec) -> int | None:
-    """K^S, or None if a table may not have so many entries, or so many axes."""
+    """Returns K^S, or None if a table may not have that many entries or axes."""
     if spec.latent_size > math.log2(TABLE_ENTRIES):
         return None
     entries: int = spec.num_codes**spec.latent_size
@@ -133,8 +137,9 @@ BUILDERS: dict[str, Callable[[GraphBuilder, ModelSpec], None]] = {
 def build_graphs(
     spec: ModelSpec, params: Params, options: GraphOptions | None = None
 ) -> dict[str, bytes]:
-    """Returns {stage: bytes of its ONNX file}, weights inside, as ``build_graph`` makes it, checked
-    by onnx.
+    """Returns {stage: bytes of its ONNX file, including weights}.
+
+    ``build_graph`` builds each graph, and onnx checks it.
 
     Raises ValueError for parameters that do not fit the spec or the precision, and for graphs that
     an ONNX file cannot hold.
@@ -148,7 +153,7 @@ def build_graphs(
         contents[stage] = build_graph(stage, spec, params, options).to_bytes()
         try:
             onnx.checker.check_model(contents[stage], full_check=True)
-        except onnx.checker.ValidationError as error:  # as for rows whose names clash
+        except onnx.checker.ValidationError as error:  # for example, rows whose names clash
             reason = str(error).splitlines()[0]
             raise ValueError(f"{stage}: its rows make no valid ONNX graph: {reason}") from None
     return contents
@@ -163,8 +168,8 @@ def build_graph(
 ) -> Graph:
     """Returns the graph of one of ``STAGES``.
 
-    For int8 it is float32: ``vqdeploy.graphs.int8`` quantizes it. table: what ``fold`` returns, if
-    the caller has it and ``options`` ask for it.
+    For int8 the graph is float32, and ``vqdeploy.graphs.int8`` quantizes it. table: what ``fold``
+    returns, if the caller has it and ``options`` ask for it.
 
     Raises ValueError for values that the precision does not hold, names that are not printable
     ASCII, and graphs that an ONNX file cannot hold.
@@ -186,8 +191,10 @@ def build_graph(
 
 
 def fold(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
-    """Returns the oracle's reconstructions of every row of indices, rounded to float32: (K, ..., K,
-    C, H, W) with S axes of K."""
+    """Returns the oracle's reconstructions of every row of indices, rounded to float32.
+
+    The shape is (K, ..., K, C, H, W), with S axes of K.
+    """
     axes = [np.arange(spec.num_codes)] * spec.latent_size
     rows = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1)  # (K, ..., K, S)
     indices = rows.reshape(-1, spec.latent_size)

@@ -1,7 +1,7 @@
-"""Checkpoints of others as models of ours. One file is one importer; the table is here.
+"""Imports checkpoints of other libraries. Each file is one importer; the table is here.
 
-Whatever is in a checkpoint is data: nothing is executed, every tensor is used once or left out by
-name, and what no network of ours has is refused by name.
+A checkpoint is treated as data: nothing in it is executed. Every tensor is used once or left out by
+name. Whatever our networks do not have is refused, with its name.
 """
 
 from __future__ import annotations
@@ -32,13 +32,12 @@ IMPORTERS = (
 
 
 OPTIONS = {"value_range": "range"}
-"""Choices whose option is called otherwise."""
+"""Choices whose option has another name."""
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A model, the importer that made it, the checkpoint, and what the user should know, in
-    lines."""
+    """A model, the importer that made it, its checkpoint, and lines that the user should read."""
 
     model: Model
     importer: Importer
@@ -47,10 +46,12 @@ class Imported:
 
 
 def import_model(path: Path, choices: Choices, digest: str | None = None) -> Imported:
-    """The model in the checkpoint at ``path``, a file or a folder.
+    """Returns the model in the checkpoint at ``path``, a file or a folder.
 
-    digest: the sha256 that the file must have. Raises InputError that names the tensor or the field
-    which is other than expected, and UsageError for a choice that this kind of checkpoint lacks.
+    choices: what the user chose. digest: the sha256 that the file must have.
+
+    Raises InputError that names the unexpected tensor or field, and UsageError for a choice that
+    does not apply to this kind of checkpoint.
     """
     checkpoint = Checkpoint.read(path)
     with about(checkpoint.path):
@@ -73,7 +74,7 @@ def import_model(path: Path, choices: Choices, digest: str | None = None) -> Imp
 
 
 def _recognised(checkpoint: Checkpoint, choices: Choices) -> Importer:
-    """The importer that the user's choice or the tensors' names ask for. Raises InputError."""
+    """Returns the importer for the user's choice or the tensors' names. Raises InputError."""
     tables = checkpoint.tables
     if not tables:
         names = ", ".join(plain(str(name)) for name in [*checkpoint.entries][:4])
@@ -91,7 +92,7 @@ def _recognised(checkpoint: Checkpoint, choices: Choices) -> Importer:
 
 
 def _require_taken(importer: Importer, choices: Choices) -> None:
-    """Raises UsageError for a choice that the importer does not know what to do with."""
+    """Raises UsageError for a choice that does not apply to the importer."""
     for field in dataclasses.fields(choices):
         if getattr(choices, field.name) is not None and field.name not in importer.takes:
             option = OPTIONS.get(field.name, field.name.replace("_", "-"))
@@ -101,7 +102,7 @@ def _require_taken(importer: Importer, choices: Choices) -> None:
 def _tensors(
     importer: Importer, checkpoint: Checkpoint, weights: str | None
 ) -> tuple[str, dict[str, Any]]:
-    """The dictionary of tensors that is imported, and its entry. Raises InputError."""
+    """Returns the dictionary of tensors to import, and its entry. Raises InputError."""
     tables = {n: table for n, table in checkpoint.tables.items() if importer.knows(table)}
     if weights is not None and weights not in tables:
         known = ", ".join(filter(None, tables)) or "one network alone"
@@ -112,14 +113,14 @@ def _tensors(
 
 
 def _kept(base: Model | None) -> Mapping[str, Array]:
-    """The parameters of a model that gets another codebook."""
+    """Returns the parameters that a model keeps when it gets another codebook."""
     if base is None:
         return {}
     return {name: base.params[name] for row in base.spec.layers for name, _ in row.parameters}
 
 
 def _said(entry: str, plan: Plan, taken: Taken) -> tuple[str, ...]:
-    """What the user should know: which tensors were taken, changed and left out."""
+    """Returns lines for the user: which tensors were taken, converted and left out."""
 
     def tensors(count: int) -> str:
         return f"{count} tensor{'s' * (count > 1)}"
@@ -150,6 +151,6 @@ def _provenance(
 
 
 def _model(plan: Plan, params: dict[str, Array], provenance: dict[str, Any]) -> Model:
-    """Training and metrics of a model that gets another codebook say nothing any more."""
+    """Returns the model, without the training and metrics of ``plan.base``: they no longer hold."""
     preprocessing = None if plan.base is None else plan.base.preprocessing
     return Model(plan.spec, params, provenance=provenance, preprocessing=preprocessing)

@@ -1,4 +1,4 @@
-"""What an importer is given and what it gives: a file's content in, the way to a model out."""
+"""What an importer takes and returns: it takes a file's content and returns a plan for a model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from vqref.validation import Array
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user says besides the file; None where the file or the importer decides.
+    """What the user chooses besides the file. None leaves the choice to the file or the importer.
 
-    config: the configuration's file. mapping: a file that describes the names. model: a model.pt
-    that gets another codebook. image_size: side of its square images. value_range: what 0 and 1 of
-    an image are to the networks. weights: which of several dictionaries of tensors.
+    config: the configuration file. mapping: a file that maps the names. model: a model.pt that gets
+    another codebook. image_size: the side of the square images. value_range: the values that the
+    networks see for 0 and 1 of an image. weights: which dictionary of tensors to take if there are
+    several.
     """
 
     config: Path | None = None
@@ -38,9 +39,9 @@ class Choices:
 class Plan:
     """How a checkpoint becomes a model.
 
-    spec: the network. tensors: theirs. sources, left_out: as ``tables.take`` has them. said: what
-    the user should know of choices that were made. finish: the last change of the parameters, of
-    which the tensors are no more than the start. files: other files that it was made of, with
+    spec: the network. tensors: the checkpoint's tensors. sources, left_out: as ``tables.take``
+    takes them. said: what the user should know about choices that were made. finish: turns the
+    parameters that the tensors give into the final ones. files: other files that were used, with
     their sha256. base: a model whose other parameters stay.
     """
 
@@ -58,10 +59,10 @@ class Plan:
 class Importer:
     """One kind of checkpoint.
 
-    name, what: of the importer, and of what it reads. takes: the choices that it knows what to do
-    with. knows: whether these are names of such tensors. entries: of dictionaries of tensors in the
-    file, the one that is taken first; "" is the file itself. plan: raises InputError for what is
-    no network of ours.
+    name: the importer's name. what: the name of what it reads. takes: the choices that apply to it.
+    knows: says whether tensors with these names are of its kind. entries: the entries of the file
+    that may hold the dictionary of tensors, the preferred one first; "" is the file itself. plan:
+    makes the Plan, and raises InputError for what our networks do not have.
     """
 
     name: str
@@ -73,7 +74,7 @@ class Importer:
 
 
 def configuration(checkpoint: Checkpoint, choices: Choices) -> Fields:
-    """The one that the user named, or that lies beside the checkpoint. Raises InputError."""
+    """Returns the configuration that was named or is beside the file. Raises InputError."""
     found = optional_configuration(checkpoint, choices)
     if found is None:
         raise InputError("no configuration beside it; name it by --config FILE")
@@ -81,13 +82,13 @@ def configuration(checkpoint: Checkpoint, choices: Choices) -> Fields:
 
 
 def optional_configuration(checkpoint: Checkpoint, choices: Choices) -> Fields | None:
-    """The same, or None if there is none. Raises InputError."""
+    """Returns the configuration, or None if there is none. Raises InputError."""
     path = choices.config or beside(checkpoint.path)
     return None if path is None else Fields.read(path)
 
 
 def fitting(where: str, make: Callable[[], ModelSpec]) -> ModelSpec:
-    """The network. where: what describes it. Raises InputError for sizes that none has."""
+    """Returns the network. where: what describes it. Raises InputError for impossible sizes."""
     try:
         return make()
     except ValueError as error:
@@ -95,8 +96,10 @@ def fitting(where: str, make: Callable[[], ModelSpec]) -> ModelSpec:
 
 
 def ranged(spec: ModelSpec, low: float, high: float) -> ModelSpec:
-    """The network whose images are in [low, high]. Raises InputError for one without a first row
-    that says so."""
+    """Returns the network with images in [low, high].
+
+    The first row of the encoder sets the range. Raises InputError if that row cannot.
+    """
     first, *rows = spec.encoder
     if (low, high) == spec.value_range:
         return spec
