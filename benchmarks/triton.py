@@ -118,8 +118,10 @@ def served(server: Path, models: Path, place: Path) -> Iterator[str]:
                 if grpc.InferenceServerClient(address).is_server_ready():
                     break
             except grpc.InferenceServerException:
-                pass
+                pass  # it does not listen yet
             time.sleep(0.5)
+        else:
+            sys.exit(f"the server was not ready in a minute: {log.read_text()[-1000:]}")
         yield address
     finally:
         process.terminate()

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,15 @@ CPU = torch.device("cpu")
 SPEC = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=8, code_size=4)
 """The network that ``trainer`` trains."""
 
+
+RESIDUAL: dict[str, Any] = {
+    "hidden": 8,
+    "blocks": 1,
+    "block_hidden": 4,
+    "num_codes": 32,
+    "code_size": 8,
+}
+"""Sizes of a small residual network."""
 
 VQGAN: dict[str, Any] = {
     "channels": 4,
@@ -167,6 +177,22 @@ def trainer(
     place = Work(device, folder, output, **{"say": say, "pictures": False, **(work or {})})
     course = course_of(spec, chosen, {}, source.sha256)
     return Trainer(spec, chosen, source, place, {"data": {"source": "test.npz"}}, course, state)
+
+
+def stop_in_step(monkeypatch, when: int) -> None:
+    """Sends SIGTERM in the step of that number, counted from 1, of runs that begin after it."""
+    import vqtrain.run.step
+    import vqtrain.run.trainer
+
+    step, taken = vqtrain.run.step.training_step, list[int]()
+
+    def interrupting(*arguments):
+        taken.append(1)
+        if len(taken) == when:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(vqtrain.run.trainer, "training_step", interrupting)
 
 
 class Trap:

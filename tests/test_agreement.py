@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import small_model, unit
+from support import RESIDUAL, small_model, unit
 
 import vqref
 from vqref import families
@@ -102,14 +102,7 @@ def test_an_honest_backend_agrees_in_every_stage(model, real_images, precision):
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_an_honest_backend_agrees_on_a_grid_under_every_likelihood(likelihood, precision):
-    sizes: dict[str, Any] = {
-        "hidden": 8,
-        "blocks": 1,
-        "block_hidden": 4,
-        "num_codes": 32,
-        "code_size": 8,
-    }
-    spec = families.residual((3, 16, 16), **sizes, likelihood=likelihood, variance=0.08)
+    spec = families.residual((3, 16, 16), **RESIDUAL, likelihood=likelihood, variance=0.08)
     model = small_model(spec)
     images = np.random.default_rng(0).random((4, 3, 16, 16))
     report = compare(spec, model.params, images, honest(model, precision)).require()
@@ -133,14 +126,7 @@ def test_averages_and_resets_are_judged_in_the_dialect_and_at_the_step_of_the_ru
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_codes_that_leave_the_sphere_are_found(precision):
     """The rules of unit codes agree, those of others do not, after an update as after a reset."""
-    sizes: dict[str, Any] = {
-        "hidden": 8,
-        "blocks": 1,
-        "block_hidden": 4,
-        "num_codes": 32,
-        "code_size": 8,
-    }
-    model = small_model(families.residual((3, 16, 16), **sizes, normalized=True))
+    model = small_model(families.residual((3, 16, 16), **RESIDUAL, normalized=True))
     images = np.random.default_rng(0).random((4, 3, 16, 16))
     how = model.spec, model.params, images
     right = honest(model, precision)
@@ -175,14 +161,7 @@ def test_a_unit_code_is_judged_beside_the_length_that_is_left_of_its_sum():
 def test_unit_latents_may_be_turned_by_what_their_lengths_make_of_the_encoders_tolerance():
     """An encoder that keeps its tolerance before its last row keeps it after, however short a
     vector was; tokens of such latents are near ties or right. One that does not is found."""
-    sizes: dict[str, Any] = {
-        "hidden": 8,
-        "blocks": 1,
-        "block_hidden": 4,
-        "num_codes": 32,
-        "code_size": 8,
-    }
-    model = small_model(families.residual((3, 16, 16), **sizes, normalized=True))
+    model = small_model(families.residual((3, 16, 16), **RESIDUAL, normalized=True))
     how = model.spec, model.params
     rng = np.random.default_rng(0)
     images = rng.random((8, 3, 16, 16)).astype(np.float32)

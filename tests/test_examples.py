@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from support import ROOT, png, prior_params, small_model
+from support import RESIDUAL, ROOT, png, prior_params, small_model
 
 from vqdeploy import Codec
 from vqdeploy.export import export
@@ -25,14 +25,6 @@ from vqref.prior import Prior, transformer
 
 EXAMPLES = ROOT / "examples"
 PAGE = Path("vqdeploy/page")
-SIZES: dict[str, Any] = {
-    "hidden": 8,
-    "blocks": 1,
-    "block_hidden": 4,
-    "num_codes": 32,
-    "code_size": 8,
-}
-
 MODELS: dict[str, Any] = {
     "grey": (
         families.post((1, 28, 28), 4, 4, num_codes=16, code_size=8),
@@ -40,16 +32,16 @@ MODELS: dict[str, Any] = {
         {},
     ),
     "colour": (
-        families.residual((3, 16, 24), **SIZES, variance=0.08),
+        families.residual((3, 16, 24), **RESIDUAL, variance=0.08),
         Preprocessing(3, (16, 24), crop=True),
         {"index_type": "int32"},
     ),
     "alpha": (
-        families.residual((4, 12, 8), **SIZES, variance=0.08),
+        families.residual((4, 12, 8), **RESIDUAL, variance=0.08),
         Preprocessing(4, (12, 8)),
         {"batch": 5},
     ),
-    "cube": (families.residual((4, 4, 4), **SIZES, variance=0.08), None, {}),
+    "cube": (families.residual((4, 4, 4), **RESIDUAL, variance=0.08), None, {}),
 }
 """A spec, what is done to pictures, and how the graphs are written."""
 

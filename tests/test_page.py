@@ -10,13 +10,12 @@ import shutil
 import subprocess
 import threading
 from collections import Counter
-from typing import Any
 
 import mixed_pictures
 import numpy as np
 import pytest
 from PIL import Image
-from support import ROOT, prior_params, small_model
+from support import RESIDUAL, ROOT, prior_params, small_model
 
 from vqdeploy import Codec, site
 from vqdeploy.bundle import Bundle
@@ -29,13 +28,6 @@ from vqref.preprocessing import Preprocessing
 from vqref.prior import Prior, transformer
 from vqref.spec import CODEBOOK
 
-SIZES: dict[str, Any] = {
-    "hidden": 8,
-    "blocks": 1,
-    "block_hidden": 4,
-    "num_codes": 32,
-    "code_size": 8,
-}
 READY = "body[data-seconds]"
 
 
@@ -364,7 +356,7 @@ def test_a_phone_shows_all_without_scrolling_aside(request, visit, name):
 def test_pictures_that_are_said_to_be_exact_are_the_packages_to_the_last_bit(
     visit, served, tmp_path, tmp_path_factory, channels
 ):
-    spec = families.residual((channels, 16, 24), **SIZES, variance=0.08)
+    spec = families.residual((channels, 16, 24), **RESIDUAL, variance=0.08)
     prepared = Preprocessing(channels, (16, 24), crop=True, background=(240, 10, 90))
     model = dataclasses.replace(small_model(spec), preprocessing=prepared)
     bundle = tmp_path_factory.mktemp("pictures") / "model-onnx"

@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import signal
 from typing import Any
 
 import numpy as np
 import pytest
-from support import ROOT, trainer
+from support import ROOT, stop_in_step, trainer
 
 import vqtrain.agreement
 import vqtrain.run.step
@@ -219,15 +217,7 @@ def test_the_look_for_barriers_finds_one(look, barriers, certificate, tmp_path):
 
 def stopped(tmp_path, many_images, monkeypatch, when):
     """A run that is stopped in the given step, counted from 1, of two epochs of five."""
-    step, taken = vqtrain.run.step.training_step, []
-
-    def interrupting(*arguments):
-        taken.append(1)
-        if len(taken) == when:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*arguments)
-
-    monkeypatch.setattr(vqtrain.run.trainer, "training_step", interrupting)
+    stop_in_step(monkeypatch, when)
     run = trainer(tmp_path, many_images, work=DRAWN)
     with pytest.raises(Interrupted):
         run.run()

@@ -145,7 +145,7 @@ def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
     rows, longest = torch.cat([-codes, norms / 2], dim=1), norms.max().sqrt()
     choose, scores = (_by_groups, min(TILE, len(rows))) if k > MOST_SCORES else (_by_scores, k)
     if choose is _by_scores:
-        rows = rows[:k].T.contiguous().T
+        rows = rows[:k].T.contiguous().T  # their product with latents takes columns
     step = min(len(latents), _at_once(latents, max(count, scores, group * d)))
     room, groups = latents.new_empty(step, count + scores), codes.view(count, group, d)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)

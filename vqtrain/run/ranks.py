@@ -188,17 +188,16 @@ class Joint(Ranks):
 
     def different(self, content: bytes) -> int | None:
         digest = torch.frombuffer(bytearray(hashlib.sha256(content).digest()), dtype=torch.uint8)
-        found = [torch.empty_like(digest) for _ in range(self.count)]
-        _require_all(dist.all_gather, found, digest)
+        found = self._from_all(digest)
         return next((i for i, each in enumerate(found) if not torch.equal(each, found[0])), None)
 
     def collected(self, lines: Sequence[str]) -> list[str]:
         content = json.dumps(list(lines)).encode()
         mine = torch.full((self._largest(len(content)),), ord(" "), dtype=torch.uint8)
         mine[: len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        found = [torch.empty_like(mine) for _ in range(self.count)]
-        _require_all(dist.all_gather, found, mine)
-        return [line for each in found for line in json.loads(each.numpy().tobytes())]
+        return [
+            line for each in self._from_all(mine) for line in json.loads(each.numpy().tobytes())
+        ]
 
     def wait(self) -> None:
         self._largest(0)
@@ -211,6 +210,12 @@ class Joint(Ranks):
         yield
         if before:
             self.wait()
+
+    def _from_all(self, mine: Tensor) -> list[Tensor]:
+        """Returns every rank's tensor, in their order. All have the same shape."""
+        found = [torch.empty_like(mine) for _ in range(self.count)]
+        _require_all(dist.all_gather, found, mine)
+        return found
 
     def _largest(self, value: int) -> int:
         found = torch.tensor(value)
