@@ -121,7 +121,7 @@ def test_what_was_done_to_pictures_is_said_by_every_command(
     (pictures / "x.tmp.png").write_bytes(b"no picture")
     assert "--skip-bad" in refused(3, "-m", "vqdeploy", "encode", "b", pictures)
     options = ("--recursive", "--skip-bad", "--threads", 1)
-    expected = ("1 of 6 pictures resized to 28x28", "1 of colour made grey", "x.tmp.png")
+    expected = ("1 of 6 pictures resized to 28x28", "1 in colour made grey", "x.tmp.png")
     for command in ("encode", "reconstruct"):
         told = deploy(command, "b", pictures, *options)
         assert all(line in told for line in expected), told

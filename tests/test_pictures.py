@@ -449,7 +449,7 @@ def test_pictures_of_the_right_proportions_are_neither_stretched_nor_cropped(tmp
         (None, ["1 grey spread to colour"]),
         (3, ["1 grey spread to colour"]),
         (4, ["1 grey spread to colour"]),
-        (1, ["1 of colour made grey"]),
+        (1, ["1 in colour made grey"]),
     ],
 )
 def test_grey_and_colour_become_one(tmp_path, channels, said):
@@ -468,9 +468,9 @@ def test_grey_and_colour_become_one(tmp_path, channels, said):
 
 def test_other_numbers_of_channels_are_for_arrays(tmp_path):
     path = write(tmp_path / "x.png", GREY)
-    with pytest.raises(InputError, match="images of 2 channels cannot be made of pictures"):
+    with pytest.raises(InputError, match="pictures give images of 1, 3 or 4 channels, not 2"):
         load_any(path, Reading(channels=2))
-    with pytest.raises(InputError, match="images of 5 channels cannot be made of pictures"):
+    with pytest.raises(InputError, match="pictures give images of 1, 3 or 4 channels, not 5"):
         prepare(path, (5, 6, 5), Preprocessing(5))
 
 

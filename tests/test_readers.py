@@ -249,11 +249,11 @@ def test_archives_that_numpy_does_not_write_are_refused(recwarn):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_LZMA) as file:
         file.writestr("a.npy", array)
-    with pytest.raises(InputError, match="encrypted, or compressed otherwise"):
+    with pytest.raises(InputError, match="encrypted, or compressed by another"):
         read_npz(buffer.getvalue())
     encrypted = bytearray(archive(("a.npy", array)))
     encrypted[encrypted.index(b"PK\x01\x02") + 8] |= 1
-    with pytest.raises(InputError, match="encrypted, or compressed otherwise"):
+    with pytest.raises(InputError, match="encrypted, or compressed by another"):
         read_npz(bytes(encrypted))
 
 

@@ -289,7 +289,7 @@ def test_a_folder_that_holds_something_stays_as_it_is(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"), [((0, 1), "no images to write"), ((1, 2), "fit no PNG")]
+    ("shape", "said"), [((0, 1), "no images to write"), ((1, 2), "expected 1, 3 or 4 for a PNG")]
 )
 def test_what_no_folder_of_pictures_can_hold_is_refused(tmp_path, shape, said):
     with pytest.raises(InputError, match=rf"out: .*{said}"):
@@ -350,7 +350,7 @@ def test_pictures_are_prepared_for_the_model_and_what_was_done_is_said(tmp_path,
     with pytest.raises(InputError, match=r"b\.png: 20x28 pixels; this model was trained on"):
         read_images(tmp_path / "sub", SPEC)
     two = small_model(families.residual((2, 16, 16), hidden=8, blocks=1, block_hidden=4)).spec
-    with pytest.raises(InputError, match="images of 2 channels cannot be made of pictures"):
+    with pytest.raises(InputError, match="pictures give images of 1, 3 or 4 channels, not 2"):
         read_images(tmp_path, two, skip_bad=True)
 
 

@@ -1,2 +1,4 @@
-"""What every command line needs: options, files, images, pictures, the machine. No equation imports
-it."""
+"""What every command line needs: options, files, images, pictures, the machine.
+
+No equation imports it.
+"""

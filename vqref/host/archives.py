@@ -1,13 +1,14 @@
-"""Images that memory does not hold, a shard at a time: folders of pictures, ``.npy`` files, parquet
-files as Hugging Face's ``datasets`` writes them, and tars as WebDataset does.
+"""Images that memory cannot hold, read shard by shard.
+
+Sources are folders of pictures, ``.npy`` files, parquet files as Hugging Face's ``datasets`` writes
+them, and tars as WebDataset writes them.
 
     for shard in list_shards(Path("data")):
         for record in read_shard(shard):
             image = to_image(record, (3, 32, 32), reading)    # (C, H, W)
 
-A shard is read on its own, by whichever process, and always gives the same records in the same
-order. What is wrong with one image is said by its record; a shard that is damaged as a whole
-raises.
+Any process can read a shard on its own. A shard always gives the same records in the same order. If
+one image is bad, its record says so. If a shard is damaged as a whole, reading it raises.
 """
 
 from __future__ import annotations
@@ -31,25 +32,29 @@ from vqref.host.streams import plain
 from vqref.validation import Array
 
 SHARD_IMAGES = 8192
-"""About how many images a shard has, where a source can be cut: rows of a ``.npy``, row groups of a
-parquet file, pictures of a folder."""
+"""About how many images a shard has, if a source can be cut.
+
+A source can be cut at rows of a ``.npy``, row groups of a parquet file, or pictures of a folder."""
 
 ROWS_AT_ONCE = 64
-"""Rows of a parquet file that are in memory at a time."""
+"""How many rows of a parquet file are in memory at a time."""
 
 COLUMN, KEYS = "image", ("key", "__key__")
-"""Columns of a parquet file: of images, and of their names if there is one."""
+"""Names of parquet columns: that of the images, and those that may hold the images' names."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a source that is read on its own.
+    """A part of a source that can be read on its own.
 
-    form: one of FORMS. name: the file's within the source, with "/" between the parts, or the
-    folder's. path: of the file or the folder. start, stop: which of its images, row groups of a
-    parquet file, or bytes of a tar; stop None: all. images: how many, None if only reading tells.
-    bytes: of a file that does not say how many images it has. members: of a folder, the names of
-    the pictures.
+    form: one of FORMS.
+    name: the file's name within the source, with "/" between the parts, or the folder's name.
+    path: the path of the file or the folder.
+    start, stop: the range of images, of row groups of a parquet file, or of bytes of a tar. A stop
+        of None means all.
+    images: how many images, or None if only reading tells.
+    bytes: the size of a file that does not tell its number of images.
+    members: the names of the pictures, if this is a folder.
     """
 
     form: str
@@ -63,17 +68,18 @@ class Shard:
 
     @property
     def weight(self) -> int:
-        """What the shard adds to a job: images if they are known, else bytes."""
+        """Returns the shard's share of a job: its images if they are known, else its bytes."""
         return self.bytes if self.images is None else self.images
 
 
 class Record(NamedTuple):
     """One image of a shard.
 
-    key: its name in there: the path of a picture within its folder, the name of a tar's member, the
-    ``key`` or path of a parquet row; else its number in the file. content: the bytes of a picture,
-    or an array, (H, W), (H, W, C) or (C, H, W); None if it cannot be read, for the reason
-    ``broken``.
+    key: its name in the shard: the path of a picture within its folder, the name of a tar's member,
+        the ``key`` or path of a parquet row. Otherwise its number in the file.
+    content: the bytes of a picture, or an array (H, W), (H, W, C) or (C, H, W). None if it cannot
+        be read.
+    broken: the reason why it cannot be read.
     """
 
     key: str
@@ -84,14 +90,15 @@ class Record(NamedTuple):
 def list_shards(
     source: Path, *, recursive: bool = False, images: int = SHARD_IMAGES
 ) -> tuple[Shard, ...]:
-    """The shards of a file or a folder, in the order of their names.
+    """Returns the shards of a file or a folder, in the order of their names.
 
-    recursive: whether files in subfolders count. images: about how many a shard has, where a source
-    can be cut. A folder is one of parquet files, of tars, of ``.npy`` files, of the official files
-    or of pictures.
+    source: a file, or a folder of parquet files, of tars, of ``.npy`` files, of the official files
+        or of pictures.
+    recursive: whether files in subfolders count.
+    images: about how many images a shard has, if the source can be cut.
 
-    Raises InputError if there are none, or a folder holds files of several forms; MachineError if
-    pyarrow is needed and not installed.
+    Raises InputError if there are none, or if a folder holds files of several forms. Raises
+    MachineError if pyarrow is needed and not installed.
     """
     if not is_folder(source):
         return tuple(_list_file(source, source.name, images))
@@ -107,8 +114,11 @@ def list_shards(
 
 
 def read_shard(shard: Shard) -> Iterator[Record]:
-    """The records of a shard. Raises InputError that names the file if it is damaged as a whole,
-    or no longer what was listed; MachineError if pyarrow is needed and not installed."""
+    """Yields the records of a shard.
+
+    Raises InputError that names the file if the file is damaged as a whole or has changed since it
+    was listed. Raises MachineError if pyarrow is needed and not installed.
+    """
     records = FORMS[shard.form].read(shard)
     while True:
         with about(shard.path), parsed("cannot be read"):
@@ -119,8 +129,11 @@ def read_shard(shard: Shard) -> Iterator[Record]:
 
 
 def counted(shard: Shard, images: int) -> Iterator[Shard]:
-    """The shard in parts of at most ``images`` images, if only reading it tells how many it has;
-    the shard itself otherwise. Raises InputError that names the file."""
+    """Yields parts of a shard with at most ``images`` images each.
+
+    If the shard already tells its number of images, yields the shard itself. Raises InputError that
+    names the file.
+    """
     if shard.images is not None:
         yield shard
         return
@@ -129,10 +142,12 @@ def counted(shard: Shard, images: int) -> Iterator[Shard]:
 
 
 def to_image(record: Record, image_shape: tuple[int, int, int], reading: Reading) -> Array:
-    """The image (C, H, W) of a record: uint8, or floating in [0, 1] if its array is.
+    """Returns the image (C, H, W) of a record. It is uint8, or floating in [0, 1] if the array is.
 
-    reading: as ``Reading.of`` gives it for a model of that shape. Raises InputError with the reason
-    if the record is broken, or gives no such image; MachineError if Pillow is not installed.
+    reading: what ``Reading.of`` returns for a model of that shape.
+
+    Raises InputError with the reason if the record is broken or gives no such image. Raises
+    MachineError if Pillow is not installed.
     """
     if record.content is None:
         raise InputError(record.broken)
@@ -143,8 +158,11 @@ def to_image(record: Record, image_shape: tuple[int, int, int], reading: Reading
 
 
 class Form(NamedTuple):
-    """How one kind of file is listed and read: list_, (path, name, images a shard) to shards; read,
-    a shard to records."""
+    """How one kind of file is listed and read.
+
+    list_: turns (path, name, images per shard) into shards.
+    read: turns a shard into records.
+    """
 
     endings: tuple[str, ...]
     list_: Callable[[Path, str, int], Iterator[Shard]]
@@ -152,16 +170,16 @@ class Form(NamedTuple):
 
 
 def _form_of(path: Path) -> str:
-    """The form of a file by the end of its name; "array" for what ``images.load`` reads."""
+    """Returns the form of a file by the end of its name: "array" for what ``images.load`` reads."""
     lower = path.name.lower()
     return next((n for n, form in FORMS.items() if lower.endswith(form.endings)), "array")
 
 
 def _list_file(path: Path, name: str, images: int) -> Iterator[Shard]:
-    """The shards of one file. Raises InputError that names it."""
+    """Yields the shards of one file. Raises InputError that names it."""
     with about(path), parsed("cannot be read"):
         if path.exists() and not path.is_file():
-            raise InputError("is not a regular file")  # a FIFO would never open
+            raise InputError("is not a regular file")  # opening a FIFO could block for ever
         yield from FORMS[_form_of(path)].list_(path, name, images)
 
 
@@ -216,8 +234,10 @@ def _read_npy(shard: Shard) -> Iterator[Record]:
 
 
 def _mapped(path: Path) -> Array:
-    """The array of an ``.npy``, of which only what is looked at is read. Raises InputError, and
-    what NumPy raises."""
+    """Maps the array of an ``.npy`` file, so that only the parts used are read.
+
+    Raises InputError, and what NumPy raises.
+    """
     with path.open("rb") as file:
         if not file.read(6).startswith(b"\x93NUMPY"):
             raise InputError("not a readable array")
@@ -242,7 +262,10 @@ def _read_array(shard: Shard) -> Iterator[Record]:
 
 @lru_cache(1)
 def _loaded(path: Path) -> Array:
-    """Images of a file that has to be read whole, kept for the next shard. Raises InputError."""
+    """Returns the images of a file that must be read whole, cached for the next shard.
+
+    Raises InputError.
+    """
     return load(path).train
 
 
@@ -283,7 +306,7 @@ def _read_parquet(shard: Shard) -> Iterator[Record]:
 
 
 def _parquet_record(image: Any, key: Any, number: int) -> Record:
-    """The record of a row: its ``image`` is bytes or {bytes, path}."""
+    """Returns the record of a row, whose ``image`` is bytes or {bytes, path}."""
     said = image if isinstance(image, dict) else {"bytes": image}
     content = said.get("bytes")
     name = plain(str(key or said.get("path") or number))
@@ -293,14 +316,16 @@ def _parquet_record(image: Any, key: Any, number: int) -> Record:
 
 
 def _opened(path: Path) -> Any:
-    """A parquet file that is read page by page. Raises what pyarrow raises."""
+    """Opens a parquet file that is then read page by page. Raises what pyarrow raises."""
     _, module = parquet()
     return module.ParquetFile(path, buffer_size=2**20, pre_buffer=False, **FOOTER)
 
 
 def _columns(schema: Any) -> tuple[str, str | None]:
-    """The names of the column of images, COLUMN or the only one that may be, and of that of their
-    keys. Raises InputError."""
+    """Returns the names of the column of images and of the column of their keys, None without keys.
+
+    The images are in COLUMN, or in the only column that can hold them. Raises InputError.
+    """
     fitting = [field.name for field in schema if _holds_pictures(field.type)]
     column = COLUMN if COLUMN in fitting else fitting[0] if len(fitting) == 1 else None
     if column is None:
@@ -338,12 +363,14 @@ def _read_tar(shard: Shard) -> Iterator[Record]:
                     yield _tar_record(archive, member)
             while shard.stop is None and (rest := archive.fileobj.read(2**20)):
                 if any(rest):
-                    raise tarfile.ReadError("damaged: more follows what looks like its end")
+                    raise tarfile.ReadError("damaged: more data follow what looks like its end")
 
 
 class _Member(tarfile.TarInfo):
-    """A header of a tar that ends where its end is marked: tarfile takes any header that it cannot
-    read for the end."""
+    """A header of a tar that ends only where its end is marked.
+
+    tarfile itself takes any header that it cannot read for the end.
+    """
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
@@ -367,8 +394,10 @@ def _tar_record(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Record:
 
 
 def _cut_tar(shard: Shard, images: int) -> Iterator[Shard]:
-    """Reads the headers alone where the tar is not compressed; one that is stays whole. Raises what
-    tarfile raises."""
+    """Cuts an uncompressed tar by reading its headers alone. A compressed tar stays whole.
+
+    Raises what tarfile raises.
+    """
     try:
         archive = tarfile.open(shard.path, "r:")  # noqa: SIM115
     except tarfile.ReadError:
@@ -377,7 +406,7 @@ def _cut_tar(shard: Shard, images: int) -> Iterator[Shard]:
     with archive:
         start = held = 0
         for member in archive:
-            archive.members = []  # type: ignore[attr-defined]  # it would keep them all
+            archive.members = []  # type: ignore[attr-defined]  # else tarfile keeps them all
             if held == images:
                 yield replace(shard, start=start, stop=member.offset, images=held)
                 start, held = member.offset, 0
@@ -388,8 +417,10 @@ def _cut_tar(shard: Shard, images: int) -> Iterator[Shard]:
 
 
 def _require_end(path: Path, offset: int) -> None:
-    """Raises InputError unless a tar ends there, in zeros or with the file: a damaged header looks
-    like an end to tarfile."""
+    """Raises InputError unless the tar ends at ``offset``: in zeros, or with the file.
+
+    To tarfile, a damaged header looks like an end.
+    """
     with path.open("rb") as file:
         file.seek(offset)
         block = file.read(tarfile.BLOCKSIZE)
@@ -413,14 +444,14 @@ FORMS = {
     "array": Form((), _list_array, _read_array),
     "pictures": Form(ENDINGS, _list_picture, _read_pictures),
 }
-"""The forms of sources: one row, a function that lists and one that reads."""
+"""The forms of sources. Each row has one function that lists and one that reads."""
 
 ARCHIVES = tuple(e for name, form in FORMS.items() if name != "pictures" for e in form.endings)
-"""What the names of files end in that hold many images each."""
+"""The endings of the names of files that hold many images each."""
 
 
 def describe(shards: Sequence[Shard]) -> str:
-    """How many images in how many shards, for a line."""
+    """Says how many images there are in how many shards, as part of a line."""
     known = [shard.images for shard in shards if shard.images is not None]
     images = f"{sum(known):,} images in " if len(known) == len(shards) else ""
     return f"{images}{many(len(shards), 'shard')}"

@@ -1,4 +1,4 @@
-"""pyarrow's parquet, which whoever reads or writes such files asks for here."""
+"""The one place from which all modules get pyarrow's parquet."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 from vqref.host.extras import missing
 
 LARGEST_FOOTER = 2**24
-"""The longest text, and the most entries of a list, in what a parquet file says of itself."""
+"""Limits for the metadata of a parquet file: characters of a text, and entries of a list."""
 
 FOOTER = dict.fromkeys(("thrift_string_size_limit", "thrift_container_size_limit"), LARGEST_FOOTER)
-"""How files from outside are opened: with limits on what a footer may ask memory for."""
+"""Options to open files from outside with. They limit the memory that a footer can take."""
 
 
 @cache
 def parquet() -> tuple[Any, Any]:
-    """pyarrow and its parquet module. Raises MachineError if they are not installed."""
+    """Returns pyarrow and its parquet module. Raises MachineError if they are not installed."""
     try:
         import pyarrow
         import pyarrow.parquet

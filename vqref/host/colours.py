@@ -7,22 +7,24 @@ import numpy as np
 from vqref.validation import Array, Float64
 
 LIGHTNESS, CHROMA = (0.3, 0.95), 0.14
-"""The colours of a map of tokens in Oklab: how dark and light they are, and how far from grey."""
+"""The colours of a map of tokens in Oklab: the range of lightness, and the distance from grey."""
 
 
 def code_colours(codebook: Array, hits: Array) -> Float64:
-    """Colours (K, 3) in [0, 1] for the rows of the codebook (K, D), similar ones for similar rows.
+    """Returns colours (K, 3) in [0, 1] for the codebook's rows (K, D); similar rows look similar.
 
-    The first principal component is the lightness and the next two are the hue, each by its rank,
-    so that a map has as many colours as codes. hits (K,): how often each was chosen, not all 0. The
-    components are those of the codes in use: codes that lie far off do not decide.
+    The first principal component gives the lightness, the next two give the hue. Each counts by
+    rank, so a map has as many colours as codes. Only the codes in use give the components, so codes
+    that lie far away do not matter.
+
+    hits: (K,), how often each code was chosen, not all 0.
     """
     used = codebook[hits > 0].astype(np.float64)
     weights = hits[hits > 0] / hits.sum()
     centre = weights @ used
     _, axes = np.linalg.eigh(((used - centre).T * weights) @ (used - centre))
     scores = (codebook - centre) @ axes[:, :-4:-1]  # (K, up to 3)
-    scores *= np.where(scores[hits.argmax()] < 0, -1, 1)  # the most used is light, in every epoch
+    scores *= np.where(scores[hits.argmax()] < 0, -1, 1)  # the most used code stays light
     places = np.full((len(codebook), 3), 0.5)
     for i, column in enumerate(scores.T):
         among = np.sort(column[hits > 0])
@@ -33,7 +35,7 @@ def code_colours(codebook: Array, hits: Array) -> Float64:
 
 
 def _oklab_to_rgb(colours: Float64) -> Float64:
-    """sRGB in [0, 1] of Oklab colours (n, 3) (Ottosson 2020), what no screen shows cut off."""
+    """sRGB in [0, 1] of Oklab colours (n, 3) (Ottosson 2020). Clips what no screen can show."""
     to_cones = [
         [1, 0.3963377774, 0.2158037573],
         [1, -0.1055613458, -0.0638541728],

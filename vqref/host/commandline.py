@@ -34,28 +34,28 @@ from vqref.host.interrupts import guarded
 from vqref.host.streams import discard, prepare, tell
 
 MOST = 2**63 - 1
-"""The largest value of an option: what an int64 holds, a seed and a dimension among them."""
+"""The largest value of an option: the largest int64, because seeds and sizes must fit one."""
 
 _OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|[Ff]ailed to allocate|bad alloc")
-"""How libraries say it that raise no MemoryError."""
+"""How libraries that raise no MemoryError say that memory is full."""
 
 
 def option(*flags: str, default: Any = dataclasses.MISSING, help: str, **how: Any) -> Any:
-    """A field of a command's options, filled by the parser.
+    """Declares a field of a command's options, which the parser fills.
 
-    flags: its option strings; none for a positional argument, which takes the field's name.
-    default: None where the absence of an option means something else than a value of it.
-    how: what ``argparse`` takes besides: type, choices, metavar, action, nargs.
+    flags: the option strings. Without any, it is a positional argument with the field's name.
+    default: None if leaving the option out means something that no value means.
+    how: further arguments of ``argparse``: type, choices, metavar, action, nargs.
     """
     return dataclasses.field(default=default, metadata={"flags": flags, "help": help, **how})
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a program: its name, a line on what it does, its options and its function.
+    """One command of a program: its name, a one-line summary, its options and its function.
 
-    options: a frozen dataclass whose fields are made by ``option``. run: takes an instance of it
-    and returns the exit code.
+    options: a frozen dataclass. Its fields are made by ``option``.
+    run: takes an instance of it and returns the exit code.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Command:
 def run_command(
     prog: str, summary: str, commands: Sequence[Command], argv: Sequence[str] | None
 ) -> int:
-    """Parses ``argv``, fills the options of the command that it names, and runs it."""
+    """Parses ``argv``, fills the options of the command that it names, and runs that command."""
     parser = Parser(prog=prog, description=summary)
     parser.add_version()
     named = parser.add_subparsers(metavar="COMMAND", required=True, dest="command")
@@ -80,14 +80,14 @@ def run_command(
 
 
 def fill(options: type[Any], found: argparse.Namespace) -> Any:
-    """An instance of ``options`` with what was parsed for its fields."""
+    """Returns an instance of ``options`` with the parsed values of its fields."""
     return options(
         **{field.name: getattr(found, field.name) for field in dataclasses.fields(options)}
     )
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a help text, unless there is none to speak of."""
+    """Adds the default to a help text, unless it is None or False."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -96,8 +96,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """``ArgumentParser`` that prints defaults, never guesses abbreviations, and answers an error
-    with one line."""
+    """An ``ArgumentParser`` that prints defaults, guesses no abbreviations, and has one-line
+    errors."""
 
     def __init__(self, **options: object) -> None:
         options.setdefault("allow_abbrev", False)
@@ -106,7 +106,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_version(self) -> None:
         """Adds ``--version``."""
-        self.add_argument("--version", action=_Version, nargs=0, help="say the version, and end")
+        self.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
 
     def add_options(self, options: type[Any]) -> None:
         """Adds an argument for each field of a dataclass whose fields are made by ``option``."""
@@ -121,24 +121,26 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(*flags, dest=field.name, default=default, **how)
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """``parse_args`` that first looks for unknown options, and names the nearest known one."""
+        """Parses like ``parse_args``, but first rejects unknown options and names the nearest known
+        one."""
         words = list(sys.argv[1:] if argv is None else argv)
         known = self._known_options(words)
         for word in itertools.takewhile(lambda word: word != "--", words):
             option = word.split("=")[0]
             if option.startswith("--") and option not in known:
                 self.error(f"unknown option {option}{self.nearest(option, known)}")
-            if word.endswith("=--"):  # argparse would take it for the end of the options
+            if word.endswith("=--"):  # argparse would take "--" for the end of the options
                 self.error(f"argument {option}: '--' is no value; for a file, write ./--")
         return self.parse_args(words)
 
     def nearest(self, word: str, known: Sequence[str] | None = None) -> str:
-        """ "; did you mean …?" with the known option most like ``word``, or nothing."""
+        """Returns "; did you mean …?" with the known option most like ``word``, or nothing."""
         close = difflib.get_close_matches(word, known or self._known_options([]), n=1, cutoff=0.5)
         return f"; did you mean {close[0]}?" if close else ""
 
     def _known_options(self, words: Sequence[str]) -> list[str]:
-        """This parser's options and those of the command that is named first among ``words``."""
+        """Returns the options of this parser and those of the first command named among
+        ``words``."""
         options = [option for action in self._actions for option in action.option_strings]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -147,7 +149,7 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """As argparse has it, but an output that cannot be written is an error."""
+        """Writes like argparse, but raises if the output cannot be written."""
         (file or sys.stdout).write(message)
 
     def error(self, message: str) -> NoReturn:
@@ -156,7 +158,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints which version of the packages this is."""
+    """Prints the version of the packages."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
         from importlib.metadata import version
@@ -166,7 +168,7 @@ class _Version(argparse.Action):
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
-    """The type of options that are integers from ``least`` to ``most``."""
+    """Returns the type of options that are integers from ``least`` to ``most``."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -176,16 +178,16 @@ def whole(least: int, most: int = MOST) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"{text} is not at most {most}")
         return value
 
-    number.__name__ = "int"  # what argparse calls it if the text is none
+    number.__name__ = "int"  # the name in argparse's error for a text that is no integer
     return number
 
 
 def real(least: float, most: float) -> Callable[[str], float]:
-    """The type of options that are numbers from ``least`` to ``most``."""
+    """Returns the type of options that are numbers from ``least`` to ``most``."""
 
     def number(text: str) -> float:
         value = float(text)
-        if not least <= value <= most:  # as nan is
+        if not least <= value <= most:  # also true for nan
             raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
         return value
 
@@ -194,7 +196,7 @@ def real(least: float, most: float) -> Callable[[str], float]:
 
 
 positive = whole(1)
-"""The type of options that count: an integer of at least 1."""
+"""The type of options that are counts: an integer of at least 1."""
 
 count = whole(0)
 """The type of options that count from 0, and of seeds."""
@@ -203,11 +205,11 @@ count = whole(0)
 def run(
     prog: str, command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None
 ) -> int:
-    """Runs ``command(argv)`` and turns signals and expected failures into one line on stderr and
-    an ``ExitCode``.
+    """Runs ``command(argv)``. Signals and expected failures give one line on stderr and an
+    ``ExitCode``.
 
-    Anything else is a bug and keeps its traceback. Libraries say nothing on stderr; a ``Remark`` is
-    a line.
+    Any other exception is a bug and keeps its traceback. Libraries print nothing on stderr. A
+    ``Remark`` is printed as one line.
     """
     prepare()
     return guarded(prog, lambda: _answer(prog, command, argv))
@@ -223,14 +225,14 @@ def _answer(
         except ModuleNotFoundError as error:
             raise missing(error) or error from None
         finally:
-            sys.stdout.flush()  # here, where what goes wrong with it can still be said
+            sys.stdout.flush()  # here, because its errors can still be reported
     except CommandError as error:
         return _fail(prog, str(error), error.exit_code)
     except BrokenPipeError:
-        # the reader of our output closed it (`| head`): nothing left to say, to anyone
+        # the reader of our output closed it (`| head`), so nobody reads more
         discard(sys.stdout)
         return ExitCode.FAILED
-    except OSError as error:  # commands check their inputs; what is left is the disk and the rights
+    except OSError as error:  # commands check their inputs, so this is the disk or the permissions
         if error.filename is None:
             discard(sys.stdout)
         what = f"{error.filename or 'standard output'}: {error.strerror or error}"
@@ -245,8 +247,8 @@ def _answer(
 
 @contextmanager
 def _remarks(prog: str) -> Iterator[None]:
-    """While a command runs, warnings that are no ``Remark`` are not shown, nor what libraries log
-    that nobody listens to."""
+    """While a command runs, hides warnings that are no ``Remark``, and logs that have no
+    handler."""
     last_resort, logging.lastResort = logging.lastResort, None
     raising, logging.raiseExceptions = logging.raiseExceptions, False
 

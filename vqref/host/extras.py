@@ -1,11 +1,11 @@
-"""Which ``pip install`` brings a library that is not there. Standard library only."""
+"""Tells which ``pip install`` brings a missing library. Standard library only."""
 
 from __future__ import annotations
 
 from vqref.errors import MachineError
 
 PACKAGE = "portable-vqvae"
-"""What the three packages are installed as."""
+"""The name under which the three packages are installed."""
 
 EXTRAS = {
     "torch": "train",
@@ -25,12 +25,14 @@ EXTRAS = {
     "cryptography": "sign",
     "tensorboard": "tensorboard",
 }
-"""The extra of ``pyproject.toml`` that brings a library; the others come with every install."""
+"""The extra of ``pyproject.toml`` that brings each library. The others come with every install."""
 
 
 def missing(error: ModuleNotFoundError) -> MachineError | None:
-    """The one line on a library that is not installed; None for a module of ours, or of no extra,
-    whose absence is a bug."""
+    """Returns the one-line error for a library that is not installed.
+
+    Returns None for a module of ours, or one that no extra brings: then its absence is a bug.
+    """
     library = (error.name or "").partition(".")[0]
     if library not in EXTRAS:
         return None

@@ -1,5 +1,7 @@
-"""Files from outside, read without trust, and files of ours that exist whole or not at all.
-Standard library only."""
+"""Reads files from outside without trust. Publishes our own files whole or not at all.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,14 @@ from vqref.host.streams import plain
 
 try:
     import fcntl
-except ModuleNotFoundError:  # Windows: nothing that a killed process left is cleaned there
+except ModuleNotFoundError:  # Windows, where leftovers of killed processes stay
     fcntl = None  # type: ignore[assignment]
 
 LARGEST_FILE = 8 * 2**30
-"""The most bytes that are read of any file: it is held in memory."""
+"""The most bytes read of any file, because memory holds them."""
 
 LONGEST_REASON = 200
-"""Characters of a parser's own words that an error repeats."""
+"""The most characters of a parser's own words that an error repeats."""
 
 _KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
@@ -38,19 +40,21 @@ _KINDS = (
 )
 
 _LINK = "link"
-"""What the link to a folder is called while it is still in there."""
+"""The name of the link to a folder while the link is still in that folder."""
 
 _HIDDEN = r"\.{}\.[0-9a-f]{{8}}"
-"""What is not yet published, or no longer, is called, beside what is published under a name."""
+"""The hidden names of files and folders that are not yet published, or no longer.
+
+They lie beside the published name."""
 
 _LOG = logging.getLogger(__name__)
 
 
 def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
-    """The content of a regular file of at most ``limit`` bytes.
+    """Returns the content of a regular file of at most ``limit`` bytes.
 
-    Anything else is refused before a byte of it is read, so that neither a FIFO nor an endless
-    device can hold a command up. Raises InputError that names the file.
+    Refuses anything else before it reads a byte. So neither a FIFO nor an endless device can block
+    a command. Raises InputError that names the file.
     """
     try:
         with open(path, "rb", opener=_open_at_once) as file:
@@ -64,7 +68,7 @@ def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
             content = file.read(size + 1)
     except InputError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: a name that no system has
+    except (OSError, ValueError) as error:  # ValueError: a name that no system allows
         raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     except MemoryError:
         raise InputError(f"{path}: {size} bytes, more than there is memory for") from None
@@ -75,21 +79,24 @@ def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
 
 @contextmanager
 def parsed(complaint: str) -> Iterator[None]:
-    """Where bytes from outside are parsed: whatever a parser stumbles on becomes one InputError,
-    the complaint and the parser's reason, and its warnings go nowhere. CommandErrors pass."""
+    """Turns any error of a parser of bytes from outside into one InputError.
+
+    Its message is the complaint and the parser's reason. CommandErrors pass unchanged. Hides the
+    parser's warnings.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except CommandError:
         raise
-    except Exception as error:  # damaged bytes surface as whatever the parser stumbled on
+    except Exception as error:  # damaged bytes can raise anything in a parser
         raise InputError(f"{complaint}: {_reason(error)}") from None
 
 
 @contextmanager
 def about(path: Path) -> Iterator[None]:
-    """Names the file in the InputErrors of what is done with its content."""
+    """Adds the file's name to InputErrors about its content."""
     try:
         yield
     except InputError as error:
@@ -97,7 +104,7 @@ def about(path: Path) -> Iterator[None]:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether there is a folder; False, too, for a name that the system cannot look up."""
+    """Returns whether there is a folder: False also for a name that the system cannot look up."""
     try:
         return path.is_dir()
     except OSError:
@@ -105,7 +112,7 @@ def is_folder(path: Path) -> bool:
 
 
 def require_writable(path: Path) -> None:
-    """Raises MachineError unless a file can be published at ``path`` now. Leaves nothing behind."""
+    """Raises MachineError if no file can be published at ``path`` now. Leaves nothing behind."""
     if path.is_dir():
         raise MachineError(f"{path}: is a folder; name a file to write to")
     if path.exists() and not path.is_file():
@@ -114,8 +121,11 @@ def require_writable(path: Path) -> None:
 
 
 def require_new_folder(path: Path, *, replace: bool) -> None:
-    """Raises InputError if ``path`` exists and may not be replaced, MachineError if a folder cannot
-    be published there."""
+    """Checks that a folder can be published at ``path``.
+
+    Raises InputError if ``path`` exists and may not be replaced. Raises MachineError if it cannot
+    be written.
+    """
     if not replace and os.path.lexists(path):
         raise InputError(f"{path}: exists already; use --replace, or another --output")
     if os.path.lexists(path) and not (_version(path) or (path.is_dir() and not path.is_symlink())):
@@ -124,10 +134,10 @@ def require_new_folder(path: Path, *, replace: bool) -> None:
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Writes beside the place, forces the bytes to the disk and renames, so that a reader sees the
-    old file or the new one. Follows a link. Removes what killed processes left of the same work.
+    """Writes a file so that a reader sees either the old file or the new one.
 
-    Raises OSError, and ``path`` is then as it was.
+    Writes beside the place, forces the bytes to the disk and renames. Follows a link. Removes what
+    killed processes left of the same work. Raises OSError; ``path`` is then as it was.
     """
     path = Path(os.path.realpath(path))
     sweep(path.parent, re.escape(path.name))
@@ -138,16 +148,18 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def publish_folder(path: Path, files: Mapping[str, bytes], *, replace: bool) -> None:
-    """Writes {name: content} into a folder beside the place, which then takes the place in one
-    step: however the process ends, a whole folder is there, the former or the new one. A name may
-    have folders, with "/" between the parts.
+    """Publishes {name: content} as a folder in one step.
 
-    With ``replace`` the two are exchanged, and the former is removed; if it cannot be, it stays
-    under a hidden name, with a warning. On a file system that cannot exchange, the place becomes a
-    link to the new folder, and the next time another link takes its place; a former folder that is
-    no link makes way by a rename, once. Removes what killed processes left of the same work.
+    Writes a folder beside the place, which then takes the place. However the process ends, a whole
+    folder is there, the old or the new one. A name may have folders, with "/" between the parts.
 
-    Raises InputError if ``path`` exists and may not be replaced, and OSError; ``path`` is then as
+    With ``replace``, exchanges the two and removes the old folder. If the old folder cannot be
+    removed, it stays under a hidden name, with a warning. On a file system that cannot exchange,
+    the place becomes a link to the new folder. Next time, another link replaces this link. An old
+    folder that is not a link is first renamed, once. Removes what killed processes left of the same
+    work.
+
+    Raises InputError if ``path`` exists and may not be replaced, and OSError. ``path`` is then as
     it was.
     """
     require_new_folder(path, replace=replace)
@@ -166,11 +178,13 @@ def publish_folder(path: Path, files: Mapping[str, bytes], *, replace: bool) -> 
 
 
 def sweep(folder: Path, names: str) -> None:
-    """Removes what killed processes left in ``folder`` of files and folders that were to be
-    published there under a name that fits ``names``, a regular expression.
+    """Removes what killed processes left in ``folder``.
 
-    What a process is at work on stays, and so does a folder that is in use: the name links to it,
-    or the name is free, so that it may be all there is.
+    names: a regular expression. Only leftovers of files and folders to be published under such
+        names are removed.
+
+    Keeps what another process is working on. Also keeps a folder to which its name links, or whose
+    name is free, because it may be the only copy.
     """
     pattern = re.compile(_HIDDEN.format(names))
     with suppress(OSError):
@@ -182,7 +196,7 @@ def sweep(folder: Path, names: str) -> None:
 
 def _sweep(left: Path) -> None:
     """Raises OSError if another process is at work on it."""
-    if left.is_symlink():  # such a name is one's only after an exchange
+    if left.is_symlink():  # only an exchange gives a link such a name
         left.unlink()
         return
     descriptor = _lock(left)
@@ -198,8 +212,10 @@ def _sweep(left: Path) -> None:
 
 @contextmanager
 def _claimed(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
-    """What ``make`` makes under a hidden name beside ``path``, held so that no other process takes
-    it for a leftover. Whatever has the name in the end is removed, unless ``path`` links to it."""
+    """Makes a hidden file or folder beside ``path`` and locks it, so that others do not remove it.
+
+    At the end, removes whatever has the hidden name, unless ``path`` links to it.
+    """
     claimed: Path | None = None
     descriptor: int | None = None
     try:
@@ -207,7 +223,7 @@ def _claimed(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
             while claimed is None:
                 made = _beside(path)
                 make(made)
-                with suppress(BlockingIOError, FileNotFoundError):  # a sweep was quicker
+                with suppress(BlockingIOError, FileNotFoundError):  # a sweep was faster
                     descriptor = _lock(made)
                     claimed = made
                     if descriptor is not None and not _is_at(made, descriptor):
@@ -223,8 +239,10 @@ def _claimed(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the file or folder as long as it is open, or None where there are no
-    locks. Raises BlockingIOError if another holds it, and OSError."""
+    """Returns a descriptor that locks the file or folder while it is open, or None without locks.
+
+    Raises BlockingIOError if another process has the lock, and OSError.
+    """
     if fcntl is None:
         return None
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
@@ -239,7 +257,7 @@ def _lock(path: Path) -> int | None:
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
-    """Whether the open file or folder still has its name."""
+    """Whether the open file or folder still has this name."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -266,8 +284,10 @@ def _install(temporary: Path, path: Path) -> None:
 
 
 def _link(temporary: Path, path: Path) -> None:
-    """Makes the place a link to the new folder, or puts the folder there if there are no links.
-    Raises OSError; the place is then as it was."""
+    """Makes the place a link to the new folder, or puts the folder there if links are impossible.
+
+    Raises OSError; the place is then as it was.
+    """
     new = temporary / _LINK
     try:
         new.symlink_to(temporary.name, target_is_directory=True)
@@ -287,7 +307,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 
 def _version(path: Path) -> str | None:
-    """The name of the hidden folder to which ``path`` was made a link, None if it is no such
+    """The name of the hidden folder to which we made ``path`` a link; None if it is no such
     link."""
     try:
         target = str(path.readlink())
@@ -297,7 +317,7 @@ def _version(path: Path) -> str | None:
 
 
 def _discard(path: Path) -> None:
-    """Removes a file, a folder or a link, if it is there. Warns if that cannot be."""
+    """Removes a file, a folder or a link, if it is there. Warns if it cannot be removed."""
     try:
         _remove(path)
     except OSError as error:
@@ -305,7 +325,8 @@ def _discard(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, a folder, read-only ones too, or a link, if it is there. Raises OSError."""
+    """Removes a file, a link or a folder, even a read-only folder, if it is there. Raises
+    OSError."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return
@@ -326,7 +347,7 @@ def _make_writable(folder: Path) -> None:
 
 
 def _require_folder_writable(path: Path) -> None:
-    """Raises MachineError unless a file can be made beside ``path``."""
+    """Raises MachineError if no file can be made beside ``path``."""
     try:
         with _claimed(path, _new_file):
             pass
@@ -340,13 +361,13 @@ def _open_at_once(path: str, flags: int) -> int:
 
 
 def _reason(error: BaseException) -> str:
-    """What a parser said, as part of a line."""
+    """What a parser said, shortened to part of a line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return plain(lines[0])[:LONGEST_REASON]
 
 
 def _beside(path: Path) -> Path:
-    """A hidden name in the same folder, so that a rename to ``path`` stays within a file system.
+    """A hidden name in the same folder, so that a rename to ``path`` stays within one file system.
 
     Raises InputError for the root, which is in no folder.
     """
@@ -364,12 +385,12 @@ def _write(path: Path, content: bytes | memoryview) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        # a write does not say where it failed
+        # the error of a write names no file
         raise OSError(error.errno, error.strerror, str(path.parent)) from None
 
 
 def _sync_folder(path: Path) -> None:
-    """Makes a rename survive a power cut, if the system can open a folder; Windows cannot."""
+    """Makes a rename survive a power cut, if the system can open a folder. Windows cannot."""
     if os.name == "posix":
         descriptor = os.open(path, os.O_RDONLY)
         try:

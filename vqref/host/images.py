@@ -1,4 +1,4 @@
-"""Images from arrays and files, in every form that people have them."""
+"""Images from arrays and files, in every common form."""
 
 from __future__ import annotations
 
@@ -25,39 +25,42 @@ OFFICIAL_NAMES = (
     ("kmnist-train-imgs.npz", "kmnist-test-imgs.npz"),
     ("train-images-idx3-ubyte.gz", "t10k-images-idx3-ubyte.gz"),
 )
-"""File names of the Kuzushiji-MNIST distribution, (training, held out), the preferred first."""
+"""File names of the Kuzushiji-MNIST distribution, (training, held out). The first is preferred."""
 
 LARGEST_ARRAY = LARGEST_FILE
-"""The most bytes that the arrays of a file may have together: they are held in memory."""
+"""The most bytes of all arrays of a file together, because memory holds them."""
 
 MOST_MEMBERS = 2**14
-"""The most arrays that an archive may have."""
+"""The most arrays in an archive."""
 
 LONGEST_HEADER = 10_000
-"""The most bytes that the header of an ``.npy`` may have, NumPy's own limit."""
+"""The most bytes in the header of an ``.npy`` file, NumPy's own limit."""
 
 Stream = IO[bytes] | gzip.GzipFile
 
-_MEMBER = b"PK\x01\x02"  # begins each entry of an archive's directory
+_MEMBER = b"PK\x01\x02"  # the start of each entry in an archive's directory
 _COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 ARRAY_NAMES = ("arr_0", "images", "x_train")
-"""Names that mark the images among the arrays of an archive."""
+"""The names that mark the images if an archive holds several arrays."""
 
 CHANNELS = (1, 3, 4)
-"""Numbers of channels by which a layout is recognised if no spec says it."""
+"""Numbers of channels by which a layout is recognised if no spec tells it."""
 
 
 @dataclass(frozen=True)
 class ImageSet:
     """Images (N, C, H, W), uint8, or float32 in [0, 1].
 
-    train: to train on. held_out: others of the same size, or None if the source has none.
-    source: the name of the file that ``train`` came from. sha256: its digest.
-    preprocessing: what was done to pictures; None for arrays. names: of the pictures ``train``, as
-    paths within their folder with "/" between the parts; None for arrays. said: a line on each
-    kind of thing that was done to some of them, or left out. held_out_as: how the held-out images
-    were chosen, "fraction", or "source" and "sha256"; None if the source says it.
+    train: the images to train on.
+    held_out: other images of the same size, or None if the source has none.
+    source, sha256: the name and the digest of the file that ``train`` came from.
+    preprocessing: what was done to pictures; None for arrays.
+    names: the names of the pictures in ``train``, as paths within their folder with "/" between the
+        parts; None for arrays.
+    said: a line per kind of change that was made to some of them, or per kind that was left out.
+    held_out_as: how the held-out images were chosen: "fraction", or "source" and "sha256". None if
+        the source itself separates them.
     """
 
     train: Array
@@ -71,15 +74,15 @@ class ImageSet:
 
     @property
     def count(self) -> int:
-        """How many images there are to train on."""
+        """The number of images to train on."""
         return len(self.train)
 
 
 def load(path: str | Path) -> ImageSet:
-    """The images of an ``.npz``, ``.npy`` or IDX file (``.gz`` too), or of a folder of the official
-    files.
+    """Loads the images of an ``.npz``, ``.npy`` or IDX file (also ``.gz``), or of a folder.
 
-    Raises InputError that names the file, what was found and what was expected.
+    A folder must hold the official files. Raises InputError that names the file, what was found and
+    what was expected.
     """
     path = Path(path)
     if not is_folder(path):
@@ -100,18 +103,18 @@ def load(path: str | Path) -> ImageSet:
 
 
 def as_batch(images: npt.ArrayLike, image_shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-    """Images of a known shape as (N, C, H, W) float32 in [0, 1]; uint8 is divided by 255.
+    """Returns images of a known shape as (N, C, H, W) float32 in [0, 1]. Divides uint8 by 255.
 
-    images, and what is raised: as of ``in_layout``.
+    Takes and raises the same as ``in_layout``.
     """
     return to_unit_interval(in_layout(images, image_shape))
 
 
 def in_layout(images: npt.ArrayLike, image_shape: tuple[int, int, int]) -> Array:
-    """Images of a known shape as (N, C, H, W), of the dtype that they have.
+    """Returns images of a known shape as (N, C, H, W). Keeps their dtype.
 
-    images: uint8, or floating in [0, 1]; (N, C, H, W), (N, H, W, C), or (N, H, W) if C is 1; or one
-    image without its N, which becomes a batch of one.
+    images: uint8, or floating in [0, 1]. Their shape is (N, C, H, W) or (N, H, W, C), or (N, H, W)
+        if C is 1. One image without N becomes a batch of one.
 
     Raises InputError that says what was found and what was expected.
     """
@@ -135,16 +138,18 @@ def in_layout(images: npt.ArrayLike, image_shape: tuple[int, int, int]) -> Array
 
 
 def as_images(images: npt.ArrayLike) -> Array:
-    """Images of any shape as (N, C, H, W), uint8, or float32 in [0, 1].
+    """Returns images of any shape as (N, C, H, W), uint8, or float32 in [0, 1].
 
-    images: uint8, or floating in [0, 1]; (N, H, W), (N, H, W, C) or (N, C, H, W), C one of
-    CHANNELS. Raises InputError for anything else, and for a shape that could be two of these.
+    images: uint8, or floating in [0, 1]. Their shape is (N, H, W), (N, H, W, C) or (N, C, H, W),
+        where C is one of CHANNELS.
+
+    Raises InputError for anything else, and for a shape that fits two of these layouts.
     """
     return _channels_first(_check_values(np.asarray(images)))
 
 
 def to_unit_interval(images: Array) -> npt.NDArray[np.float32]:
-    """Divides uint8 by 255 and leaves floating values as they are; float32."""
+    """Returns float32 images: uint8 divided by 255, floating values as they are."""
     if images.dtype == np.uint8:
         return np.asarray(images, np.float32) / np.float32(255)
     return np.ascontiguousarray(images, np.float32)
@@ -156,7 +161,7 @@ def _layouts(image_shape: tuple[int, int, int]) -> str:
 
 
 def _read(path: Path) -> tuple[Array, str]:
-    """The images (N, C, H, W) in a file, and the file's sha256. Raises InputError."""
+    """Returns the images (N, C, H, W) of a file and the file's sha256. Raises InputError."""
     content = read_bytes(path)
     with about(path), parsed("not a readable image file"):
         images = as_images(_parse(content))
@@ -164,8 +169,10 @@ def _read(path: Path) -> tuple[Array, str]:
 
 
 def _parse(content: bytes) -> Array:
-    """The images in the bytes of a file, whose form its first bytes tell. Raises InputError, and
-    what parsers raise."""
+    """Returns the images in a file's bytes. The first bytes tell its form.
+
+    Raises InputError, and what parsers raise.
+    """
     if content.startswith(b"PK"):
         return _parse_npz(content)
     file = io.BytesIO(content)
@@ -178,10 +185,10 @@ def _parse(content: bytes) -> Array:
 
 
 def read_npz(content: bytes) -> dict[str, Array]:
-    """Every array of an ``.npz`` by its name: numbers and text. Nothing is executed, and memory is
-    given to an array only once its size is checked.
+    """Returns every array of an ``.npz`` by its name: numbers and text.
 
-    Raises InputError.
+    Executes nothing. Allocates memory for an array only after its size is checked. Raises
+    InputError.
     """
     with parsed("not a readable archive"), _archive(content) as archive:
         members = _members(archive)
@@ -191,13 +198,13 @@ def read_npz(content: bytes) -> dict[str, Array]:
 
 
 def read_npy(content: bytes) -> Array:
-    """The array of an ``.npy``, as ``read_npz`` reads those of an archive. Raises InputError."""
+    """Returns the array of an ``.npy`` as safely as ``read_npz``. Raises InputError."""
     with parsed("not a readable array"):
         return _parse_npy(io.BytesIO(content), len(content))
 
 
 def _parse_npz(content: bytes) -> Array:
-    """The only array of an archive, or the one that one of ARRAY_NAMES marks."""
+    """The only array of an archive, or the first that is named in ARRAY_NAMES."""
     with _archive(content) as archive:
         members = _members(archive)
         name = next((n for n in (*ARRAY_NAMES, *members) if n in members), "")
@@ -208,23 +215,30 @@ def _parse_npz(content: bytes) -> Array:
 
 
 def _archive(content: bytes) -> zipfile.ZipFile:
-    """The archive in ``content``. Raises InputError before its members are listed if they are more
-    than MOST_MEMBERS."""
+    """Opens the archive in ``content``.
+
+    Raises InputError if it has more than MOST_MEMBERS members, before they are listed.
+    """
     if content.count(_MEMBER) > MOST_MEMBERS:
         raise InputError(f"holds more than {MOST_MEMBERS} arrays")
     return zipfile.ZipFile(io.BytesIO(content))
 
 
 def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """The members of an archive by the names of their arrays. Raises InputError for two of a name,
-    and for what NumPy does not write."""
+    """Returns the members of an archive by the names of their arrays.
+
+    Raises InputError if two have the same name, and for what NumPy does not write.
+    """
     found: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         name = info.filename.removesuffix(".npy")
         if name in found:
             raise InputError(f"holds two arrays named {plain(name)}")
         if info.flag_bits & 1 or info.compress_type not in _COMPRESSIONS:
-            raise InputError(f"the array {plain(name)} is encrypted, or compressed otherwise")
+            raise InputError(
+                f"the array {plain(name)} is encrypted, or compressed by another method than "
+                "deflate"
+            )
         found[name] = info
     return found
 
@@ -235,12 +249,12 @@ def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Array:
 
 
 def _parse_npy(file: IO[bytes], size: int) -> Array:
-    """The array in a ``.npy`` stream of ``size`` bytes.
+    """Returns the array in a ``.npy`` stream of ``size`` bytes.
 
-    Its header is checked before memory is given to it: a small archive can promise, and deliver,
-    more than any machine has. Raises InputError, and what parsers raise.
+    Checks its header before it allocates memory: a small archive can declare, and deliver, more
+    than any machine can hold. Raises InputError, and what parsers raise.
     """
-    start, read_header = _npy_header(file)  # without its 8 bytes of magic
+    start, read_header = _npy_header(file)  # without the 8 bytes of magic
     shape, fortran, dtype = read_header(start)
     if dtype.kind not in "biufU":
         raise InputError(f"an array's dtype is {dtype}, expected numbers or text")
@@ -253,8 +267,10 @@ def _parse_npy(file: IO[bytes], size: int) -> Array:
 
 
 def _npy_header(file: IO[bytes]) -> tuple[io.BytesIO, Callable[[IO[bytes]], Any]]:
-    """The header of a ``.npy`` stream after its magic, and what reads it. Raises InputError, and
-    what parsers raise."""
+    """Returns the header of a ``.npy`` stream after its magic, and the function that reads it.
+
+    Raises InputError, and what parsers raise.
+    """
     version = np.lib.format.read_magic(file)
     first = version == (1, 0)
     if not first and version not in ((2, 0), (3, 0)):
@@ -268,8 +284,11 @@ def _npy_header(file: IO[bytes]) -> tuple[io.BytesIO, Callable[[IO[bytes]], Any]
 
 
 def _parse_idx(file: Stream) -> Array:
-    """IDX as LeCun's MNIST page defines it: 0, 0, 8 for uint8, the number of axes, their sizes as
-    big-endian integers, the values. Raises InputError, and what parsers raise."""
+    """Parses IDX as LeCun's MNIST page defines it.
+
+    The parts are 0, 0, 8 for uint8, the number of axes, their sizes as big-endian integers, the
+    values. Raises InputError, and what parsers raise.
+    """
     magic = file.read(4)
     axes = magic[3] if len(magic) == 4 and magic[:3] == b"\0\0\x08" else 0
     if axes not in (3, 4):
@@ -285,7 +304,7 @@ def _parse_idx(file: Stream) -> Array:
 
 
 def _read_at_most(file: Stream, limit: int) -> bytearray:
-    """Up to ``limit`` bytes of a stream, which takes memory as they come."""
+    """Reads up to ``limit`` bytes of a stream, and allocates memory only as they arrive."""
     found = bytearray()
     while piece := file.read(min(2**20, limit - len(found))):
         found += piece
@@ -293,7 +312,7 @@ def _read_at_most(file: Stream, limit: int) -> bytearray:
 
 
 def _require_size(size: int) -> None:
-    """Raises InputError for more bytes than an array may have."""
+    """Raises InputError if ``size`` is more bytes than an array may have."""
     if size > LARGEST_ARRAY:
         raise InputError(
             f"holds {size / 2**30:.1f} GiB of images, more than the "
@@ -302,7 +321,8 @@ def _require_size(size: int) -> None:
 
 
 def _check_values(array: Array) -> Array:
-    """The array itself if it is uint8, or floating, finite and in [0, 1]. Raises InputError."""
+    """Returns the array itself if it is uint8, or floating, finite and in [0, 1]; else
+    InputError."""
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating):
@@ -322,8 +342,12 @@ def _check_values(array: Array) -> Array:
 
 
 def _channels_first(array: Array) -> Array:
-    """(N, H, W), (N, H, W, C) or (N, C, H, W), C one of CHANNELS, as (N, C, H, W); float32 if
-    floating. Raises InputError."""
+    """Returns images as (N, C, H, W), uint8 or float32.
+
+    array: (N, H, W), (N, H, W, C) or (N, C, H, W), where C is one of CHANNELS.
+
+    Raises InputError.
+    """
     if array.ndim == 3:
         array = array[:, None]
     elif array.ndim == 4 and array.shape[1] in CHANNELS and array.shape[3] in CHANNELS:

@@ -1,12 +1,12 @@
-"""SIGINT and SIGTERM as an exception that arrives where nothing is half done, and does arrive.
+"""SIGINT and SIGTERM as an exception that arrives, and only where nothing is half done.
 
-Python runs a signal's handler between two instructions of the main thread, whichever they are. If
-they stand in a destructor or in the callback of a weak reference, what the handler raises is
-dropped, and a library may catch it with everything else. So a signal stays pending until
-``watched`` has seen Interrupted come by; until then a timer raises it again.
+Python runs a signal's handler between any two instructions of the main thread. In a destructor or
+in the callback of a weak reference, Python drops what the handler raises. A library may also catch
+it with everything else. So a signal stays pending until ``watched`` has seen Interrupted arrive.
+Until then, a timer raises it again and again.
 
-Signals belong to the process, and so does what this module knows of them. Standard library only,
-and little of it: a program imports this before all else.
+Signals belong to the process, and so does the state of this module. Standard library only, and
+little of it, because programs import this module before all others.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ AGAIN = 0.1
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the process to end. ``exit_code`` is 130 for SIGINT, 143 for SIGTERM, as
-    shells have it."""
+    """A signal asked the process to end.
+
+    ``exit_code`` is 130 for SIGINT and 143 for SIGTERM, as in shells.
+    """
 
     def __init__(self, signum: int, message: str = "interrupted") -> None:
         super().__init__(message)
@@ -44,8 +46,10 @@ class _State:
     """What the process knows of its signals.
 
     watching, guarding, holds: how many ``watched``, ``guarded`` and ``hold`` are entered.
-    signalled: whether a signal has come. pending: which, until Interrupted has arrived. alarm: what
-    the timer took the place of. deaf: whether signals change nothing any more.
+    signalled: whether a signal has come.
+    pending: that signal, until Interrupted has arrived.
+    alarm: the handler and the timer that ours replaced.
+    deaf: whether signals no longer change anything.
     """
 
     watching = 0
@@ -62,10 +66,10 @@ _state = _State()
 
 @contextmanager
 def hold() -> Iterator[None]:
-    """A stretch that a signal must not cut: one training step, one save.
+    """Protects work that a signal must not cut: one training step, one save.
 
-    The end of the outermost raises Interrupted if a signal came. Does nothing in threads, which
-    signals do not reach.
+    Raises Interrupted at the end of the outermost ``hold`` if a signal came. Does nothing in
+    threads, because signals do not reach them.
     """
     if not _in_main_thread():
         yield
@@ -79,22 +83,22 @@ def hold() -> Iterator[None]:
 
 
 def watched() -> AbstractContextManager[None]:
-    """While entered, the first signal raises Interrupted: at once, or when a ``hold`` ends.
+    """Makes the first signal raise Interrupted: at once, or when a ``hold`` ends.
 
-    Its end raises Interrupted if that has not arrived, whatever else is being raised. Within
-    ``guarded`` a second signal ends the process where it stands: files are published by renames, so
-    that they stay whole. Elsewhere the process is somebody else's, and a second signal changes
-    nothing. Does nothing in threads. May be entered within itself: the inner one sees Interrupted
+    At the end, raises Interrupted if it has not arrived, even if another exception is being raised.
+    Within ``guarded``, a second signal ends the process at once. Files stay whole, because they are
+    published by renames. Outside ``guarded``, the process belongs to somebody else, and a second
+    signal changes nothing. Does nothing in threads. May be nested: the inner one sees Interrupted
     first.
     """
     return _Watch()
 
 
 class _Watch:
-    """``watched``. A generator would be cut by a signal that comes just before its end.
+    """``watched`` as a class, because a signal just before its end would cut a generator.
 
-    guards: whether a second signal ends the process. last: whether signals are ignored afterwards,
-    instead of what they did before.
+    guards: whether a second signal ends the process.
+    last: whether signals are ignored afterwards. If not, their former handlers return.
     """
 
     def __init__(self, *, guards: bool = False, last: bool = False) -> None:
@@ -104,7 +108,7 @@ class _Watch:
     def __enter__(self) -> None:
         if not _in_main_thread():
             return
-        _state.holds += 1  # until all is in place, a signal is only noted
+        _state.holds += 1  # a signal is only noted until everything is in place
         self.hooks = sys.excepthook, sys.unraisablehook
         sys.excepthook, sys.unraisablehook = _without_interrupted(*self.hooks)
         self.handlers = {number: signal.signal(number, _handle) for number in SIGNALS}
@@ -133,29 +137,34 @@ class _Watch:
 
 
 def guarded(prog: str, body: Callable[[], int], *, last: bool = False) -> int:
-    """``body()`` under ``watched``; a signal becomes one line on stderr and its exit status.
+    """Runs ``body()`` under ``watched``. A signal gives one line on stderr and its exit status.
 
-    prog: what the line begins with. last: whether the process ends with this. Its exit status is
-    then decided, and further signals do not change it.
+    prog: the start of that line.
+    last: whether the process ends after this. Its exit status is then decided, and further signals
+        do not change it.
     """
     try:
         with _Watch(guards=True, last=last):
             return body()
-    except KeyboardInterrupt as stop:  # one of ours says which signal it was and what was saved
+    except KeyboardInterrupt as stop:  # an Interrupted names the signal and what was saved
         _settle()
         tell(prog, str(stop) or "interrupted")
         return getattr(stop, "exit_code", 128 + signal.SIGINT)
 
 
 def pending() -> int | None:
-    """The signal that came and has not arrived as Interrupted yet: within a ``hold`` that is to
-    last, the work may end by itself."""
+    """Returns the signal that came, if it has not yet arrived as Interrupted; else None.
+
+    Long work within a ``hold`` can ask this and end by itself.
+    """
     return _state.pending
 
 
 def deafen() -> None:
-    """Makes this signal and all further ones change nothing: the process is about to end, and how
-    is decided."""
+    """Makes this signal and all further ones change nothing.
+
+    For a process that is about to end and whose exit status is decided.
+    """
     _state.deaf = True
     _settle()
 
@@ -174,7 +183,7 @@ def _handle(signum: int, frame: object) -> None:
 
 
 def _deliver(*_: object) -> None:
-    """Raises the pending signal, unless something holds it or it is on its way already."""
+    """Raises the pending signal, unless something holds it or it is already on its way."""
     if _state.pending is None or _state.holds or _on_its_way():
         return
     _arm()
@@ -182,14 +191,14 @@ def _deliver(*_: object) -> None:
 
 
 def _arm() -> None:
-    """Starts the timer, on a system that has one: Windows has none."""
+    """Starts the timer if the system has one. Windows has none."""
     if _state.alarm is None and hasattr(signal, "setitimer"):
         handler = signal.signal(signal.SIGALRM, _deliver)
         _state.alarm = handler, signal.setitimer(signal.ITIMER_REAL, AGAIN, AGAIN)
 
 
 def _on_its_way() -> bool:
-    """Whether an ``except`` or ``finally`` is at work on an Interrupted, which would be cut."""
+    """Whether an ``except`` or ``finally`` is handling an Interrupted; a new one would cut it."""
     error, seen = sys.exception(), set()
     while error is not None and id(error) not in seen:
         if isinstance(error, Interrupted):
@@ -200,7 +209,7 @@ def _on_its_way() -> bool:
 
 
 def _settle() -> int | None:
-    """Stops the timer. Returns the signal that was pending, and no longer is."""
+    """Stops the timer. Returns the signal that was pending and forgets it."""
     pending, _state.pending = _state.pending, None
     if _state.alarm is not None:
         (handler, timer), _state.alarm = _state.alarm, None
@@ -210,9 +219,11 @@ def _settle() -> int | None:
 
 
 def _without_interrupted(tell: Any, tell_dropped: Any) -> tuple[Any, Any]:
-    """``sys.excepthook``, which C code calls that prints an error and goes on, and
-    ``sys.unraisablehook``, which Python calls with an error that it drops, made to say nothing of
-    Interrupted: it comes again."""
+    """Returns both hooks, changed so that they do not report Interrupted, which comes again.
+
+    C code that prints an error and continues calls ``sys.excepthook``. Python calls
+    ``sys.unraisablehook`` with an error that it drops.
+    """
 
     def excepthook(kind: type[BaseException], error: BaseException, trace: object) -> None:
         if not isinstance(error, Interrupted):

@@ -1,4 +1,4 @@
-"""Which files of a folder are pictures, or of other endings."""
+"""Finds the files of a folder that are pictures, or that have other given endings."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ ENDINGS = (
     ".jpf", ".jpg", ".jpx", ".pbm", ".pfm", ".pgm", ".png", ".pnm", ".ppm", ".tga", ".tif",
     ".tiff", ".vda", ".vst", ".webp",
 )  # fmt: skip
-"""What the names of pictures end in."""
+"""The endings of the names of pictures."""
 
 MOST_NAMED = 5
-"""How many things of a kind a line names."""
+"""The most things of a kind that a line names."""
 
 
 @dataclass
 class Listing:
-    """What a folder holds: the files that were looked for, (path within it with "/" between the
-    parts, path), sorted; how many subfolders that are not read; how many other files, by their
-    endings."""
+    """What a folder holds.
+
+    files: the files wanted, sorted: (path within the folder with "/" between the parts, path).
+    subfolders: how many subfolders were not read.
+    others: how many other files there are, by their endings.
+    """
 
     files: list[tuple[str, Path]] = field(default_factory=list)
     subfolders: int = 0
@@ -45,9 +48,11 @@ class Listing:
 
 
 def list_folder(folder: Path, recursive: bool, endings: tuple[str, ...] = ENDINGS) -> Listing:
-    """Lists the files of a folder whose names end so. Each folder is entered once, and none by a
-    link that stays within the whole, so that links cannot make a loop. Raises InputError for a
-    folder that cannot be listed."""
+    """Lists the files of a folder whose names have one of the endings.
+
+    Enters each folder once, and follows no link that stays within the top folder. So links cannot
+    make a loop. Raises InputError if a folder cannot be listed.
+    """
     found, top = Listing(), os.path.realpath(folder)
     entered, waiting = {top}, [("", folder)]
     while waiting:
@@ -74,7 +79,7 @@ def list_folder(folder: Path, recursive: bool, endings: tuple[str, ...] = ENDING
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What a folder holds, sorted by name. Raises InputError."""
+    """Returns what a folder holds, sorted by name. Raises InputError."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)
@@ -89,5 +94,5 @@ def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def many(count: int, what: str) -> str:
-    """The count and what is counted, in the plural unless it is one."""
+    """Returns the count and the noun, in the plural unless the count is 1."""
     return f"{count} {what}" if count == 1 else f"{count} {what}s"

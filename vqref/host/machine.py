@@ -1,4 +1,4 @@
-"""What a figure or a certificate was made on: the machine and the versions."""
+"""Describes the machine and the versions with which a figure or a certificate was made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vqref.host.streams import plain
 
 
 def describe_machine(packages: Sequence[str]) -> dict[str, str | int]:
-    """The processor, cores, system and Python version, and that of each package, if installed."""
+    """Returns processor, cores, system, Python version, and the versions of installed packages."""
     found: dict[str, str | int] = {
         "processor": _processor(),
         "cores": os.cpu_count() or 0,
@@ -30,7 +30,7 @@ def describe_machine(packages: Sequence[str]) -> dict[str, str | int]:
 
 def _processor() -> str:
     """The processor's name, as well as the system knows it."""
-    with suppress(OSError):  # on a system that has no such file, or hides it
+    with suppress(OSError):  # some systems have no such file, or hide it
         for line in Path("/proc/cpuinfo").read_text(errors="replace").splitlines():
             if line.startswith("model name"):
                 return plain(line.partition(":")[2].strip())

@@ -1,7 +1,8 @@
-"""What PyTorch's loader is not asked to build: values without end that a few bytes describe.
+"""Keeps from PyTorch's loader pickles in which a few bytes describe endless values.
 
-``torch.load(weights_only=True)`` executes nothing, but a tuple that holds another twice, and so on
-for forty levels, takes for ever to be hashed once it is a dictionary's key. Standard library only.
+``torch.load(weights_only=True)`` executes nothing. But a tuple may hold another tuple twice, which
+holds another twice, and so on for forty levels. As the key of a dictionary, it takes for ever to be
+hashed. Standard library only.
 """
 
 from __future__ import annotations
@@ -14,34 +15,37 @@ from typing import IO
 from vqref.errors import InputError
 
 MOST_VALUES = 10**6
-"""The most values that a tuple may have, those of the tuples in it counted as often as they are
-there."""
+"""The most values that a tuple may have.
+
+The values of inner tuples count as often as they occur."""
 
 _MARKED = pickletools.markobject
 
 
 def require_bounded(archive: zipfile.ZipFile) -> None:
-    """Raises InputError for an archive of PyTorch in whose pickle a tuple has more than
-    MOST_VALUES, and what ``pickletools`` raises for what is no pickle."""
+    """Raises InputError if a tuple in the pickle of a PyTorch archive has more than MOST_VALUES.
+
+    Raises what ``pickletools`` raises for what is no pickle.
+    """
     for member in archive.infolist():
         if member.filename.endswith("data.pkl"):
             _require_bounded(io.BytesIO(archive.read(member)))
 
 
 def require_bounded_pickles(content: bytes) -> None:
-    """The same for pickles one after the other, and whatever comes after them."""
+    """Checks pickles that follow one another. Whatever comes after them is ignored."""
     file = io.BytesIO(content)
     try:
         while True:
             _require_bounded(file)
     except InputError:
         raise
-    except Exception:  # whatever pickletools stumbles on: here the pickles end
+    except Exception:  # pickletools can raise anything: here the pickles end
         return
 
 
 def _require_bounded(file: IO[bytes]) -> None:
-    """Follows the pickle's stack. What is on it is counted as one value, unless it is a tuple."""
+    """Follows the pickle's stack. Each entry counts as one value, unless it is a tuple."""
     stack: list[int] = []
     marks: list[int] = []
     memo: dict[object, int] = {}
@@ -62,7 +66,8 @@ def _require_bounded(file: IO[bytes]) -> None:
 
 
 def _start(opcode: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> int:
-    """Where on the stack begins what the opcode takes. Raises IndexError for a stack too short."""
+    """Where on the stack the opcode's arguments begin. Raises IndexError if the stack is too
+    short."""
     taken = opcode.stack_before
     marked = _MARKED in taken
     start = marks.pop() - taken.index(_MARKED) if marked else len(stack) - len(taken)

@@ -1,4 +1,4 @@
-"""Pictures in: files and folders of them, and what a program has in memory."""
+"""Reads pictures: from files, from folders, and from a program's memory."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ from vqref.host.streams import plain
 from vqref.preprocessing import WHITE, Colour, Preprocessing
 
 LARGEST_PICTURE = 2**30
-"""The most bytes that the file of a picture may have."""
+"""The most bytes of a picture's file."""
 
 
 @dataclass(frozen=True)
 class Reading:
     """How pictures are read.
 
-    channels: 1, 3 or 4; None: 1 if all pictures are grey, else 3. size, crop, background: as in
-    ``vqref.preprocessing.Preprocessing``. recursive: whether subfolders of a folder are read.
-    skip_bad: whether pictures that cannot be read are left out. expected: the (H, W) of the images
-    of a model, whose reading this is.
+    channels: 1, 3 or 4. None means 1 if all pictures are grey, else 3.
+    size, crop, background: as in ``vqref.preprocessing.Preprocessing``.
+    recursive: whether subfolders of a folder are read.
+    skip_bad: whether pictures that cannot be read are left out.
+    expected: the (H, W) of a model's images, if pictures are read for a model.
     """
 
     channels: int | None = None
@@ -53,10 +54,11 @@ class Reading:
         recursive: bool = False,
         skip_bad: bool = False,
     ) -> Reading:
-        """What gives pictures as a model of images (C, H, W) takes them; ``preprocessing`` None: it
-        was trained on arrays.
+        """Returns how to read pictures for a model of images (C, H, W).
 
-        Raises ValueError for what gives other images.
+        preprocessing: the model's. None means that the model was trained on arrays.
+
+        Raises ValueError if the preprocessing gives other images.
         """
         done = preprocessing or Preprocessing(image_shape[0])
         done.require(image_shape)
@@ -73,10 +75,10 @@ class Reading:
 
 
 def load_any(path: Path, reading: Reading = Reading()) -> ImageSet:
-    """The images of a file, of a folder of the official files, of a folder of pictures, or of one
+    """Loads the images of a file, a folder of the official files, a folder of pictures, or a
     picture.
 
-    Raises InputError for options of pictures if it is something else, and what
+    Raises InputError if options of pictures are given for something else, and what
     ``vqref.host.images.load`` and ``load_folder`` raise.
     """
     if is_folder(path):
@@ -90,11 +92,12 @@ def load_any(path: Path, reading: Reading = Reading()) -> ImageSet:
 
 
 def load_folder(folder: Path, reading: Reading = Reading()) -> ImageSet:
-    """The pictures of a folder as images (N, C, H, W) uint8, sorted by their paths in there.
+    """Loads the pictures of a folder as images (N, C, H, W) uint8, sorted by path within the
+    folder.
 
     Raises InputError if there are none, if one cannot be read (with ``skip_bad``: if none can), if
-    one has not the size that it must have, or if they are too many to be held in memory; UsageError
-    for options without sense; MachineError if Pillow is not installed.
+    one has the wrong size, or if memory cannot hold them all. Raises UsageError for options that
+    make no sense together, and MachineError if Pillow is not installed.
     """
     found = list_folder(folder, reading.recursive)
     if not found.files:
@@ -111,11 +114,11 @@ def load_folder(folder: Path, reading: Reading = Reading()) -> ImageSet:
 def prepare(
     pictures: Any, image_shape: tuple[int, int, int], preprocessing: Preprocessing
 ) -> NDArray[np.uint8]:
-    """Pictures as the images (N, C, H, W) of a model of images (C, H, W).
+    """Returns pictures as the images (N, C, H, W) of a model of images (C, H, W).
 
-    pictures: a path or one of Pillow's images, or a sequence of them.
+    pictures: a path or a Pillow image, or a sequence of them.
 
-    Raises InputError that names the picture, MachineError if Pillow is not installed.
+    Raises InputError that names the picture, and MachineError if Pillow is not installed.
     """
     reading = Reading.of(preprocessing, image_shape)
     given = [pictures] if is_picture(pictures) else list(pictures)
@@ -139,15 +142,17 @@ def prepare(
 
 
 def read_picture(content: bytes, reading: Reading) -> NDArray[np.uint8]:
-    """The image (C, H, W) of a picture's bytes. Raises InputError with the reason, MachineError if
-    Pillow is not installed."""
+    """Returns the image (C, H, W) of a picture's bytes.
+
+    Raises InputError with the reason, and MachineError if Pillow is not installed.
+    """
     array, _ = read_pixels(content, reading)
     _require_size("", array, reading)
     return _channels_first(array)
 
 
 def is_picture(thing: Any) -> bool:
-    """Whether ``thing`` is a path, or one of Pillow's images."""
+    """Returns whether ``thing`` is a path or a Pillow image."""
     return isinstance(thing, str | os.PathLike) or any(
         (kind.__module__, kind.__name__) == ("PIL.Image", "Image") for kind in type(thing).__mro__
     )
@@ -156,7 +161,7 @@ def is_picture(thing: Any) -> bool:
 def _load(
     source: Path, pictures: list[tuple[str, Path]], reading: Reading, left_out: list[str]
 ) -> ImageSet:
-    """The images of pictures, (name, path) each. Raises what ``load_folder`` raises."""
+    """Returns the images of pictures, given as (name, path). Raises what ``load_folder`` raises."""
     found = _read_all(source, pictures, reading)
     if not found.arrays:
         files = many(len(pictures), "image file")
@@ -175,8 +180,11 @@ def _load(
 
 @dataclass
 class _Found:
-    """Pictures that are read, (H, W) or (H, W, C) each, what was done to each, and those that could
-    not be read, with the reason."""
+    """What was read: pixels (H, W) or (H, W, C) per picture, their names, and what was done to
+    each.
+
+    broken: the pictures that could not be read, with the reason.
+    """
 
     channels: int
     arrays: list[NDArray[np.uint8]] = field(default_factory=list)
@@ -186,7 +194,7 @@ class _Found:
 
 
 def _read_all(source: Path, pictures: list[tuple[str, Path]], reading: Reading) -> _Found:
-    """Reads pictures, all of one size. Raises what ``load_folder`` raises."""
+    """Reads pictures that all have one size. Raises what ``load_folder`` raises."""
     if reading.crop and reading.size is None:
         raise UsageError("--crop needs the size to crop to: --resize HxW")
     _require_channels(source, reading.channels)
@@ -217,20 +225,25 @@ def _read_all(source: Path, pictures: list[tuple[str, Path]], reading: Reading) 
 
 
 def read_pixels(picture: Any, reading: Reading) -> tuple[NDArray[np.uint8], Done]:
-    """The pixels (H, W) or (H, W, C) of a path, of bytes or of one of Pillow's images, and what was
-    done to them. Raises InputError, MachineError."""
+    """Returns the pixels (H, W) or (H, W, C) of a picture and what was done to them.
+
+    picture: a path, bytes or a Pillow image.
+
+    Raises InputError and MachineError.
+    """
     if isinstance(picture, str | os.PathLike):
         picture = read_bytes(Path(picture), LARGEST_PICTURE)
     return pixels(picture, reading.channels, reading.size, reading.crop, reading.background)
 
 
 def _channels_first(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(1, H, W) of (H, W), (C, H, W) of (H, W, C)."""
+    """Returns (1, H, W) for (H, W), and (C, H, W) for (H, W, C)."""
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
 
 
 def asked_of_pictures(reading: Reading) -> str | None:
-    """The first option that the user, not a model, gave for pictures; None if there is none."""
+    """Returns the first option for pictures that the user gave, not a model; None if there is
+    none."""
     own = reading.expected is None
     given = {
         "--resize": own and reading.size is not None,
@@ -244,23 +257,23 @@ def asked_of_pictures(reading: Reading) -> str | None:
 
 
 def _require_channels(source: Path | str, channels: int | None) -> None:
-    """Raises InputError for channels that no pictures have."""
+    """Raises InputError for a number of channels that pictures cannot give."""
     if channels is not None and channels not in MODES:
-        raise InputError(f"{source}: images of {channels} channels cannot be made of pictures")
+        raise InputError(f"{source}: pictures give images of 1, 3 or 4 channels, not {channels}")
 
 
 def _require_size(source: Path | str, array: NDArray[np.uint8], reading: Reading) -> None:
-    """Raises InputError unless the pixels (H, W, ...) have the size that a model expects."""
+    """Raises InputError if the pixels (H, W, ...) do not have the size that a model expects."""
     if reading.expected not in (None, array.shape[:2]):
         height, width = reading.expected
         raise InputError(
             f"{source}: {_size(array)} pixels; this model was trained on images of "
-            f"{height}x{width} without resizing, so resize the pictures before"
+            f"{height}x{width} without resizing, so resize the pictures first"
         )
 
 
 def _require_room(source: Path | str, count: int, image_shape: tuple[int, ...]) -> None:
-    """Raises InputError if so many images (C, H, W) are more than memory is given to."""
+    """Raises InputError if ``count`` images (C, H, W) take more memory than is allowed."""
     if count * math.prod(image_shape) > LARGEST_ARRAY:
         size = "x".join(map(str, image_shape[1:]))
         raise InputError(
@@ -272,8 +285,10 @@ def _require_room(source: Path | str, count: int, image_shape: tuple[int, ...]) 
 def in_words(
     done: list[Done], preprocessing: Preprocessing, shape: tuple[int, ...]
 ) -> Iterable[str]:
-    """A line on each kind of thing that was done to some of the pictures, now images of a shape
-    (N, C, H, W)."""
+    """Yields a line per kind of change made to some of the pictures.
+
+    shape: that of the images that they became, (N, C, H, W).
+    """
     count, channels, height, width = shape
     resized, reshaped = sum(one.resized for one in done), sum(one.reshaped for one in done)
     if resized:
@@ -291,7 +306,7 @@ def in_words(
         f"of 16 bits: their upper 8 (the brightest level is at most {max(deep, default=0)} of "
         "65535)": len(deep),
         "grey spread to colour": grey if channels > 1 else 0,
-        "of colour made grey": count - grey if channels == 1 else 0,
+        "in colour made grey": count - grey if channels == 1 else 0,
     }
     counted |= {f"of {kind} made RGB": n for kind, n in Counter(one.made for one in done).items()}
     counted.pop("of None made RGB", None)

@@ -1,4 +1,4 @@
-"""Pillow, which the rest of the folder asks for here."""
+"""The one place from which the modules of this folder get Pillow."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from vqref.host.extras import missing
 
 @cache
 def pillow() -> Any:
-    """Pillow's Image module, whose remarks on damaged pictures go nowhere. Raises MachineError if
-    it is not installed."""
+    """Returns Pillow's Image module and silences its remarks on damaged pictures.
+
+    Raises MachineError if Pillow is not installed.
+    """
     try:
         from PIL import Image, _imaging
     except ModuleNotFoundError as error:
         raise missing(error) or error from None
     logging.getLogger("PIL").addHandler(logging.NullHandler())
-    with suppress(
-        OSError, AttributeError
-    ):  # libtiff, if it can be reached, writes to stderr itself
+    # libtiff writes to stderr itself; it cannot always be reached
+    with suppress(OSError, AttributeError):
         libraries = ctypes.CDLL(_imaging.__file__)
         libraries.TIFFSetErrorHandler(None)
         libraries.TIFFSetWarningHandler(None)

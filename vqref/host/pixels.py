@@ -1,5 +1,7 @@
-"""One picture as the pixels of an image: what is done to it, and what was done. Pillow's side of
-``vqref.preprocessing``."""
+"""Turns one picture into the pixels of an image, and reports what was done to it.
+
+This is Pillow's side of ``vqref.preprocessing``.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,12 @@ from vqref.preprocessing import Colour
 from vqref.validation import Array
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
-"""What pictures are read, by Pillow's names. It knows others that start programs, or that nobody
-keeps images in."""
+"""The formats that are read, by Pillow's names.
+
+Pillow knows others, which start programs or in which nobody keeps images."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""Pillow's modes of 8 bits, by their channels."""
+"""Pillow's modes of 8 bits, by their number of channels."""
 
 _DEEP = re.compile(";16[BLN]")  # in the name of a layout: samples of 16 bits
 _NATIVE = {"L;2": 85, "L;4": 17}  # from samples of 2 and 4 bits to levels
@@ -40,17 +43,20 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-"""What makes a picture upright, by the orientation in its EXIF data."""
+"""How to turn a picture upright, by the orientation in its EXIF data."""
 
 
 @dataclass(frozen=True)
 class Done:
     """What was done to one picture.
 
-    first: its first frame was taken of several. deep: its levels of 16 bits, of which the upper 8
-    were kept, are this one at most. made: the mode that became RGB. laid: on the background,
-    since something of it is transparent. grey: it was, before it got its channels. resized, and to
-    other proportions (``reshaped``): stretched or cropped.
+    first: only the first of several frames was taken.
+    turned: the picture was turned upright.
+    deep: the highest of its 16-bit levels; only the upper 8 bits were kept. None if it has 8 bits.
+    made: the mode that became RGB.
+    laid: it was laid on the background, because part of it is transparent.
+    grey: it was grey before it got its channels.
+    resized, reshaped: it got another size, or also other proportions, by stretching or cropping.
     """
 
     first: bool
@@ -70,10 +76,11 @@ def pixels(
     crop: bool,
     background: Colour,
 ) -> tuple[NDArray[np.uint8], Done]:
-    """A picture's pixels (H, W) if it is grey, else (H, W, C), and what was done to get them.
+    """Returns a picture's pixels, (H, W) if it is grey, else (H, W, C), and what was done to it.
 
-    source: the bytes of a file, or one of Pillow's images. channels: 1, 3 or 4, or None: those of
-    the picture itself, without its alpha. The others as in ``vqref.preprocessing.Preprocessing``.
+    source: the bytes of a file, or a Pillow image.
+    channels: 1, 3 or 4. None means those of the picture itself, without its alpha.
+    size, crop, background: as in ``vqref.preprocessing.Preprocessing``.
 
     Raises InputError, and MachineError if Pillow is not installed.
     """
@@ -99,7 +106,7 @@ def _pixels(
 ) -> tuple[NDArray[np.uint8], Done]:
     first = picture.tell() == 0 and getattr(picture, "is_animated", False)
     layout, orientation = _layout(picture), _orientation(picture)
-    picture.load()  # which turns a TIFF
+    picture.load()  # turns a TIFF upright
     found, deep = _eight_bits(picture, layout)
     laid = False
     if channels != 4:
@@ -118,8 +125,8 @@ def _pixels(
 
 
 def _layout(picture: Any) -> str:
-    """How the samples of a picture are laid out in its file, as Pillow calls it; "" if the picture
-    is loaded."""
+    """Pillow's name for the layout of a picture's samples in its file; "" if the picture is
+    loaded."""
     for decoder, _, _, arguments in getattr(picture, "tile", ()):
         if decoder.startswith("ppm") and arguments[-1] > 255:
             return ";16B"
@@ -129,17 +136,17 @@ def _layout(picture: Any) -> str:
 
 
 def _orientation(picture: Any) -> int:
-    """That of the EXIF data; 1, upright, if they are damaged or there are none."""
+    """The orientation in the EXIF data; 1, upright, if they are damaged or missing."""
     try:
         return int(picture.getexif().get(_ORIENTATION, 1))
-    except Exception:  # whatever the parser stumbled on: the picture itself can be fine
+    except Exception:  # the parser can raise anything; the picture itself can be fine
         return 1
 
 
 def _eight_bits(picture: Any, layout: str) -> tuple[Any, int | None]:
-    """The picture as L, LA, RGB or RGBA, and its brightest level if it has 16 bits.
+    """The picture as L, LA, RGB or RGBA, and its highest level if it has 16 bits, else None.
 
-    Raises InputError for levels of no known range.
+    Raises InputError if the range of its levels is unknown.
     """
     mode, key = picture.mode, picture.info.get("transparency")
     if mode.startswith("I;16") or (mode == "I" and picture.format in ("PPM", "PNG")):
@@ -161,7 +168,7 @@ def _eight_bits(picture: Any, layout: str) -> tuple[Any, int | None]:
 
 
 def _looked_up(picture: Any) -> Any:
-    """The colours of a picture with a palette; it is grey if its whole palette is."""
+    """The colours of a picture with a palette. It is grey if its whole palette is grey."""
     found = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
     red, green, blue = np.reshape(picture.getpalette("RGB"), (-1, 3)).T
     grey = (red == green).all() and (green == blue).all()
@@ -169,7 +176,10 @@ def _looked_up(picture: Any) -> Any:
 
 
 def _scaled(key: Any, layout: str) -> Any:
-    """The transparent colour in levels of 8 bits, of that in the file's own."""
+    """The transparent colour in levels of 8 bits.
+
+    key: that colour in the file's own levels.
+    """
     if isinstance(key, int):
         return key * _NATIVE.get(layout, 1)
     if isinstance(key, tuple) and (_DEEP.search(layout) or max(key) > 255):
@@ -178,8 +188,8 @@ def _scaled(key: Any, layout: str) -> Any:
 
 
 def _keyed(shown: Array, levels: Array, key: Any) -> Any:
-    """A picture of ``shown``, with an alpha that hides where ``levels`` are those of ``key``, if
-    there is one."""
+    """A picture of ``shown`` that is transparent where ``levels`` equal ``key``, if there is a
+    key."""
     image = pillow()
     found = image.fromarray(shown)
     if key is None:
@@ -191,7 +201,7 @@ def _keyed(shown: Array, levels: Array, key: Any) -> Any:
 
 
 def _opaque(picture: Any, background: Colour) -> tuple[Any, bool]:
-    """The picture without its alpha, laid on the background, and whether that shows anywhere."""
+    """The picture without its alpha, on the background, and whether any of the background shows."""
     if picture.mode not in ("LA", "RGBA"):
         return picture, False
     alpha = picture.getchannel("A")
@@ -207,9 +217,11 @@ def _opaque(picture: Any, background: Colour) -> tuple[Any, bool]:
 
 
 def _resized(picture: Any, size: tuple[int, int] | None, crop: bool) -> tuple[Any, bool, bool]:
-    """The picture of the size, whether that is another than its own, and whether of other
-    proportions. Resized across, then down, in two steps: which Pillow takes first depends on its
-    version, and its levels on that."""
+    """The picture in the given size, whether its size changed, and whether its proportions changed.
+
+    Resizes across, then down, in two steps. If Pillow did both, the order, and so the levels, would
+    depend on its version.
+    """
     width, height = picture.size
     if size is None or size == (height, width):
         return picture, False, False
@@ -222,8 +234,10 @@ def _resized(picture: Any, size: tuple[int, int] | None, crop: bool) -> tuple[An
 
 
 def _middle(width: int, height: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """The largest box (left, top, right, bottom) in the middle of a picture that has the
-    proportions of ``size``, (H, W)."""
+    """The largest box (left, top, right, bottom) in the middle of a picture with given proportions.
+
+    size: the proportions, (H, W).
+    """
     high, wide = size
     if width * high <= height * wide:
         part = width * high / wide

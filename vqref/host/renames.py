@@ -1,5 +1,7 @@
-"""Renames that Python's own cannot say: two names swapped in one step, and a name taken only if it
-is free. Standard library only."""
+"""Two renames that Python lacks: swap two names in one step, and take a name only if it is free.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from pathlib import Path
 
 _LACKING = {
     *(errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV),
-    errno.EPERM,  # what a sandbox answers to calls that it does not know
+    errno.EPERM,  # the answer of a sandbox to calls that it does not know
 }
-"""What a system or a file system answers if it has no such rename."""
+"""The answers of a system or a file system that has no such rename."""
 
 _EXCHANGE = {"linux": 2, "darwin": 2}
 _TAKE_FREE = {"linux": 1, "darwin": 4}
@@ -22,7 +24,7 @@ _CALLS = {"linux": "renameat2", "darwin": "renameatx_np"}
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swaps what two names stand for, in one step. False, with nothing done, where that cannot be.
+    """Swaps two names in one step. Returns False, and does nothing, if the system cannot.
 
     Raises OSError.
     """
@@ -30,7 +32,8 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def take_free(old: Path, new: Path) -> bool:
-    """Renames ``old`` to ``new``, a free name. False, with nothing done, where that cannot be said.
+    """Renames ``old`` to the free name ``new``. Returns False, and does nothing, if the system
+    cannot.
 
     Raises FileExistsError if the name is taken, and OSError.
     """

@@ -1,4 +1,4 @@
-"""Sheets of images as PNG."""
+"""Draws sheets of images as PNG."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ GAP = 2
 """Pixels between images."""
 
 SHEET_PIXELS, MOST_COLUMNS = 900, 16
-"""About how wide a sheet is: images are enlarged by a whole factor to reach it. How many a row of
-pairs has at most."""
+"""About how wide a sheet is, and the most images in a row of pairs.
+
+Images are enlarged by a whole factor to reach this width."""
 
 BACKGROUND = 0.5
 """The grey level between images."""
 
 
 def save_sheet(path: Path, images: Array, columns: int) -> None:
-    """Writes images (N, C, H, W) in [0, 1] in rows of ``columns`` as a PNG.
+    """Writes images (N, C, H, W) in [0, 1] as a PNG with ``columns`` images per row.
 
-    Four channels are shown without the last, their alpha; two, or more than four, by the first.
+    Four channels are shown without the last, which is alpha. Of two channels, or of more than four,
+    only the first is shown.
     """
     image = pillow()
     rows = math.ceil(len(images) / columns)
@@ -50,8 +52,9 @@ def save_sheet(path: Path, images: Array, columns: int) -> None:
 
 
 def save_pairs(path: Path, images: Array, *others: Array) -> None:
-    """Writes rows of images (N, C, H, W) with their reconstructions beneath them, and beneath those
-    whatever else is to be seen of each image: ``others``, each (N, 1 or C or 3, H, W).
+    """Writes rows of images (N, C, H, W), with rows of their reconstructions beneath.
+
+    others: what to show beneath each image, each (N, 1 or C or 3, H, W).
 
     A row has at most MOST_COLUMNS images, fewer if they are large.
     """
@@ -63,22 +66,22 @@ def save_pairs(path: Path, images: Array, *others: Array) -> None:
     for i, part in enumerate(parts):
         for row in range(rows):
             shown = part[row * columns : (row + 1) * columns]
-            cells[row, i, : len(shown)] = shown  # grey beside colour is spread over its channels
+            cells[row, i, : len(shown)] = shown  # grey is repeated in all channels
     save_sheet(path, cells.reshape(-1, *cells.shape[3:]), columns)
 
 
 def save_square(path: Path, images: Array) -> None:
-    """Writes a sheet of images (N, C, H, W) that is about as high as wide."""
+    """Writes images (N, C, H, W) as a sheet about as high as wide."""
     save_sheet(path, images, math.ceil(math.sqrt(len(images))))
 
 
 def as_png(image: Array) -> bytes:
-    """A PNG of one image (C, H, W), uint8: grey, colour, or colour with alpha.
+    """Returns a PNG of one image (C, H, W), uint8: grey, colour, or colour with alpha.
 
     Raises InputError for another number of channels.
     """
     if image.shape[0] not in CHANNELS:
-        raise InputError(f"images of {image.shape[0]} channels fit no PNG")
+        raise InputError(f"images have {image.shape[0]} channels, expected 1, 3 or 4 for a PNG")
     buffer = io.BytesIO()
     levels = image[0] if len(image) == 1 else image.transpose(1, 2, 0)
     pillow().fromarray(levels).save(buffer, "png")
@@ -86,6 +89,6 @@ def as_png(image: Array) -> bytes:
 
 
 def _visible(images: Array) -> Array:
-    """The one or three channels of images (N, C, H, W) that a PNG can show."""
+    """The one or three channels of images (N, C, H, W) that are shown."""
     channels = images.shape[1]
     return images[:, : 3 if channels in (3, 4) else 1]

@@ -1,5 +1,7 @@
-"""What a program says, one line at a time, whatever has become of the streams that it says it on.
-Standard library only."""
+"""Prints what a program says, one line at a time, even if its streams are closed or broken.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,14 @@ if TYPE_CHECKING:
     from typing import Any
 
 LONGEST_LINE = 1000
-"""Characters of an error; what is longer loses its middle."""
+"""The most characters of an error line. A longer line loses its middle."""
 
 
 def plain(text: str) -> str:
-    r"""``text`` with escapes, as "\x1b", for all that is not printed as a character: so that a name
-    from a file moves no cursor, breaks no line and hides nothing."""
+    r"""Returns ``text`` with escapes such as "\x1b" for characters that are not printable.
+
+    So a name from a file cannot move the cursor, break the line or hide anything.
+    """
     if text.isprintable():
         return text
     return "".join(
@@ -26,7 +30,7 @@ def plain(text: str) -> str:
 
 
 def tell(prog: str, message: str) -> None:
-    """Says an error or a remark in one line on stderr, if there is anybody who reads that."""
+    """Prints an error or a remark as one line on stderr, if anybody reads that."""
     line = plain(f"{prog}: {' '.join(message.split())}")
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
@@ -38,11 +42,13 @@ def tell(prog: str, message: str) -> None:
 
 
 def prepare() -> None:
-    """Opens what is closed of the three streams, to nowhere, so that no file gets their numbers;
-    and lets output be printed whose characters the terminal lacks, as escapes."""
+    """Opens any closed standard stream to the null device, so that no file gets its number.
+
+    Characters that the terminal lacks are then printed as escapes.
+    """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            # the system gives the lowest number that is free
+            # the system assigns the lowest free number
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: PTH123, SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -50,7 +56,9 @@ def prepare() -> None:
 
 
 def discard(stream: Any) -> None:
-    """Sends what a stream still holds nowhere, so that the interpreter's last flush has nothing to
-    complain of."""
+    """Sends what a stream still holds to the null device.
+
+    So the interpreter's last flush does not fail.
+    """
     with suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,7 +1,7 @@
-"""Web pages that stand alone: one file each, opened from a disk, that loads nothing.
+"""Makes web pages that stand alone: single files that load nothing and open from a disk.
 
-Every value from outside goes through ``text`` or ``embedded``; a security policy in the page
-refuses whatever scripts it did not come with. Standard library only.
+Every value from outside goes through ``text`` or ``embedded``. A security policy in the page
+refuses all scripts except its own. Standard library only.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ from typing import Any
 from vqref.host.streams import plain
 
 STYLE = Path(__file__).with_name("webpage.css")
-"""How they look, in light and in dark."""
+"""The style of the pages, for light and dark."""
 
 
 def text(value: object) -> str:
-    """A value as text of a page, whatever characters it has."""
+    """Returns a value as text of a page, whatever characters it has."""
     return html.escape(plain(str(value)))
 
 
 def embedded(name: str, content: Any) -> str:
-    """Plain data for the page's scripts, under an id; numbers that are not finite become null."""
+    """Returns plain data for the page's scripts, under an id.
+
+    Numbers that are not finite become null.
+    """
     words = json.dumps(_finite(content), separators=(",", ":")).replace("<", "\\u003c")
     return f'<script type="application/json" id="{name}">{words}</script>'
 
@@ -43,22 +46,22 @@ def _finite(content: Any) -> Any:
 
 
 def section(title: str, *parts: str) -> str:
-    """A part of a page, by its heading. parts: markup."""
+    """Returns a part of a page with a heading. parts: markup."""
     return f"<section>\n<h2>{text(title)}</h2>\n{''.join(parts)}</section>\n"
 
 
 def paragraph(words: object, kind: str = "") -> str:
-    """kind: a class of the style, or nothing."""
+    """Returns a paragraph. kind: a class of the style, or nothing."""
     return f'<p class="{kind}">{text(words)}</p>\n' if kind else f"<p>{text(words)}</p>\n"
 
 
 def command(words: str) -> str:
-    """A command line, to be copied."""
+    """Returns a command line that a reader can copy."""
     return f'<pre tabindex="0" role="group" aria-label="Command"><code>{text(words)}</code></pre>\n'
 
 
 def facts(caption: str, known: Mapping[str, object]) -> str:
-    """A table of names and values; values that are mappings are spelt out."""
+    """Returns a table of names and values. Values that are mappings are spelt out."""
     rows = "".join(
         f'<tr><th scope="row">{text(name)}</th><td>{text(spelt(value))}</td></tr>\n'
         for name, value in known.items()
@@ -68,7 +71,7 @@ def facts(caption: str, known: Mapping[str, object]) -> str:
 
 
 def spelt(value: object) -> str:
-    """A value as people write it."""
+    """Returns a value as people write it."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {spelt(each)}" for name, each in value.items())
     if isinstance(value, list | tuple):
@@ -81,9 +84,9 @@ def spelt(value: object) -> str:
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[tuple[Sequence[str], str]]) -> str:
-    """A table of figures that scrolls aside where it is too wide.
+    """Returns a table of figures. It scrolls sideways if it is too wide.
 
-    rows: cells in markup, the first a heading, and a class of the style, or nothing.
+    rows: cells in markup, the first of which is a heading, and a class of the style, or nothing.
     """
     columns = "".join(f'<th scope="col">{text(name)}</th>' for name in head)
     lines = "".join(
@@ -112,13 +115,13 @@ CHECKED = (
     "flips",
     "precision",
 )
-"""The columns of what a comparison found."""
+"""The columns of the table of ``checks``."""
 
 
 def checks(caption: str, report: Mapping[str, Any]) -> str:
-    """What the judge found, stage by stage, the worst figure beside its bound.
+    """Returns a table of what the judge found per stage, with the worst error beside its bound.
 
-    report: of ``vqref.agreement.Report.to_dict``.
+    report: what ``vqref.agreement.Report.to_dict`` returns.
     """
     rows = [(_check(check), "wrong" if check["violations"] else "") for check in report["checks"]]
     wrong = [check for check in report["checks"] if check["violations"]]
@@ -127,8 +130,10 @@ def checks(caption: str, report: Mapping[str, Any]) -> str:
 
 
 def part_of_bound(check: Mapping[str, Any]) -> float | None:
-    """The worst error as a share of its bound, infinite if it is not finite; None if there is no
-    such bound."""
+    """Returns the worst error as a share of its bound, or None if there is no such bound.
+
+    The share is infinite if the error is not finite.
+    """
     if not check["allowed"]:
         return None
     return math.inf if check["max_error"] is None else check["max_error"] / check["allowed"]
@@ -149,13 +154,13 @@ def _check(check: Mapping[str, Any]) -> list[str]:
 
 
 def share(part: float) -> str:
-    """A share, with a bar as long as it."""
+    """Returns a share, with a bar of the same length."""
     shown = min(part, 1.0) if math.isfinite(part) else 1.0
     return f'<span class="share" style="--part: {shown:.1%}">{percent(part)}</span>'
 
 
 def percent(part: float) -> str:
-    """A share in words: "12 %", "0.4 %"; never 0 for what is more."""
+    """Returns a share in words: "12 %", "0.4 %". A share above 0 never becomes 0."""
     if not math.isfinite(part):
         return "not finite"
     hundredths = 100 * part
@@ -169,7 +174,11 @@ def _count(number: int | None) -> str:
 
 
 def page(title: str, head: str, main: str, foot: str, scripts: Sequence[str] = ()) -> bytes:
-    """A whole page. head, main, foot: markup. scripts: JavaScript, run in this order at its end."""
+    """Returns a whole page.
+
+    head, main, foot: markup.
+    scripts: JavaScript, run in this order at the end of the page.
+    """
     allowed = " ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'"
     policy = (
         f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data:; "
