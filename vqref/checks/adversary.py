@@ -23,7 +23,7 @@ Case = Callable[[np.random.Generator, int, int, int, str], tuple[Array, Array]]
 NEIGHBOURS = 8
 """How many codes are tried to find a near one for a bisector.
 
-Between two codes that are far apart, a third may be nearer."""
+If two codes are far apart, a third may be nearer to the points between them."""
 
 
 def decades(precision: str) -> float:
@@ -47,14 +47,14 @@ def _held(latents: Array, codebook: Array, precision: str) -> tuple[Array, Array
 def ordinary(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """Latents and codes normal about the origin."""
+    """Latents and codes from a normal distribution about the origin."""
     return _held(rng.normal(size=(n, d)), rng.normal(size=(k, d)), precision)
 
 
 def duplicates(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """Every code several times in the codebook, to the last bit."""
+    """A codebook that holds every code several times, equal to the last bit."""
     codebook = rng.normal(size=(-(-k // 3), d))[rng.integers(0, -(-k // 3), k)]
     return _held(rng.normal(size=(n, d)), codebook, precision)
 
@@ -80,7 +80,7 @@ def equidistant(
 def mixed_scales(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """Each latent and each code at a scale of its own, from the smallest to the largest that can be
+    """Each latent and each code at its own scale, from the smallest to the largest that can be
     squared."""
     span = decades(precision)
     latents = rng.normal(size=(n, d)) * 10 ** rng.uniform(-span, span, (n, 1))
@@ -92,10 +92,10 @@ def mixed_scales(
 def overflowing(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """Values whose squares overflow the precision, beside others whose squares do not."""
+    """Values whose squares overflow the precision, and others whose squares do not."""
     largest = math.log10(arithmetic(precision).largest)
     exponents = rng.uniform(0.35 * largest, 0.6 * largest, (n + k, 1))
-    if precision == "float64":  # beyond this, the oracle itself overflows
+    if precision == "float64":  # the oracle itself overflows beyond this
         exponents = np.minimum(exponents, 0.49 * largest)
     both = rng.normal(size=(n + k, d)) * 10**exponents
     return _held(both[:n], both[n:], precision)
@@ -104,8 +104,7 @@ def overflowing(
 def denormals(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """Values about the smallest normal number: their squares underflow, and some of the values may
-    be flushed to zero."""
+    """Values near the smallest normal number. Squares underflow; values may be flushed to zero."""
     tiny = arithmetic(precision).tiny
     return _held(rng.normal(size=(n, d)) * tiny, rng.normal(size=(k, d)) * tiny * 4, precision)
 
@@ -113,7 +112,8 @@ def denormals(
 def far_from_origin(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """A codebook much further from the origin than it is wide: x.x - 2 x.c + c.c cancels."""
+    """A codebook much further from the origin than it is wide, so that x.x - 2 x.c + c.c
+    cancels."""
     offset = 0.01 / arithmetic(precision).unit ** 0.5
     latents, codebook = offset + rng.normal(size=(n, d)), offset + rng.normal(size=(k, d))
     return _held(latents, codebook, precision)
@@ -122,8 +122,7 @@ def far_from_origin(
 def flown_out(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """Codes 1e5 away, as if divided by epsilon alone, codes shrunk to almost nothing, and a few
-    live ones."""
+    """Codes 1e5 away (as if divided by epsilon alone), codes near zero, and a few live codes."""
     codebook = rng.normal(size=(k, d))
     far = min(1e5, 10 ** decades(precision))
     codebook *= rng.choice([far, 1.0, 1e-6], (k, 1), p=[0.5, 0.25, 0.25])
@@ -133,7 +132,7 @@ def flown_out(
 def on_codes(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """Latents equal to a code, to the last bit."""
+    """Latents that equal a code, to the last bit."""
     codebook = rng.normal(size=(k, d)) * 10 ** rng.uniform(-2, 2, (k, 1))
     return _held(codebook[rng.integers(0, k, n)], codebook, precision)
 
@@ -141,7 +140,7 @@ def on_codes(
 def crowded(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """A codebook within a few ulps of one point: almost nothing can be certified."""
+    """A codebook within a few ulps of one point, so that almost nothing can be certified."""
     unit = arithmetic(precision).unit
     codebook = rng.normal(size=d) * (1 + 4 * unit * rng.integers(-2, 3, (k, d)))
     return _held(rng.normal(size=(n, d)), codebook, precision)
@@ -150,9 +149,12 @@ def crowded(
 def close_seconds(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """Latents whose second-best code is farther by a share of 1e-5 to 1e-1: too generous a pruning
-    shows. A fifth of the codes each have leading, trailing, one leading and one trailing elements
-    alone, so that part of a distance, or the difference of two norms, is already all of it."""
+    """Latents whose second-best code is farther by a share of 1e-5 to 1e-1.
+
+    This shows pruning that is too generous. A fifth of the codes each have only leading, only
+    trailing, only the first and only the last elements. So part of a distance, or the difference of
+    two norms, may already be all of it.
+    """
     codebook = rng.normal(size=(k, d))
     codebook[1::5, d - d // 2 :] = 0.0
     codebook[2::5, : d // 2] = 0.0

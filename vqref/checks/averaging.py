@@ -1,5 +1,7 @@
-"""Checks of ``update`` and ``step``. Those of moved averages are functions of a ``Move``, which is
-one of the two; ``updating_checks`` and ``stepping_checks`` name them."""
+"""Checks of ``update`` and ``step``, which ``updating_checks`` and ``stepping_checks`` name.
+
+Checks of moved averages are functions of a ``Move``, which is one of the two.
+"""
 
 from __future__ import annotations
 
@@ -31,24 +33,26 @@ from vqref.quantizer import EMAState
 from vqref.validation import Array
 
 STEPS = 100
-"""How many updates in a row ``hundred_steps`` holds to the oracle."""
+"""How many updates in a row ``hundred_steps`` judges."""
 
 HITS = (127, 255, 2048, 32767, 65535)
-"""The most that int8, uint8, float16 (every whole number), int16 and uint16 hold."""
+"""The largest counts that int8, uint8, float16 (all whole numbers), int16 and uint16 hold."""
 
 LATE = (1, 100, 200, 255, 256, 999, 1000, 32767, 65535, 10**6)
-"""Steps before an update, in a state that says so."""
+"""How many steps a state says it has had before an update."""
 
 VALUES = {"large": (6, 8), "small": (-8, -6), "mixed": (-8, 8)}
-"""Powers of ten."""
+"""Ranges of exponents of ten."""
 
 DECAYS = (0.5, 0.9, 0.0, 0.75, 0.96875, 0.5, 0.9921875)
 EPSILONS = (1e-5, 1e-3, 0.5, 1e-7)
-"""In turns. Float32 holds most of the decays exactly, so that 1 - decay is not rounded."""
+"""Decays and epsilons that are used in turn.
+
+Float32 holds most of the decays exactly, so 1 - decay is not rounded."""
 
 
 def updating_checks(kit: Kit) -> Named:
-    """Every check of ``update`` by name."""
+    """Returns every check of ``update`` by name."""
     named: Named = {
         "first_step": first_step,
         "one_step": one_step,
@@ -61,13 +65,13 @@ def updating_checks(kit: Kit) -> Named:
         "hundred_steps": hundred_steps,
         "state_kept": partial(_with_move, check=state_kept, move=Updating),
     }
-    if not kit.dialect.debiased:  # which divides by 1 - decay
+    if not kit.dialect.debiased:  # a debiased dialect divides by 1 - decay
         named["decay_one"] = partial(_with_decay, decay=1.0)
     return named | _moves(kit, Updating)
 
 
 def stepping_checks(kit: Kit) -> Named:
-    """Every check of ``step`` by name."""
+    """Returns every check of ``step`` by name."""
     return {
         "order": order,
         "step_state_kept": partial(_with_move, check=state_kept, move=Stepping),
@@ -76,8 +80,10 @@ def stepping_checks(kit: Kit) -> Named:
 
 
 def _moves(kit: Kit, move: type[Move]) -> Named:
-    """The checks of both, with ``ema_`` or ``step_`` before their names. Batches that a step cannot
-    afford with this codebook are left out."""
+    """The checks for both, with ``ema_`` or ``step_`` before their names.
+
+    Leaves out batches that are too large for a step with this codebook.
+    """
     checks: dict[str, Callable[[Move], Iterable[Check]]] = {
         "positions": positions,
         **{name: partial(_shaped, shape=shape) for name, shape in kit.shapes.items()},
@@ -118,7 +124,7 @@ def _given(
     decay: float | None = None,
     epsilon: float | None = None,
 ) -> Given:
-    """With the dialect's decay and epsilon unless they are given."""
+    """The inputs of one move. decay and epsilon default to the dialect's."""
     return Given(
         state,
         latents,
@@ -131,13 +137,13 @@ def _given(
 def _batch(
     kit: Kit, rng: np.random.Generator, codes: Sequence[int] | Array, n: int = 33, s: int = 3
 ) -> tuple[Array, Array]:
-    """Latents (n, s, D), and indices (n, s) of ``codes`` that are not the nearest ones."""
+    """Latents (n, s, D), and indices (n, s) drawn from ``codes``, so they are not the nearest."""
     latents = kit.normal(rng, n, s, kit.code_size)
     return latents, rng.choice(np.asarray(codes), (n, s))
 
 
 def _anywhere(kit: Kit, n: int = 33, s: int = 3) -> Given:
-    """A state in the middle of a run, and a batch for any of its codes."""
+    """A state in the middle of a run, and a batch whose indices can be any code."""
     return _given(kit, kit.midway(), *_batch(kit, kit.rng(), range(kit.num_codes), n, s))
 
 
@@ -156,18 +162,18 @@ def one_step(kit: Kit) -> Iterable[Check]:
 
 
 def never_hit(kit: Kit) -> Iterable[Check]:
-    """Half of the codes are never hit in the first three steps."""
+    """Half of the codes get no hit in the first three steps."""
     return _several(kit, 3, np.arange(kit.num_codes // 2))
 
 
 def one_takes_all(kit: Kit) -> Iterable[Check]:
-    """Every latent hits the same code: hits must be summed, not set."""
+    """Every latent hits the same code. Hits must be summed, not set."""
     batch = _batch(kit, kit.rng(), [kit.num_codes - 1])
     return _updated(kit, _given(kit, kit.midway(), *batch))
 
 
 def foreign_indices(kit: Kit) -> Iterable[Check]:
-    """The indices given decide, not the nearest codes."""
+    """Indices that are not those of the nearest codes. The given indices decide."""
     state = kit.midway()
     latents = np.resize(state.codebook, (kit.num_codes, 1, kit.code_size))
     indices = np.roll(np.arange(kit.num_codes), 1)[:, None]
@@ -175,12 +181,12 @@ def foreign_indices(kit: Kit) -> Iterable[Check]:
 
 
 def large_epsilon(kit: Kit) -> Iterable[Check]:
-    """An epsilon large enough to show."""
+    """An epsilon so large that its effect shows."""
     return _updated(kit, dataclasses.replace(_anywhere(kit), epsilon=0.5))
 
 
 def _with_decay(kit: Kit, decay: float) -> Iterable[Check]:
-    """At 0 only this step counts, at 1 it does not."""
+    """At a decay of 0, only this step counts. At 1, it does not count."""
     return _updated(kit, dataclasses.replace(_anywhere(kit), decay=decay))
 
 
@@ -190,8 +196,10 @@ def no_latents(kit: Kit) -> Iterable[Check]:
 
 
 def hundred_steps(kit: Kit) -> Iterable[Check]:
-    """A hundred updates, each judged from the implementation's own state, so that only one step's
-    rounding is allowed however long the run."""
+    """A hundred updates, each judged from the implementation's own last state.
+
+    So only one step's rounding is allowed, however long the run is.
+    """
     return _several(kit, STEPS, np.arange(kit.num_codes))
 
 
@@ -203,13 +211,15 @@ def _several(kit: Kit, steps: int, codes: Array) -> Iterator[Check]:
 
 
 def order(kit: Kit) -> Iterable[Check]:
-    """A step must take indices and quantized from the codebook before the update, and update with
-    the latents."""
+    """The order within a step: it quantizes with the codebook before the update.
+
+    It must update with the latents, not with quantized.
+    """
     return Stepping(kit).moved(dataclasses.replace(_anywhere(kit), decay=0.5))[0]
 
 
 def state_kept(move: Move) -> Iterator[Check]:
-    """State, latents and indices must stay as they were."""
+    """State, latents and indices must not change."""
     given = _anywhere(move.kit)
     copied = given.copied()
     move.call(copied)
@@ -221,18 +231,18 @@ def state_kept(move: Move) -> Iterator[Check]:
 
 
 def positions(move: Move) -> Iterator[Check]:
-    """Every N to 4 and S to 17."""
+    """Every N up to 4 and every S up to 17."""
     for n, s in itertools.product(range(1, 5), range(1, 18)):
         yield from move.moved(_anywhere(move.kit, n, s))[0]
 
 
 def _shaped(move: Move, shape: tuple[int, int]) -> Iterable[Check]:
-    """A batch in which axes can be mistaken for each other."""
+    """A batch in which axes can be confused."""
     return move.moved(_anywhere(move.kit, *shape))[0]
 
 
 def rare_fault(move: Move) -> Iterator[Check]:
-    """Many latents for every code: one that is left out in 50,000 must be missed."""
+    """Many latents for every code. If one in 50,000 is left out, the check must notice."""
     small = move.kit.small()
     state, rng = small.midway(), small.rng()
     for _ in range(small.amounts.batches):
@@ -242,7 +252,7 @@ def rare_fault(move: Move) -> Iterator[Check]:
 
 
 def batch_sizes(move: Move) -> Iterator[Check]:
-    """Sizes about every power of two, one latent per image and eight: none may be left out."""
+    """Sizes near every power of two, one latent per image and eight. None may be left out."""
     small = type(move)(move.kit.small())
     for size in EDGES:
         if move.name == "ema" or size <= move.kit.affordable:
@@ -251,9 +261,11 @@ def batch_sizes(move: Move) -> Iterator[Check]:
 
 
 def many_hits(move: Move, most: int) -> Iterable[Check]:
-    """More hits of one code than a small number holds, an odd number of them, and the first and the
-    last latent alone with theirs. Sums are exact: codes are whole, the one that takes all is 0, and
-    its latents have elements 0 and 1/4."""
+    """More hits of one code than a small integer type holds, and an odd number of them.
+
+    The first and the last latent are alone with their codes. Sums are exact: codes are whole
+    numbers, the code that takes all others is 0, and its latents have elements 0 and 1/4.
+    """
     kit, rng = move.kit, move.kit.rng()
     k, d = kit.codes
     target = k - 2
@@ -269,7 +281,7 @@ def many_hits(move: Move, most: int) -> Iterable[Check]:
 
 
 def every_code(move: Move) -> Iterable[Check]:
-    """Each code hit, by a number of latents of its own: the first and the last must move, too."""
+    """Each code is hit, by its own number of latents. The first and the last must move too."""
     return _every_code(move, most=move.kit.affordable // 8)
 
 
@@ -284,7 +296,7 @@ def _every_code(move: Move, most: int) -> Iterable[Check]:
 
 
 def decays(move: Move) -> Iterator[Check]:
-    """Call after call with another decay and epsilon: those of this call count."""
+    """Calls with changing decay and epsilon. Those of the current call count."""
     given = _anywhere(move.kit)
     for state in (given.state, move.kit.start()):
         for decay, epsilon in zip(DECAYS, itertools.cycle(EPSILONS), strict=False):
@@ -293,7 +305,7 @@ def decays(move: Move) -> Iterator[Check]:
 
 
 def _values(move: Move, low: int, high: int) -> Iterable[Check]:
-    """Counts, means, codes and latents of 10^low to 10^high: nothing may be clamped."""
+    """Counts, means, codes and latents from 10^low to 10^high. Nothing may be clamped."""
     kit, rng = move.kit, move.kit.rng()
     count = kit.held(10 ** rng.uniform(low, high, kit.num_codes))
     codebook, means, latents = (
@@ -305,7 +317,7 @@ def _values(move: Move, low: int, high: int) -> Iterable[Check]:
 
 
 def late_steps(move: Move) -> Iterator[Check]:
-    """States that had many updates: the rule stays the same."""
+    """States that had many updates. The rule stays the same."""
     given = _anywhere(move.kit)
     for steps in LATE:
         state = dataclasses.replace(given.state, steps=steps)
@@ -313,7 +325,8 @@ def late_steps(move: Move) -> Iterator[Check]:
 
 
 def edited(move: Move) -> Iterator[Check]:
-    """The same arrays, changed in place between calls: nothing of them may be remembered."""
+    """The same arrays, changed in place between calls. The implementation must not remember
+    them."""
     given = _anywhere(move.kit).copied()
     state, latents, indices = given.state, given.latents, given.indices
     changes: tuple[tuple[Array, Array], ...] = (
@@ -332,8 +345,11 @@ def edited(move: Move) -> Iterator[Check]:
 
 
 def answers_kept(move: Move) -> Iterator[Check]:
-    """An answer belongs to the caller: later calls and changes of the inputs must leave it alone,
-    and changes of the answer nothing else."""
+    """An answer belongs to the caller.
+
+    Later calls and changes of the inputs must not change it. Changes of the answer must not change
+    anything else.
+    """
     kit = move.kit
     given = [_anywhere(kit, n) for n in 2 * (5, 5, 9, 1, 1000, 1000)]
     copied = [each.copied() for each in given]
@@ -354,8 +370,10 @@ def answers_kept(move: Move) -> Iterator[Check]:
 
 
 def other_layouts(move: Move) -> Iterator[Check]:
-    """The same values in other orders of memory, strided, reversed, read-only. An implementation
-    may refuse a layout by an error; it may not read it as another."""
+    """The same values in other memory layouts: strided, reversed, read-only.
+
+    An implementation may refuse a layout with an error. It must not misread it.
+    """
     given = _anywhere(move.kit, 9, 9)
     changed = [dataclasses.replace(given, latents=view) for _, view in layouts(given.latents)]
     changed += [dataclasses.replace(given, indices=view) for _, view in layouts(given.indices)]
@@ -364,15 +382,15 @@ def other_layouts(move: Move) -> Iterator[Check]:
     changed.append(dataclasses.replace(given, state=state))
     for each in changed:
         try:
-            with warnings.catch_warnings(action="ignore"):  # that an array is read-only
+            with warnings.catch_warnings(action="ignore"):  # of read-only arrays
                 found = move.call(each)
-        except Exception:  # whatever somebody's implementation raises
+        except Exception:  # somebody's implementation can raise anything
             continue
         yield from move.judge(found, each)[0]
 
 
 def num_codes(move: Move) -> Iterator[Check]:
-    """Other numbers of codes, more than 16 bits hold among them."""
+    """Other numbers of codes, one of them more than 16 bits can number."""
     kit = move.kit
     for k, d in (*((k, kit.code_size) for k in kit.amounts.codes), (HUGE, 2)):
         yield from _every_code(type(move)(kit.sized(k, d)), most=32)
@@ -396,11 +414,11 @@ ANY_SIZE: dict[str, Callable[[Move], Iterable[Check]]] = {
     "code_size": code_size,
     "million": million_latents,
 }
-"""Those that try codebooks of other sizes."""
+"""The checks that try codebooks of other sizes."""
 
 
 def long_run(move: Move) -> Iterator[Check]:
-    """Hundreds in a row, each judged from the implementation's own state."""
+    """Hundreds of moves in a row, each judged from the implementation's own last state."""
     kit, rng, state = move.kit, move.kit.rng(), move.kit.start()
     for _ in range(kit.amounts.steps if move.name == "ema" else kit.amounts.training):
         batch = _batch(kit, rng, range(kit.num_codes), 4, 2)

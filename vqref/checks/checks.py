@@ -49,7 +49,7 @@ class QuantizerCheck:
             with np.errstate(over="ignore", invalid="ignore"):  # some cases are meant to overflow
                 found = [check for kit in self._kits() for check in self._compare(kit)]
                 return merge(self.name, precision, tuple(found))
-        except Exception as error:  # whatever somebody's implementation raises
+        except Exception as error:  # somebody's implementation can raise anything
             return Check(self.name, precision, 1, 1, problem=f"{type(error).__name__}: {error}")
 
     def _kits(self) -> Iterable[Kit]:

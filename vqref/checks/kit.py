@@ -1,5 +1,4 @@
-"""What every check shares: the implementation, the sizes and amounts in which it is tried, and how
-an answer is judged."""
+"""What every check shares: the implementation, its sizes, the amounts tried, and the judging."""
 
 from __future__ import annotations
 
@@ -28,11 +27,12 @@ Update = Callable[[EMAState, Array, Array, float, float], Any]
 Step = Callable[[EMAState, Array, float, float], tuple[Any, Any, Any]]
 
 LATENTS = 4096
-"""Latents of each case: enough for distances rounded to 11 bits to flip a certified index."""
+"""Latents of each case, enough for distances rounded to 11 bits to flip a certified index."""
 
 WORK = 2**27
-"""Latents x codes x elements in one call, unless ``LATENTS`` need more: half a gigabyte of float32,
-if an implementation holds all differences at once."""
+"""The most latents x codes x elements in one call, unless ``LATENTS`` needs more.
+
+If an implementation holds all differences at once, they take half a gigabyte of float32."""
 
 EDGES = tuple(
     sorted(
@@ -43,16 +43,16 @@ EDGES = tuple(
         }
     )
 )
-"""Sizes of batches: about every power of two and of ten, where blocks begin and end."""
+"""Sizes of batches near every power of two and of ten, where blocks begin and end."""
 
 STATES = 1
-"""The stream of states, which must not be that of latents."""
+"""The stream of random numbers for states, which must differ from that of latents."""
 
 MANY = 2**16 + 1
-"""Latents in which one that is wrong must be found."""
+"""The number of latents in which a single wrong one must be found."""
 
 HUGE = 70_001
-"""Codes: more than 16 bits hold, and no block divides it."""
+"""A number of codes that exceeds 16 bits and that no block size divides."""
 
 SHAPES: Mapping[str, Callable[[int, int], tuple[int, int]]] = MappingProxyType(
     {
@@ -66,18 +66,19 @@ SHAPES: Mapping[str, Callable[[int, int], tuple[int, int]]] = MappingProxyType(
         "N_equals_K": lambda k, d: (k, 2),
     }
 )
-"""Batches (N, S) in which axes can be mistaken for each other, by name, of num_codes and
-code_size."""
+"""Batches (N, S) in which axes can be confused, as functions of num_codes and code_size."""
 
 
 @dataclass(frozen=True)
 class Amounts:
     """How much is tried.
 
-    seeds: of each check. latents: of each adversarial case. batches: of 65,537 latents, in which
-    one that is wrong must be found. million: of the largest batch.
-    calls, steps, training: calls of one kind, updates, training steps in a row.
-    codes: numbers of codes, code_sizes: numbers of elements, for implementations of any size.
+    seeds: seeds of each check.
+    latents: latents of each adversarial case.
+    batches: batches of 65,537 latents, in which a single wrong one must be found.
+    million: latents of the largest batch.
+    calls, steps, training: calls of one kind, updates, and training steps in a row.
+    codes, code_sizes: numbers of codes and of elements, for implementations that take any size.
     """
 
     seeds: int
@@ -120,7 +121,7 @@ THOROUGH = Amounts(
 
 @dataclass(frozen=True)
 class Kit:
-    """An implementation, and the sizes and arithmetic in which it is checked."""
+    """An implementation, and the sizes and arithmetic with which it is checked."""
 
     quantize: Quantize
     update: Update | None
@@ -141,55 +142,57 @@ class Kit:
 
     @property
     def affordable(self) -> int:
-        """Latents in one call at most."""
+        """The most latents in one call."""
         return max(LATENTS, WORK // (self.num_codes * self.code_size))
 
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
-        """Those of ``SHAPES`` that are affordable."""
+        """The entries of ``SHAPES`` that are affordable."""
         named = {name: shape(*self.codes) for name, shape in SHAPES.items()}
         return {name: (n, s) for name, (n, s) in named.items() if n * s <= self.affordable}
 
     @property
     def code_sizes(self) -> tuple[int, ...]:
-        """Those of the amounts for which the precision has a bound."""
+        """The code sizes to try, as far as the precision has a bound for them."""
         most = 0.5 / arithmetic(self.precision).unit - 5
         return tuple(d for d in self.amounts.code_sizes if d < most)
 
     def sized(self, num_codes: int, code_size: int) -> Kit:
-        """The same with another codebook."""
+        """Returns the same kit with another size of codebook."""
         return dataclasses.replace(self, num_codes=num_codes, code_size=code_size)
 
     def small(self) -> Kit:
-        """With a codebook for batches that are large, if the implementation takes any."""
+        """Returns a kit with a small codebook, for large batches, unless sizes are fixed."""
         return self.sized(16, 4) if self.any_size else self
 
     def rng(self, stream: int = 0) -> np.random.Generator:
-        """The same for the same seed and stream."""
+        """Returns a generator that depends on nothing but the seed and the stream."""
         return np.random.default_rng((self.seed, stream))
 
     def held(self, array: npt.ArrayLike) -> Array:
-        """In the dtype of the precision."""
+        """Returns the array in the dtype of the precision."""
         return np.asarray(array).astype(array_dtype(self.precision))
 
     def normal(self, rng: np.random.Generator, *shape: int) -> Array:
         return self.held(rng.normal(size=shape))
 
     def spread(self, most: int) -> npt.NDArray[np.int64]:
-        """Codes evenly spread, ``most`` at most, and those about powers of two beside them: the
-        first and the last are among them."""
+        """Returns at most ``most`` codes evenly spread, and all codes near powers of two.
+
+        The first and the last code are among them.
+        """
         last = self.num_codes - 1
         edges = [2**power + j for power in range(last.bit_length()) for j in (-1, 0)]
         even = np.linspace(0, last, min(self.num_codes, most)).round().astype(np.int64)
         return np.unique([*even, *(edge for edge in edges if edge <= last)])
 
     def judge(self, latents: Array, codebook: Array) -> list[Check]:
-        """The checks of one call with copies of these."""
+        """Returns the checks of one call with copies of these arrays."""
         found = self.quantize(latents.copy(), codebook.copy())
         return self.judge_answer(found, latents, codebook)
 
     def judge_answer(self, found: Any, latents: Array, codebook: Array) -> list[Check]:
-        """The checks of what ``quantize`` returned: indices, or indices and quantized."""
+        """Returns the checks of an answer of ``quantize``: indices, or indices and quantized."""
         how = {"precision": self.precision, "form": self.form}
         if isinstance(found, tuple):
             indices, quantized = map(np.asarray, found)
@@ -199,23 +202,23 @@ class Kit:
         return _of(latents, codebook, checks)
 
     def indices(self, latents: Array, codebook: Array) -> Array:
-        """The indices of one call with these themselves."""
+        """Returns the indices of one call with these very arrays."""
         return self.arrays(self.quantize(latents, codebook))[0]
 
     @staticmethod
     def arrays(found: Any) -> tuple[Array, ...]:
-        """What ``quantize`` returned, as arrays."""
+        """Returns an answer of ``quantize`` as arrays."""
         return tuple(map(np.asarray, found if isinstance(found, tuple) else (found,)))
 
     def start(self) -> EMAState:
-        """The state from which the dialect starts."""
+        """Returns the state from which the dialect starts."""
         rng = self.rng(STATES)
         means = self.normal(rng, *self.codes) if self.dialect.means == "own" else None
         return EMAState.start(self.normal(rng, *self.codes), self.dialect, means)
 
     def midway(self) -> EMAState:
-        """A state as in the middle of a run: counts from nothing to a few, and means that belong to
-        them."""
+        """Returns a state from the middle of a run: counts from 0 to a few, and means that
+        match."""
         rng = self.rng(STATES)
         count = self.held(rng.uniform(0, 4, self.num_codes) * rng.integers(0, 3, self.num_codes))
         count[0] = 2.0  # so that a dialect can divide by their sum
@@ -231,8 +234,10 @@ class Kit:
         decay: float,
         epsilon: float,
     ) -> tuple[list[Check], EMAState]:
-        """The checks of the state that an implementation made, and that state; the one before if it
-        is wrong."""
+        """Returns the checks of the state that an implementation made, and that state.
+
+        If the new state is wrong, returns the former state instead.
+        """
         arrays = state_arrays(found)
         checks = check_ema(
             arrays,
@@ -254,7 +259,7 @@ class Kit:
 
 @dataclass(frozen=True)
 class Given:
-    """What one move of the averages is given."""
+    """The inputs of one move of the averages."""
 
     state: EMAState
     latents: Array
@@ -267,8 +272,10 @@ class Given:
 
 
 class Move(ABC):
-    """A way to move the averages: ``call`` asks the implementation, ``judge`` holds its answer to
-    the oracle."""
+    """A way to move the averages.
+
+    ``call`` asks the implementation. ``judge`` compares its answer with the oracle's.
+    """
 
     name: str
 
@@ -280,19 +287,20 @@ class Move(ABC):
 
     @abstractmethod
     def judge(self, found: Any, given: Given) -> tuple[list[Check], EMAState]:
-        """The checks, and the state that the implementation made; the one before if it is wrong."""
+        """Returns the checks, and the implementation's new state, or the former if that is
+        wrong."""
 
     @abstractmethod
     def arrays(self, found: Any) -> tuple[Array, ...]:
-        """All arrays of an answer."""
+        """Returns all arrays of an answer."""
 
     def moved(self, given: Given) -> tuple[list[Check], EMAState]:
-        """One call with copies, judged."""
+        """Judges one call with copies of the inputs."""
         return self.judge(self.call(given.copied()), given)
 
 
 class Updating(Move):
-    """By ``update``: the indices are given."""
+    """Moves the averages by ``update``, which is given the indices."""
 
     name = "ema"
 
@@ -312,8 +320,10 @@ class Updating(Move):
 
 
 class Stepping(Move):
-    """By ``step``, which finds the indices: the averages are judged by those that it found, once
-    they are right."""
+    """Moves the averages by ``step``, which finds the indices itself.
+
+    The indices are judged first. If they are right, the averages are judged by them.
+    """
 
     name = "step"
 
@@ -338,7 +348,7 @@ class Stepping(Move):
 
 
 def state_arrays(state: Any) -> tuple[Array, Array, Array]:
-    """codebook, ema_count and ema_means of an EMAState, or of three arrays."""
+    """Returns codebook, ema_count and ema_means of an EMAState, or of three arrays."""
     if isinstance(state, EMAState):
         return state.codebook, state.ema_count, state.ema_means
     codebook, count, means = state
@@ -346,14 +356,14 @@ def state_arrays(state: Any) -> tuple[Array, Array, Array]:
 
 
 def _of(latents: Array, codebook: Array, checks: Iterable[Check]) -> list[Check]:
-    """The checks, named with the sizes that were judged."""
+    """Adds the sizes that were judged to the names of the checks."""
     n, s, d = latents.shape
     sizes = f"of {n} x {s} latents, K {len(codebook)}, D {d}"
     return [dataclasses.replace(check, stage=f"{check.stage} {sizes}") for check in checks]
 
 
 def equal(name: str, found: Array, expected: Array) -> Check:
-    """The check of arrays that must be the same to the last bit."""
+    """Returns the check of two arrays that must be equal to the last bit."""
     if found.shape != expected.shape or found.dtype != expected.dtype:
         problem = f"{name}: {found.dtype} {found.shape}, expected {expected.dtype} {expected.shape}"
         return Check(
@@ -368,8 +378,10 @@ def equal(name: str, found: Array, expected: Array) -> Check:
 
 
 def layouts(array: Array) -> Iterator[tuple[str, Array]]:
-    """The same values (any shape) in other orders of memory, each with a name. What lies between
-    them in memory is something else."""
+    """Yields the same values in other memory layouts, each with a name.
+
+    Other values lie between them in memory.
+    """
     yield "Fortran order", np.asfortranarray(array)
     for axis in range(array.ndim):
         yield f"axis {axis} reversed", np.flip(np.flip(array, axis).copy(), axis)

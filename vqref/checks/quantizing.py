@@ -1,4 +1,4 @@
-"""Checks of ``quantize``. Each is a function of the kit; ``quantizing_checks`` names them."""
+"""Checks of ``quantize``, as functions of the kit. ``quantizing_checks`` gives them names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from vqref.quantizer import quantize as quantize_exactly
 from vqref.validation import Array
 
 EDITS = 2
-"""The stream of changes."""
+"""The stream of random numbers for changes."""
 
 FEW = 256
-"""Latents aimed at codes, beside those about powers of two."""
+"""How many latents are aimed at codes, besides those near powers of two."""
 
 
 def quantizing_checks(kit: Kit) -> Named:
-    """Every check of ``quantize`` by name."""
+    """Returns every check of ``quantize`` by name."""
     shaped = {name: partial(_batches, shapes=[shape]) for name, shape in kit.shapes.items()}
     return {
         **{name: partial(_case, name=name) for name in CASES},
@@ -53,7 +53,8 @@ def _case(kit: Kit, name: str) -> Iterable[Check]:
 
 
 def scales(kit: Kit) -> Iterator[Check]:
-    """Latents and codes small or large together: nothing may be added to a distance or clamped."""
+    """Latents and codes that are both small or both large. Distances must not be offset or
+    clamped."""
     rng, span = kit.rng(), decades(kit.precision)
     latents, codebook = rng.normal(size=(512, 1, kit.code_size)), rng.normal(size=kit.codes)
     for exponent in np.linspace(-span, span, 9):
@@ -62,11 +63,13 @@ def scales(kit: Kit) -> Iterator[Check]:
 
 
 def exact_ties(kit: Kit) -> Iterator[Check]:
-    """Numbers with which every operation is exact in any precision and form: the lowest index must
-    win a tie, however far away in the codebook the other is."""
+    """Ties between numbers for which every operation is exact in any precision and form.
+
+    The lowest index must win, however far away in the codebook the other one is.
+    """
     rng, (k, d) = kit.rng(), kit.codes
     whole = rng.integers(-1, 2, (k + kit.amounts.latents, d))
-    whole[:, 16:] = 0  # so that 8 bits hold every sum
+    whole[:, 16:] = 0  # 8 bits then hold every sum
     rows, latents = kit.held(whole[:k]), kit.held(whole[k:])[:, None]
     for copies in (np.arange(k) % (k // 2), rng.integers(0, max(1, k // 3), k)):
         expected = quantize_exactly(latents, rows[copies]).indices
@@ -74,7 +77,8 @@ def exact_ties(kit: Kit) -> Iterator[Check]:
 
 
 def positions(kit: Kit) -> Iterator[Check]:
-    """Several latents per image: (N, S, D) in, (N, S) out, for every N to 7 and S to 20."""
+    """Several latents per image: (N, S, D) in, (N, S) out, for every N up to 7 and every S up to
+    20."""
     yield from _batches(kit, itertools.product(range(1, 8), range(1, 21)))
 
 
@@ -84,27 +88,29 @@ def empty_batch(kit: Kit) -> Iterator[Check]:
 
 
 def batch_sizes(kit: Kit) -> Iterator[Check]:
-    """Sizes about every power of two, as images and as positions: blocks begin and end there, and
-    the last is not full."""
+    """Sizes near every power of two, as images and as positions.
+
+    Blocks begin and end there, and the last block is not full.
+    """
     yield from _batches(kit, [(size, 1) for size in EDGES if size <= kit.affordable])
     yield from _batches(kit.small(), [(1, size) for size in EDGES if size <= kit.affordable])
 
 
 def rare_fault(kit: Kit) -> Iterator[Check]:
-    """Many latents: one wrong index in 50,000 must be found."""
+    """Many latents. If one index in 50,000 is wrong, the check must notice."""
     small = kit.small()
     yield from _batches(kit, [(min(MANY, kit.affordable), 1)])
     yield from _batches(small, [(min(MANY, small.affordable), 1)] * kit.amounts.batches)
 
 
 def every_code(kit: Kit) -> Iterator[Check]:
-    """Latents on codes and beside them: each code must be found, the first and the last too."""
+    """Latents on codes and near them. Each code must be found, also the first and the last."""
     rng = kit.rng()
     yield from _aimed(kit, rng, kit.spread(kit.affordable // 2))
 
 
 def every_element(kit: Kit) -> Iterator[Check]:
-    """Codes that differ in one element alone, for every element: none may be left out."""
+    """Codes that differ in a single element, for every element. None may be left out."""
     rng, (k, d) = kit.rng(), kit.codes
     for start in range(0, d, k // 2):
         elements = np.arange(start, min(d, start + k // 2))
@@ -117,7 +123,7 @@ def every_element(kit: Kit) -> Iterator[Check]:
 
 
 def fresh_codebook(kit: Kit) -> Iterator[Check]:
-    """Two codebooks, one after the other: nothing of the first may be remembered."""
+    """Two codebooks in turn. The implementation must not remember the first."""
     rng = kit.rng()
     latents = kit.normal(rng, 99, 1, kit.code_size)
     for _ in range(2):
@@ -125,8 +131,10 @@ def fresh_codebook(kit: Kit) -> Iterator[Check]:
 
 
 def codebook_edited(kit: Kit) -> Iterator[Check]:
-    """One codebook, changed in place between calls: wholly, in its last row, in one element, by an
-    exchange of rows. What was made of it before must not be used again."""
+    """One codebook, changed in place between calls. Nothing made from old values may be reused.
+
+    Changes the last row, single elements, the order of rows, and all rows.
+    """
     codebook = kit.normal(kit.rng(), *kit.codes)
     latents = codebook[kit.spread(FEW)][:, None]
     for _ in _edited(kit, codebook):
@@ -143,7 +151,7 @@ def latents_edited(kit: Kit) -> Iterator[Check]:
 
 
 def _edited(kit: Kit, rows: Array) -> Iterator[None]:
-    """Changes rows (n, D) in place, one way after the other; the first yield is before."""
+    """Changes rows (n, D) in place in several ways. The first yield comes before any change."""
     rng, middle = kit.rng(EDITS), len(rows) // 2
     yield
     rows[-1] += kit.held(3.0)
@@ -162,7 +170,7 @@ def _edited(kit: Kit, rows: Array) -> Iterator[None]:
 
 
 def inputs_kept(kit: Kit) -> Iterator[Check]:
-    """Latents and codebook must stay as they were, and the same call must give the same again."""
+    """Latents and codebook must not change, and equal calls must give equal answers."""
     rng = kit.rng()
     codebook = kit.normal(rng, *kit.codes)
     for n in (1, 99, 4097):
@@ -175,8 +183,11 @@ def inputs_kept(kit: Kit) -> Iterator[Check]:
 
 
 def answers_kept(kit: Kit) -> Iterator[Check]:
-    """An answer belongs to the caller: later calls and changes of the inputs must leave it alone,
-    and changes of the answer nothing else."""
+    """An answer belongs to the caller.
+
+    Later calls and changes of the inputs must not change it. Changes of the answer must not change
+    anything else.
+    """
     rng = kit.rng()
     codebook = kit.normal(rng, *kit.codes)
     rows, before = codebook.copy(), codebook.copy()
@@ -202,8 +213,10 @@ def answers_kept(kit: Kit) -> Iterator[Check]:
 
 
 def other_layouts(kit: Kit) -> Iterator[Check]:
-    """The same values in other orders of memory, strided, reversed, read-only. An implementation
-    may refuse a layout by an error; it may not read it as another."""
+    """The same values in other memory layouts: strided, reversed, read-only.
+
+    An implementation may refuse a layout with an error. It must not misread it.
+    """
     rng = kit.rng()
     latents, codebook = kit.normal(rng, 9, 9, kit.code_size), kit.normal(rng, *kit.codes)
     exchanged = latents.swapaxes(0, 1)  # the same shape and address
@@ -215,20 +228,20 @@ def other_layouts(kit: Kit) -> Iterator[Check]:
 
 def _unless_refused(kit: Kit, latents: Array, codebook: Array) -> Iterator[Check]:
     try:
-        with warnings.catch_warnings(action="ignore"):  # that an array is read-only
+        with warnings.catch_warnings(action="ignore"):  # of read-only arrays
             found = kit.quantize(latents, codebook)
-    except Exception:  # whatever somebody's implementation raises
+    except Exception:  # somebody's implementation can raise anything
         return
     yield from kit.judge_answer(found, latents, codebook)
 
 
 def few_codes(kit: Kit) -> Iterator[Check]:
-    """Two codes to eight."""
+    """Two to eight codes."""
     yield from _codebooks(kit, [k for k in kit.amounts.codes if k <= 8])
 
 
 def odd_codes(kit: Kit) -> Iterator[Check]:
-    """Numbers of codes that 8 does not divide: a last block of codes is not full."""
+    """Numbers of codes that 8 does not divide, so that a last block of codes is not full."""
     yield from _codebooks(kit, [k for k in kit.amounts.codes if k > 8 and k % 8])
 
 
@@ -238,7 +251,7 @@ def many_codes(kit: Kit) -> Iterator[Check]:
 
 
 def huge_codebook(kit: Kit) -> Iterator[Check]:
-    """More codes than 16 bits hold."""
+    """More codes than 16 bits can number."""
     sized = kit.sized(HUGE, 2)
     yield from _aimed(sized, kit.rng(), sized.spread(32))
 
@@ -249,17 +262,17 @@ def one_element(kit: Kit) -> Iterator[Check]:
 
 
 def odd_code_sizes(kit: Kit) -> Iterator[Check]:
-    """Odd code sizes: a last vector of elements is not full."""
+    """Odd code sizes, so that a last vector of elements is not full."""
     yield from _elements(kit, [d for d in kit.code_sizes if d % 2])
 
 
 def code_sizes(kit: Kit) -> Iterator[Check]:
-    """Every even code size to 34, and large ones."""
+    """Every even code size up to 34, and large ones."""
     yield from _elements(kit, [d for d in kit.code_sizes if d % 2 == 0])
 
 
 def square_codebook(kit: Kit) -> Iterator[Check]:
-    """As many codes as elements, and then as many images and positions, too."""
+    """As many codes as elements; then also as many images and positions."""
     for size in (8, 16, 33):
         square = kit.sized(size, size)
         yield from _aimed(square, kit.rng(), np.arange(size))
@@ -282,12 +295,14 @@ ANY_SIZE: Named = {
     "square_codebook": square_codebook,
     "million_latents": million_latents,
 }
-"""Those that try codebooks of other sizes."""
+"""The checks that try codebooks of other sizes."""
 
 
 def many_calls(kit: Kit) -> Iterator[Check]:
-    """Call after call of one kind, judged each: the twentieth must be as right as the first. Every
-    third has another codebook."""
+    """Many calls of one kind, each judged: the twentieth must be as right as the first.
+
+    Every third call has a new codebook.
+    """
     rng = kit.rng()
     codebook = kit.normal(rng, *kit.codes)
     for call in range(kit.amounts.calls):
@@ -304,7 +319,7 @@ def _batches(kit: Kit, shapes: Iterable[tuple[int, int]]) -> Iterator[Check]:
 
 
 def _aimed(kit: Kit, rng: np.random.Generator, codes: Array) -> list[Check]:
-    """Latents on these codes and beside them, in any order. One code is zero."""
+    """Latents on these codes and near them, in random order. One code is zero."""
     codebook = kit.normal(rng, *kit.codes)
     codebook[len(codebook) // 2] = 0.0
     rows = codebook[rng.permutation(codes)]

@@ -20,7 +20,7 @@ from vqref.dialects import DIALECTS, Dialect
 from vqref.quantizer import EMAState, quantize, squared_distances, update_ema
 
 FORMAT = 1
-"""The format's version, increased if a reader of the last one would misread the files."""
+"""The version of the format. It grows if a reader of the last version would misread the files."""
 
 LATENTS, CODES, CODE_SIZE, STEPS = 24, 8, 4, 5
 PRECISION, FORM = "float32", "direct"
@@ -28,18 +28,31 @@ DECAY = 0.9
 
 README = """# Conformance vectors
 
-`quantizer.json`: for each of `cases`, `latents` (N, 1, D) and `codebook` (K, D), float32 values
-written out in full; `indices` (N, 1) of the nearest codes by exact distances, the lowest on a tie;
-`gap`, the second-smallest squared distance minus the smallest; and `allowed`: for each latent,
-every index that an implementation may answer which sums (latent - code)^2 in float32, in any
-order. One entry: the index is certified, any other answer is wrong. Several: rounding may choose.
+## quantizer.json
 
-`ema.json`: for each of `cases`, a `dialect` with its `rules`, `decay`, `epsilon`, the state before
-the first step (`codebook`, `ema_count`, `ema_means`), and `steps`: `latents` (N, 1, D), `indices`
-(N, 1) and the state after that step, in float64. A step's state is the next one's start. An
-implementation in float32 should be within 1e-5 of the magnitudes that an element adds up.
+Each of the `cases` has:
 
-`vectors.npz`: the same arrays as CASE/ARRAY and DIALECT/STEP/ARRAY.
+- `latents` (N, 1, D) and `codebook` (K, D): float32 values, written in full.
+- `indices` (N, 1): the nearest codes by exact distances; on a tie, the lowest index.
+- `gap`: the second-smallest squared distance minus the smallest.
+- `allowed`: for each latent, every index that is a right answer for an implementation that sums
+  (latent - code)^2 in float32, in any order. With one entry, the index is certified and any other
+  answer is wrong. With several, rounding decides between them.
+
+## ema.json
+
+Each of the `cases` has:
+
+- `dialect`, its `rules`, `decay` and `epsilon`.
+- `codebook`, `ema_count` and `ema_means`: the state before the first step.
+- `steps`: for each step, `latents` (N, 1, D), `indices` (N, 1) and the state after it, in float64.
+  The next step starts from this state.
+
+Each element sums several terms. In float32, it may be off by 1e-5 of the sum of their magnitudes.
+
+## vectors.npz
+
+The same arrays, named CASE/ARRAY, DIALECT/ARRAY and DIALECT/STEP/ARRAY.
 """
 
 
