@@ -175,8 +175,10 @@ def conv_learn(layer: Layer, g: Float64, x: Float64) -> Gradients:
 
 
 def conv_transpose(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
-    """full[n, o, s*i + a, s*j + b] += x[n,c,i,j] * weight[c,o,a,b], then cropped by ``pads``: the
-    gradient of a convolution."""
+    """full[n, o, s*i + a, s*j + b] += x[n,c,i,j] * weight[c,o,a,b], then cropped by ``pads``.
+
+    This is the gradient of a convolution.
+    """
     taps = np.tensordot(x, weight, axes=((1,), (0,)))  # (N, H, W, O, kh, kw)
     return _cropped(layer, scattered(layer, taps, _full_shape(layer, x))) + bias[:, None, None]
 

@@ -556,8 +556,10 @@ _WANTED: Mapping[str, tuple[type, ...]] = {
 
 
 def _require_types(values: Mapping[str, Any], whose: str = "") -> None:
-    """Holds fields to their types and to bounds, so that a file cannot surprise. Raises
-    ValueError."""
+    """Raises ValueError unless fields have their types and keep their bounds.
+
+    So a file cannot surprise.
+    """
     for name, value in values.items():
         wanted = _WANTED.get(name, (int,))
         if not isinstance(value, wanted) or isinstance(value, bool) != (wanted == (bool,)):

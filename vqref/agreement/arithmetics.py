@@ -1,22 +1,24 @@
-"""What a machine may get wrong in one row of a network, under a named arithmetic.
+"""Bounds on what a machine may get wrong in one row of a network, under a named arithmetic.
 
-Sums. A product is rounded once, or fused into the sum. Whatever the order, the products and the
-bias are the leaves of a tree whose nodes are additions, and the error of a sum is exactly the sum
-of what its nodes are off by, u of what a node holds each. A node holds the sum of some of the terms
-and nothing else, which is at most
+Take a sum. Each product is rounded once, or it is fused into the sum. In any order, the products
+and the bias are the leaves of a tree whose nodes are additions. The error of the sum is exactly the
+sum of the errors of its nodes. Each of these is at most u times what the node holds. A node holds
+the sum of some of the terms and nothing else. Let A be the sum of all magnitudes, Σ |w| |x| + |b|,
+and z the exact result. Then a node holds at most
 
-    M = max(sum of the positive terms, sum of the negative ones) = (A + |z|) / 2
+    M = max(sum of the positive terms, -(sum of the negative terms)) = (A + |z|) / 2
 
-A being the sum of all magnitudes, Σ |w| |x| + |b|, and z the exact result. So n additions are off
-by at most g(n) M, g(n) = n u / (1 - n u) since nodes also hold what those below them are off by,
-and products by u A (1 + g(n)). Terms that are 0, as after a relu or in padding, add nothing and are
-not counted. In lanes or in a balanced tree each term passes few additions: with k roundings on its
-way, g(k) A (Higham 2002, equation 3.5). The smaller of the two holds.
+Nodes also hold the errors of the nodes below them. So n additions are off by at most g(n) M, where
+g(n) = n u / (1 - n u). The products are off by at most u A (1 + g(n)). Terms that are 0, as after a
+relu or in padding, add nothing and are not counted. In lanes or in a balanced tree, each term
+passes few additions. With k roundings on its way, the sum is off by at most g(k) A (Higham 2002,
+equation 3.5). The smaller of the two bounds holds.
 
-What these bounds do not know: results that no sum of these terms gives, such as those of Winograd's
-algorithm (which has a row), of fast Fourier transforms or Strassen's, and of rows that were merged
-beforehand by changing weights. Fused rows that keep the terms are covered: an activation on top
-rounds nothing, and an addition may go into the sum of the row before, see ``local_error``.
+These bounds do not hold for results that no sum of these terms gives. Examples are Winograd's
+algorithm (which has its own arithmetic below), fast Fourier transforms, Strassen's algorithm, and
+rows that were merged beforehand by changing weights. Fused rows that keep the terms are covered. An
+activation applied on top rounds nothing, and an addition may go into the sum of the row before, see
+``local_error``.
 """
 
 from __future__ import annotations
@@ -36,33 +38,45 @@ from vqref.validation import Float64
 
 UNIT, TINY = 2.0**-24, 2.0**-126
 LARGEST = distances_in("float32").largest
-"""The unit roundoff and the smallest normal number of float32, in which every arithmetic adds
-up."""
+"""The unit roundoff, the smallest normal and the largest number of float32.
+
+Every arithmetic adds in float32."""
 
 
 def any_order(n: int) -> int:
-    """Roundings on a term's way: a product, and n additions one after another for n products and a
-    bias; one more, here and below, for what another row may add, see ``local_error``."""
+    """Returns the number of roundings on a term's way if additions come in any order.
+
+    There is one for the product, and n for adding n products and a bias one after another. Here and
+    below, one more is for what another row may add, see ``local_error``.
+    """
     return n + 2
 
 
 def in_lanes(n: int) -> int:
-    """16 sums side by side, or more, then these in a tree: n/16 additions in a lane, 4 in the tree,
-    a product and a bias."""
+    """Returns the same for 16 or more sums side by side, which are then added in a tree.
+
+    There are n/16 additions in a lane, 4 in the tree, a product and a bias.
+    """
     return -(-n // 16) + 7
 
 
 def in_a_tree(n: int) -> int:
-    """log2 n additions, a product and a bias."""
+    """Returns the same for a balanced tree: log2 n additions, a product and a bias."""
     return math.ceil(math.log2(max(n, 2))) + 3
 
 
 @dataclass(frozen=True)
 class Factors:
-    """How factors are rounded: to how many bits after the point, and whether some machines cut them
-    instead of rounding to nearest. Each row may do it in its own way, or not at all, but rounds one
-    input the same way for all its products. Results below tiny, the smallest normal number, may be
-    flushed to zero; none may reach the largest."""
+    """How factors are rounded.
+
+    Each row may round in its own way, or not at all, but rounds one input in the same way for all
+    its products.
+
+    bits: the number of bits after the point.
+    cut: whether some machines cut factors off instead of rounding them to nearest.
+    tiny: the smallest normal number. Results below it may be flushed to zero.
+    largest: the bound that results must not reach.
+    """
 
     bits: int
     cut: bool
@@ -70,13 +84,15 @@ class Factors:
     largest: float
 
     def ulp(self, size: Float64) -> Float64:
-        """The distance of two neighbours at a magnitude."""
+        """Returns the distance between neighbouring numbers at a magnitude."""
         spacing = np.ldexp(1.0, np.frexp(size)[1] - 1 - self.bits)
         return np.where(size > 0, np.maximum(spacing, self.tiny * 2.0**-self.bits), 0.0)
 
     def rounded(self, x: Float64) -> tuple[Float64, Float64]:
-        """Centre and radius of what known numbers may be rounded to, and of themselves: whoever
-        rounds less is covered."""
+        """Returns centre and radius of an interval around x and all values it may be rounded to.
+
+        As it contains x itself, machines that round less are covered.
+        """
         size, ulp = np.abs(x), self.ulp(np.abs(x))
         down = np.floor(size / np.where(ulp > 0, ulp, 1.0)) * ulp
         rest = size - down
@@ -86,11 +102,12 @@ class Factors:
         return np.sign(x) * (low + high) / 2, (high - low) / 2
 
     def of_inputs(self, x: Float64, radius: Float64) -> tuple[Float64, Float64]:
-        """Values x, of which a machine has others within a radius, move on rounding by what is
-        within ρ of a known shift. Returns x + shift, and ρ.
+        """Returns x + shift, and ρ: rounding moves values near x by shift, give or take ρ.
 
-        In units of the last place they move by -1/2 to 1/2, or from -1 if they are cut, which is
-        3/4 to either side of -1/4."""
+        The machine's values lie within ``radius`` of x. In units in the last place, rounding to
+        nearest moves them by -1/2 to 1/2. If they may also be cut, they move by -1 to 1/2, which is
+        3/4 to either side of -1/4.
+        """
         size = np.abs(x)
         most = self.ulp(size + radius)
         shift = self.ulp(size) / 4 * ((radius < size) & self.cut)
@@ -110,18 +127,25 @@ class Factors:
 class Arithmetic:
     """How a machine computes the rows of a network.
 
-    Results below tiny, and factors, may be flushed to zero. An affine row takes two roundings, and
-    one for its constants; an addition one. elu: exp(x) is off by (exp + 4 |x|) u of itself, which
-    grows with |x| as that of WebGPU and of CUDA's fast exp does, and two roundings of the result
-    follow (as max(x, 0) + (exp(min(x, 0)) - 1), or with fewer; expm1 is nearer); exp(0) is 1. silu:
-    as x / (1 + exp(-x)) or x * sigmoid(x), off by (exp + 4) u |x|. gelu: as x/2 (1 + tanh(v)), off
-    by (exp + 8) u |x|: v is off by 5 u |v|, which moves tanh(v) by at most 2.3 u, and tanh itself
-    by exp u.
+    Results and factors below tiny may be flushed to zero. An affine row takes two roundings, and
+    one for its constants. An addition takes one.
 
-    meaning: in words. way: how many roundings a term passes, of the number of products. unit: of
-    sums. factors: how factors are rounded; None if they are not. winograd:
-    whether convolutions of 3x3 and stride 1 are computed by Winograd's F(4x4, 3x3), see
-    ``_winograd``.
+    meaning: a description in words.
+    way: how many roundings a term passes, as a function of the number of products.
+    unit: the unit roundoff of sums.
+    factors: how factors are rounded; None if they are not.
+    exp: exp(x) has a relative error of at most (exp + 4 |x|) u. It grows with |x|, as in WebGPU and
+        in CUDA's fast exp. exp(0) is 1.
+    winograd: whether convolutions of 3x3 and stride 1 use Winograd's F(4x4, 3x3), see
+        ``_winograd``.
+
+    The activations use exp as follows:
+
+    elu: computed as max(x, 0) + (exp(min(x, 0)) - 1). This adds at most two roundings of the
+        result. expm1 is more accurate.
+    silu: computed as x / (1 + exp(-x)) or x * sigmoid(x). It is off by at most (exp + 4) u |x|.
+    gelu: computed as x/2 (1 + tanh(v)). It is off by at most (exp + 8) u |x|: v is off by 5 u |v|,
+        which moves tanh(v) by at most 2.3 u, and tanh itself is off by exp u.
     """
 
     meaning: str
@@ -133,17 +157,19 @@ class Arithmetic:
 
     @property
     def plain(self) -> bool:
-        """Whether rows are sums of products of float32 and nothing else."""
+        """Whether rows are sums of float32 products and nothing else."""
         return self.factors is None and not self.winograd
 
     def sums(self, n: int) -> float:
-        """What n products and a bias are off by, beside the sum of their magnitudes."""
+        """Returns the largest error of n products and a bias, relative to the sum of magnitudes."""
         return roundings(self.way(n), self.unit)
 
 
 CUT = 4 * UNIT
-"""For sums in tensor cores, which cut blocks of four products or more, and the sum so far, off at
-the last bit of the largest (Fasi et al. 2021): (4 + 2) / 4 times 2 units for each product."""
+"""The unit roundoff of sums in tensor cores.
+
+Tensor cores add blocks of four or more products to the sum so far, and cut all of these off at the
+last bit of the largest (Fasi et al. 2021). This costs (4 + 2) / 4 times 2 units per product."""
 
 ARITHMETICS: Mapping[str, Arithmetic] = MappingProxyType(
     {
@@ -170,13 +196,15 @@ ARITHMETICS: Mapping[str, Arithmetic] = MappingProxyType(
         ),
     }
 )
-"""By name. float32 holds the next two: whoever adds in a tree or in lanes adds in some order."""
+"""The arithmetics by name.
+
+float32 includes lanes and pairwise: adding in lanes or in a tree is adding in some order."""
 
 
 def spread(
     layer: Layer, taken: Sequence[tuple[Float64, Float64]], weights: Sequence[Float64]
 ) -> Float64:
-    """What a row makes of inputs (value, radius) that are off by at most their radius: |W| Δ."""
+    """Returns how far a row's result can move, |W| Δ, for inputs (value, radius)."""
     wide = [radius for _, radius in taken]
     if weights:
         return KINDS[layer.kind].value(layer, *wide, np.abs(weights[0]), np.zeros_like(weights[1]))
@@ -195,13 +223,16 @@ def local_error(
     merged: Sequence[int] = (),
     spare: Float64 | None = None,
 ) -> Float64:
-    """What a row's result is off by, beside the exact result of the machine's own inputs, which is
-    z in the oracle and off by at most ``wide``. Inputs are those after rounding, and weights the
-    centres of what theirs may be, within ``spare``.
+    """Returns a bound on the error of the row's own operations.
 
-    merged: of an addition, how many products each input sums up, 0 if it is no such sum. A runtime
-    may add the other input y within that sum, first or last: M grows by |y| and every addition may
-    be off by u |y| more.
+    The error is the distance of the machine's result from the exact result of the machine's own
+    inputs. The oracle has z for that exact result, and is at most ``wide`` away from it.
+
+    taken: the inputs (value, radius) after rounding.
+    weights, spare: the centres of what the rounded weights may be, and their radii.
+    merged: for an addition, how many products each input sums up; 0 if the input is no such sum. A
+        runtime may add the other input y within that sum, first or last. Then M grows by |y|, and
+        every addition may be off by u |y| more.
     """
     sizes = [np.abs(x) + radius for x, radius in taken]
     if layer.kind in UNBOUNDED:
@@ -236,7 +267,7 @@ def _product_error(
     z: Float64,
     wide: Float64,
 ) -> Float64:
-    """Of a row with weights; all are magnitudes."""
+    """The same for a row with weights. All arguments are magnitudes."""
     value, count = KINDS[layer.kind].value, products(layer)
     total = value(layer, size, weight, np.zeros_like(bias))
     all_terms = total + (bias if layer.kind == "dense" else bias[:, None, None])
@@ -251,7 +282,7 @@ def _product_error(
         error = np.minimum(error, arithmetic.sums(count) * all_terms)
     error += 2 * count * TINY * (1 + size.max() + weight.max())
     error[2 * all_terms >= LARGEST] = np.inf
-    if (count + 2) * arithmetic.unit >= 0.5:  # g is no bound
+    if (count + 2) * arithmetic.unit >= 0.5:  # g is then no bound
         error[:] = np.inf
     factors = arithmetic.factors
     if factors is not None and max(size.max(), weight.max()) >= factors.largest:
@@ -260,7 +291,7 @@ def _product_error(
 
 
 def products(layer: Layer) -> int:
-    """How many products each result of a row adds up, at most; 0 if it adds up none."""
+    """Returns the most products that a result of the row adds up; 0 if it adds up none."""
     if not layer.parameters:
         return 0
     if layer.kind == "conv_transpose":
@@ -271,16 +302,18 @@ def products(layer: Layer) -> int:
 UNBOUNDED = frozenset(
     {"embedding", "layer_norm", "group_norm", "unit_norm", "bounded", "upsample", "attention"}
 )
-"""Kinds of rows of which no bound is derived here: behind them nothing is proved."""
+"""Kinds of rows for which no bound is derived here.
+
+Nothing is proved for encoders that have them."""
 
 
 def unbounded(rows: Sequence[Layer]) -> list[str]:
-    """The kinds among some rows of which no bound is known."""
+    """Returns the kinds of ``rows`` that have no known bound."""
     return sorted({row.kind for row in rows} & UNBOUNDED)
 
 
 BENT = {"silu": 0.25, "gelu": 0.41}
-"""Half the largest |f''| of an activation, or more: gelu's is 0.798, at 0."""
+"""Half the largest |f''| of an activation, or more. The largest |f''| of gelu is 0.798, at 0."""
 
 WINOGRAD_DATA = (  # B', d -> B'dB, of F(4x4, 3x3) (Lavin and Gray 2016)
     (4, 0, -5, 0, 1, 0),
@@ -307,15 +340,16 @@ WINOGRAD_RESULT = (
 
 
 def _winograd(layer: Layer, size: Float64, weight: Float64, bias: Float64) -> Float64:
-    """Y = A'[Σ over channels of (G g G') ⊙ (B' d B)]A is no sum in any order: its terms are larger
-    than those of the convolution and cancel.
+    """A bound on the error of Winograd's algorithm.
 
-    Each factor passes two transforms, of at most 6 terms each, and so does the result; C products
-    are added between: C + 50 roundings, of terms whose magnitudes add up to at most
+    Y = A'[Σ over channels of (G g G') ⊙ (B' d B)]A is not a sum of the convolution's terms in any
+    order. Its terms are larger and cancel. Each factor passes two transforms of at most 6 terms
+    each, and so does the result. Between them, C products are added. These are at most C + 50
+    roundings. The magnitudes of the terms add up to at most
 
         |A'| [Σ over channels of (|G| |g| |G'|) ⊙ (|B'| |d| |B|)] |A|
 
-    in a tile. A result may be at any of the 16 places of its tile: the largest of these holds.
+    in a tile. A result may be at any of the 16 places of its tile, so the largest of these holds.
     """
     from numpy.lib.stride_tricks import sliding_window_view
 
@@ -327,7 +361,7 @@ def _winograd(layer: Layer, size: Float64, weight: Float64, bias: Float64) -> Fl
     height, width = layer.out_shape[1:]
     of_g = (of_weights @ weight @ of_weights.T).reshape(*weight.shape[:2], 36).transpose(2, 0, 1)
     total = np.zeros((1, *layer.out_shape))
-    for row in range(height + 3):  # of tiles, one to begin at each place
+    for row in range(height + 3):  # rows of tiles; a tile begins at each place
         tiles = sliding_window_view(padded[:, row : row + 6], (6, 6), axis=(1, 2))[:, 0]
         of_d = (data @ tiles @ data.T).reshape(*tiles.shape[:2], 36).transpose(2, 0, 1)
         terms = (of_g @ of_d).transpose(1, 2, 0).reshape(len(weight), -1, 6, 6)
@@ -341,10 +375,10 @@ def _winograd(layer: Layer, size: Float64, weight: Float64, bias: Float64) -> Fl
 
 
 def curvature(activation: str, z: Float64, wide: Float64) -> Float64:
-    """The largest |r| / δ² of an activation at z whose input is off by at most ``wide``."""
+    """Returns the largest |r| / δ² of an activation at z whose input is off by at most ``wide``."""
     if activation == "elu":
         return _elu_curvature(z, wide)
-    if activation == "relu":  # (δ - |z|) / δ², which is largest at 2 |z|
+    if activation == "relu":  # (δ - |z|) / δ² is largest at 2 |z|
         at = np.maximum(np.minimum(wide, 2 * np.abs(z)), TINY)
         bend: Float64 = np.maximum(0.0, at - np.abs(z)) / np.square(at)
         return bend
@@ -352,10 +386,14 @@ def curvature(activation: str, z: Float64, wide: Float64) -> Float64:
 
 
 def _elu_curvature(z: Float64, wide: Float64) -> Float64:
-    """At z = -m < 0 it is exp(-m) (exp(δ) - 1 - δ) / δ² for what stays below 0, which grows with δ,
-    and (δ - m + 1 - exp(-m) (1 + δ)) / δ² for what crosses it, which is largest at δ = 2 (m - 1 +
-    exp(-m)) / (1 - exp(-m)). At z >= 0 nothing is bent but the last Δ - z, where f'' is at most 1:
-    (Δ - z)² / (2 Δ²). Where these cancel, half the largest f''."""
+    """The same for elu, in closed form.
+
+    At z = -m < 0, for inputs that stay below 0, it is exp(-m) (exp(δ) - 1 - δ) / δ². This grows
+    with δ. For inputs that cross 0, it is (δ - m + 1 - exp(-m) (1 + δ)) / δ². This is largest at δ
+    = 2 (m - 1 + exp(-m)) / (1 - exp(-m)). At z >= 0, only the last Δ - z of the way is curved, and
+    f'' is at most 1 there. This gives (Δ - z)² / (2 Δ²). Where these formulas cancel, takes half
+    the largest f''.
+    """
     plain = np.where(z - wide < 0, 0.5 * np.exp(np.minimum(0.0, z + wide)), 0.0)
     inside, m = np.clip(wide, 0.01, 700.0), np.maximum(-z, 0.01)
     below = np.exp(z) * (np.expm1(inside) - inside) / np.square(inside)
@@ -369,7 +407,7 @@ def _elu_curvature(z: Float64, wide: Float64) -> Float64:
 
 
 def remainder(activation: str, z: Float64, wide: Float64) -> Float64:
-    """|r| of an activation at z whose input is off by at most ``wide``."""
+    """Returns the largest |r| of an activation at z whose input is off by at most ``wide``."""
     if activation == "relu":
         return np.maximum(0.0, wide - np.abs(z))
     bent: Float64 = curvature(activation, z, wide) * np.square(wide)
@@ -381,7 +419,7 @@ LIPSCHITZ = {"linear": 1.0, "elu": 1.0, "relu": 1.0, "silu": 1.1, "gelu": 1.13}
 
 
 def activation_error(activation: str, z: Float64, wide: Float64, arithmetic: Arithmetic) -> Float64:
-    """What the activation's own result is off by."""
+    """Returns a bound on the error of the activation's own computation."""
     if activation == "elu":
         far = np.abs(z) + wide
         power = (arithmetic.exp + 4 * far) * np.exp(np.minimum(0.0, z + wide))

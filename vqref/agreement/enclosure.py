@@ -1,5 +1,7 @@
 """One image through the encoder under an arithmetic, and what rounding can do in each row.
-``vqref.agreement.advance`` has the derivation."""
+
+``vqref.agreement.advance`` has the derivation.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,15 @@ from vqref.spec import Layer, ModelSpec, Step, plan
 from vqref.validation import Float64, Params
 
 NARROW = 32
-"""The most results of a row whose bounds before its activation are pulled back one by one."""
+"""The most results of a row for which bounds before its activation are pulled back one by one."""
 
 
 class Network:
     """The encoder's rows under an arithmetic.
 
-    By the names of rows: weights, the centres of what theirs may be rounded to, and biases; spare,
-    the radii of weights that are rounded.
+    weights: weight and bias by row. If weights are rounded, these are the centres of what they may
+        become.
+    spare: by row, the radii of rounded weights.
     """
 
     def __init__(self, spec: ModelSpec, params: Params, arithmetic: Arithmetic) -> None:
@@ -47,8 +50,11 @@ class Network:
 
     @cached_property
     def norms(self) -> dict[str, tuple[float, float, Float64]]:
-        """Of rows with weights, bounds on l2 norms: of the row; of what it makes of the places that
-        one place of its result sees, and each channel of that, inf if its kind has none such."""
+        """Returns, for each row with weights, three bounds on l2 norms.
+
+        They are the norm of the whole row, the norm of the part that one place of its result sees,
+        and the same for each channel. The last two are inf if the row's kind has no such places.
+        """
         found = {}
         for layer in (step.layer for step in self.steps if step.layer.parameters):
             weight, place, each = self.weights[layer.name][0], math.inf, np.array(math.inf)
@@ -71,8 +77,12 @@ def enclose(
     begun: tuple[Row, ...] = (),
     cap: Float64 | float = math.inf,
 ) -> Enclosure:
-    """The encoder on one image (C, H, W), with bounds; ``closely``, from lengths and Jacobians,
-    too. begun: what is known of the rows before one, whose radius is also at most ``cap``."""
+    """Returns the encoder's values on one image (C, H, W), with bounds.
+
+    closely: whether to use lengths and Jacobians too.
+    begun: rows that are already known.
+    cap: a further bound on the radius of the first row that is not, before its activation.
+    """
     rows = [*begun] or [Row.exact(image)]
     for step in network.steps[len(rows) - 1 :]:
         rows.append(_enclosed(network, tuple(rows), step, closely, cap))
@@ -118,7 +128,7 @@ def _enclosed(
 
 
 def _merged(steps: tuple[Step, ...], value: int) -> int:
-    """How many products a value sums up, if a runtime may go on adding to that sum."""
+    """How many products a value sums up, if a runtime may go on adding to that sum; else 0."""
     if value == 0 or steps[value - 1].layer.activation != "linear":
         return 0
     return products(steps[value - 1].layer)
@@ -127,7 +137,7 @@ def _merged(steps: tuple[Step, ...], value: int) -> int:
 def _closer(
     network: Network, layer: Layer, taken: list[Bounds], before: Bounds, error: Float64
 ) -> Bounds:
-    """Bounds before an activation from the lengths of what the inputs are off by, too."""
+    """Bounds before an activation that also use the lengths of the inputs' errors."""
     radius, places, _ = before
     total = sum(off.whole for off in taken)
     if layer.parameters:
@@ -159,16 +169,16 @@ def _one_by_one(
 
 
 def norm(layer: Layer, weight: Float64) -> float:
-    """A bound on the ℓ2 norm of what a row with weights makes of its inputs.
+    """Returns a bound on the l2 norm of a row with weights.
 
-    A convolution of stride s is one of stride 1 whose input has the s² phases of each channel as
-    channels of their own, h x v taps. Padding with zeros and leaving out places can only lessen the
-    norm, so it is at most that of a circular convolution on a torus wide enough for all places: the
-    largest singular value of W(ω), of a matrix at each frequency. Of u* W(ω) v the square is a
-    trigonometric polynomial of degree h - 1 in one direction, and such a one is nowhere above
-    1 / cos(π (h - 1) / n) of its largest value at n equal steps (Ehlich and Zeller 1964): 8 h steps
-    do for all frequencies, where the torus has more. A transposed convolution has
-    the norm of the convolution that it is the gradient of.
+    A convolution of stride s is one of stride 1, with h x v taps, whose input has the s² phases of
+    each channel as separate channels. Padding with zeros and leaving out places can only make the
+    norm smaller. So it is at most that of a circular convolution on a torus wide enough for all
+    places. This is the largest singular value of all W(ω), the matrices at each frequency. The
+    square of u* W(ω) v is a trigonometric polynomial of degree h - 1 in one direction. Such a
+    polynomial is nowhere larger than 1 / cos(π (h - 1) / n) times its largest value at n equal
+    steps (Ehlich and Zeller 1964). So 8 h steps cover all frequencies, if the torus has more. A
+    transposed convolution has the norm of the convolution whose gradient it is.
     """
     if layer.kind == "dense":
         return float(np.linalg.norm(weight, 2))

@@ -1,7 +1,7 @@
-"""What is known of one image's way through the encoder, and gradients pulled back along it, which
-turn that into bounds on the latents. ``vqref.agreement.advance`` has the derivation.
+"""What is known of one image's way through the encoder, and gradients pulled back along it.
 
-On grids, whose rows see a few neighbours, only the window that a result sees is pulled.
+The gradients give bounds on the latents. ``vqref.agreement.advance`` has the derivation. Rows on
+grids see only a few neighbours, so only the window that a result sees is pulled back.
 """
 
 from __future__ import annotations
@@ -19,19 +19,25 @@ from vqref.spec import Layer, Step
 from vqref.validation import Float64, Int64
 
 SLACK = 1 + 1e-7
-"""Bounds are computed in float64, whose unit is 2e-9 of float32's: what it does to the exact values
-is 4e-9 of the bound, and this leaves 25 times as much for what cancels in a Jacobian."""
+"""A factor on bounds that covers their own rounding.
+
+Bounds are computed in float64, whose unit is 2e-9 of float32's. Its effect on the exact values is
+4e-9 of the bound. The factor leaves 25 times as much, for cancellation in a Jacobian."""
 
 PULLED_VALUES = 2**22
-"""Values of gradients held at once, 32 MiB per array."""
+"""The most values of gradients held at once, 32 MiB per array."""
 
 PRICES = 5
-"""Prices are tried down to 2 ** -PRICES of the highest that can help."""
+"""The lowest price tried is 2 ** -PRICES of the highest price that can help."""
 
 
 class Bounds(NamedTuple):
-    """Of what an array is off by: each element, |δ| <= radius; ||δ|| at each place of a grid, an
-    array (1, H, W), or of all of another array, (1, ...); and ||δ|| of all, inf if not known."""
+    """Bounds on the error δ of an array.
+
+    radius: |δ| of each element.
+    places: ||δ|| at each place of a grid, (1, H, W). For other arrays, ||δ|| of all, (1, ...).
+    whole: ||δ|| of all; inf if not known.
+    """
 
     radius: Float64
     places: Float64
@@ -42,14 +48,17 @@ class Bounds(NamedTuple):
         return cls(np.zeros_like(array), lengths(np.zeros_like(array)), 0.0)
 
     def together(self) -> Bounds:
-        """Each as small as the others allow."""
+        """Returns the bounds, each as small as the others allow."""
         radius = np.minimum(self.radius, np.minimum(self.places, self.whole))
         places = np.minimum(self.places, lengths(radius))
         return Bounds(radius, places, min(self.whole, length(places)))
 
 
 def lengths(array: Float64) -> Float64:
-    """||.|| at each place, (1, H, W) of an array (C, H, W), or of all of another, (1, ...)."""
+    """Returns ||.|| at each place.
+
+    This is (1, H, W) for an array (C, H, W), and one number, (1, ...), for any other array.
+    """
     axes = 0 if array.ndim == 3 else tuple(range(array.ndim))
     found: Float64 = SLACK * np.sqrt(np.square(array).sum(axis=axes, keepdims=True))
     return found
@@ -61,11 +70,15 @@ def length(array: Float64) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """What is known of a row, arrays without the axis of images.
+    """What is known of a row. Its arrays have no axis of images.
 
-    value and off: its result, and what that is off by. z and before: before the activation. slope:
-    of the activation. inputs: |ρ|, by which its input moves when factors are rounded, None if they
-    are not. error: |e|. after: |r|, at most bend δ². rounding: of the activation's result.
+    value, off: the result, and bounds on its error.
+    z, before: the same before the activation.
+    slope: the slope of the activation at z.
+    inputs: |ρ|, by which its input moves if factors are rounded; None if they are not.
+    error: |e|, the local error.
+    after, bend: |r|, which is at most bend δ².
+    rounding: the error of the activation's own computation.
     """
 
     value: Float64
@@ -81,16 +94,18 @@ class Row:
 
     @classmethod
     def exact(cls, value: Float64) -> Row:
-        """Of an array that is known, as the image is."""
+        """Returns the row of an array that is known exactly, such as the image."""
         none, bounds = np.zeros_like(value), Bounds.none(value)
         return cls(value, bounds, value, bounds, np.ones_like(value), None, none, none, none, none)
 
 
 @dataclass(frozen=True)
 class Enclosure:
-    """One image through the encoder, and what rounding can do on the way.
+    """One image's way through the encoder, and what rounding can do on it.
 
-    steps: the rows. weights: by their names. rows: by number, from 0 for the image.
+    steps: the rows of the network.
+    weights: weight and bias by row.
+    rows: what is known of each row, by number; 0 is the image.
     """
 
     steps: tuple[Step, ...]
@@ -102,7 +117,7 @@ class Enclosure:
         return self.rows[-1].value
 
     def before(self, number: int) -> Enclosure:
-        """The rows up to one, without its activation."""
+        """Returns the rows up to ``number``, the last one without its activation."""
         row = self.rows[number]
         none = np.zeros_like(row.value)
         plain = replace(row, slope=np.ones_like(none), after=none, bend=none, rounding=none)
@@ -110,18 +125,22 @@ class Enclosure:
 
 
 class Told(NamedTuple):
-    """What pulling B gradients finds on the way: curved (B,), which part of the bounds comes from
-    |r|; seen, by number of a row, the largest |g| of each element of its result."""
+    """What pulling B gradients back finds on the way.
+
+    curved: (B,), the part of each bound that comes from |r|.
+    seen: by number of a row, the largest |g| of each element of its result.
+    """
 
     curved: Float64
     seen: Mapping[int, Float64]
 
 
 class Window(NamedTuple):
-    """A part of each of B gradients of a value, outside of which they are 0.
+    """A part of each of B gradients of a value. Outside of it, they are 0.
 
-    values (B, C, h, w). origin (B, 2): row and column of its first place, which may lie outside of
-    the value; None: it is the whole value, of any shape.
+    values: (B, C, h, w).
+    origin: (B, 2), row and column of its first place, which may lie outside the value. None means
+        that the window is the whole value, of any shape.
     """
 
     values: Float64
@@ -138,9 +157,11 @@ def reach(
     room: Float64,
     told: Told | None = None,
 ) -> Float64:
-    """Bounds (B,) on |direction . δ|, δ what the latents of some tokens (B,) can move by,
-    directions (B, D): what the exact Jacobian gives, or anything that is proved to be less than
-    ``room`` (B,)."""
+    """Returns bounds (B,) on |direction . δ|, where δ is how far latents of tokens (B,) can move.
+
+    directions: (B, D).
+    room: (B,). A bound is what the exact Jacobian gives, or any proved bound below its room.
+    """
     largest = max(row.value.size for row in enclosure.rows)
     step = max(1, PULLED_VALUES // min(largest, PULLED_VALUES // 8))
     bounds = np.empty(len(tokens))
@@ -160,9 +181,13 @@ def pulled(
     told: Told | None = None,
     work: float | None = None,
 ) -> Float64:
-    """As ``reach``, of B gradients of the last row. Every row passed gives a bound, and the least
-    of them holds. work: how many multiplications may be spent, on the first gradients if not on
-    all; each |r| counts for itself."""
+    """Returns bounds like ``reach``, for B gradients of the last row.
+
+    Every row passed gives a bound, and the smallest holds.
+
+    work: the most multiplications to spend, on the first gradients if not on all. Each |r| then
+        counts for itself.
+    """
     bounds, spent = np.full(len(room), np.inf), np.zeros(len(room))
     live = np.arange(len(room))
     gradients = {len(enclosure.steps): start}
@@ -203,7 +228,7 @@ def pulled(
 
 
 def _moved(off: Bounds, g: Window) -> Float64:
-    """Bounds (B,) on |g . δ|: by the sizes of elements, of places and of all."""
+    """Bounds (B,) on |g . δ|, from the bounds on elements, on places and on the whole."""
     bounds = _weighed(g, off.radius)
     if off.whole == np.inf:
         return bounds
@@ -216,8 +241,10 @@ def _moved(off: Bounds, g: Window) -> Float64:
 
 
 def _curved(row: Row, g: Window) -> Float64:
-    """Bounds (B,) on Σ |g| |r| of a row: with each r as large as can be, or for any price p, since
-    Σ δ² <= ||δ||² and |r| <= bend δ²,
+    """Bounds (B,) on Σ |g| |r| of a row.
+
+    Either each r is as large as it can be, or there is a price p. As Σ δ² <= ||δ||² and |r| <= bend
+    δ², for any p
 
         Σ |g| |r| <= p ||δ||² + Σ min(max(0, |g| bend - p) Δ², |g| max |r|)
     """
@@ -238,7 +265,7 @@ def _curved(row: Row, g: Window) -> Float64:
 
 
 def _gathered(g: Window, most: Float64) -> None:
-    """Raises ``most``, of a value's shape, to |g| of each gradient."""
+    """Raises ``most``, which has a value's shape, to the |g| of each gradient."""
     if g.origin is None:
         np.maximum(most, np.abs(g.values).max(axis=0), out=most)
         return
@@ -266,8 +293,10 @@ def _pull(enclosure: Enclosure, step: Step, g: Window) -> Iterator[Window]:
 
 
 def _to_places(layer: Layer, g: Window) -> Window:
-    """The gradient of a grid's latents (S, D) as that of one place of the grid each, if there is
-    one place."""
+    """The gradient of a grid's latents (S, D), as windows of one place of the grid each.
+
+    If one of them has several places, returns the whole grid instead.
+    """
     (whole,) = KINDS[layer.kind].backward(
         layer, g.values, np.empty((len(g.values), *layer.in_shape))
     )
@@ -280,8 +309,11 @@ def _to_places(layer: Layer, g: Window) -> Window:
 
 
 def _through_conv(layer: Layer, g: Window, weight: Float64) -> Window:
-    """As ``conv_backward``, of a window, too, in a third of the time: channels lie together. The
-    input's window begins where the kernel of its first place does."""
+    """The same as ``conv_backward``, also for windows, in a third of the time.
+
+    It is faster because channels lie together in memory. The input's window begins where the kernel
+    of its first place begins.
+    """
     (height, width), s = g.values.shape[2:], layer.stride
     places = g.values.transpose(0, 2, 3, 1).reshape(-1, len(weight))
     taps = np.ascontiguousarray(weight.transpose(2, 3, 0, 1))
@@ -306,11 +338,11 @@ def _through_conv(layer: Layer, g: Window, weight: Float64) -> Window:
 
 
 def _joined(a: Window, b: Window, shape: tuple[int, ...]) -> Window:
-    """The sum of two gradients of one value of a shape."""
+    """The sum of two gradients of one value of the given shape."""
     if a.origin is None or b.origin is None:
         a, b = (g if g.origin is None else _whole(g, shape) for g in (a, b))
         return Window(a.values + b.values, None)
-    apart = (b.origin - a.origin)[0]  # the same for all: both came down from one place
+    apart = (b.origin - a.origin)[0]  # the same for all: both came from one place
     ends = np.maximum(a.values.shape[2:], apart + b.values.shape[2:])
     begin = np.minimum(0, apart)
     total = np.zeros((*a.values.shape[:2], *(ends - begin)))
@@ -332,7 +364,7 @@ def _whole(g: Window, shape: tuple[int, ...]) -> Window:
 
 
 def _cut(array: Float64, g: Window) -> Float64:
-    """The part of an array of the value's shape that a window covers, 0 outside of it."""
+    """The part of an array of the value's shape that each window covers; 0 outside the array."""
     if g.origin is None:
         return array[None]
     rows, columns, inside = _places(g, array.shape)
@@ -341,8 +373,10 @@ def _cut(array: Float64, g: Window) -> Float64:
 
 
 def _places(g: Window, shape: tuple[int, ...]) -> tuple[Int64, Int64, npt.NDArray[np.bool_]]:
-    """Rows (B, h, 1) and columns (B, 1, w) of a window's places, clipped to the value, and which
-    lie in it, (B, h, w)."""
+    """Rows (B, h, 1) and columns (B, 1, w) of a window's places, clipped to the value.
+
+    Also returns which of them lie in the value, (B, h, w).
+    """
     assert g.origin is not None
     height, width = g.values.shape[2:]
     rows = (g.origin[:, :1] + np.arange(height))[:, :, None]

@@ -80,8 +80,10 @@ def equidistant(
 def mixed_scales(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """Each latent and each code at its own scale, from the smallest to the largest that can be
-    squared."""
+    """Each latent and each code at its own scale.
+
+    Scales go from the smallest to the largest that can be squared.
+    """
     span = decades(precision)
     latents = rng.normal(size=(n, d)) * 10 ** rng.uniform(-span, span, (n, 1))
     return _held(
@@ -112,8 +114,7 @@ def denormals(
 def far_from_origin(
     rng: np.random.Generator, n: int, k: int, d: int, precision: str
 ) -> tuple[Array, Array]:
-    """A codebook much further from the origin than it is wide, so that x.x - 2 x.c + c.c
-    cancels."""
+    """A codebook much further from the origin than it is wide: x.x - 2 x.c + c.c cancels."""
     offset = 0.01 / arithmetic(precision).unit ** 0.5
     latents, codebook = offset + rng.normal(size=(n, d)), offset + rng.normal(size=(k, d))
     return _held(latents, codebook, precision)

@@ -325,8 +325,7 @@ def late_steps(move: Move) -> Iterator[Check]:
 
 
 def edited(move: Move) -> Iterator[Check]:
-    """The same arrays, changed in place between calls. The implementation must not remember
-    them."""
+    """The same arrays, changed in place between calls. None may be remembered."""
     given = _anywhere(move.kit).copied()
     state, latents, indices = given.state, given.latents, given.indices
     changes: tuple[tuple[Array, Array], ...] = (

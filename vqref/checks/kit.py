@@ -217,8 +217,10 @@ class Kit:
         return EMAState.start(self.normal(rng, *self.codes), self.dialect, means)
 
     def midway(self) -> EMAState:
-        """Returns a state from the middle of a run: counts from 0 to a few, and means that
-        match."""
+        """Returns a state from the middle of a run.
+
+        Its counts go from 0 to a few, and its means match them.
+        """
         rng = self.rng(STATES)
         count = self.held(rng.uniform(0, 4, self.num_codes) * rng.integers(0, 3, self.num_codes))
         count[0] = 2.0  # so that a dialect can divide by their sum
@@ -287,8 +289,7 @@ class Move(ABC):
 
     @abstractmethod
     def judge(self, found: Any, given: Given) -> tuple[list[Check], EMAState]:
-        """Returns the checks, and the implementation's new state, or the former if that is
-        wrong."""
+        """Returns the checks and the implementation's new state, or the former if that is wrong."""
 
     @abstractmethod
     def arrays(self, found: Any) -> tuple[Array, ...]:

@@ -53,8 +53,10 @@ def _case(kit: Kit, name: str) -> Iterable[Check]:
 
 
 def scales(kit: Kit) -> Iterator[Check]:
-    """Latents and codes that are both small or both large. Distances must not be offset or
-    clamped."""
+    """Latents and codes that are both small or both large.
+
+    Nothing may be added to a distance, and no distance may be clamped.
+    """
     rng, span = kit.rng(), decades(kit.precision)
     latents, codebook = rng.normal(size=(512, 1, kit.code_size)), rng.normal(size=kit.codes)
     for exponent in np.linspace(-span, span, 9):
@@ -77,8 +79,7 @@ def exact_ties(kit: Kit) -> Iterator[Check]:
 
 
 def positions(kit: Kit) -> Iterator[Check]:
-    """Several latents per image: (N, S, D) in, (N, S) out, for every N up to 7 and every S up to
-    20."""
+    """Several latents per image: (N, S, D) in, (N, S) out, for every N up to 7 and S up to 20."""
     yield from _batches(kit, itertools.product(range(1, 8), range(1, 21)))
 
 

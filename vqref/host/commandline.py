@@ -1,5 +1,4 @@
-"""What every command line shares: typed options, one-line errors, a parser that names the
-nearest option.
+"""What every command line shares: typed options, one-line errors, and a parser.
 
 A command is a frozen dataclass of options and a function that takes it:
 
@@ -96,8 +95,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ``ArgumentParser`` that prints defaults, guesses no abbreviations, and has one-line
-    errors."""
+    """An ``ArgumentParser`` with defaults in its help, no abbreviations, and one-line errors."""
 
     def __init__(self, **options: object) -> None:
         options.setdefault("allow_abbrev", False)
@@ -121,8 +119,7 @@ class Parser(argparse.ArgumentParser):
                 self.add_argument(*flags, dest=field.name, default=default, **how)
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """Parses like ``parse_args``, but first rejects unknown options and names the nearest known
-        one."""
+        """Parses like ``parse_args``, but for an unknown option names the nearest known one."""
         words = list(sys.argv[1:] if argv is None else argv)
         known = self._known_options(words)
         for word in itertools.takewhile(lambda word: word != "--", words):
@@ -139,8 +136,7 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {close[0]}?" if close else ""
 
     def _known_options(self, words: Sequence[str]) -> list[str]:
-        """Returns the options of this parser and those of the first command named among
-        ``words``."""
+        """Returns this parser's options and those of the first command named in ``words``."""
         options = [option for action in self._actions for option in action.option_strings]
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -205,11 +201,10 @@ count = whole(0)
 def run(
     prog: str, command: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None
 ) -> int:
-    """Runs ``command(argv)``. Signals and expected failures give one line on stderr and an
-    ``ExitCode``.
+    """Runs ``command(argv)``. Signals and expected failures end in one line and an ``ExitCode``.
 
-    Any other exception is a bug and keeps its traceback. Libraries print nothing on stderr. A
-    ``Remark`` is printed as one line.
+    The line goes to stderr. Any other exception is a bug and keeps its traceback. Libraries print
+    nothing on stderr. A ``Remark`` is printed as one line.
     """
     prepare()
     return guarded(prog, lambda: _answer(prog, command, argv))
@@ -247,8 +242,7 @@ def _answer(
 
 @contextmanager
 def _remarks(prog: str) -> Iterator[None]:
-    """While a command runs, hides warnings that are no ``Remark``, and logs that have no
-    handler."""
+    """While a command runs, hides warnings other than ``Remark`` and logs without a handler."""
     last_resort, logging.lastResort = logging.lastResort, None
     raising, logging.raiseExceptions = logging.raiseExceptions, False
 

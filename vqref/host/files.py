@@ -307,8 +307,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 
 def _version(path: Path) -> str | None:
-    """The name of the hidden folder to which we made ``path`` a link; None if it is no such
-    link."""
+    """The name of the hidden folder to which we linked ``path``; None if it is no such link."""
     try:
         target = str(path.readlink())
     except OSError:
@@ -325,8 +324,7 @@ def _discard(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file, a link or a folder, even a read-only folder, if it is there. Raises
-    OSError."""
+    """Removes a file, a link or a folder, even a read-only one, if it is there. Raises OSError."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
         return

@@ -321,8 +321,7 @@ def _require_size(size: int) -> None:
 
 
 def _check_values(array: Array) -> Array:
-    """Returns the array itself if it is uint8, or floating, finite and in [0, 1]; else
-    InputError."""
+    """Returns the array if it is uint8, or floating, finite and in [0, 1]. Raises InputError."""
     if array.dtype == np.uint8:
         return array
     if not np.issubdtype(array.dtype, np.floating):

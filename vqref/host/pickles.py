@@ -66,8 +66,7 @@ def _require_bounded(file: IO[bytes]) -> None:
 
 
 def _start(opcode: pickletools.OpcodeInfo, stack: list[int], marks: list[int]) -> int:
-    """Where on the stack the opcode's arguments begin. Raises IndexError if the stack is too
-    short."""
+    """Where on the stack the opcode's arguments begin. Raises IndexError for a short stack."""
     taken = opcode.stack_before
     marked = _MARKED in taken
     start = marks.pop() - taken.index(_MARKED) if marked else len(stack) - len(taken)

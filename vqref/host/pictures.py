@@ -75,11 +75,11 @@ class Reading:
 
 
 def load_any(path: Path, reading: Reading = Reading()) -> ImageSet:
-    """Loads the images of a file, a folder of the official files, a folder of pictures, or a
-    picture.
+    """Loads the images of a file or a folder.
 
-    Raises InputError if options of pictures are given for something else, and what
-    ``vqref.host.images.load`` and ``load_folder`` raise.
+    Takes any file that ``vqref.host.images.load`` reads, a folder of the official files, a folder
+    of pictures, or one picture. Raises InputError if options of pictures are given for something
+    else, and what ``load`` and ``load_folder`` raise.
     """
     if is_folder(path):
         if not any((path / train).is_file() for train, _ in OFFICIAL_NAMES):
@@ -92,8 +92,7 @@ def load_any(path: Path, reading: Reading = Reading()) -> ImageSet:
 
 
 def load_folder(folder: Path, reading: Reading = Reading()) -> ImageSet:
-    """Loads the pictures of a folder as images (N, C, H, W) uint8, sorted by path within the
-    folder.
+    """Loads the pictures of a folder as images (N, C, H, W) uint8, sorted by path in the folder.
 
     Raises InputError if there are none, if one cannot be read (with ``skip_bad``: if none can), if
     one has the wrong size, or if memory cannot hold them all. Raises UsageError for options that
@@ -180,9 +179,10 @@ def _load(
 
 @dataclass
 class _Found:
-    """What was read: pixels (H, W) or (H, W, C) per picture, their names, and what was done to
-    each.
+    """What was read.
 
+    arrays: pixels (H, W) or (H, W, C) per picture.
+    done: what was done to each picture.
     broken: the pictures that could not be read, with the reason.
     """
 
@@ -242,8 +242,7 @@ def _channels_first(array: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def asked_of_pictures(reading: Reading) -> str | None:
-    """Returns the first option for pictures that the user gave, not a model; None if there is
-    none."""
+    """Returns the first option for pictures that the user gave, not a model; None without any."""
     own = reading.expected is None
     given = {
         "--resize": own and reading.size is not None,

@@ -125,8 +125,7 @@ def _pixels(
 
 
 def _layout(picture: Any) -> str:
-    """Pillow's name for the layout of a picture's samples in its file; "" if the picture is
-    loaded."""
+    """Pillow's name for the layout of a picture's samples in its file; "" if it is loaded."""
     for decoder, _, _, arguments in getattr(picture, "tile", ()):
         if decoder.startswith("ppm") and arguments[-1] > 255:
             return ";16B"
@@ -188,8 +187,7 @@ def _scaled(key: Any, layout: str) -> Any:
 
 
 def _keyed(shown: Array, levels: Array, key: Any) -> Any:
-    """A picture of ``shown`` that is transparent where ``levels`` equal ``key``, if there is a
-    key."""
+    """A picture of ``shown``, transparent where ``levels`` equal ``key``, if there is a key."""
     image = pillow()
     found = image.fromarray(shown)
     if key is None:

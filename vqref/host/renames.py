@@ -32,8 +32,7 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def take_free(old: Path, new: Path) -> bool:
-    """Renames ``old`` to the free name ``new``. Returns False, and does nothing, if the system
-    cannot.
+    """Renames ``old`` to the free name ``new``. Returns False, and does nothing, if it cannot.
 
     Raises FileExistsError if the name is taken, and OSError.
     """
