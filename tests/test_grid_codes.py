@@ -90,7 +90,7 @@ def test_a_model_whose_grid_was_moved_is_refused():
     model = small_model(families.residual((3, 8, 8), **GRID))
     moved = model.params[CODEBOOK].copy()
     moved[7, 1] += 2**-9
-    with pytest.raises(ValueError, match=r"codebook: row 7 is 0\.00\d* away from that of a grid"):
+    with pytest.raises(ValueError, match=r"codebook: row 7 differs by 0\.00\d* from the grid"):
         dataclasses.replace(model, params={**model.params, CODEBOOK: moved})
 
 

@@ -159,10 +159,10 @@ def test_a_prior_is_in_the_models_file_and_comes_back(model, learned, tmp_path):
 
 
 FOREIGN = {
-    "of another model": (lambda p: p["metrics"].update(x=1), "prior is of model"),
+    "of another model": (lambda p: p["metrics"].update(x=1), "prior is for model"),
     "another codebook": (
         lambda p: p["parameters"]["quantizer.codebook"].__iadd__(1),
-        "prior is of model",
+        "prior is for model",
     ),
     "other sizes": (
         lambda p: p["prior"].update(
@@ -172,10 +172,10 @@ FOREIGN = {
                 "x",
             ).to_plain()
         ),
-        r"prior is of 4 indices of 9 codes, not \(4, 16\)",
+        "prior is for 4 indices of 9 codes, the model has 4 of 16",
     ),
-    "no table": (lambda p: p.update(prior=[1]), "prior is no table"),
-    "an entry too many": (lambda p: p["prior"].update(x=1), "prior is no table"),
+    "no table": (lambda p: p.update(prior=[1]), "prior is not a table"),
+    "an entry too many": (lambda p: p["prior"].update(x=1), "prior is not a table"),
     "a metric that is no data": (lambda p: p["prior"]["metrics"].update(x=object()), "plain data"),
     "a parameter of float64": (
         lambda p: p["prior"]["parameters"].update({"prior.norm.bias": np.zeros(16)}),

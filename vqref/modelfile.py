@@ -107,9 +107,12 @@ class Model:
         sizes = prior.spec.latent_size, prior.spec.num_codes
         own = self.spec.latent_size, self.spec.num_codes
         if sizes != own:
-            raise ValueError(f"the prior is of {sizes[0]} indices of {sizes[1]} codes, not {own}")
+            raise ValueError(
+                f"the prior is for {sizes[0]} indices of {sizes[1]} codes, "
+                f"the model has {own[0]} of {own[1]}"
+            )
         if prior.model != (found := self.digest()):
-            raise ValueError(f"the prior is of model {prior.model:.12}…, this one is {found:.12}…")
+            raise ValueError(f"the prior is for model {prior.model:.12}…, this is {found:.12}…")
 
     def digest(self) -> str:
         """Returns the digest of all but the prior. A prior names its model by this digest."""
@@ -185,8 +188,8 @@ def _require_grid(codebook: Array, levels: tuple[int, ...]) -> None:
     off = np.abs(codebook.astype(np.float64) - grid(levels)).max(axis=1)
     if (wrong := np.flatnonzero(~(off <= UNIT_ERROR))).size:
         raise ValueError(
-            f"{CODEBOOK}: row {wrong[0]} is {off[wrong[0]]:.6g} away from that of a grid of levels "
-            f"{levels}, which is what the codebook of this model is"
+            f"{CODEBOOK}: row {wrong[0]} differs by {off[wrong[0]]:.6g} from the grid of levels "
+            f"{levels}, which must be the codebook of this model"
         )
 
 
@@ -308,14 +311,14 @@ def _require_whole(content: bytes, what: str) -> None:
         return
     end = content.rfind(_ZIP_END)
     if end < 0:
-        raise InputError(f"not a {what}: it is cut off, or no zip archive")
+        raise InputError(f"not a {what}: it is cut off, or not a zip archive")
     if len(content) > end + 22 and content != seal(content[: end + 20] + b"\0\0"):
         raise InputError("damaged: its seal is not the digest of its bytes")
     with parsed(f"not a {what}"), zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = archive.infolist()
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         if not stored or sum(member.file_size for member in members) > len(content):
-            raise InputError(f"not a {what}: its data are compressed, or said to be larger than it")
+            raise InputError(f"not a {what}: its data are compressed, or claim to exceed the file")
         require_bounded(archive)
 
 

@@ -108,9 +108,9 @@ class PriorSpec:
         """Inverts ``to_dict``. Raises ValueError for anything else."""
         known = {field.name for field in dataclasses.fields(cls)}
         if not isinstance(fields, dict) or set(fields) != known:
-            raise ValueError(f"the prior's spec is no table of {', '.join(sorted(known))}")
+            raise ValueError(f"the prior's spec is not a table of {', '.join(sorted(known))}")
         if not isinstance(fields["rows"], list) or len(fields["rows"]) > ROW_LIMIT:
-            raise ValueError(f"the prior's rows are no list of at most {ROW_LIMIT} rows")
+            raise ValueError(f"the prior's rows are not a list of at most {ROW_LIMIT} rows")
         rows = tuple(Layer.from_dict(row) for row in fields["rows"])
         return cls(**{**fields, "rows": rows})
 
@@ -150,10 +150,11 @@ class Prior:
         """Inverts ``to_plain``. Raises ValueError for anything else."""
         kinds = {"parameters": dict, "model": str, "training": dict, "metrics": dict}
         if not isinstance(fields, dict) or set(fields) != {"spec", *kinds}:
-            raise ValueError(f"the prior is no table of spec, {', '.join(kinds)}")
+            raise ValueError(f"the prior is not a table of spec, {', '.join(kinds)}")
         for name, kind in kinds.items():
             if not isinstance(fields[name], kind):
-                raise ValueError(f"the prior's {name} is {type(fields[name]).__name__}")
+                found = type(fields[name]).__name__
+                raise ValueError(f"the prior's {name} is {found}, expected {kind.__name__}")
         return cls(PriorSpec.from_dict(fields["spec"]), *(fields[name] for name in kinds))
 
 
@@ -357,7 +358,7 @@ def step(
             keys, those = (array.copy() for array in kept[layer.name])
             keys[:, position], those[:, position] = k[:, 0], v[:, 0]
             kept[layer.name] = Kept(keys, those)
-            seen = dataclasses.replace(layer, causal=False)  # whose keys are the earlier ones alone
+            seen = dataclasses.replace(layer, causal=False)  # there are no later keys yet
             y = KINDS["attention"].value(seen, q, keys[:, : position + 1], those[:, : position + 1])
         else:
             y = before_activation(each, values, weights)

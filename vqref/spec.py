@@ -340,7 +340,8 @@ def plan(layers: Sequence[Layer]) -> tuple[Step, ...]:
             )
         if len(sources) != KINDS[layer.kind].inputs:
             raise ValueError(
-                f"{layer.name}: takes {len(sources)} inputs, a {layer.kind} another count"
+                f"{layer.name}: takes {len(sources)} inputs, expected "
+                f"{KINDS[layer.kind].inputs} for kind {layer.kind}"
             )
         if wrong := [shapes[source] for source in sources if shapes[source] != layer.in_shape]:
             raise ValueError(f"{layer.name}: in_shape is {layer.in_shape}, its input is {wrong[0]}")
@@ -416,7 +417,7 @@ class ModelSpec:
         if self.normalized and self.encoder and self.encoder[-1].kind != "unit_norm":
             last = self.encoder[-1]
             raise ValueError(
-                f"{last.name}: is a {last.kind}; an encoder of a normalized model ends in a "
+                f"{last.name}: is a {last.kind}; an encoder of a normalized model must end in a "
                 "unit_norm"
             )
         if self.levels and math.prod(self.levels) != self.num_codes:
@@ -503,7 +504,7 @@ class ModelSpec:
     def from_dict(cls, fields: Any) -> ModelSpec:
         """Inverts ``to_dict``. Raises ValueError for a missing, unknown or malformed field."""
         if not isinstance(fields, dict):
-            raise ValueError("the spec is no table")
+            raise ValueError("the spec is not a table")
         known = {field.name for field in dataclasses.fields(cls)}
         if missing := sorted(known - LATER - set(fields)):
             raise ValueError(f"the spec lacks {', '.join(missing)}")
@@ -512,7 +513,7 @@ class ModelSpec:
         values = {name: _tupled(value) for name, value in fields.items() if name not in NETWORKS}
         for name in NETWORKS:
             if not isinstance(fields[name], list) or len(fields[name]) > ROW_LIMIT:
-                raise ValueError(f"the {name} is no list of at most {ROW_LIMIT} rows")
+                raise ValueError(f"the {name} is not a list of at most {ROW_LIMIT} rows")
             values[name] = tuple(Layer.from_dict(row) for row in fields[name])
         return cls(**values)
 
@@ -574,7 +575,7 @@ def _require_types(values: Mapping[str, Any], whose: str = "") -> None:
             _require_number(whose + name, value)
     names = (*values.get("inputs", ()), values.get("family", "x"))
     if wrong := [n for n in names if not isinstance(n, str) or not NAME.fullmatch(n)]:
-        raise ValueError(f"{whose}{ascii(wrong[0])[:80]} is no name, expected words and dots")
+        raise ValueError(f"{whose}{ascii(wrong[0])[:80]} is not a name, expected words and dots")
     for name in {"kernel", "stride", "num_codes", "heads", "groups", "levels"} & values.keys():
         size = values[name]
         require_sizes(whose + name, size if isinstance(size, tuple) else (size,))
