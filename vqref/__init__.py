@@ -2,7 +2,7 @@
 
 from vqref.lazy import lazy
 
-TYPE_CHECKING = False  # as type checkers know it; typing itself takes long to import
+TYPE_CHECKING = False  # type checkers take it for true; importing typing takes long
 if TYPE_CHECKING:
     from vqref.likelihoods import mean as reconstruct
     from vqref.likelihoods import nats

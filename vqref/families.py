@@ -259,7 +259,7 @@ def spelt(size: Size) -> int | str:
 
 
 OPTIONS = {"channels": "base_channels"}
-"""Sizes with another name on the command line, where channels are those of pictures."""
+"""Sizes with another name on the command line, where "channels" means those of pictures."""
 
 NO_SIZES = ("image_shape", "likelihood", "variance")
 """Arguments of families that are not sizes which a run may choose."""

@@ -14,8 +14,8 @@ def lazy(
 ) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Returns the functions ``__getattr__`` and ``__dir__`` of a package (PEP 562).
 
-    homes: maps each public name to its place in the package, "module.attribute". A name that is not
-    in it may be that of a module.
+    homes: maps each public name to its place in the package, "module.attribute". Other names may be
+    those of modules.
     """
 
     def attribute(name: str) -> object:

@@ -307,7 +307,7 @@ def _require_whole(content: bytes, what: str) -> None:
     An archive without a comment needs no seal, because other programs write such files.
     """
     if not content.startswith(b"PK"):
-        require_bounded_pickles(content)  # as PyTorch once wrote them; the loader says what it is
+        require_bounded_pickles(content)  # the old format of PyTorch; the loader says what it is
         return
     end = content.rfind(_ZIP_END)
     if end < 0:

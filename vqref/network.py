@@ -130,7 +130,7 @@ def backward(
 
 
 def affine(layer: Layer, x: Float64) -> Float64:
-    """y = scale * x + shift, of constants."""
+    """y = scale * x + shift, with constant scale and shift."""
     return layer.scale * x + layer.shift
 
 
@@ -154,7 +154,10 @@ def conv(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> Float64:
 def conv_backward(
     layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
 ) -> Gradients:
-    """of padded[n, c, s*i + a, s*j + b]: the sum over o of g[n,o,i,j] * weight[o,c,a,b]."""
+    """At padded[n, c, s*i + a, s*j + b], adds the sum over o of g[n,o,i,j] * weight[o,c,a,b].
+
+    Returns the result without the pads, the gradient of x.
+    """
     sides = [n + sum(pads) for n, pads in zip(x.shape[2:], layer.pads, strict=True)]
     total, s = np.zeros((*x.shape[:2], *sides)), layer.stride
     for band in _bands(layer, len(x)):
@@ -186,7 +189,10 @@ def conv_transpose(layer: Layer, x: Float64, weight: Float64, bias: Float64) -> 
 def conv_transpose_backward(
     layer: Layer, g: Float64, x: Float64, weight: Float64, bias: Float64
 ) -> Gradients:
-    """of x[n,c,i,j]: the sum over o,a,b of full[n, o, s*i + a, s*j + b] * weight[c,o,a,b]."""
+    """At x[n,c,i,j], sums full[n, o, s*i + a, s*j + b] * weight[c,o,a,b] over o, a and b.
+
+    Here full is g with pads around it. Returns the gradient of x.
+    """
     windows = _gathered(layer, np.pad(g, ((0, 0), (0, 0), *layer.pads)))  # (N, O, H, W, kh, kw)
     return (np.tensordot(windows, weight, axes=((1, 4, 5), (1, 2, 3))).transpose(0, 3, 1, 2),)
 
@@ -240,7 +246,7 @@ def to_grid_backward(layer: Layer, g: Float64, x: Float64) -> Gradients:
 
 
 def add(layer: Layer, x: Float64, y: Float64) -> Float64:
-    """y is the sum, element by element."""
+    """Returns x + y, element by element."""
     return x + y
 
 

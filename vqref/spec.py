@@ -327,7 +327,7 @@ def plan(layers: Sequence[Layer]) -> tuple[Step, ...]:
     places = {layer.name: place for place, layer in enumerate(layers, 1)}
     if len(places) != len(layers):
         raise ValueError("two rows have one name")
-    for name in places:  # the weight of a row "a" is "a.weight", which must be no row's
+    for name in places:  # the weight of a row "a" is "a.weight": no row may be named so
         if any(name[:end] in places for end, letter in enumerate(name) if letter == "."):
             raise ValueError(f"{name}: lies within the name of another row")
     shapes = [layers[0].in_shape, *(layer.out_shape for layer in layers)]

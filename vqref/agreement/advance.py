@@ -149,7 +149,7 @@ def prove(
             nothing.astype(np.int64), nothing > 0, nothing.astype(np.int64), nothing, nothing
         )
     proof = Proof(*(np.stack(each) for each in zip(*found, strict=True)))
-    if network.spare and not proof.proved.all():  # the others are those of other weights
+    if network.spare and not proof.proved.all():  # unproved ones are those of rounded weights
         exact = quantize(encode(spec, params, x), codebook).indices
         rivals = np.where(proof.rivals == exact, proof.indices, proof.rivals)
         proof = proof._replace(indices=exact, rivals=rivals)

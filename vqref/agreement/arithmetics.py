@@ -388,11 +388,13 @@ def curvature(activation: str, z: Float64, wide: Float64) -> Float64:
 def _elu_curvature(z: Float64, wide: Float64) -> Float64:
     """The same for elu, in closed form.
 
-    At z = -m < 0, for inputs that stay below 0, it is exp(-m) (exp(δ) - 1 - δ) / δ². This grows
-    with δ. For inputs that cross 0, it is (δ - m + 1 - exp(-m) (1 + δ)) / δ². This is largest at δ
-    = 2 (m - 1 + exp(-m)) / (1 - exp(-m)). At z >= 0, only the last Δ - z of the way is curved, and
-    f'' is at most 1 there. This gives (Δ - z)² / (2 Δ²). Where these formulas cancel, takes half
-    the largest f''.
+        z = -m < 0, input stays below 0   exp(-m) (exp(δ) - 1 - δ) / δ², which grows with δ
+        z = -m < 0, input crosses 0       (δ - m + 1 - exp(-m) (1 + δ)) / δ², which is largest at
+                                          δ = 2 (m - 1 + exp(-m)) / (1 - exp(-m))
+        z >= 0                            (Δ - z)² / (2 Δ²): only the last Δ - z of the way is
+                                          curved, and f'' is at most 1 there
+
+    Where these formulas cancel, takes half the largest f''.
     """
     plain = np.where(z - wide < 0, 0.5 * np.exp(np.minimum(0.0, z + wide)), 0.0)
     inside, m = np.clip(wide, 0.01, 700.0), np.maximum(-z, 0.01)

@@ -14,9 +14,9 @@ SECONDS = 2.0
 """About how long one check of the oracle may take on two cores."""
 
 FEWEST, LONGEST = 4, 60.0
-"""The fewest images of a check if they take longer than SECONDS, and their longest time in seconds.
+"""If SECONDS is too short, a check takes up to FEWEST images within LONGEST seconds.
 
-One image is taken however long it takes."""
+It takes one image however long that takes."""
 
 PRODUCTS_PER_SECOND = 4e9
 """The oracle's speed in convolutions, measured by ``python -m benchmarks.oracle``."""
@@ -52,8 +52,8 @@ def seconds_per_proof(spec: ModelSpec) -> float:
 def images_within(spec: ModelSpec, most: int = 64, seconds: float = SECONDS) -> int:
     """Returns how many images fit into ``seconds``, at most ``most``.
 
-    Returns FEWEST if fewer fit but FEWEST fit into LONGEST, and at least one. The answer is the
-    same on every machine.
+    If fewer than FEWEST fit, returns as many of FEWEST as fit into LONGEST, but at least one. The
+    answer is the same on every machine.
     """
     one = seconds_per_image(spec)
     return min(most, max(1, int(seconds / one), min(FEWEST, int(LONGEST / one))))

@@ -81,7 +81,7 @@ def enclose(
 
     closely: whether to use lengths and Jacobians too.
     begun: rows that are already known.
-    cap: a further bound on the radius of the first row that is not, before its activation.
+    cap: a further bound on the radius, before its activation, of the first row computed here.
     """
     rows = [*begun] or [Row.exact(image)]
     for step in network.steps[len(rows) - 1 :]:
@@ -173,12 +173,14 @@ def norm(layer: Layer, weight: Float64) -> float:
 
     A convolution of stride s is one of stride 1, with h x v taps, whose input has the s² phases of
     each channel as separate channels. Padding with zeros and leaving out places can only make the
-    norm smaller. So it is at most that of a circular convolution on a torus wide enough for all
-    places. This is the largest singular value of all W(ω), the matrices at each frequency. The
-    square of u* W(ω) v is a trigonometric polynomial of degree h - 1 in one direction. Such a
+    norm smaller. So the norm is at most that of a circular convolution on a torus wide enough for
+    all places. This is the largest singular value among the matrices W(ω) of all frequencies.
+
+    The square of u* W(ω) v is a trigonometric polynomial of degree h - 1 in one direction. Such a
     polynomial is nowhere larger than 1 / cos(π (h - 1) / n) times its largest value at n equal
-    steps (Ehlich and Zeller 1964). So 8 h steps cover all frequencies, if the torus has more. A
-    transposed convolution has the norm of the convolution whose gradient it is.
+    steps (Ehlich and Zeller 1964). So 8 h steps cover all frequencies, if the torus has more.
+
+    A transposed convolution has the norm of the convolution whose gradient it is.
     """
     if layer.kind == "dense":
         return float(np.linalg.norm(weight, 2))

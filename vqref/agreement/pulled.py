@@ -243,8 +243,8 @@ def _moved(off: Bounds, g: Window) -> Float64:
 def _curved(row: Row, g: Window) -> Float64:
     """Bounds (B,) on Σ |g| |r| of a row.
 
-    Either each r is as large as it can be, or there is a price p. As Σ δ² <= ||δ||² and |r| <= bend
-    δ², for any p
+    Takes each r as large as it can be, or charges a price p. Since Σ δ² <= ||δ||² and |r| <= bend
+    δ², every p gives
 
         Σ |g| |r| <= p ||δ||² + Σ min(max(0, |g| bend - p) Δ², |g| max |r|)
     """

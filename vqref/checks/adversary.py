@@ -152,9 +152,9 @@ def close_seconds(
 ) -> tuple[Array, Array]:
     """Latents whose second-best code is farther by a share of 1e-5 to 1e-1.
 
-    This shows pruning that is too generous. A fifth of the codes each have only leading, only
-    trailing, only the first and only the last elements. So part of a distance, or the difference of
-    two norms, may already be all of it.
+    This shows pruning that is too generous. One fifth of the codes each has only its leading half,
+    its trailing half, its first element or its last element, and zeros elsewhere. So part of a
+    distance, or the difference of two norms, may already be all of it.
     """
     codebook = rng.normal(size=(k, d))
     codebook[1::5, d - d // 2 :] = 0.0

@@ -211,10 +211,7 @@ def _several(kit: Kit, steps: int, codes: Array) -> Iterator[Check]:
 
 
 def order(kit: Kit) -> Iterable[Check]:
-    """The order within a step: it quantizes with the codebook before the update.
-
-    It must update with the latents, not with quantized.
-    """
+    """A step must quantize with the codebook before the update, and update with the latents."""
     return Stepping(kit).moved(dataclasses.replace(_anywhere(kit), decay=0.5))[0]
 
 

@@ -43,7 +43,7 @@ def option(*flags: str, default: Any = dataclasses.MISSING, help: str, **how: An
     """Declares a field of a command's options, which the parser fills.
 
     flags: the option strings. Without any, it is a positional argument with the field's name.
-    default: None if leaving the option out means something that no value means.
+    default: None if no value means the same as leaving the option out.
     how: further arguments of ``argparse``: type, choices, metavar, action, nargs.
     """
     return dataclasses.field(default=default, metadata={"flags": flags, "help": help, **how})

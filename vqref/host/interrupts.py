@@ -20,7 +20,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 from vqref.host.streams import tell
 
-TYPE_CHECKING = False  # as type checkers know it; typing itself takes long to import
+TYPE_CHECKING = False  # type checkers take it for true; importing typing takes long
 if TYPE_CHECKING:
     from typing import Any
 

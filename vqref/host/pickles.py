@@ -1,4 +1,4 @@
-"""Keeps from PyTorch's loader pickles in which a few bytes describe endless values.
+"""Refuses pickles in which a few bytes describe endless values, before PyTorch loads them.
 
 ``torch.load(weights_only=True)`` executes nothing. But a tuple may hold another tuple twice, which
 holds another twice, and so on for forty levels. As the key of a dictionary, it takes for ever to be
@@ -25,7 +25,7 @@ _MARKED = pickletools.markobject
 def require_bounded(archive: zipfile.ZipFile) -> None:
     """Raises InputError if a tuple in the pickle of a PyTorch archive has more than MOST_VALUES.
 
-    Raises what ``pickletools`` raises for what is no pickle.
+    Raises what ``pickletools`` raises for anything that is not a pickle.
     """
     for member in archive.infolist():
         if member.filename.endswith("data.pkl"):

@@ -9,7 +9,7 @@ import os
 import sys
 from contextlib import suppress
 
-TYPE_CHECKING = False  # as type checkers know it; typing itself takes long to import
+TYPE_CHECKING = False  # type checkers take it for true; importing typing takes long
 if TYPE_CHECKING:
     from typing import Any
 
@@ -30,7 +30,7 @@ def plain(text: str) -> str:
 
 
 def tell(prog: str, message: str) -> None:
-    """Prints an error or a remark as one line on stderr, if anybody reads that."""
+    """Prints an error or a remark as one line on stderr, if stderr is open."""
     line = plain(f"{prog}: {' '.join(message.split())}")
     if len(line) > LONGEST_LINE:
         line = f"{line[: LONGEST_LINE // 2]} … {line[-LONGEST_LINE // 2 :]}"
