@@ -33,12 +33,12 @@ open, a second look also bounds lengths: that of the whole δ_i, and that at eac
 
     ||δ_i|| <= ||W|| (||δ_(i-1)|| + ||ρ_i||) + ||e_i||
 
-Here ||W|| is that of the whole row, or of what one position sees. Lengths are tighter because the
-signs that are worst for one element are not the worst for the others, which magnitudes ignore: for
-800 weights, |W| is 20 times larger than ||W||. An element is off by at most the length of its
-weights times the length of the error that it sees. A row with few results, such as the post's last
-convolution, gets its Δ from exact Jacobians. Let g be the gradient after a row. ||δ|| also limits
-Σ |g| |r|: where |r| <= c δ²,
+Here ||W|| is the norm of the whole row, or of the part that one position sees. Magnitudes assume
+the worst signs for every element at once. Lengths do not, so they are tighter: for 800 weights, |W|
+is 20 times larger than ||W||. An element is off by at most the length of its weights times the
+length of the error that it sees. A row with few results, such as the post's last convolution, gets
+its Δ from exact Jacobians. Let g be the gradient after a row. ||δ|| also limits Σ |g| |r|: if
+|r| <= c δ², then
 
     Σ |g| |r| <= p ||δ||² + Σ max(0, |g| c - p) Δ²     for every p > 0
 

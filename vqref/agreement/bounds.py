@@ -86,20 +86,19 @@ def distance_error(
 
     Sources of error:
 
-    inputs: rounded by a relative p, x - c moves by at most e = p*(||x|| + ||c||), and by
-        2*sqrt(D)*tiny if inputs below tiny are flushed to zero. So d becomes at most
-        t = (sqrt(d) + e)^2, and moves by 2*sqrt(d)*e + e^2.
-    direct: each of D terms is a subtraction, whose rounding the square doubles, and a square; at
-        most D - 1 additions follow, in any order. These are D + 2 roundings. No term is negative,
-        so the sum is off by g(D + 2)*t (Higham, section 3.1).
+    inputs: if they are rounded by a relative p, x - c moves by at most e = p*(||x|| + ||c||). If
+        inputs below tiny are flushed to zero, it moves by 2*sqrt(D)*tiny more. So d becomes at
+        most t = (sqrt(d) + e)^2, and moves by 2*sqrt(d)*e + e^2.
+    direct: each of D terms takes a subtraction and a square, which doubles the rounding of the
+        subtraction. At most D - 1 additions follow, in any order. These are D + 2 roundings. No
+        term is negative, so the sum is off by g(D + 2)*t (Higham, section 3.1).
     expanded: x.x, x.c and c.c take at most D roundings each (Higham, equation 3.5), and 2 additions
-        follow; the factors of x.c are rounded by f each. |x|.|c| <= ||x||*||c||, so the result is
-        off by (1 + g) * (g*(||x|| + ||c||)^2 + 2*(2f + f^2)*||x||*||c||), g = g(D + 2), however
-        small the distance itself.
+        follow. The factors of x.c are rounded by f each. |x|.|c| <= ||x||*||c||. So the result is
+        off by (1 + g) * (g*(||x|| + ||c||)^2 + 2*(2f + f^2)*||x||*||c||), where g = g(D + 2),
+        however small the distance is.
     rooted: a root rounded by u is the root of a value that is off by g(2) more.
     underflow: each of at most 3*D + 3 operations may lose tiny.
-    float64: the distances given here were computed by the direct form in float64, which adds
-        g(D + 2)*d.
+    float64: the distances given here come from the direct form in float64, which adds g(D + 2)*d.
     """
     number, shape = arithmetic(precision), FORMS[form]
     norms = latent_norms + moved + code_norms  # (M, K), as all below

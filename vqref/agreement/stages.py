@@ -206,7 +206,7 @@ def unit_scale(unscaled: Float64, latents: Float64) -> Float64:
     """Returns the scale (N, S, D) of errors in unit latents y = x / ||x||, where x is unscaled.
 
     Errors of at most e in each element of x cause errors of at most (e + |y| sqrt(D) e) / ||x|| in
-    y. Most of it is a turn, which is large if x is short.
+    y. Most of it is a change of direction, which is large if x is short.
     """
     largest = np.abs(unscaled).max(initial=ELU_FLOOR)
     shares = 1 + np.abs(latents) * latents.shape[2] ** 0.5
@@ -321,7 +321,7 @@ def _loss_magnitudes(spec: ModelSpec, losses: Float64) -> Float64:
 def _probe_latents(spec: ModelSpec, codebook: Array) -> Array:
     """Returns rows of the codebook, and points between two of them, as latents (n, S, D).
 
-    Row first - 1 - second, counted from the end if negative, is never row first.
+    Row first - 1 - second is never row first. A negative number counts from the end.
     """
     rows = codebook[_spread(spec.num_codes, PROBED_ROWS)]
     first, second = np.divmod(_spread(len(rows) * (len(rows) - 1), MIXED_ROWS), len(rows) - 1)
