@@ -180,9 +180,11 @@ def test_a_run_publishes_what_it_trained_and_says_how_it_went(tmp_path, many_ima
 
 def test_the_share_of_tokens_proved_in_advance_is_measured_and_said(tmp_path, many_images):
     said: list[str] = []
-    run = trainer(tmp_path, many_images, said, epochs=1)
+    run = trainer(tmp_path, many_images, said, epochs=2)
     run.proved_sample = run.measured_sample[:10]
-    found = run.run().metrics["held_out"]
+    metrics = run.run().metrics
+    assert ["proved" in line["held_out"] for line in metrics["history"]] == [False, True]
+    found = metrics["held_out"]
     counts = count_proved(SPEC, run.model.params(), run.proved_sample)
     assert found["proved"] == counts["float32"] / counts["tokens"]
     assert found["proved_in_lanes"] == counts["lanes"] / counts["tokens"]
@@ -192,7 +194,7 @@ def test_the_share_of_tokens_proved_in_advance_is_measured_and_said(tmp_path, ma
     assert len(line) <= 80
 
 
-def test_proofs_after_an_epoch_are_few_beside_what_it_trains_on():
+def test_proofs_at_the_end_are_few_beside_what_it_trains_on():
     assert images_to_prove(SPEC, 149) == 0
     assert images_to_prove(SPEC, 1500) == 10
     assert images_to_prove(SPEC, 10**9) == 64
@@ -259,6 +261,13 @@ def test_checks_take_as_many_images_and_come_as_often_as_they_are_told_to(tmp_pa
         "oracle: agrees on 5 images, model.pt read back",
     ]
     assert [line.split()[-1] for line in said[4:7]] == ["-", "agrees", "-"]
+
+
+def test_pictures_come_as_often_as_they_are_told_to_and_at_the_end(tmp_path, many_images):
+    work = {"pictures": True, "pictures_every": 2}
+    trainer(tmp_path, many_images, work=work, epochs=3).run()
+    drawn = sorted((tmp_path / "run" / "pictures").glob("*-codebook.png"))
+    assert [path.name[:9] for path in drawn] == ["epoch-002", "epoch-003"]
 
 
 def test_without_held_out_images_a_sample_of_the_training_images_is_measured(

@@ -25,8 +25,9 @@ from vqtrain.run.rules import NEAREST
 from vqtrain.run.step import forward_and_back
 
 PROOF_SECONDS, FEWEST_PROVED, MOST_PROVED, TRAINED_PER_PROOF = 1.0, 8, 64, 150
-"""Limits of the proofs after an epoch: the most seconds, roughly; the fewest and the most images;
-images trained on per image proved. A proof takes about three training steps' time per image."""
+"""Limits of the proofs after the last epoch: the most seconds, roughly; the fewest and the most
+images; images trained on per image proved. A proof takes about three training steps' time per
+image."""
 
 TRAINED_PER_CHECK = 800
 """Images trained on per image checked after an epoch. A check takes about sixteen training steps'
@@ -68,9 +69,9 @@ def images_to_check(spec: ModelSpec, trained: int) -> int:
 
 
 def images_to_prove(spec: ModelSpec, trained: int) -> int:
-    """Returns for how many images to prove the tokens after an epoch on ``trained`` images.
+    """Returns for how many images to prove the tokens after a run on ``trained`` images.
 
-    The proofs take about a fiftieth of the epoch's time on a processor, and at most PROOF_SECONDS.
+    The proofs take about a fiftieth of an epoch's time on a processor, and at most PROOF_SECONDS.
     Returns 0 for fewer than FEWEST_PROVED images, which would say too little.
     """
     within = int(PROOF_SECONDS / seconds_per_proof(spec))

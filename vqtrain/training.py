@@ -59,7 +59,9 @@ CHOICES = {
 }
 """Options whose value is one of a few words."""
 
-COUNTS = ("threads", "snapshot_steps", "check_images", "check_every", "accumulate")
+COUNTS = (
+    *("threads", "snapshot_steps", "check_images", "check_every", "pictures_every", "accumulate"),
+)
 """Options that are integers of at least 1."""
 
 LEFT_OUT = ("config", "name", "resume", "json")
@@ -89,8 +91,8 @@ class Plan:
     device: where it trains. chosen: whether the precision is what this device multiplies fastest.
     deterministic: refuse operations that vary. threads: for PyTorch; None leaves it the choice.
     runs, name, resume: as in ``open_run``. output: where to write a copy of the model, or None.
-    snapshot_steps, check_images, check_every, pictures, bar: as in ``Work``. tensorboard: write
-    event files.
+    snapshot_steps, check_images, check_every, pictures_every, pictures, bar: as in ``Work``.
+    tensorboard: write event files.
     ranks: those that train together. accumulate: passes that each rank makes for its part of a
     batch.
     """
@@ -111,6 +113,7 @@ class Plan:
     snapshot_steps: int = 500
     check_images: int | None = None
     check_every: int = 1
+    pictures_every: int = 1
     tensorboard: bool = False
     pictures: bool = True
     bar: bool = False
@@ -316,6 +319,7 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
             plan.snapshot_steps,
             plan.check_images,
             plan.check_every,
+            plan.pictures_every,
             say,
             _writer(folder) if plan.tensorboard and plan.ranks.first else None,
             pictures=plan.pictures,

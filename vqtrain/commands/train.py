@@ -209,6 +209,13 @@ class CheckOptions:
         metavar="N",
         help="epochs between checks; there is always one before the first step and one at the end",
     )
+    pictures_every: int = option(
+        "--pictures-every",
+        default=1,
+        type=positive,
+        metavar="N",
+        help="epochs between pictures in the run's folder; the last epoch always has some",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,7 +370,7 @@ GROUPS: Mapping[str, type[Any]] = {
     "pictures": PictureOptions,
     "shards that do not fit in memory": StreamOptions,
     "files": FileOptions,
-    "checks against the oracle": CheckOptions,
+    "checks and pictures": CheckOptions,
     "the network": NetworkOptions,
     "sizes of the network": SizeOptions,
     f"training (defaults of recipe {DEFAULT_RECIPE}; residual's for 3x32x32, "

@@ -70,11 +70,12 @@ class Work:
     snapshot_steps: steps between snapshots within an epoch.
     check_images: images per check against the oracle. None takes as many as a check does in about
     two seconds; after an epoch, as many as in a fiftieth of the epoch's time on a processor.
-    check_every: epochs between checks.
+    check_every, pictures_every: epochs between checks, and between pictures. The last epoch of a
+    run always has pictures.
     say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
     record: whether to record steps on a card as CUDA graphs, if possible.
-    pictures: whether to draw pictures after each epoch. bar: whether to show the progress of an
-    epoch as a bar on a terminal; without a bar, ``say`` gets a line every half minute.
+    pictures: whether to draw pictures and to write the report. bar: whether to show the progress of
+    an epoch as a bar on a terminal; without a bar, ``say`` gets a line every half minute.
     split: how each batch is split over ranks and passes. Only the first rank checks, draws and
     writes.
     """
@@ -85,6 +86,7 @@ class Work:
     snapshot_steps: int = 500
     check_images: int | None = None
     check_every: int = 1
+    pictures_every: int = 1
     say: Callable[[str], None] = say
     writer: Any = None
     record: bool = True
@@ -249,7 +251,8 @@ class Trainer:
         )
         self._require_finite(measured.total)
         line[self.measured_as] = measured.to_dict(self.spec)
-        if self.ranks.first:
+        last = epoch == self.options.epochs
+        if last and self.ranks.first:
             line[self.measured_as] |= share_proved(
                 self.spec, self.model.params(), self.proved_sample
             )
@@ -262,7 +265,8 @@ class Trainer:
             )
             self._publish()
         self.narrator.epoch(line)
-        if self.work.pictures and self.ranks.first:
+        drawn = last or epoch % self.work.pictures_every == 0
+        if drawn and self.work.pictures and self.ranks.first:
             self.narrator.draw(self.model, self.shown, metrics.hits, epoch)
         self._report(f"{epoch} of {self.options.epochs} epochs are done.")
         self.progress.ended()

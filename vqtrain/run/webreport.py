@@ -52,7 +52,6 @@ MEASURES = {
     "psnr": Measure("PSNR of the mean squared error, dB", ".2f", "0.00"),
     "mean_psnr": Measure("mean PSNR of the images, dB", ".2f", "0.00"),
     "ssim": Measure("SSIM", ".4f", "0.0000"),
-    "proved": Measure("tokens proved in advance, share", ".1%", "0.0%"),
     "commitment": Measure("commitment", ".4f"),
     "images_per_second": Measure("images per second", ",.0f"),
     "tokens_per_second": Measure("tokens per second", ",.0f"),
