@@ -179,7 +179,8 @@ def _by_scores(
     torch.mm(_with_one(x), rows.T, out=scores)
     near = scores.le_(scores.amin(dim=1, keepdim=True) + limit)  # ones, still as numbers
     places = torch.arange(len(codebook)).to(near)
-    count, index = (near @ torch.stack([torch.ones_like(places), places], dim=1)).long().T
+    sums = near @ torch.stack([torch.ones_like(places), places], dim=1)
+    count, index = sums.long().unbind(dim=1)
     several = count != 1  # none: a score was not a number
     if bool(several.any()):
         index[several] = directly(x[several], codebook)

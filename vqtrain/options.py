@@ -20,8 +20,8 @@ SMALLEST, LARGEST = 1e-12, 1e6
 TRAINED = tuple(name for name, precision in PRECISIONS.items() if precision.trains)
 """Names of the precisions in which a network can be trained."""
 
-FIRST_MOMENT = 0.9
-"""The decay of Adam's mean gradient (beta1). No option changes it."""
+OPTIMIZERS = ("adam", "muon")
+"""Names of the optimizers in ``vqtrain.optimizers``."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class TrainingOptions:
 
     epochs, batch_size: passes over the images, and images per step. A last batch that is not full
         is dropped.
-    learning_rate: Adam's
+    optimizer: one of ``OPTIMIZERS``. Muon moves the convolutions, and Adam everything else.
+    learning_rate: of both
     second_moment, adam_epsilon: Adam's decay of the mean squared gradient (beta2) and its epsilon
     beta: weight of the commitment loss
     dialect: the rule of the codebook's moving averages, a name of ``vqref.dialects.DIALECTS``
@@ -56,6 +57,7 @@ class TrainingOptions:
 
     epochs: int = 20
     batch_size: int = 64
+    optimizer: str = "adam"
     learning_rate: float = 1e-3
     second_moment: float = 0.999
     adam_epsilon: float = 1e-7
@@ -99,7 +101,11 @@ class TrainingOptions:
             raise ValueError(
                 f"second_moment is {self.second_moment!r}; it must be a number from 0 to below 1"
             )
-        for name, known in (("precision", TRAINED), ("dialect", DIALECTS)):
+        for name, known in (
+            ("optimizer", OPTIMIZERS),
+            ("precision", TRAINED),
+            ("dialect", DIALECTS),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}"
@@ -133,6 +139,7 @@ def default(spec: ModelSpec) -> TrainingOptions:
     if spec.family == "post":
         return TrainingOptions(
             batch_size=32,
+            optimizer="muon",
             second_moment=0.99,
             beta=1.0,
             decay=0.985,
@@ -146,6 +153,7 @@ def default(spec: ModelSpec) -> TrainingOptions:
     if spec.levels:
         return TrainingOptions(
             batch_size=32,
+            optimizer="muon",
             learning_rate=3e-3,
             second_moment=0.99,
             beta=0.0,
@@ -156,6 +164,7 @@ def default(spec: ModelSpec) -> TrainingOptions:
         )
     return TrainingOptions(
         batch_size=32,
+        optimizer="muon",
         learning_rate=3e-3,
         second_moment=0.99,
         beta=0.35 * _squares(spec),

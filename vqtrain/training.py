@@ -305,7 +305,7 @@ def _run(images: ImageSet, plan: Plan, say: Say, asked: Mapping[str, Any]) -> Mo
     course = course_of(spec, training, sizes, images.sha256, held_out, images.preprocessing, buffer)
     _require_same_course(course, plan.ranks)
     default_name = f"{_short_name(images.source)}-{plan.recipe}"
-    fits = partial(require_fitting, spec=spec)
+    fits = partial(require_fitting, spec=spec, optimizer=training.optimizer)
     folder, state = _opened(
         plan, lambda: open_run(plan.runs, plan.name, default_name, plan.resume, course, say, fits)
     )

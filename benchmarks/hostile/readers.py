@@ -678,7 +678,7 @@ def _snapshot(path: Path) -> None:
 
     state = load_state(path)
     require_course(state)
-    require_fitting(state, _model().spec)
+    require_fitting(state, _model().spec, "adam")
 
 
 def _npys() -> list[bytes]:

@@ -21,7 +21,14 @@ from vqref.preprocessing import CHANNELS, WHITE, Colour
 from vqtrain.commands.shared import SourceOptions, StreamOptions, ThreadOptions
 from vqtrain.data.holdout import hold_out
 from vqtrain.data.sources import load_source, parse_background, parse_size
-from vqtrain.options import DEFAULT_RECIPE, LARGE_CODEBOOK, RECIPES, SHORT_ROWS, TRAINED
+from vqtrain.options import (
+    DEFAULT_RECIPE,
+    LARGE_CODEBOOK,
+    OPTIMIZERS,
+    RECIPES,
+    SHORT_ROWS,
+    TRAINED,
+)
 
 if TYPE_CHECKING:
     from vqtrain.run.ranks import Ranks
@@ -286,8 +293,13 @@ class RecipeOptions:
 
     epochs: int | None = _recipe("--epochs", "passes over the images", type=int, metavar="N")
     batch_size: int | None = _recipe("--batch-size", "images per step", type=int, metavar="N")
+    optimizer: str | None = _recipe(
+        "--optimizer",
+        "what moves the networks; muon: the convolutions, beside Adam for the rest",
+        choices=OPTIMIZERS,
+    )
     learning_rate: float | None = _recipe(
-        "--learning-rate", "learning rate of Adam", type=float, metavar="X"
+        "--learning-rate", "learning rate", type=float, metavar="X"
     )
     second_moment: float | None = _recipe(
         "--second-moment",

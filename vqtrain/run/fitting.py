@@ -18,6 +18,7 @@ from vqref.errors import InputError
 from vqref.host.streams import plain
 from vqref.modelfile import require_plain
 from vqref.spec import NETWORKS, ModelSpec
+from vqtrain.optimizers import MAKERS, is_matrix
 from vqtrain.run.metrics import MEASURED, Fidelity, Metrics
 
 DEVICES_OWN = ("lr", "fused", "capturable", "foreach")
@@ -31,13 +32,16 @@ def require_course(state: Mapping[str, Any]) -> None:
     require_like("finished", state.get("finished"), False)
 
 
-def require_fitting(state: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Raises InputError that names the first entry of a snapshot that does not fit ``spec``."""
+def require_fitting(state: Mapping[str, Any], spec: ModelSpec, optimizer: str) -> None:
+    """Raises InputError that names the first entry of a snapshot that does not fit.
+
+    spec: of the run. optimizer: its name, one of ``vqtrain.options.OPTIMIZERS``.
+    """
     entries = {name: value for name, value in state.items() if name not in ("course", "history")}
-    expected = _expected(spec)
+    expected = _expected(spec, optimizer)
     if entries.get("epoch") == entries.get("step") == 0:
-        optimizer = entries.get("optimizer")
-        if isinstance(optimizer, dict) and optimizer.get("state") == {}:
+        moved = entries.get("optimizer")
+        if isinstance(moved, dict) and moved.get("state") == {}:
             expected["optimizer"]["state"] = {}  # it has taken no step
     require_like("", entries, expected)
     for name in ("order", "choices"):
@@ -46,14 +50,17 @@ def require_fitting(state: Mapping[str, Any], spec: ModelSpec) -> None:
     _require_history(state.get("history"), state["epoch"], spec)
 
 
-def _expected(spec: ModelSpec) -> dict[str, Any]:
+def _expected(spec: ModelSpec, optimizer: str) -> dict[str, Any]:
     """Returns entries like those of a snapshot of ``spec``: tensors without values, zeros."""
     learned = [p.shape for p in spec.parameters if p.name.split(".")[0] in NETWORKS]
     moments = {
-        i: {"step": _tensor(()), "exp_avg": _tensor(shape), "exp_avg_sq": _tensor(shape)}
+        i: {"exp_avg": _tensor(shape)}
+        if optimizer == "muon" and is_matrix(shape)
+        else {"step": _tensor(()), "exp_avg": _tensor(shape), "exp_avg_sq": _tensor(shape)}
         for i, shape in enumerate(learned)
     }
-    group = torch.optim.Adam([torch.zeros(1)]).state_dict()["param_groups"][0]
+    made = MAKERS[optimizer]([torch.zeros(1)], 1.0, (0.0, 0.0), 1.0, False)
+    group = made.state_dict()["param_groups"][0]
     generator = _tensor(torch.Generator().get_state().shape, torch.uint8)
     return {
         "model": {p.name: _tensor(p.shape) for p in spec.parameters},

@@ -21,6 +21,7 @@ from vqref.host.pickles import require_bounded
 from vqref.preprocessing import Preprocessing
 from vqref.spec import ModelSpec
 from vqtrain.model import VQVAE
+from vqtrain.optimizers import Muon
 from vqtrain.options import TrainingOptions
 from vqtrain.run.fitting import require_fitting
 from vqtrain.run.metrics import Meter
@@ -146,7 +147,8 @@ class RunState:
 
         Raises InputError that names an entry that does not fit this run.
         """
-        require_fitting(plain, self.model.spec)
+        name = "muon" if isinstance(self.optimizer, Muon) else "adam"
+        require_fitting(plain, self.model.spec, name)
         self.model.load_state_dict(plain["model"])
         self.model.quantizer.steps.copy_(plain["quantizer_steps"])
         self._load_optimizer(plain["optimizer"])

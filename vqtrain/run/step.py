@@ -14,7 +14,8 @@ from vqtrain.data.batches import portion
 from vqtrain.device import arithmetic
 from vqtrain.losses import Losses, compute_losses
 from vqtrain.model import VQVAE, Forward
-from vqtrain.options import FIRST_MOMENT, TrainingOptions
+from vqtrain.optimizers import FIRST_MOMENT, MAKERS
+from vqtrain.options import TrainingOptions
 from vqtrain.quantizer import assigned, draw, mean_error
 from vqtrain.run.ranks import ALONE, Ranks
 from vqtrain.run.rules import Choices, Rules
@@ -75,7 +76,7 @@ WHOLE = Split()
 
 
 def make_optimizer(model: VQVAE, options: TrainingOptions) -> torch.optim.Optimizer:
-    """Returns Adam for encoder and decoder; the codebook has no gradient.
+    """Returns the optimizer of encoder and decoder; the codebook has no gradient.
 
     On a card, the learning rate and the count of steps are kept on the card, so that a CUDA graph
     can hold them.
@@ -88,9 +89,8 @@ def make_optimizer(model: VQVAE, options: TrainingOptions) -> torch.optim.Optimi
         else options.learning_rate
     )
     moments = (FIRST_MOMENT, options.second_moment)
-    return torch.optim.Adam(
-        learned, lr=rate, betas=moments, eps=options.adam_epsilon, fused=True, capturable=on_card
-    )
+    make = MAKERS[options.optimizer]
+    return make(learned, rate, moments, options.adam_epsilon, on_card)
 
 
 def _learned(model: VQVAE) -> list[Parameter]:
