@@ -7,8 +7,9 @@ k-means start, dead codes replaced below a count of .05, and Adam at 1e-3. Its l
 error / variance + commitment / 4. The test images are measured in float32, with reconstructions
 clipped to [0, 1].
 
-FOLDER holds one file ``*-train.npz`` and one ``*-test.npz`` of uint8 images (N, H, W, 3), or
-``--train`` and ``--test`` name them. Each training is a process of its own. ``--only NAME --seed
+FOLDER holds one file ``*-train.npz`` and one ``*-test.npz`` of uint8 images (N, H, W[, 3]), or
+``--train`` and ``--test`` name them. ``--rules`` also trains without each rule of the default
+recipe. Each training is a process of its own. ``--only NAME --seed
 S`` runs one of them and prints a line of JSON. ``--done FILE`` takes such lines instead of training
 again.
 """
@@ -64,9 +65,19 @@ def shuffled(batches: Batches, steps: int, seed: int) -> Iterator[torch.Tensor]:
 
 
 def ours(
-    spec: ModelSpec, train: Batches, test: Batches, steps: int, seed: int, *, recipe: str
+    spec: ModelSpec,
+    train: Batches,
+    test: Batches,
+    steps: int,
+    seed: int,
+    *,
+    recipe: str = "default",
+    **changes: Any,
 ) -> Found:
-    """What a run of ``python -m vqtrain`` of so many steps does, without its checks."""
+    """What a run of ``python -m vqtrain`` of so many steps does, without its checks.
+
+    changes: options that differ from the recipe's.
+    """
     from vqtrain.options import RECIPES
     from vqtrain.run.metrics import evaluate
     from vqtrain.run.rules import Rules
@@ -74,7 +85,7 @@ def ours(
     from vqtrain.run.step import make_optimizer, training_step
 
     options = dataclasses.replace(
-        RECIPES[recipe](spec), batch_size=BATCH, precision="bfloat16", seed=seed
+        RECIPES[recipe](spec), batch_size=BATCH, precision="bfloat16", seed=seed, **changes
     )
     model = start_model(spec, options, train.images.numpy(), train.images.device)
     optimizer, rules = make_optimizer(model, options), Rules(options, steps)
@@ -140,11 +151,22 @@ CARE: dict[str, Any] = {
 is .09 in place of .066."""
 
 RUNS: dict[str, tuple[str, Callable[..., Found]]] = {
-    "default": ("ours, default recipe", partial(ours, recipe="default")),
+    "default": ("ours, default recipe", ours),
     "sonnet": ("ours, recipe sonnet", partial(ours, recipe="sonnet")),
     "library": ("vector-quantize-pytorch", partial(library, learning_rate=1e-3, **CARE)),
 }
 """By the names of ``--only``: what the table calls it, and what it does."""
+
+WITHOUT: dict[str, tuple[str, Callable[..., Found]]] = {
+    "adam": ("default, but Adam", partial(ours, optimizer="adam")),
+    "start": ("default, no k-means start", partial(ours, kmeans_start=False)),
+    "revival": ("default, no revival", partial(ours, revive_below=0.0)),
+    "centre": ("default, no --center", partial(ours, center=False)),
+    "cosine": ("default, constant rate", partial(ours, cosine=False)),
+    "averages": ("default, decay .99", partial(ours, decay=0.99)),
+    "drawn": ("default, indices drawn at .1", partial(ours, temperature=0.1)),
+}
+"""The same of runs in which one rule of the recipe differs; only with ``--rules``."""
 
 
 def train_one(arguments: argparse.Namespace) -> Found:
@@ -157,13 +179,18 @@ def train_one(arguments: argparse.Namespace) -> Found:
 
     keep_freed_memory()
     train, test = (load(path).train for path in (arguments.train, arguments.test))
-    spec = residual(train.shape[1:], variance=variance_of(train))
+    spec = residual(train.shape[1:], num_codes=arguments.num_codes, variance=variance_of(train))
     cpu, start = torch.device("cpu"), time.perf_counter()
     batches = Batches(train, BATCH, cpu), Batches(test, BATCH, cpu)
-    found = RUNS[arguments.only][1](spec, *batches, arguments.steps, arguments.seed)
+    found = {**RUNS, **WITHOUT}[arguments.only][1](spec, *batches, arguments.steps, arguments.seed)
     seconds = time.perf_counter() - start
     about = {"name": arguments.only, "seed": arguments.seed, "steps": arguments.steps}
     return about | {"seconds": seconds} | {name: found[name] for name in MEASURES}
+
+
+def chosen(arguments: argparse.Namespace) -> dict[str, tuple[str, Callable[..., Found]]]:
+    """The trainings that the arguments ask for."""
+    return {**RUNS, **WITHOUT} if arguments.rules else RUNS
 
 
 def all_found(arguments: argparse.Namespace) -> Iterator[Found]:
@@ -171,11 +198,12 @@ def all_found(arguments: argparse.Namespace) -> Iterator[Found]:
     lines = arguments.done.read_text().splitlines() if arguments.done else []
     done = {(line["name"], line["seed"], line["steps"]): line for line in map(json.loads, lines)}
     data = ["--train", str(arguments.train), "--test", str(arguments.test)]
-    for name, seed in itertools.product(RUNS, arguments.seeds):
+    for name, seed in itertools.product(chosen(arguments), arguments.seeds):
         if (name, seed, arguments.steps) in done:
             yield done[name, seed, arguments.steps]
             continue
         words = ["--only", name, "--seed", str(seed), "--steps", str(arguments.steps)]
+        words += ["--num-codes", str(arguments.num_codes)]
         command = [sys.executable, "-m", "benchmarks.grids", *data, *words]
         run = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
         yield json.loads(run.stdout)
@@ -197,7 +225,13 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=3000, help="(default: %(default)s)")
     options.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     options.add_argument("--done", type=Path, metavar="FILE", help="lines of earlier trainings")
-    options.add_argument("--only", choices=tuple(RUNS), help="one training, as a line of JSON")
+    options.add_argument("--num-codes", type=int, default=512, help="(default: %(default)s)")
+    options.add_argument(
+        "--rules", action="store_true", help="train without each rule of the recipe, too"
+    )
+    options.add_argument(
+        "--only", choices=(*RUNS, *WITHOUT), help="one training, as a line of JSON"
+    )
     options.add_argument("--seed", type=int, default=0, help="of --only (default: %(default)s)")
     arguments = options.parse_args()
     if arguments.data is not None:
@@ -216,10 +250,10 @@ def main() -> None:
     found: dict[str, list[Found]] = {}
     for one in all_found(arguments):
         found.setdefault(one["name"], []).append(one)
-        say(record, RUNS[one["name"]][0], str(one["seed"]), one)
+        say(record, chosen(arguments)[one["name"]][0], str(one["seed"]), one)
     for name, runs in found.items():
         means = {m: float(np.mean([run[m] for run in runs])) for m in (*MEASURES, "seconds")}
-        say(record, RUNS[name][0], "mean", means)
+        say(record, chosen(arguments)[name][0], "mean", means)
     record.figures = dict(found)
     record.write()
 

@@ -5,10 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import SPEC, trainer
 from torch.nn import Parameter
 
+from vqref.errors import InputError
 from vqtrain.optimizers import ADAMS_SIZE, MAKERS, MOMENTUM, is_matrix, orthogonal
 from vqtrain.options import OPTIMIZERS
+from vqtrain.run.fitting import require_fitting
 
 RATE = 0.01
 HOW = {"lr": RATE, "betas": (0.9, 0.99), "eps": 1e-7, "capturable": False}
@@ -83,6 +86,22 @@ def test_parameters_that_are_no_matrix_move_as_with_adam_bit_for_bit():
         moved[name] = [p.detach() for p in params]
     assert all(map(torch.equal, moved["adam"], moved["muon"]))
     assert not torch.equal(moved["adam"][0], drawn(0, 7))
+
+
+def test_a_snapshot_of_one_optimizer_does_not_fit_a_run_with_the_other(tmp_path, many_images):
+    states = {}
+    for name in OPTIMIZERS:
+        (tmp_path / name).mkdir()
+        run = trainer(tmp_path / name, many_images, optimizer=name, epochs=1)
+        run.run()
+        states[name] = run.state.to_plain()
+        require_fitting(states[name], SPEC, name)
+    for name, other, said in (
+        ("muon", "adam", r"optimizer\.state\.2\.step is missing"),
+        ("adam", "muon", r"optimizer\.state\.2\.step is not known"),
+    ):
+        with pytest.raises(InputError, match=said):
+            require_fitting(states[name], SPEC, other)
 
 
 def test_a_parameter_without_a_gradient_stays():

@@ -69,7 +69,7 @@ SURFACES = {
 
 def fits(spec):
     """What ``open_run`` holds a snapshot to."""
-    return partial(require_fitting, spec=spec)
+    return partial(require_fitting, spec=spec, optimizer="adam")
 
 
 def promptly(read, path):
