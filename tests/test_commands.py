@@ -369,7 +369,7 @@ WRONG_CONFIGS = {
     "seed = " + 3000 * "[" + 3000 * "]": "not TOML",
     "epochs = true": "epochs is true; it must be a number or a text",
     "cosine = 'yes'": "cosine is 'yes'; it must be true or false",
-    r'data = "a\u0000b"': r"data is 'a\x00b'; no text on a command line holds a null",
+    r'data = "a\u0000b"': r"data is 'a\x00b'; a text must not contain a null character",
     "help = true": "unknown option help",
 }
 
