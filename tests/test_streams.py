@@ -231,7 +231,7 @@ def test_samples_are_bounded_and_the_same_every_time(shards, images, monkeypatch
     monkeypatch.setattr(streams, "SAMPLED_PIECES", 8)
     found, again = shards(), shards()
     assert len(found.train) == 40
-    assert "40 of the 240 training images are kept as their sample" in found.said
+    assert "40 of the 240 training images are kept as a sample" in found.said
     assert as_set(found.train) < as_set(images)
     np.testing.assert_array_equal(found.train, again.train)
 
@@ -344,7 +344,7 @@ def test_options_of_shards_and_of_pictures_are_refused_elsewhere(tmp_path, shard
         load_source(str(tmp_path / "few.npy"), print, streaming=Streaming(buffer=3))
     with pytest.raises(InputError, match="--max-broken is for shards"):
         load_source("glyphs", print, streaming=Streaming(max_broken=3))
-    with pytest.raises(InputError, match=r"--skip-bad is for a folder of pictures; of shards, use"):
+    with pytest.raises(InputError, match=r"--skip-bad is for a folder of pictures; for shards, us"):
         shards(reading=Reading(skip_bad=True))
     with pytest.raises(InputError, match=r"--resize is for pictures; .* holds arrays"):
         shards(reading=Reading(size=(8, 8)))
@@ -371,7 +371,7 @@ def test_floating_arrays_stay_floating_and_wrong_ones_are_broken(tmp_path, image
     assert isinstance(found, StreamSet)
     assert found.train.dtype == np.float32
     assert sorted(found.broken)[0].startswith("a.npy: 3: images: nan")
-    assert sorted(found.broken)[1] == "b.npy: 0: its dtype is uint8, that of others float32"
+    assert sorted(found.broken)[1] == "b.npy: 0: its dtype is uint8, others have float32"
 
 
 def test_a_decoding_process_that_is_killed_ends_the_pass_in_one_line(shards):
