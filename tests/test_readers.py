@@ -356,7 +356,7 @@ def test_pictures_whose_names_are_no_text_can_be_tokenized(tmp_path):
         (b"when = 1979-05-27", "when is a date, expected text or a number"),
         (b"sizes = [1, 2]", "sizes is a list"),
         (b"[training.rates]\nfirst = 1", "rates is a dict"),
-        (b"seed = 1\n[training]\nseed = 2", "seed is there twice"),
+        (b"seed = 1\n[training]\nseed = 2", "seed is given twice"),
         (b"a" * 70_000, "bytes, more than"),
     ],
 )
@@ -452,7 +452,7 @@ MISFITS = [
     (("seconds",), float("nan"), "seconds is nan"),
     (("history",), "none", "history has str, expected list"),
     (("history",), [], "history has 0 lines, expected 1"),
-    (("history",), [{"epoch": 1}], "history.0.reconstruction is missing or no number"),
+    (("history",), [{"epoch": 1}], "history.0.reconstruction is missing or not a number"),
     (("finished",), None, "finished has NoneType, expected bool"),
     (("course",), [1], "course has list, expected dict"),
 ]
