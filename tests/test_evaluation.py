@@ -81,7 +81,7 @@ def test_a_grid_stands_beside_k_means_on_patches(
 ):
     heading, *lines = evaluate(residual_file, "--data", colour_file).splitlines()
     assert heading.endswith("on 300 images of colour.npy, cpu")
-    assert lines[-1] == "  patches_nmse is of a fit to the measured images themselves"
+    assert lines[-1] == "  patches_nmse was fitted to the measured images themselves"
     assert all(len(line) <= 80 for line in lines)
     found = json.loads(evaluate(residual_file, "--data", colour_file, "--json"))
     assert found["floor_fitted_to"] == "measured images"
@@ -247,7 +247,7 @@ def test_floors_are_fitted_to_the_images_that_are_left(evaluate, tmp_path, many_
     assert found["clustering_floor"] == pytest.approx(expected)
     assert found["floor_fitted_to"] == "other images"
     assert found["above_floor"] == found["bound"] - found["clustering_floor"]
-    own = "  clustering_floor is of a fit to the measured images themselves"
+    own = "  clustering_floor was fitted to the measured images themselves"
     assert own not in evaluate(*run, "--held-out", 0.25).splitlines()
     assert own in evaluate(*run).splitlines()
     assert own in evaluate(*run, "--binarize").splitlines()

@@ -213,7 +213,7 @@ def test_the_command_learns_keeps_its_tokens_and_evaluate_counts_them(
         done = run(*words, "--epochs", 1)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         said.append(done.stdout)
-    assert "tokens as they were kept in runs/tokens/" in said[1]
+    assert "tokens: read from runs/tokens/" in said[1]
     assert all(len(line) <= 80 for line in said[0].splitlines())
     pictures = {path.name for path in (tmp_path / "runs/i-prior/pictures").iterdir()}
     assert pictures == {"epoch-001-samples-1.png", "epoch-001-samples-0.8.png"}

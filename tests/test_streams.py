@@ -518,7 +518,7 @@ def test_evaluate_measures_what_training_held_out_and_prior_refuses_shards(
         assert main(["evaluate", *words, wanted]) == 0
         assert said in capsys.readouterr().out
     assert main(["prior", "model.pt", "--data", "shards"]) == 3
-    assert "a prior is learned on images that memory holds" in capsys.readouterr().err
+    assert "a prior needs images that fit in memory" in capsys.readouterr().err
 
 
 def test_the_same_images_in_memory_and_in_shards_train_alike(tmp_path, images):
