@@ -160,7 +160,7 @@ class PriorTrainer:
         uniform = self.spec.latent_size * math.log(self.spec.num_codes)
         self.work.say(
             f"{len(self.tokens)} images of {self.spec.latent_size} tokens train, "
-            f"{len(self.measured)} are held out; a uniform prior would cost {uniform:.1f} nats"
+            f"{len(self.measured)} are held out; uniform prior: {uniform:.1f} nats"
         )
         try:
             with watched():
