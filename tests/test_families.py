@@ -92,7 +92,7 @@ def test_a_residual_block_adds_to_its_input_and_the_last_sum_is_rectified(blocks
 
 
 def test_blocks_compute_what_the_paper_says():
-    """h + conv1(relu(conv3(relu(h)))), one image, one channel, kernels that show their taps."""
+    """A block is h + conv1(relu(conv3(relu(h)))). One image and channel, kernels that show taps."""
     spec = families.residual(
         (1, 2, 2), hidden=2, blocks=2, block_hidden=1, downsample=2, code_size=2, num_codes=2
     )

@@ -46,8 +46,7 @@ def in_float64(params):
 
 
 def require_gradients(module, arrays, scale=1.0):
-    """Holds the gradient of every parameter to its array ``grad/NAME``, beside its largest
-    magnitude."""
+    """Compares each parameter's gradient with the array ``grad/NAME``, beside its magnitude."""
     gradients = {name: scale * p.grad.numpy() for name, p in module.named_parameters()}
     recorded = {key.removeprefix("grad/") for key in arrays if key.startswith("grad/")}
     assert set(gradients) == recorded
