@@ -1,5 +1,7 @@
-"""``python -m benchmarks``: runs every benchmark, stores its figures in ``benchmarks/results/``,
-and writes the tables of ``benchmarks/README.md`` from them. Takes a few hours on two cores.
+"""``python -m benchmarks``: runs every benchmark. Takes a few hours on two cores.
+
+Stores the figures in ``benchmarks/results/`` and writes the tables of ``benchmarks/README.md`` from
+them.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""``python -m benchmarks.advance MODEL IMAGES``: proves tokens in advance, and tries to refute
-the proofs.
+"""``python -m benchmarks.advance MODEL IMAGES``: proves tokens in advance, tries to refute proofs.
 
 Measures for each arithmetic the share of proved tokens of held-out images; a bound on how far a
 latent can move, relative to the latent's length; and the cost of a proof. Measures the worst
-perturbation of all rows at once, relative to the bound. Then counts how many tokens proved for
-float32 come out differently on other machines. The images are taken as they are, moved, mirrored,
-blended and with noise. The machines are onnxruntime with either target, at each level of
-optimisation, on one and two threads; PyTorch eager, compiled, with channels last, without oneDNN;
-NumPy's float32 with sums in several orders, fused or not; and, with ``--javascript FOLDER``,
-onnxruntime-web. FOLDER is a copy of examples/javascript after ``npm install``. Last come machines
-of other arithmetics, whose differences must be found, and the arithmetics in which no proved token
-differs.
+perturbation of all rows at once, relative to the bound.
 
-``--tokens N`` sets how many proved tokens are compared in all; each machine's tokens count.
+Then counts how many tokens proved for float32 come out differently on other machines. The images
+are taken as they are, moved, mirrored, blended and with noise. The machines are onnxruntime with
+either target, at each level of optimisation, on one and two threads; PyTorch eager, compiled, with
+channels last, without oneDNN; NumPy's float32 with sums in several orders, fused or not; and, with
+``--javascript FOLDER``, onnxruntime-web. FOLDER is a copy of examples/javascript after ``npm
+install``. Last come machines of other arithmetics, whose differences must be found, and the
+arithmetics in which no proved token differs.
+
+``--tokens N`` sets how many proved tokens are compared in all; the tokens of each machine count.
 ``--large`` adds an image of 256x256.
 """
 

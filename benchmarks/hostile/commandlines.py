@@ -1,10 +1,10 @@
-"""``python -m benchmarks.hostile.commandlines [--count N]``: runs N command lines drawn at random,
-of all commands of the three programs, and says which did not end as the README says.
+"""``python -m benchmarks.hostile.commandlines [--count N]``: runs N command lines drawn at random.
 
-Options are drawn from the commands' own tables, with values that are extreme, of another kind or
-nonsense; files are sound, damaged, missing or no files at all. Streams are closed, full or read by
-nobody, and the environment is poor. Every command must end, with an exit code that has a meaning,
-without a traceback, and with one line on stderr at most.
+They are of all commands of the three programs. The campaign reports those that did not end as the
+README says. Options come from the commands' own tables; their values are extreme, of another kind
+or nonsense. Files are sound, damaged, missing or not files at all. Streams are closed, full or read
+by nobody, and the environment is poor. Every command must end, with an exit code that has a
+meaning, without a traceback, and with at most one line on stderr.
 """
 
 from __future__ import annotations

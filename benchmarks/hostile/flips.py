@@ -1,7 +1,7 @@
-"""``python -m benchmarks.hostile.flips [--count N]``: flips one bit at a time in every file of a
-bundle and its certificate, and in a model.pt, and opens each as verify and export do.
+"""``python -m benchmarks.hostile.flips [--count N]``: flips single bits in files, and opens them.
 
-A flip is accepted if nothing raises InputError.
+Flips one bit at a time in every file of a bundle, in its certificate and in a model.pt. Opens each
+as verify and export do. A flip is accepted if nothing raises InputError.
 """
 
 from __future__ import annotations

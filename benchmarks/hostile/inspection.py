@@ -1,9 +1,9 @@
-"""``python -m benchmarks.hostile.inspection [--mutations N]``: changes graphs in all ways that a
-file can be changed, and holds the inspection to ``onnx``.
+"""``python -m benchmarks.hostile.inspection [--mutations N]``: checks the inspection with ``onnx``.
 
-Each mutation is refused with one line, or accepted; what is accepted is read by ``onnx`` in a
-process of its own and must be the same graph: operators, domains, attributes, inputs and outputs,
-weights and their bits, and nothing that the inspection does not know.
+Changes graphs in all ways that a file can be changed. The inspection must refuse each mutation with
+one line, or accept it. If it accepts it, ``onnx``, in a process of its own, must read the same
+graph: operators, domains, attributes, inputs and outputs, weights and their bits, and nothing that
+the inspection does not know.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""``python -m benchmarks.hostile.kit``: runs ``vqref.checks`` on wrong quantizers, averages and
-training steps, each of which must be caught by the check that is named for it, and on right ones of
-many forms, of which none may be refused.
+"""``python -m benchmarks.hostile.kit``: runs ``vqref.checks`` on wrong and right implementations.
+
+The implementations are quantizers, averages and training steps. For each wrong one, a check is
+named that must catch it. The right ones have many forms, and none may be refused.
 """
 
 from __future__ import annotations

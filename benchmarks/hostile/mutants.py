@@ -1,5 +1,4 @@
-"""A right quantizer, update and step in NumPy, of small methods, and mutations, which replace one
-or two of these."""
+"""A right quantizer, update and step in NumPy, in small methods; mutations replace one or two."""
 
 from __future__ import annotations
 

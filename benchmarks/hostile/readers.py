@@ -1,9 +1,9 @@
-"""``python -m benchmarks.hostile.readers [--count N]``: feeds every reader of files from outside N
-random and damaged inputs.
+"""``python -m benchmarks.hostile.readers [--count N]``: gives each reader N damaged inputs.
 
-Each must be read or be refused with InputError, within SLOW seconds and ROOM bytes of memory, with
-nothing on stderr. Damage goes through checksums: half of it is done to what a format wraps, which
-is then wrapped again as it should be. Each reader works in a process of its own.
+Readers are those of files from outside; inputs are random or damaged. Each input must be read, or
+be refused with InputError, within SLOW seconds and ROOM bytes of memory, with nothing on stderr.
+Half of the damage is done to the content that a format wraps; the content is then wrapped again,
+with right checksums. Each reader works in a process of its own.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""``python -m benchmarks.hostile.replacements [--kills N]``: kills processes that replace a bundle,
-and looks at what is there afterwards.
+"""``python -m benchmarks.hostile.replacements [--kills N]``: kills processes that replace a bundle.
 
-Most publish in a loop, so that the signal falls into a publication; the others are real exports,
-killed at any moment from the start of the interpreter on. After each kill the place must hold a
-whole bundle, and after one more undisturbed publication nothing else.
+Most publish in a loop, so that the signal comes during a publication. The others are real exports,
+killed at any moment after the start of the interpreter. After each kill, the place must hold a
+whole bundle; after one more undisturbed publication, it must hold nothing else.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""``python -m benchmarks.hostile.signals [--count N]``: sends N SIGTERMs and N SIGINTs to commands
-at moments drawn uniformly from the whole life of their processes, and says which were not answered.
+"""``python -m benchmarks.hostile.signals [--count N]``: sends N SIGTERMs and N SIGINTs to commands.
 
-Most go to a short training run, which goes on after each, until it ends and is compared to one that
-nobody disturbed; every third goes to another command. Until Python has got as far as this project,
-it answers in its own way; what the process catches when a signal is sent tells (on Linux).
+Moments are drawn uniformly from the whole life of the processes. Signals that were not answered are
+reported. Two in three go to a short training run. It is continued after each signal until it ends,
+and is then compared with an undisturbed run. Every third signal goes to another command. Python
+itself answers signals until it has imported this project; which signals the process catches when
+one is sent tells the two apart (on Linux).
 """
 
 from __future__ import annotations
