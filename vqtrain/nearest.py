@@ -1,9 +1,16 @@
 """Finds nearest codes: by the direct form if there is little work, else by matrix products.
 
-The product ||c||^2 / 2 - x.c is fast, but less exact than the direct form ||x - c||^2. So the
-product only tells which codes may be nearest: those with a score within a margin of the best.
-``vqref.agreement.bounds`` derives the margin from rounding. The direct form then chooses among
-them, and chooses what it would choose among all codes.
+The product
+
+c
+
+^2 / 2 - x.c is fast, but less exact than the direct form
+
+x - c
+
+^2. So the product only tells which codes may be nearest: those with a score within a margin of the
+best. ``vqref.agreement.bounds`` derives the margin from rounding. The direct form then chooses
+among these codes. It would choose the same one among all codes.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ PRODUCT_WORK = 2**21
 ``python -m benchmarks.nearest`` measures it."""
 
 PRODUCT_CODES = 256
-"""Products are faster if there are at least so many codes. After the products, the direct form
+"""Products are faster if there are at least this many codes. After the products, the direct form
 still compares each latent with GROUP codes."""
 
 GROUP = 16
@@ -37,7 +44,7 @@ TILE = 4096
 """Codes in one product."""
 
 MOST_SCORES = 1024
-"""All scores are kept if there are at most so many codes."""
+"""All scores are kept if there are at most this many codes."""
 
 MOST_GROUPS = 8
 """If more groups than this may hold a latent's nearest code, it is compared with every code."""
@@ -86,9 +93,13 @@ def product_precision(dtype: torch.dtype) -> str | None:
 
 
 def squared_distances(latents: Tensor, codebook: Tensor, first: int = 0) -> Iterator[Tensor]:
-    """Yields ||x - c||^2 of latents (M, D) and codebook (K, D) in the direct form.
+    """Yields
 
-    Yields (m, K) for ``at_once`` latents at a time, without gradient.
+    x - c
+
+    ^2 of latents (M, D) and codebook (K, D) in the direct form.
+
+    Each part is (m, K), for ``at_once`` latents, without gradient.
 
     first: how many latents of the same batch come before these. Parts always end at the same
     latents of the batch, wherever these begin.
@@ -112,7 +123,7 @@ def at_once(latents: Tensor, codebook: Tensor) -> int:
 
 
 def _at_once(latents: Tensor, elements: int) -> int:
-    """Returns how many latents to process at once if each takes so many elements."""
+    """Returns how many latents to process at once if each takes this many elements."""
     room = PROCESSOR_BYTES if latents.device.type == "cpu" else CARD_BYTES
     return max(1, room // (elements * latents.element_size()))
 
@@ -133,7 +144,7 @@ def directly(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Returns the same indices by matrix products.
+    """Returns what ``directly`` returns, by matrix products.
 
     Finds the best score of each latent in each group of codes, then applies the direct form to the
     groups that may hold the nearest code.

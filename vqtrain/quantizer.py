@@ -14,7 +14,7 @@ from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
 from vqtrain.nearest import at_once, nearest, squared_distances
 
 SETTLED = 1_000_000
-"""After so many steps, a debiased average no longer depends on its start."""
+"""After this many steps, a debiased average no longer depends on its start."""
 
 
 def update_ema(
@@ -82,7 +82,7 @@ def placed(rows: Tensor, codes: Tensor, normalized: bool) -> Tensor:
 
 
 def _share(like: Tensor, decay: float, dialect: Dialect, steps: Tensor | int) -> Tensor | float:
-    """Returns the averages' share that is data, not start; in float64, since terms cancel."""
+    """Returns the share of the averages that is data, not start; float64, since terms cancel."""
     if not dialect.debiased:
         return 1.0
     exponent = torch.as_tensor(steps, device=like.device).double()

@@ -99,7 +99,7 @@ def choose(
     images, others, kind, of = parts.train, None, "images", dict[str, Any]()
     if parts.held_out is not None and len(parts.held_out):
         images, others, kind = parts.held_out, parts.train, "held-out images"
-        of = dict(parts.held_out_as or {"sha256": None})  # there is no digest of these alone
+        of = dict(parts.held_out_as or {"sha256": None})  # these have no digest of their own
     if not len(images):
         raise InputError(f"{source.source}: no images to measure on")
     how = [f"{share(of['fraction'])}, by hash"] if "fraction" in of else []

@@ -38,7 +38,7 @@ class Window:
 def windows(sizes: Sequence[int], buffer: int, seed: int, first: int = 0) -> Iterator[Window]:
     """Yields the windows of one epoch, from the window with position ``first`` on.
 
-    sizes: images in each piece. buffer: a window takes shuffled pieces until it holds so many
+    sizes: images in each piece. buffer: a window takes shuffled pieces until it holds this many
     images. seed: the epoch's.
     """
     order = np.random.default_rng(seed).permutation(len(sizes))

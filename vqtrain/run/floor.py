@@ -21,10 +21,10 @@ from vqref.validation import Array
 Float32 = npt.NDArray[np.float32]
 
 SMOOTHING = 0.5
-"""Pseudo-images of the mean picture in each cluster, so that no pixel of a prototype is certain."""
+"""Copies of the mean picture added to each cluster, so that no pixel of a prototype is certain."""
 
 RESTARTS = 4
-"""The clustering floor is the best of so many fits."""
+"""The clustering floor is the best of this many fits."""
 
 MOST_VECTORS, LEAST_VECTORS, PASS_WORK = 100_000, 20_000, 4 * 10**9
 """If there are more vectors, only a sample is clustered and measured. A pass over it takes about

@@ -40,7 +40,7 @@ MOMENTS = 0.9, 0.95
 """The betas of AdamW, as usual for transformers."""
 
 WEIGHT_DECAY = 0.1
-"""For matrices; biases and norms have no decay."""
+"""The weight decay of matrices; biases and norms have none."""
 
 WARM_UP = 0.05
 """The share of all steps in which the learning rate rises from 0."""
