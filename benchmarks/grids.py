@@ -47,7 +47,7 @@ Found = dict[str, Any]
 
 
 def files(folder: Path) -> tuple[Path, Path]:
-    """The files of training and test images in a folder. Raises FileNotFoundError."""
+    """Returns the files of training and test images in a folder. Raises FileNotFoundError."""
     found = [sorted(folder.glob(f"*-{part}.npz"))[:1] for part in ("train", "test")]
     if not all(found):
         raise FileNotFoundError(f"{folder}: holds no *-train.npz and *-test.npz")
@@ -55,7 +55,7 @@ def files(folder: Path) -> tuple[Path, Path]:
 
 
 def shuffled(batches: Batches, steps: int, seed: int) -> Iterator[torch.Tensor]:
-    """So many batches, pass after pass."""
+    """Yields this many batches, pass after pass."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -66,7 +66,7 @@ def shuffled(batches: Batches, steps: int, seed: int) -> Iterator[torch.Tensor]:
 def ours(
     spec: ModelSpec, train: Batches, test: Batches, steps: int, seed: int, *, recipe: str
 ) -> Found:
-    """What a run of ``python -m vqtrain`` of so many steps does, without its checks."""
+    """Does what a run of ``python -m vqtrain`` does in these steps, without its checks."""
     from vqtrain.options import RECIPES
     from vqtrain.run.metrics import evaluate
     from vqtrain.run.rules import Rules
@@ -95,7 +95,7 @@ def library(
     learning_rate: float,
     **options: Any,
 ) -> Found:
-    """The same steps with vector-quantize-pytorch."""
+    """Takes the same steps with vector-quantize-pytorch."""
     import torch
 
     from benchmarks.peers import Library
@@ -108,7 +108,7 @@ def library(
 
 
 def measured(model: Any, images: torch.Tensor) -> Found:
-    """The measures of a peer by the functions of ``vqtrain.run.metrics``."""
+    """Returns the measures of a peer, by the functions of ``vqtrain.run.metrics``."""
     import torch
 
     from vqtrain.likelihoods import mean
@@ -144,11 +144,11 @@ RUNS: dict[str, tuple[str, Callable[..., Found]]] = {
     "sonnet": ("ours, recipe sonnet", partial(ours, recipe="sonnet")),
     "library": ("vector-quantize-pytorch", partial(library, learning_rate=1e-3, **CARE)),
 }
-"""By the names of ``--only``: what the table calls it, and what it does."""
+"""The trainings, by the names of ``--only``: their name in the table, and what they do."""
 
 
 def train_one(arguments: argparse.Namespace) -> Found:
-    """One training, measured."""
+    """Runs one training and measures it."""
     import torch
 
     from vqtrain.data.batches import Batches
@@ -167,7 +167,7 @@ def train_one(arguments: argparse.Namespace) -> Found:
 
 
 def all_found(arguments: argparse.Namespace) -> Iterator[Found]:
-    """Every training in the order of the table: those that are done, and the others now."""
+    """Yields all trainings in the order of the table; runs those that are not done yet."""
     lines = arguments.done.read_text().splitlines() if arguments.done else []
     done = {(line["name"], line["seed"], line["steps"]): line for line in map(json.loads, lines)}
     data = ["--train", str(arguments.train), "--test", str(arguments.test)]

@@ -31,8 +31,12 @@ MUTATIONS: Mapping[str, Mutation] = {
 
 @dataclass
 class Findings:
-    """caught: each mutation and the check, named for it, that it failed. missed: mutations that
-    passed it. alarms: checks that refused something right. checks: how many of those were run."""
+    """What the campaign found.
+
+    caught: each mutation with its named check, which it failed. missed: mutations that passed their
+    check. alarms: checks that refused something right. checks: how many checks of right
+    implementations ran.
+    """
 
     caught: dict[str, str] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
@@ -47,10 +51,11 @@ def campaign(
     say: Callable[[str], object] = lambda line: None,
     **sizes: Any,
 ) -> Findings:
-    """The check that is named for each of ``count`` mutations, or all, and every check on as many
-    right implementations.
+    """Runs the named checks of ``count`` mutations or all, and all checks of right ones.
 
-    say: is told about each. sizes: of the codebooks, as ``quantizer_checks`` takes them.
+    There are as many right implementations as mutations.
+
+    say: takes a line on each. sizes: of the codebooks, as ``quantizer_checks`` takes them.
     """
     found = Findings()
     with np.errstate(all="ignore"):
