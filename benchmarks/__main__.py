@@ -1,5 +1,7 @@
-"""``python -m benchmarks``: runs every benchmark, stores its figures in ``benchmarks/results/``,
-and writes the tables of ``benchmarks/README.md`` from them. Takes a few hours on two cores.
+"""``python -m benchmarks``: runs every benchmark. Takes a few hours on two cores.
+
+Stores the figures in ``benchmarks/results/`` and writes the tables of ``benchmarks/README.md`` from
+them.
 """
 
 from __future__ import annotations
@@ -19,11 +21,11 @@ from benchmarks.measure import ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "benchmarks" / "README.md"
 BLOCK = re.compile(r"(<!-- results: ([\w.]+) -->\n)```\n.*?```\n", re.DOTALL)
-"""A table in README: the comment that names its benchmark, and what that printed."""
+"""A table in README: the comment that names its benchmark, and what the benchmark printed."""
 
 
 def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, list[str]]:
-    """What each benchmark is given, {name: arguments}; without the ones whose images are not."""
+    """Returns {name: arguments} of benchmarks; leaves out those whose images are missing."""
     tensorflow = [] if arguments.tensorflow is None else ["--tensorflow", arguments.tensorflow]
     alone = [str(bundle) for bundle in bundles[:1]]
     found = {
@@ -66,7 +68,7 @@ def commands(arguments: argparse.Namespace, bundles: list[Path]) -> dict[str, li
 
 
 def hostile(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """The campaigns, each with the option that says how much of it, and a tenth for --short."""
+    """Returns the campaigns, each with the option for its size; with --short, a tenth of it."""
     amounts = {
         "flips": ("--count", 2000),
         "inspection": ("--mutations", 100_000),
@@ -83,7 +85,7 @@ def hostile(arguments: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def agreement(arguments: argparse.Namespace) -> list[str]:
-    """The models, a grid's with its images if there are some, and how many latents."""
+    """Returns arguments: the models, a grid's with its images if any, and the number of latents."""
     models = [str(model) for model in (arguments.model, arguments.grid) if model is not None]
     data = []
     if arguments.grid is not None and arguments.colour is not None:

@@ -1,18 +1,18 @@
-"""``python -m benchmarks.advance MODEL IMAGES``: proves tokens in advance, and tries to refute
-the proofs.
+"""``python -m benchmarks.advance MODEL IMAGES``: proves tokens in advance, tries to refute proofs.
 
 Measures for each arithmetic the share of proved tokens of held-out images; a bound on how far a
 latent can move, relative to the latent's length; and the cost of a proof. Measures the worst
-perturbation of all rows at once, relative to the bound. Then counts how many tokens proved for
-float32 come out differently on other machines. The images are taken as they are, moved, mirrored,
-blended and with noise. The machines are onnxruntime with either target, at each level of
-optimisation, on one and two threads; PyTorch eager, compiled, with channels last, without oneDNN;
-NumPy's float32 with sums in several orders, fused or not; and, with ``--javascript FOLDER``,
-onnxruntime-web. FOLDER is a copy of examples/javascript after ``npm install``. Last come machines
-of other arithmetics, whose differences must be found, and the arithmetics in which no proved token
-differs.
+perturbation of all rows at once, relative to the bound.
 
-``--tokens N`` sets how many proved tokens are compared in all; each machine's tokens count.
+Then counts how many tokens proved for float32 come out differently on other machines. The images
+are taken as they are, moved, mirrored, blended and with noise. The machines are onnxruntime with
+either target, at each level of optimisation, on one and two threads; PyTorch eager, compiled, with
+channels last, without oneDNN; NumPy's float32 with sums in several orders, fused or not; and, with
+``--javascript FOLDER``, onnxruntime-web. FOLDER is a copy of examples/javascript after ``npm
+install``. Last come machines of other arithmetics, whose differences must be found, and the
+arithmetics in which no proved token differs.
+
+``--tokens N`` sets how many proved tokens are compared in all; the tokens of each machine count.
 ``--large`` adds an image of 256x256.
 """
 
@@ -68,19 +68,18 @@ BATCH = 64
 LEVELS = ("DISABLE_ALL", "ENABLE_BASIC", "ENABLE_EXTENDED", "ENABLE_ALL")
 ORDERS = ("forwards", "backwards", "tree", "fused")
 FEW = 64
-"""Images that NumPy and the emulated machines take: an order of sums takes them a second each."""
+"""Images for NumPy and the emulated machines, which take a second per image and order of sums."""
 
 IN_JAVASCRIPT = 2048
-"""Images that onnxruntime-web takes."""
+"""Images for onnxruntime-web."""
 
 OTHERS, EXPLAINED = 10_000, BATCH
-"""Tokens that each machine of another arithmetic makes, and images of which tokens are proved for
-every arithmetic."""
+"""Tokens from each machine of another arithmetic, and images whose tokens are proved for every
+arithmetic."""
 
 
 class Machine(NamedTuple):
-    """What makes tokens (N, S) of images (N, C, H, W) in float32, and how many images it takes, or
-    None if it takes all."""
+    """What makes tokens (N, S) of images (N, C, H, W). images: how many it takes, None for all."""
 
     tokens: Tokenizer
     images: int | None = None
@@ -94,7 +93,7 @@ class Found(NamedTuple):
 
 
 def variations(images: Array, rng: np.random.Generator) -> Iterator[Array]:
-    """Batches of uint8 images (N, C, H, W): first those given, then new ones made of them."""
+    """Yields batches of uint8 images (N, C, H, W): first those given, then new ones from them."""
     for start in range(0, len(images) - BATCH + 1, BATCH):
         yield images[start : start + BATCH]
     while True:
@@ -111,7 +110,7 @@ def variations(images: Array, rng: np.random.Generator) -> Iterator[Array]:
 
 
 def bounds_on_length(enclosure: Enclosure, tokens: npt.NDArray[np.int64]) -> Float64:
-    """Bounds on the lengths by which the latents of some tokens can move, by exact Jacobians."""
+    """Returns bounds on how far the latents of some tokens can move, by exact Jacobians."""
     size = enclosure.latents.shape[1]
     each = np.tile(np.eye(size), (len(tokens), 1))
     far = np.full(len(each), -np.inf)
@@ -120,8 +119,10 @@ def bounds_on_length(enclosure: Enclosure, tokens: npt.NDArray[np.int64]) -> Flo
 
 
 def worst(found: Enclosure, token: int, direction: Float64) -> Signs:
-    """The signs of every row's errors, of its inputs, before and after its activation, that push
-    the latent of a token furthest in a direction."""
+    """Returns the signs of errors that push a token's latent furthest in a direction.
+
+    They are for every row: for its inputs, and before and after its activation.
+    """
     last = len(found.steps)
     gradients = {last: np.zeros_like(found.latents)[None]}
     gradients[last][0, token] = direction
@@ -143,8 +144,10 @@ def worst(found: Enclosure, token: int, direction: Float64) -> Signs:
 def moved(
     found: Enclosure, wrong: Callable[[int, Row], tuple[Float64, Float64, Float64]]
 ) -> list[tuple[Float64, Float64]]:
-    """By what each row is off before and after its activation, by number. ``wrong`` says by what
-    factors move on rounding, and what the row and its activation get wrong."""
+    """Returns the errors of each row before and after its activation, by number.
+
+    wrong: says how far rounding moves factors, and the errors of the row and of its activation.
+    """
     off = [(np.zeros_like(found.rows[0].value),) * 2]
     for number, (step, row) in enumerate(zip(found.steps, found.rows[1:], strict=True), 1):
         layer, (rho, error, rounding) = step.layer, wrong(number, row)
@@ -162,8 +165,10 @@ def moved(
 def share_of_bound(
     spec: ModelSpec, params: Params, image: Array, name: str, rng: np.random.Generator
 ) -> float:
-    """How far the worst perturbation of all rows at once moves a token's latent in a direction
-    between two codes, over the bound."""
+    """Returns the effect of the worst perturbation of all rows at once, divided by the bound.
+
+    The effect is how far a token's latent moves in a direction between two codes.
+    """
     arithmetic, codebook = ARITHMETICS[name], params[CODEBOOK].astype(np.float64)
     found = enclose(Network(spec, params, arithmetic), image.astype(np.float64))
     token = int(rng.integers(spec.latent_size))
@@ -184,7 +189,7 @@ def share_of_bound(
 
 
 def activation_of(found: Enclosure, number: int, arithmetic: Arithmetic) -> Float64:
-    """What an activation's own result is off by, of the exact input."""
+    """Returns the error of an activation's own result for the exact input."""
     z, activation = found.rows[number].z, found.steps[number - 1].layer.activation
     return activation_error(activation, z, np.zeros_like(z), arithmetic)
 
@@ -193,7 +198,7 @@ def activation_of(found: Enclosure, number: int, arithmetic: Arithmetic) -> Floa
 
 
 def sums(terms: Array, order: str, rng: np.random.Generator) -> Array:
-    """float32 sums along the last axis, in an order."""
+    """Returns float32 sums along the last axis, added in this order."""
     terms = terms.astype(np.float32)
     if order == "backwards":
         terms = terms[..., ::-1]
@@ -208,8 +213,10 @@ def sums(terms: Array, order: str, rng: np.random.Generator) -> Array:
 
 
 def products(x: Array, weight: Array, order: str, rng: np.random.Generator) -> Array:
-    """float32 sums of products along the last axis; fused: each product exact, rounded once with
-    the sum so far."""
+    """Returns float32 sums of products along the last axis.
+
+    fused: each product is exact, and is rounded once, together with the sum so far.
+    """
     if order != "fused":
         return sums(x * weight, order, rng)
     x, weight = np.broadcast_arrays(x, weight)
@@ -227,8 +234,10 @@ def latents_in_float32(
     cut: Callable[[Array], Array] = lambda factor: factor,
     seed: int = 0,
 ) -> Array:
-    """Latents of a network of convolutions and dense rows in NumPy's float32: every sum in an
-    order, factors cut before."""
+    """Returns the latents of a network of convolutions and dense rows in NumPy's float32.
+
+    All sums are in this order; factors are cut first.
+    """
     rng = np.random.default_rng(seed)
     values: dict[int, Array] = {0: images.astype(np.float32)}
     for number, step in enumerate(plan(spec.encoder), 1):
@@ -267,7 +276,7 @@ def in_float32(
     cut: Callable[[Array], Array] = lambda factor: factor,
     seed: int = 0,
 ) -> Array:
-    """Tokens of ``latents_in_float32``, whose distances add in the same order."""
+    """Returns tokens of ``latents_in_float32``; distances are added in the same order."""
     latents = latents_in_float32(spec, params, images, order, cut, seed)
     difference = latents[:, :, None] - np.asarray(params[CODEBOOK], np.float32)
     rng = np.random.default_rng(seed)
@@ -275,7 +284,7 @@ def in_float32(
 
 
 def one_by_one(tokens: Tokenizer) -> Tokenizer:
-    """An image at a time, whose terms fit memory."""
+    """Takes one image at a time, whose terms fit in memory."""
     return lambda images: np.concatenate([tokens(image[None]) for image in images])
 
 
@@ -284,8 +293,7 @@ def first_of(session: Session, images: Array) -> Array:
 
 
 def in_onnxruntime(model: Model) -> dict[str, Machine]:
-    """onnxruntime on the processor, for each target, level of optimisation and number of
-    threads."""
+    """Returns onnxruntime on the processor: per target, level of optimisation, and threads."""
     found = {}
     for target, level, threads in itertools.product(TARGETS, LEVELS, (1, 2)):
         options = onnxruntime().SessionOptions()
@@ -302,7 +310,7 @@ def in_onnxruntime(model: Model) -> dict[str, Machine]:
 
 @contextmanager
 def onednn_off() -> Iterator[None]:
-    """PyTorch warns of Intel's cards whenever this is set."""
+    """Turns oneDNN off; hides PyTorch's warning about Intel's cards, which comes each time."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.backends.mkldnn.flags(enabled=False):
@@ -315,8 +323,11 @@ def asked(module: VQVAE, given: torch.Tensor, encoder: Callable[..., torch.Tenso
 
 
 def in_pytorch(model: Model) -> dict[str, Machine]:
-    """PyTorch on the processor. Without oneDNN, NNPACK may compute convolutions by Fourier
-    transforms and Winograd's algorithm, which are no sums of products: it is off, too."""
+    """Returns machines of PyTorch on the processor.
+
+    NNPACK is off together with oneDNN. Otherwise it may compute convolutions by Fourier transforms
+    and Winograd's algorithm, which are not sums of products.
+    """
     module = VQVAE(model.spec, model.params)
     compiled = torch.compile(module.encoder)
 
@@ -341,7 +352,7 @@ def in_pytorch(model: Model) -> dict[str, Machine]:
 
 
 def in_javascript(folder: Path, bundle: Path) -> Machine:
-    """onnxruntime-web: a process whose images are uint8 in a file."""
+    """Returns onnxruntime-web, in a process that reads uint8 images from a file."""
 
     def tokens(images: Array) -> Array:
         with tempfile.TemporaryDirectory() as where:
@@ -355,7 +366,7 @@ def in_javascript(folder: Path, bundle: Path) -> Machine:
 
 
 def machines(model: Model) -> dict[str, Machine]:
-    """Those that compute in float32 and add up the products, in whatever order."""
+    """Returns the machines that compute in float32 and add up the products, in any order."""
     spec, params = model.spec, model.params
     found = {**in_onnxruntime(model), **in_pytorch(model)}
     for order in ORDERS:
@@ -370,7 +381,7 @@ def cut_to_tf32(factor: Array) -> Array:
 
 
 def to_bfloat16(factor: Array) -> Array:
-    """Rounded to nearest, ties to even."""
+    """Rounds to nearest, ties to even."""
     bits = np.ascontiguousarray(factor, np.float32).view(np.uint32)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
     return np.asarray(rounded.view(np.float32))
@@ -381,7 +392,7 @@ def to_float16(factor: Array) -> Array:
 
 
 def with_factors(model: Model, cut: Callable[[Array], Array]) -> Machine:
-    """PyTorch, whose rows take rounded factors."""
+    """Returns a machine of PyTorch whose rows take rounded factors."""
     params = {
         name: cut(each) if name.endswith(".weight") and name != CODEBOOK else each
         for name, each in model.params.items()
@@ -396,7 +407,7 @@ def with_factors(model: Model, cut: Callable[[Array], Array]) -> Machine:
 
 
 def other_machines(model: Model) -> dict[str, Machine]:
-    """Those that compute in another arithmetic than float32."""
+    """Returns the machines that compute in another arithmetic than float32."""
     module = VQVAE(model.spec, model.params)
 
     def in_nnpack(images: Array) -> Array:
@@ -462,7 +473,7 @@ def shares(record: Record, model: Model, images: Array, count: int) -> None:
 def memory_of(
     spec: ModelSpec, params: Params, images: Array, name: str, *, closely: bool = True
 ) -> float:
-    """The most that NumPy holds at once for a proof, MiB."""
+    """Returns the most MiB that NumPy holds at once for a proof."""
     tracemalloc.start()
     prove(spec, params, images, name, closely=closely)
     peak = tracemalloc.get_traced_memory()[1]
@@ -492,11 +503,14 @@ def proofs_of(model: Model, x: Array, names: Sequence[str]) -> dict[str, Proof]:
 def proofs_ahead(
     model: Model, batches: Iterator[Array], explained: int
 ) -> Iterator[tuple[Array, dict[str, Proof]]]:
-    """Images in [0, 1] and their proofs for float32, of the first ``explained`` for every
-    arithmetic; proved by a process per core, a few batches ahead."""
+    """Yields images in [0, 1] and their proofs for float32.
+
+    The first ``explained`` images also have proofs for every other arithmetic. One process per core
+    proves, a few batches ahead.
+    """
     cores = len(os.sched_getaffinity(0))
     waiting = deque[tuple[Array, Future[dict[str, Proof]]]]()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of processes to come: they share the cores
+    os.environ["OMP_NUM_THREADS"] = "1"  # for later processes, which share the cores
     with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
         try:
             for number, batch in enumerate(batches):
@@ -513,9 +527,11 @@ def proofs_ahead(
 def refuted(
     model: Model, images: Array, kinds: Mapping[str, Machine], tokens: int, explained: int
 ) -> tuple[dict[str, Found], dict[str, dict[str, Found]], int]:
-    """Tokens of every machine compared with those proved for float32, until so many are; of the
-    first ``explained`` images also with those proved for the other arithmetics. What does not run
-    here is left out. Returns both, and how many images there were."""
+    """Compares the tokens of every machine with those proved for float32, until there are enough.
+
+    For the first ``explained`` images, also compares with those proved for the other arithmetics.
+    Leaves out machines that do not run here. Returns both results, and the number of images.
+    """
     found = dict.fromkeys(kinds, Found(0, 0))
     by_row = {kind: dict.fromkeys(ARITHMETICS, Found(0, 0)) for kind in kinds}
     seen, broken = 0, set()
@@ -527,7 +543,7 @@ def refuted(
                 continue
             try:
                 answers = machine.tokens(x)
-            except Exception as error:  # what a compiler may raise has no common name
+            except Exception as error:  # errors of compilers have no common type
                 broken.add(kind)
                 print(f"{kind}: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
@@ -558,7 +574,7 @@ def attempts(
 
 
 def explanations(record: Record, model: Model, images: Array) -> None:
-    """Prints what is found out of machines of other arithmetics."""
+    """Prints what is found about machines of other arithmetics."""
     kinds = other_machines(model)
     found, by_row, seen = refuted(model, images, kinds, OTHERS * len(kinds), EXPLAINED)
     record.say(f"machines of other arithmetics: tokens proved for float32, of {seen} images;")
@@ -577,9 +593,11 @@ def explanations(record: Record, model: Model, images: Array) -> None:
 
 
 def large(record: Record, model: Model, images: Array) -> None:
-    """Prints what the first look at images of 256x256 takes: of an untrained network with three
-    halvings and 1,024 codes, which are latents of the image; of the model, if its rows take such an
-    image, a mosaic of those that are held out."""
+    """Prints what the first look at images of 256x256 costs.
+
+    First for an untrained network with three halvings and 1,024 codes, which are latents of the
+    image. Then for the model, if its rows take such an image: a mosaic of held-out images.
+    """
     spec = residual((3, 256, 256), downsample=8, num_codes=1024)
     rng = np.random.default_rng(0)
     image, params = to_unit_interval(fields(1, spec.image_shape)), vqref.init_params(spec, rng)
@@ -620,7 +638,7 @@ def large(record: Record, model: Model, images: Array) -> None:
 
 
 def held_out(path: Path) -> Array:
-    """Images (N, C, H, W) uint8: those that a set holds out, else all of it."""
+    """Returns images (N, C, H, W) uint8: those that a set holds out, else all of the set."""
     source = load_any(path)
     images = source.train if source.held_out is None else source.held_out
     return images if images.dtype == np.uint8 else np.rint(images * 255).astype(np.uint8)

@@ -47,7 +47,7 @@ Quantize = Callable[[Array], Array]
 SIZES = ((64, 16), (512, 8), (17, 3), (32, 64))
 AT_ONCE = 20_000
 DIFFERENCES = 2**27
-"""Latents at once, and fewer if the eager form would hold more differences of latents and codes."""
+"""The most latents at once, and the most differences of latents and codes in the eager form."""
 
 IMAGES_AT_ONCE = 64
 
@@ -55,8 +55,10 @@ TYPES = {"float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 def computed(latents: Array, codebook: Array, precision: str, form: str) -> torch.Tensor:
-    """Squared distances (N, K) of latents (N, 1, D), or their roots, as PyTorch computes them in a
-    precision and form; TF32 by cutting the factors off."""
+    """Returns squared distances (N, K) of latents (N, 1, D), or their roots, from PyTorch.
+
+    They are in this precision and form. TF32 is made by cutting the factors.
+    """
     x, c = (
         torch.from_numpy(array).to(TYPES.get(precision, torch.float32))
         for array in (latents[:, 0], codebook)
@@ -73,7 +75,7 @@ def computed(latents: Array, codebook: Array, precision: str, form: str) -> torc
 
 
 def backends(codebook: Array) -> dict[str, tuple[Quantize, str]]:
-    """{name: (latents (N, 1, D) to indices (N, 1), form)}."""
+    """Returns {name: (function from latents (N, 1, D) to indices (N, 1), form)}."""
     k, d = codebook.shape
     spec = post((1, 4, 4), base_depth=1, num_codes=k, code_size=d)
     graph = build_graphs(
@@ -120,7 +122,7 @@ def adversarial(latents: int) -> Iterator[tuple[Array, Array]]:
 
 
 def trained(model: Model, latents: int) -> Iterator[tuple[str, Array, Array]]:
-    """Latents on lines between those of a model's own, and around its bisectors."""
+    """Returns latents on lines between a model's own latents, and around its bisectors."""
     spec, params, codebook = model.spec, model.params, model.params[CODEBOOK]
     sessions, _ = open_sessions(build_graphs(spec, params), spec, "cpu")
     rng, own = np.random.default_rng(0), own_latents(spec, params, sessions)
@@ -140,7 +142,7 @@ def at_once(codebook: Array) -> int:
 def compare_latents(
     record: Record, title: str, cases: Iterator[tuple[str, Array, Array]], total: int
 ) -> None:
-    """Holds every backend to the oracle on latents of each label."""
+    """Compares every backend with the oracle on latents of each label."""
     found: dict[tuple[str, str], list[Check]] = {}
     ready: dict[tuple[int, ...], tuple[Array, dict[str, tuple[Quantize, str]]]] = {}
     for label, latents, codebook in tqdm(cases, title, total, disable=None):
@@ -158,8 +160,7 @@ def compare_latents(
 
 
 def compare_tokens(record: Record, title: str, model: Model, images: Array) -> None:
-    """Holds the tokens of images (N, C, H, W) to the oracle's: those of PyTorch's module, and of
-    onnxruntime's session."""
+    """Compares tokens of images (N, C, H, W), from PyTorch and onnxruntime, with the oracle's."""
     spec, params = model.spec, model.params
     module = VQVAE(spec, params)
     graphs = {"tokenizer": build_graphs(spec, params)["tokenizer"]}
@@ -182,7 +183,7 @@ def compare_tokens(record: Record, title: str, model: Model, images: Array) -> N
 
 
 def say(record: Record, label: str, name: str, checks: list[Check]) -> None:
-    """Prints what the checks of one backend on one kind of latents come to."""
+    """Prints the result of one backend's checks on one kind of latents."""
     c = merge(name, "float32", tuple(checks))
     share = (c.certified or 0) / c.compared
     record.say(
@@ -197,8 +198,11 @@ def say(record: Record, label: str, name: str, checks: list[Check]) -> None:
 def judge(
     indices: Array, latents: Array, codebook: Array, form: str, first: tuple[Array, Check] | None
 ) -> Check:
-    """``check_indices``; if another backend of the same form was judged on the same latents, only
-    what differs from it is judged anew: what is certified does not depend on the answers."""
+    """Returns what ``check_indices`` returns.
+
+    If another backend of the same form was judged on the same latents, judges only the answers that
+    differ: what is certified does not depend on the answers.
+    """
     if first is None or indices.dtype != np.int64 or indices.shape != first[0].shape:
         return check_indices(indices, latents, codebook, precision="float32", form=form)
     answers, check = first
@@ -218,8 +222,10 @@ def judge(
 
 
 def worst_share(precision: str, form: str) -> float:
-    """The largest error of a difference of two squared distances over the sum of their bounds,
-    where nothing overflows."""
+    """Returns the largest error of a difference of two squared distances, divided by its bound.
+
+    The bound is the sum of both bounds. Distances that overflow are left out.
+    """
     worst, largest = 0.0, arithmetic(precision).largest
     for seed, name, (k, d) in itertools.product(
         range(8), ("ordinary", "far_from_origin", "mixed_scales", "bisector"), SIZES
@@ -282,7 +288,7 @@ def main() -> None:
 
 
 def compare_model(record: Record, model: Model, arguments: argparse.Namespace) -> None:
-    """A trained model's own latents, its bisectors, and the tokens of images if it takes them."""
+    """Compares on a model's own latents, its bisectors, and tokens of images if it takes them."""
     family, drawn = model.spec.family, arguments.drawn
     cases = (
         (f"{family}, {label}", latents, codebook)

@@ -30,13 +30,13 @@ from vqref.host.archives import list_shards, read_shard
 from vqref.host.arrow import parquet
 
 SHARD_IMAGES = 500
-"""A hundred parts of 50,000 images: none keeps a core waiting long for the others at the end."""
+"""50,000 images make a hundred parts, so no core waits long for others at the end."""
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def write_source(folder: Path, count: int, image_shape: tuple[int, int, int]) -> None:
-    """Parquet files as ``datasets`` writes them, of PNGs; row groups of 100."""
+    """Writes parquet files of PNGs as ``datasets`` writes them, with row groups of 100."""
     pyarrow, module = parquet()
     folder.mkdir()
     for number, start in enumerate(range(0, count, 10_000)):
@@ -53,21 +53,21 @@ def png(image: np.ndarray) -> bytes:
 
 
 def job(bundle: Path, source: Path, output: Path, *more: str) -> list[str]:
-    """The command that writes a folder of tokens."""
+    """Returns the command that writes a folder of tokens."""
     words = ["encode", str(bundle), str(source), "--output", str(output), "--device", "cpu"]
     options = ["--threads", "1", "--shard-images", str(SHARD_IMAGES), *more]
     return [sys.executable, "-m", "vqdeploy", *words, *options]
 
 
 def run(words: Sequence[str], place: Path) -> float:
-    """Seconds of a command, which must succeed."""
+    """Runs a command, which must succeed; returns its seconds."""
     start = time.perf_counter()
     subprocess.run(words, check=True, cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def speed(folder: Path) -> float:
-    """Images a second of a finished job, from the moment of its first part to that of its last."""
+    """Returns the images per second of a finished job, from its first part to its last."""
     _, module = parquet()
     parts = sorted(folder.glob("*.parquet"), key=lambda path: path.stat().st_mtime_ns)
     times = [path.stat().st_mtime_ns / 1e9 for path in parts]
@@ -76,8 +76,10 @@ def speed(folder: Path) -> float:
 
 
 def one_file_an_image(bundle: Path, source: Path, output: Path) -> None:
-    """What people write first: a loop over the images, each encoded and saved by itself. Prints
-    the images a second of the loop."""
+    """What people write first: a loop that encodes and saves one image at a time.
+
+    Prints the loop's images per second.
+    """
     codec = Codec.load(bundle, "cpu", intra_op_num_threads=1)
     output.mkdir()
     start, count = time.perf_counter(), 0
@@ -91,8 +93,10 @@ def one_file_an_image(bundle: Path, source: Path, output: Path) -> None:
 
 
 def killed(words: Sequence[str], output: Path, place: Path, kills: int, whole: float) -> int:
-    """Kills a job at random moments of the time that it takes, and goes on with it to the end.
-    Returns how many of the kills found it running."""
+    """Kills a job at random moments, and continues it to the end.
+
+    Returns how many of the kills found it running.
+    """
     rng, found = np.random.default_rng(0), 0
     for _ in range(kills):
         process = subprocess.Popen(words, cwd=place, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
@@ -138,7 +142,7 @@ def main() -> None:
 
 
 def compare(record: Record, bundle: Path, source: Path, place: Path, cores: int) -> None:
-    """The three ways, one after the other."""
+    """Runs the three ways, one after the other."""
     alone = [sys.executable, "-m", "benchmarks.archives", str(bundle), "--one-file-an-image"]
 
     def by_files() -> tuple[float, float]:

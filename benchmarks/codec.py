@@ -24,13 +24,13 @@ from vqref.spec import CODEBOOK
 
 
 def alternate(runs: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds per call of each, in turns."""
+    """Returns the median seconds per call of each, in turns."""
     times = in_turns({name: partial(timed, run) for name, run in runs.items()}, seconds=seconds)
     return {name: float(np.median(taken)) for name, taken in times.items()}
 
 
 def wall(*arguments: str) -> float:
-    """Median seconds of a Python process, of five."""
+    """Returns the median seconds of five Python processes."""
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -100,7 +100,7 @@ def main() -> None:
 def compare_fold(
     record: Record, bundle: Bundle, bare: dict[str, Any], codebook: Any, seconds: float
 ) -> None:
-    """The detokenizer beside the decoder on the first codes in every position."""
+    """Compares the detokenizer with the decoder on the first codes in every position."""
     codes = np.arange(min(64, bundle.spec.num_codes))[:, None].repeat(
         bundle.spec.latent_size, axis=1
     )
@@ -119,7 +119,7 @@ def compare_fold(
 
 
 def compare_bundles(record: Record, paths: list[Path], images: Any, seconds: float) -> None:
-    """Encoding in turns, beside what each manifest says."""
+    """Measures encoding by each bundle, in turns; also prints what its manifest says."""
     bundles = [Bundle.open(path) for path in paths]
     found = alternate(
         {str(path): partial(Codec.load(path, "cpu").encode, images) for path in paths}, seconds

@@ -106,7 +106,7 @@ def forms(record: Record, model: Path, images: Array, folder: Path) -> None:
 
 
 def on_onnxruntime(model: Model, tf32: str, level: str, target: str) -> Tokenizer:
-    """The tokenizer on the card."""
+    """Returns the tokenizer on the card."""
     options = onnxruntime().SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = getattr(onnxruntime().GraphOptimizationLevel, f"ORT_{level}")
@@ -124,7 +124,10 @@ def on_pytorch(
     compiled: bool = False,
     tried: bool = False,
 ) -> Tokenizer:
-    """The trainer's modules on the card. last: channels last. tried: cuDNN tries its algorithms."""
+    """Returns the trainer's modules on the card.
+
+    last: channels last. tried: whether cuDNN tries its algorithms.
+    """
     module = VQVAE(model.spec, model.params).cuda()
     encoder: Callable[..., torch.Tensor] = module.encoder
     encoder = torch.compile(encoder) if compiled else encoder
@@ -141,7 +144,7 @@ def on_pytorch(
 
 
 def machines(model: Model) -> dict[str, Machine]:
-    """What says that it computes in float32."""
+    """Returns the machines that claim to compute in float32."""
     found = {
         f"onnxruntime, {target}, {level.lower().replace('_', ' ')}": on_onnxruntime(
             model, "0", level, target
@@ -159,7 +162,7 @@ def machines(model: Model) -> dict[str, Machine]:
 
 
 def other_machines(model: Model) -> dict[str, Machine]:
-    """What computes in another arithmetic."""
+    """Returns the machines that compute in another arithmetic."""
     return {
         "onnxruntime, TF32": Machine(on_onnxruntime(model, "1", LEVELS[-1], TARGETS[0])),
         "PyTorch, TF32": Machine(on_pytorch(model, "tf32")),
@@ -168,7 +171,7 @@ def other_machines(model: Model) -> dict[str, Machine]:
 
 
 def proved(record: Record, model: Model, images: Array, tokens: int) -> None:
-    """Prints how many tokens that are proved for float32 the card gives otherwise."""
+    """Prints how many tokens proved for float32 differ on the card."""
     kinds = {**machines(model), **other_machines(model)}
     found, _, seen = refuted(model, images, kinds, tokens, 0)
     record.say(f"tokens proved for float32 in any order, of {seen} images")
@@ -179,7 +182,7 @@ def proved(record: Record, model: Model, images: Array, tokens: int) -> None:
 
 
 def named(record: Record, model: Model, images: Array) -> None:
-    """Prints what ``verify`` says of a card whose TF32 is on."""
+    """Prints what ``verify`` says about a card whose TF32 is on."""
     from vqdeploy.proof.advance import check_proved
 
     x = to_unit_interval(images)
@@ -191,7 +194,7 @@ def named(record: Record, model: Model, images: Array) -> None:
 
 
 def tf32(record: Record, model: Model, images: Array) -> None:
-    """Prints how far the stages are off with TF32 off and on."""
+    """Prints the errors of the stages with TF32 off and on."""
     x = to_unit_interval(images[:COMPARED])
     known = vqref.forward(model.spec, model.params, x)
     graphs = build_graphs(model.spec, model.params)
@@ -219,7 +222,7 @@ def tf32(record: Record, model: Model, images: Array) -> None:
 
 
 def ties(record: Record) -> None:
-    """Prints, of both forms of the search, wrong tokens of the adversary's cases."""
+    """Prints the wrong tokens in the adversary's cases, for both forms of the search."""
     spec = post((1, 4, 4), base_depth=1, num_codes=K, code_size=D)
     usual = vqdeploy.graphs.quantizer.PRODUCT_ELEMENTS
     record.say(
@@ -243,7 +246,7 @@ def ties(record: Record) -> None:
 
 
 def batches(record: Record, bundle: Path, images: Array) -> None:
-    """Prints whether an image's token depends on its batch, and what a call takes."""
+    """Prints whether an image's token depends on its batch, and the time of a call."""
     codec, usual = Codec.load(bundle, "cuda"), Codec.load(bundle, "cpu").encode(images[:300])
     record.say(f"{'batch':>7}{'ms, first':>11}{'ms, then':>10}{'differ from the processor':>27}")
     for n in SIZES:
@@ -259,12 +262,12 @@ def batches(record: Record, bundle: Path, images: Array) -> None:
 
 
 def _first(call: Callable[[Array], Any], array: Array, n: int) -> Callable[[], Any]:
-    """A call with the first n of an array."""
+    """Returns a call with the first n of an array."""
     return partial(call, array[:n])
 
 
 def rates(record: Record, model: Model, folder: Path, images: Array) -> None:
-    """Prints images a second."""
+    """Prints images per second."""
     x = to_unit_interval(images[:256])
     runs: dict[str, Callable[[int], Callable[[], Any]]] = {}
     for name in ("default", "fp16", "int8"):

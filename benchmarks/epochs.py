@@ -42,7 +42,7 @@ def wait(device: torch.device) -> None:
 def ours(
     images: npt.NDArray[np.uint8], device: torch.device, precision: str, epochs: int
 ) -> Callable[[], float]:
-    """A function that trains so many epochs more and returns their seconds."""
+    """Returns a function that trains more epochs and returns their seconds."""
     options, spec = TrainingOptions(precision=precision, batch_size=BATCH), post()
     model = start_model(spec, options, images, device)
     optimizer, rules = make_optimizer(model, options), Rules(options, 10**6)
@@ -66,7 +66,7 @@ def ours(
 
 
 def plain(images: npt.NDArray[np.uint8], device: torch.device, epochs: int) -> Callable[[], float]:
-    """The same of the plain loop."""
+    """Returns the same for the plain loop."""
     model = Plain(post()).to(str(device))
     data = TensorDataset(torch.from_numpy(images.astype(np.float32) / 255))
     loader = DataLoader(
@@ -85,7 +85,7 @@ def plain(images: npt.NDArray[np.uint8], device: torch.device, epochs: int) -> C
 
 
 def profile(record: Record, images: npt.NDArray[np.uint8], device: torch.device) -> None:
-    """Of one epoch of a hundred steps on a card."""
+    """Profiles one epoch of a hundred steps on a card."""
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 

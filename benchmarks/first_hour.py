@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _write(source: Path, target: Path, count: int, side: int) -> None:
-    """Writes ``count`` different colour pictures of ``source``, those of an .npz or a folder."""
+    """Writes ``count`` different colour pictures from ``source``, an .npz file or a folder."""
     import numpy as np
     from PIL import Image
 
@@ -63,7 +63,7 @@ def _write(source: Path, target: Path, count: int, side: int) -> None:
 
 
 def _timed(work: Path, clone: list[str]) -> Iterator[tuple[str, float]]:
-    """What was reached, and the seconds from the start."""
+    """Yields what was reached, and the seconds from the start."""
     start = time.perf_counter()
     subprocess.run(clone, check=True)
     training = subprocess.Popen([sys.executable, "-m", *TRAIN], cwd=work, stdout=subprocess.DEVNULL)

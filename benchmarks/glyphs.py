@@ -24,7 +24,7 @@ from vqtrain.data.glyphs import glyphs
 Images = npt.NDArray[np.uint8]
 
 INK = 128
-"""The grey level from which a pixel is ink, for every figure that counts shapes."""
+"""From this grey level on, a pixel is ink, for every figure that counts shapes."""
 EIGHT = np.ones((3, 3), int)
 """Pixels that touch at a corner are connected."""
 COUNT = 2000
@@ -46,11 +46,11 @@ def black(images: Images) -> float:
 
 
 def stroke_widths(images: Images) -> npt.NDArray[np.float64]:
-    """Width of the strokes of each image in pixels, (N,): 2d - 1, with d the mean distance to the
-    background on the ridges.
+    """Returns the width of the strokes of each image in pixels, (N,).
 
-    A ridge is an ink pixel that no neighbour exceeds in its distance to the nearest pixel without
-    ink: a line one pixel wide has d = 1. Images without ink are left out.
+    It is 2d - 1; d is the mean distance to the background on the ridges. A ridge is an ink pixel
+    whose distance to the nearest pixel without ink is not exceeded by a neighbour's. So a line one
+    pixel wide has d = 1. Leaves out images without ink.
     """
     widths = []
     for ink in images >= INK:
@@ -79,8 +79,10 @@ def holes(images: Images) -> float:
 
 
 def box(images: Images) -> tuple[float, float]:
-    """Mean height and width in pixels of the box around an image's ink. Images without ink are left
-    out."""
+    """Returns the mean height and width in pixels of the box around an image's ink.
+
+    Leaves out images without ink.
+    """
     ink = (images >= INK)[(images >= INK).any((1, 2))]
     rows, columns = np.asarray(ink.any(2)), np.asarray(ink.any(1))
     height, width = (
@@ -110,11 +112,11 @@ FIGURES: dict[str, Callable[[Images], float]] = {
     "dimensions for 50 %": lambda images: dimensions(images, 0.5),
     "dimensions for 90 %": lambda images: dimensions(images, 0.9),
 }
-"""By the name that the table prints."""
+"""The figures, by the names that the table prints."""
 
 
 def measure(images: Images) -> dict[str, float]:
-    """The figures of images (N, 28, 28) uint8."""
+    """Returns the figures of images (N, 28, 28) uint8."""
     return {name: figure(images) for name, figure in FIGURES.items()}
 
 

@@ -48,7 +48,7 @@ Found = dict[str, Any]
 
 
 def files(folder: Path) -> tuple[Path, Path]:
-    """The files of training and test images in a folder. Raises FileNotFoundError."""
+    """Returns the files of training and test images in a folder. Raises FileNotFoundError."""
     found = [sorted(folder.glob(f"*-{part}.npz"))[:1] for part in ("train", "test")]
     if not all(found):
         raise FileNotFoundError(f"{folder}: holds no *-train.npz and *-test.npz")
@@ -56,7 +56,7 @@ def files(folder: Path) -> tuple[Path, Path]:
 
 
 def shuffled(batches: Batches, steps: int, seed: int) -> Iterator[torch.Tensor]:
-    """So many batches, pass after pass."""
+    """Yields this many batches, pass after pass."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -74,7 +74,7 @@ def ours(
     recipe: str = "default",
     **changes: Any,
 ) -> Found:
-    """What a run of ``python -m vqtrain`` of so many steps does, without its checks.
+    """Does what a run of ``python -m vqtrain`` does in these steps, without its checks.
 
     changes: options that differ from the recipe's.
     """
@@ -106,7 +106,7 @@ def library(
     learning_rate: float,
     **options: Any,
 ) -> Found:
-    """The same steps with vector-quantize-pytorch."""
+    """Takes the same steps with vector-quantize-pytorch."""
     import torch
 
     from benchmarks.peers import Library
@@ -119,7 +119,7 @@ def library(
 
 
 def measured(model: Any, images: torch.Tensor) -> Found:
-    """The measures of a peer by the functions of ``vqtrain.run.metrics``."""
+    """Returns the measures of a peer, by the functions of ``vqtrain.run.metrics``."""
     import torch
 
     from vqtrain.likelihoods import mean
@@ -155,7 +155,7 @@ RUNS: dict[str, tuple[str, Callable[..., Found]]] = {
     "sonnet": ("ours, recipe sonnet", partial(ours, recipe="sonnet")),
     "library": ("vector-quantize-pytorch", partial(library, learning_rate=1e-3, **CARE)),
 }
-"""By the names of ``--only``: what the table calls it, and what it does."""
+"""The trainings, by the names of ``--only``: their name in the table, and what they do."""
 
 WITHOUT: dict[str, tuple[str, Callable[..., Found]]] = {
     "adam": ("default, but Adam", partial(ours, optimizer="adam")),
@@ -170,7 +170,7 @@ WITHOUT: dict[str, tuple[str, Callable[..., Found]]] = {
 
 
 def train_one(arguments: argparse.Namespace) -> Found:
-    """One training, measured."""
+    """Runs one training and measures it."""
     import torch
 
     from vqtrain.data.batches import Batches
@@ -194,7 +194,7 @@ def chosen(arguments: argparse.Namespace) -> dict[str, tuple[str, Callable[..., 
 
 
 def all_found(arguments: argparse.Namespace) -> Iterator[Found]:
-    """Every training in the order of the table: those that are done, and the others now."""
+    """Yields all trainings in the order of the table; runs those that are not done yet."""
     lines = arguments.done.read_text().splitlines() if arguments.done else []
     done = {(line["name"], line["seed"], line["steps"]): line for line in map(json.loads, lines)}
     data = ["--train", str(arguments.train), "--test", str(arguments.test)]

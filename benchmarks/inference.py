@@ -61,7 +61,7 @@ def bare(bundle: Path) -> Callable[[], Any]:
 
 
 def torch_encoder(bundle: Path, *, compiled: bool) -> Callable[[], Any]:
-    """The bundle's parameters in PyTorch's own modules, codebook and cdist behind them."""
+    """Returns the bundle's parameters in PyTorch's own modules, followed by codebook and cdist."""
     import torch
 
     from benchmarks.peers import Rows
@@ -99,7 +99,7 @@ KINDS: dict[str, Callable[[Path], Callable[[], Any]]] = {
 
 
 def search(record: Record) -> None:
-    """The quantizer's graph on 256 latents, direct and by products."""
+    """Measures the quantizer's graph on 256 latents, by the direct form and by products."""
     import vqdeploy.graphs.quantizer
     from vqdeploy.graphs.build import build_graphs
     from vqdeploy.runtime.sessions import open_sessions

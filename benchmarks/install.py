@@ -34,7 +34,7 @@ WAYS = {
         ["--quiet", "--no-deps", str(ROOT)],
     ],
 }
-"""How README says that an application installs us, and what pip is given."""
+"""The ways in which README says to install this project, and what pip gets."""
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _installed(folder: Path, calls: list[list[str]]) -> str:
-    """A new virtual environment's Python, once pip was called."""
+    """Returns the Python of a new virtual environment, after pip has run."""
     venv.create(folder, with_pip=True)
     python = str(folder / "bin" / "python")
     for call in calls:
@@ -74,8 +74,10 @@ def _installed(folder: Path, calls: list[list[str]]) -> str:
 
 
 def _first_token(python: str, bundle: Path, runs: int) -> tuple[list[float], list[float]]:
-    """Seconds of whole processes, and of these from the first import to the token. The first run
-    of an environment compiles modules and is left out."""
+    """Returns the seconds of whole processes, and from their first import to the token.
+
+    The first run in an environment compiles modules and is left out.
+    """
     whole, inside = [], []
     for run in range(runs + 1):
         start = time.perf_counter()
@@ -87,7 +89,7 @@ def _first_token(python: str, bundle: Path, runs: int) -> tuple[list[float], lis
 
 
 def _size(folder: Path) -> int:
-    """Bytes of the files below a folder."""
+    """Returns the bytes of all files below a folder."""
     return sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
 
 

@@ -52,14 +52,13 @@ SPECS = {
         dataclasses.replace(EVERY_RULE, batch_size=3, dialect="sonnet", beta=50.0),
     ),
 }
-"""Batches that no number of ranks divides, and fewer images than four ranks."""
+"""Batches that cannot be split evenly, and batches with fewer images than four ranks."""
 
 
 def fifty_steps(
     spec: ModelSpec, options: TrainingOptions, ranks: Ranks = ALONE, passes: int = 1
 ) -> dict[str, Array]:
-    """Every parameter after the steps, what the optimizer holds, and the losses of this rank's
-    images."""
+    """Returns all parameters after the steps, the optimizer's state, and this rank's losses."""
     count = STEPS * options.batch_size
     images = np.random.default_rng(0).random((count, *spec.image_shape))
     model = start_model(spec, options, images, CPU).double()
@@ -81,7 +80,7 @@ def fifty_steps(
 
 
 def fifty_steps_of_each(ranks: Ranks = ALONE, passes: int = 1) -> dict[str, dict[str, Array]]:
-    """``fifty_steps`` of both networks, and of one whose noise is made from a seed, as needed."""
+    """Returns ``fifty_steps`` of both networks, and of one whose noise is made from a seed."""
     found = {name: fifty_steps(*each, ranks, passes) for name, each in SPECS.items()}
     most, rules.CHOICE_ELEMENTS = rules.CHOICE_ELEMENTS, 100
     try:
@@ -91,7 +90,7 @@ def fifty_steps_of_each(ranks: Ranks = ALONE, passes: int = 1) -> dict[str, dict
 
 
 def off(found: Mapping[str, Array], expected: Mapping[str, Array]) -> float:
-    """The largest difference of any array but the losses in units of its largest magnitude."""
+    """Returns the largest difference of any array, without losses, relative to its magnitude."""
     return max(
         float(np.abs(found[name] - value).max() / max(np.abs(value).max(), 1e-30))
         for name, value in expected.items()

@@ -39,21 +39,21 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 EPOCHS_OF_PRIOR = 20
-"""For each of training, which takes about as long."""
+"""Epochs of the prior per epoch of training; both take about the same time."""
 
 
 def write_images(place: Path, rng: np.random.Generator) -> None:
-    """The images that OPTIONS name, in the folder in which the runs are made."""
+    """Writes the images that OPTIONS name, in the folder of the runs."""
     np.savez(place / "data.npz", rng.integers(0, 256, (128, 28, 28), np.uint8))
 
 
 def training(name: str, epochs: int) -> list[str]:
-    """The command of a run, which writes NAME.pt."""
+    """Returns the command of a run, which writes NAME.pt."""
     return _command(OPTIONS, name, epochs)
 
 
 def of_prior(name: str, epochs: int, model: str = "whole.pt") -> list[str]:
-    """The command of a prior's run on a model of ``training``, which writes NAME.pt."""
+    """Returns the command of a prior's run on a model of ``training``; it writes NAME.pt."""
     return _command(("prior", model, *OF_PRIOR), name, epochs)
 
 
@@ -63,7 +63,7 @@ def _command(words: Sequence[str], name: str, epochs: int) -> list[str]:
 
 
 def equal(first: Path, second: Path) -> bool:
-    """Whether two models and their priors have the same parameters, bit for bit."""
+    """Returns whether two models and their priors have the same parameters, bit for bit."""
     a, b = (
         {**model.params, **(model.prior.params if model.prior else {})}
         for model in map(read_model, (first, second))
@@ -78,7 +78,7 @@ def start(words: Sequence[str], place: Path) -> subprocess.Popen[bytes]:
 def campaign(
     place: Path, command: Callable[[str], list[str]], whole: str, kills: int, rng: Generator
 ) -> dict[str, Any]:
-    """Kills ``command("NAME")`` until it was killed so often or came to its end, and compares."""
+    """Kills ``command("NAME")`` this often, or until it has finished, and compares the results."""
     name = f"{whole}-killed"
     if start(command(whole), place).wait() != 0:
         raise RuntimeError("the undisturbed run failed")

@@ -25,10 +25,10 @@ from vqref.spec import ModelSpec
 DOWNSAMPLE = 8
 BATCHES, ENCODED = (1, 2, 4), 64
 STEPS = 3
-"""Steps of which the median is taken, after one that is not counted."""
+"""Steps whose median is taken, after one that is not counted."""
 
 RUN = 3000
-"""How many steps the run would have that these begin."""
+"""How many steps the whole run would have."""
 
 
 def spec_of(pixels: int, codes: int) -> ModelSpec:
@@ -37,7 +37,7 @@ def spec_of(pixels: int, codes: int) -> ModelSpec:
 
 
 def trainer(spec: ModelSpec, count: int, batch: int) -> tuple[Any, ...]:
-    """Model, options, rules and batches of a run of the default recipe on ``count`` images."""
+    """Returns model, options, rules and batches of a default run on ``count`` images."""
     import dataclasses
 
     import torch
@@ -60,7 +60,7 @@ def trainer(spec: ModelSpec, count: int, batch: int) -> tuple[Any, ...]:
 
 
 def step(spec: ModelSpec, batch: str) -> float:
-    """Seconds of a training step."""
+    """Returns the seconds of a training step."""
     from vqtrain.run.step import make_optimizer, training_step
 
     model, options, rules, batches = trainer(spec, int(batch), int(batch))
@@ -74,7 +74,7 @@ def step(spec: ModelSpec, batch: str) -> float:
 
 
 def start(spec: ModelSpec, path: str) -> float:
-    """Seconds of the k-means start; writes the model that it leaves."""
+    """Returns the seconds of the k-means start; writes the model after it."""
     from vqref.modelfile import Model
     from vqtrain.modelfile import write_model
     from vqtrain.run.rules import KMEANS_LATENTS, LATENTS_PER_CODE
@@ -87,7 +87,7 @@ def start(spec: ModelSpec, path: str) -> float:
 
 
 def encode(spec: ModelSpec, bundle: str) -> float:
-    """Seconds of encoding images with an open Codec."""
+    """Returns the seconds of encoding images with an open Codec."""
     from vqdeploy import Codec
 
     images = fields(ENCODED, spec.image_shape)
@@ -100,11 +100,11 @@ PARTS: dict[str, Callable[[ModelSpec, str], float]] = {
     "start": start,
     "encode": encode,
 }
-"""By the name of ``--part``; each takes one more word."""
+"""The parts, by their names in ``--part``; each takes one more word."""
 
 
 def commands(sizes: Sequence[str], folder: Path) -> dict[str, list[str]]:
-    """What is measured, in this order: the later ones need the files of the earlier."""
+    """Returns what is measured, in this order, since later commands need files of earlier ones."""
     model, bundle = str(folder / "model.pt"), str(folder / "bundle")
 
     def part(name: str, word: str) -> list[str]:

@@ -54,7 +54,7 @@ MEASURES = ("nmse", "psnr", "perplexity", "codes_used", "used_in_training")
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What every training shares: images, codes, steps and seed."""
+    """What all trainings share: images, codes, steps and seed."""
 
     train: Batches
     test: Batches
@@ -64,7 +64,7 @@ class Work:
     seed: int
 
     def spec(self, code_size: int, *, normalized: bool = False) -> ModelSpec:
-        """The network with codes of so many elements."""
+        """Returns the network with codes of this many elements."""
         channels, height, width = self.train.images.shape[1:]
         return residual(
             (channels, height, width),
@@ -104,7 +104,7 @@ def ours(
 
 
 def started(work: Work, spec: ModelSpec, **changes: Any) -> tuple[TrainingOptions, VQVAE]:
-    """Recipe default with changes, and the model before its first step."""
+    """Returns recipe default with changes, and the model before its first step."""
     fields = {"batch_size": BATCH, "seed": work.seed} | changes
     options = dataclasses.replace(RECIPES["default"](spec), **fields)
     images = work.train.images
@@ -117,7 +117,7 @@ def of_model(work: Work, model: VQVAE, options: TrainingOptions) -> Found:
 
 
 def used(work: Work, encoder: nn.Module, codebook: Tensor) -> Found:
-    """How many codes the training images use."""
+    """Returns how many codes the training images use."""
     hits = torch.zeros(len(codebook), dtype=torch.int64)
     with torch.no_grad():
         for images in work.train.in_order():
@@ -159,7 +159,7 @@ def by_gradient(
 
 
 class Folded(nn.Module):
-    """SimVQ: a frozen normal codebook times a matrix that learns."""
+    """SimVQ: a frozen normal codebook times a learned matrix."""
 
     frozen: Tensor
 
@@ -173,7 +173,7 @@ class Folded(nn.Module):
 
 
 class Free(nn.Module):
-    """Rows that learn, each by itself."""
+    """Learned rows that do not depend on each other."""
 
     def __init__(self, codes: int, size: int) -> None:
         super().__init__()
@@ -184,8 +184,10 @@ class Free(nn.Module):
 
 
 def wasserstein(latents: Tensor, rows: Tensor) -> Tensor:
-    """The squared Wasserstein distance per element of the normal distributions that have the means
-    and covariances of latents (M, D) and rows (K, D)."""
+    """Returns the squared Wasserstein distance per element of two normal distributions.
+
+    They have the means and covariances of latents (M, D) and of rows (K, D).
+    """
 
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         centred = x - x.mean(dim=0)
@@ -203,7 +205,7 @@ def wasserstein(latents: Tensor, rows: Tensor) -> Tensor:
 
 
 def library(work: Work, code_size: int, learning_rate: float = 1e-3, **options: Any) -> Found:
-    """The same steps with vector-quantize-pytorch, whose codebook is told to search as we do."""
+    """Takes the same steps with vector-quantize-pytorch, whose codebook searches as ours does."""
 
     from benchmarks.peers import Library, without_one_hot
 
@@ -252,11 +254,11 @@ RUNS: dict[str, tuple[str, Callable[[Work], Found]]] = {
         partial(library, code_size=8, learning_rate=3e-3, **BEST),
     ),
 }
-"""By the names of ``--only``: what the table calls it, and what it does."""
+"""The trainings, by the names of ``--only``: their name in the table, and what they do."""
 
 
 def train_one(arguments: argparse.Namespace) -> Found:
-    """One training, measured."""
+    """Runs one training and measures it."""
 
     keep_freed_memory()
     torch.set_num_threads(1)
@@ -272,7 +274,7 @@ def train_one(arguments: argparse.Namespace) -> Found:
 
 
 def all_found(arguments: argparse.Namespace) -> Iterator[Found]:
-    """Every training in the order of the table: those that are done, and the others now."""
+    """Yields all trainings in the order of the table; runs those that are not done yet."""
     kept: Path = arguments.done
     lines = kept.read_text().splitlines() if kept.exists() else []
     done = {tuple(line[key] for key in ("name", *SHARED)): line for line in map(json.loads, lines)}

@@ -35,7 +35,7 @@ PACKAGES = (
 
 
 def parser(documentation: str | None) -> argparse.ArgumentParser:
-    """A parser with ``--json`` and the module's documentation."""
+    """Returns a parser with ``--json`` and the module's documentation."""
     made = argparse.ArgumentParser(
         description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,7 +49,7 @@ def parser(documentation: str | None) -> argparse.ArgumentParser:
 
 
 class Record:
-    """What one benchmark prints and stores: ``--json`` gets ``figures`` beside the lines."""
+    """What one benchmark prints and stores: ``--json`` gets ``figures`` and the lines."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.path: Path | None = arguments.json
@@ -75,7 +75,7 @@ class Record:
         module = ".".join(Path(sys.argv[0]).resolve().relative_to(ROOT).with_suffix("").parts)
         kept = [
             Path(word).name for word in sys.argv[1:] if word not in ("--json", str(self.path))
-        ]  # paths are one machine's
+        ]  # only names, since paths are one machine's
         content = {
             "command": " ".join(["python -m", module, *kept]),
             "date": self.date,
@@ -88,13 +88,13 @@ class Record:
 
 
 def summary(times: Sequence[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile of seconds, and how many there were."""
+    """Returns the median, the 10th and 90th percentile of seconds, and how many there were."""
     low, median, high = (float(q) for q in np.quantile(times, (0.1, 0.5, 0.9)))
     return {"median": median, "low": low, "high": high, "runs": len(times)}
 
 
 def timed(run: Callable[[], Any]) -> float:
-    """Seconds of one call."""
+    """Returns the seconds of one call."""
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
@@ -108,10 +108,12 @@ def in_turns(
     warm_up: int = 1,
     pause: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Seconds of each run, call by call in turns, at least ``rounds`` times and for ``seconds``.
+    """Returns the seconds of each run, call by call in turns.
+
+    There are at least ``rounds`` calls of each, for at least ``seconds``.
 
     runs: each returns its own seconds: ``lambda: timed(call)``, or a Worker. pause: seconds before
-    each call, so that threads that still wait for work in another process have given up.
+    each call, so that threads of other processes no longer wait for work.
     """
     for run in runs.values():
         for _ in range(warm_up):
@@ -126,8 +128,7 @@ def in_turns(
 
 
 class Spent(NamedTuple):
-    """Seconds of a process, those for which it kept a core busy, the most MiB that it held, and
-    what it printed."""
+    """The seconds of a process, its seconds of CPU time, its peak in MiB, and what it printed."""
 
     seconds: float
     busy: float
@@ -154,11 +155,12 @@ def spent(command: Sequence[str]) -> Spent:
 
 
 class Worker:
-    """A process that does one thing whenever it is told to, and says how long that took: peers with
-    environments and settings of their own take turns with us.
+    """A process that does one thing whenever it is told to, and says how long that took.
+
+    So peers with their own environments and settings can take turns with us.
 
     module: run by ``python``; it must call ``serve``. Raises RuntimeError with the last line of its
-    complaint if it does not come up.
+    error if it does not start.
     """
 
     def __init__(self, module: str, *arguments: str, python: str = sys.executable) -> None:
@@ -173,8 +175,8 @@ class Worker:
             text=True,
         )
         self.said: dict[str, Any] = self._read()
-        self.grown = 0.0  # MiB, at most, since it came up
-        self.computed: list[float] = []  # seconds of processors in each call, of its threads alone
+        self.grown = 0.0  # the most MiB since it was ready
+        self.computed: list[float] = []  # CPU seconds of each call, of its own threads only
 
     def __call__(self) -> float:
         assert self.process.stdin is not None
@@ -199,9 +201,11 @@ class Worker:
 
 
 def serve(run: Callable[[], Any], **said: Any) -> None:
-    """A Worker's side: says that it is ready, then answers every line with the seconds that ``run``
-    took, those of processors in it, and the MiB by which the process has grown at most since it was
-    ready."""
+    """The Worker's side: says that it is ready, then answers every line of its input.
+
+    An answer has the seconds that ``run`` took, its CPU seconds, and the most MiB by which the
+    process has grown since it was ready.
+    """
     before = peak()
     print(json.dumps(said), flush=True)
     for _ in sys.stdin:
@@ -211,18 +215,17 @@ def serve(run: Callable[[], Any], **said: Any) -> None:
 
 
 def peak() -> float:
-    """The most memory that this process has held, MiB."""
+    """Returns the most MiB that this process has held."""
     return _mebibytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _mebibytes(resident: int) -> float:
-    """Of what the system counts in its own unit."""
+    """Returns MiB for a figure in the system's own unit."""
     return resident / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def product_rates() -> dict[str, float]:
-    """The best rate of a product of two square matrices on the processor, in floating-point
-    operations per second."""
+    """Returns the best rate of a product of square matrices, in floating-point operations/s."""
     import torch
 
     rates = {}
@@ -240,8 +243,10 @@ def product_rates() -> dict[str, float]:
 
 
 def copy_rate() -> float:
-    """The best rate at which the processor copies an array larger than its caches, in bytes per
-    second, read and written."""
+    """Returns the best rate of copying an array larger than the caches, in bytes per second.
+
+    Counts bytes read and bytes written.
+    """
     source = np.ones(2**26, np.float32)
     target = np.empty_like(source)
     return float(

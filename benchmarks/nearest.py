@@ -25,7 +25,7 @@ CODES = tuple(2**n for n in range(6, 17, 2))
 
 
 def inputs(n: int, k: int) -> tuple[Any, Any]:
-    """latents (n, D) and codebook (k, D) as tensors."""
+    """Returns latents (n, D) and codebook (k, D) as tensors."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -33,7 +33,7 @@ def inputs(n: int, k: int) -> tuple[Any, Any]:
 
 
 def ours(n: int, k: int) -> Callable[[], Any]:
-    """Indices and the averages' next state."""
+    """Returns what computes indices and the averages' next state."""
     import torch
 
     from vqtrain.nearest import nearest
@@ -50,7 +50,7 @@ def ours(n: int, k: int) -> Callable[[], Any]:
 
 
 def product(n: int, k: int) -> Callable[[], Any]:
-    """latents x codebook^T alone, into an array that is there already."""
+    """Returns what computes only latents x codebook^T, into an existing array."""
     import torch
 
     latents, codebook = inputs(n, k)
@@ -59,7 +59,7 @@ def product(n: int, k: int) -> Callable[[], Any]:
 
 
 def library(n: int, k: int) -> Callable[[], Any]:
-    """A training step of vector-quantize-pytorch's quantizer."""
+    """Returns what takes a training step of vector-quantize-pytorch's quantizer."""
     import torch
     from vector_quantize_pytorch import VectorQuantize
 
@@ -76,7 +76,7 @@ def library(n: int, k: int) -> Callable[[], Any]:
 
 
 def faiss(n: int, k: int) -> Callable[[], Any]:
-    """faiss's exact index: the search alone."""
+    """Returns what searches with faiss's exact index, and does nothing else."""
     import faiss as library
 
     latents, codebook = (tensor.numpy() for tensor in inputs(n, k))
@@ -121,8 +121,10 @@ def beside_peers(record: Record, rounds: int) -> None:
 
 
 def growth(record: Record) -> None:
-    """Time and memory over N at the K above, and over K at the N above, each size in a process of
-    its own."""
+    """Measures time and memory over N at the K above, and over K at the N above.
+
+    Each size has a process of its own.
+    """
     sizes = {"N": [(n, K) for n in LATENTS], "K": [(N, k) for k in CODES]}
     for name, points in sizes.items():
         rows = []
@@ -147,7 +149,7 @@ def growth(record: Record) -> None:
 
 
 def draw(record: Record, path: Path) -> None:
-    """The growth as two panels: seconds, and MiB beyond the answer."""
+    """Draws the growth in two panels: seconds, and MiB without the answer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

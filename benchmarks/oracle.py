@@ -33,7 +33,7 @@ from vqref.validation import Array, Params
 def median_seconds(
     call: Callable[[], object], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Median seconds of ``repeats`` calls by a clock, after one that is not counted."""
+    """Returns the median seconds of ``repeats`` calls by a clock, after one that is not counted."""
     call()
     taken = []
     for _ in range(repeats):
@@ -44,7 +44,7 @@ def median_seconds(
 
 
 def peak_of(call: Callable[[], object]) -> float:
-    """MiB that one call allocates at most."""
+    """Returns the most MiB that one call allocates."""
     tracemalloc.start()
     call()
     peak = tracemalloc.get_traced_memory()[1] / 2**20
@@ -53,7 +53,7 @@ def peak_of(call: Callable[[], object]) -> float:
 
 
 LARGE = 16_384
-"""Codes of the large codebook."""
+"""The number of codes of the large codebook."""
 
 CHECKED = {
     "post 28x28": post(),
@@ -62,12 +62,14 @@ CHECKED = {
     "residual 128x128": residual((3, 128, 128)),
     "residual 128x128, 4096": residual((3, 128, 128), num_codes=4096),
 }
-"""Networks by the names that the table prints."""
+"""Networks, by the names that the table prints."""
 
 
 def measure_check(name: str) -> dict[str, float]:
-    """What a check of one network costs in seconds of the processor, whatever else the machine
-    does, and the rates of which its estimate is made."""
+    """Returns the CPU seconds of a check of one network, and the rates behind its estimate.
+
+    CPU seconds do not depend on what else the machine does.
+    """
     from vqtrain import VQVAE, TrainingOptions
     from vqtrain.agreement import check_against_oracle
 
@@ -100,8 +102,10 @@ def measure_check(name: str) -> dict[str, float]:
 
 
 def measure_checks(record: Record) -> None:
-    """The costs of checks, each measured in a process of one thread: threads that wait for each
-    other take processor time, too."""
+    """Returns the costs of checks, each measured in a process with one thread.
+
+    With more, threads that wait for each other would take CPU time, too.
+    """
     record.say(
         f"{'one check, one thread':<25}{'images':>7}{'seconds':>9}{'fixed':>7}{'per image':>11}"
         f"{'estimated':>11}{'products/s':>12}{'differences/s':>15}"
@@ -122,13 +126,13 @@ def measure_checks(record: Record) -> None:
 
 
 def pass_through(spec: ModelSpec, params: Params, images: Array, latents: Array) -> None:
-    """The oracle's networks alone."""
+    """Runs only the oracle's networks."""
     vqref.encode(spec, params, images)
     vqref.decode(spec, params, latents)
 
 
 def measure_forward(record: Record) -> None:
-    """A batch through the post's network."""
+    """Measures a batch through the post's network."""
     spec, rng = post(), np.random.default_rng(0)
     params, images = vqref.init_params(spec, rng), rng.random((64, *spec.image_shape))
     forward = partial(vqref.forward, spec, params, images)
@@ -140,7 +144,7 @@ def measure_forward(record: Record) -> None:
 
 
 def measure_quantize(record: Record, count: int, code_size: int) -> None:
-    """``count`` latents and a large codebook."""
+    """Measures ``count`` latents and a large codebook."""
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(count, 1, code_size))
     codebook = rng.normal(size=(LARGE, code_size))

@@ -1,4 +1,4 @@
-"""The same networks in PyTorch's own modules, trained as others would, without our trainer."""
+"""The same networks in PyTorch's own modules, trained as others would train them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DECAY, EPSILON = 0.99, 1e-5
 
 
 class Rows(nn.Module):
-    """The rows of a network, each as PyTorch's own modules have it."""
+    """The rows of a network, each in PyTorch's own modules."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Rows(nn.Module):
 
 
 class Function(nn.Module):
-    """A function of one tensor among modules."""
+    """A function of one tensor, as a module."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Function(nn.Module):
 
 
 def _modules(layer: Layer) -> list[nn.Module]:
-    """What a row does with its input, or with the sum of its two: nothing more for add."""
+    """Returns what a row does with its input, or with the sum of its two inputs."""
     activations: dict[str, list[nn.Module]] = {"linear": [], "elu": [nn.ELU()], "relu": [nn.ReLU()]}
     products = PRODUCTS[layer.kind](layer) if layer.kind in PRODUCTS else []
     return [*products, *activations[layer.activation]]
@@ -62,8 +62,7 @@ def _conv(layer: Layer) -> list[nn.Module]:
 
 
 def _conv_transpose(layer: Layer) -> list[nn.Module]:
-    """With unequal pads, as anyone would write it: the result lies a pixel further, at the same
-    cost."""
+    """Handles unequal pads in the simplest way: the result is a pixel further, at the same cost."""
     (top, bottom), (left, right) = layer.pads
     channels, more = (layer.in_shape[0], layer.out_shape[0]), (bottom - top, right - left)
     pads = (bottom, right)
@@ -93,12 +92,11 @@ PRODUCTS: dict[str, Callable[[Layer], list[nn.Module]]] = {
     "to_vectors": _to_vectors,
     "to_grid": _to_grid,
 }
-"""The modules of each kind of row before its activation; add and activation need none."""
+"""The modules of each kind of row, without its activation; add and activation need none."""
 
 
 class Answer(NamedTuple):
-    """outputs (N, P, H, W) and indices (N, S) for images, and the mean squared distance of latents
-    and their codes, weighted."""
+    """Outputs (N, P, H, W) and indices (N, S) for images, and the weighted commitment loss."""
 
     outputs: Tensor
     indices: Tensor
@@ -106,10 +104,11 @@ class Answer(NamedTuple):
 
 
 class Peer(ABC):
-    """A model of ``spec`` around someone else's quantizer, and its training step.
+    """A model of ``spec`` with someone else's quantizer, and its training step.
 
-    The loss is binary cross-entropy per image for a Bernoulli, else the mean squared error over
-    ``spec.variance``. half: under autocast to bfloat16. channels_last: kernels laid out so.
+    The loss is binary cross-entropy per image for a Bernoulli, else the mean squared error divided
+    by ``spec.variance``. half: whether under autocast to bfloat16. channels_last: the layout of the
+    kernels.
     """
 
     def __init__(
@@ -129,10 +128,10 @@ class Peer(ABC):
 
     @abstractmethod
     def forward(self, images: Tensor) -> Answer:
-        """The answer to images (N, C, H, W)."""
+        """Returns the answer to images (N, C, H, W)."""
 
     def loss(self, images: Tensor, outputs: Tensor) -> Tensor:
-        """Of outputs (N, P, H, W) for images (N, C, H, W)."""
+        """Returns the loss of outputs (N, P, H, W) for images (N, C, H, W)."""
         if self.spec.likelihood == "bernoulli":
             cost = F.binary_cross_entropy_with_logits(outputs, images, reduction="sum")
             return cost / len(images)
@@ -140,7 +139,7 @@ class Peer(ABC):
         return F.mse_loss((outputs - low) / (high - low), images) / self.spec.variance
 
     def step(self, images: Tensor) -> None:
-        """One training step."""
+        """Takes one training step."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.half):
             answer = self.forward(images)
         loss = self.loss(images, answer.outputs.float()) + answer.commitment
@@ -150,8 +149,10 @@ class Peer(ABC):
 
 
 class Library(Peer):
-    """vector-quantize-pytorch between encoder and decoder, as its README trains an autoencoder;
-    ``options`` reach its VectorQuantize."""
+    """vector-quantize-pytorch between encoder and decoder, trained as in its README.
+
+    options: of its VectorQuantize.
+    """
 
     def __init__(
         self,
@@ -174,14 +175,13 @@ class Library(Peer):
 
     def forward(self, images: Tensor) -> Answer:
         latents = self.encoder(images).float()
-        with torch.autocast(latents.device.type, enabled=False):  # which would round its averages
+        with torch.autocast(latents.device.type, enabled=False):  # it would round averages
             quantized, indices, commitment = self.quantizer(latents)
         return Answer(self.decoder(quantized), indices, commitment.sum())
 
     @torch.no_grad()
     def answers(self, images: Tensor) -> Iterator[tuple[Tensor, Answer]]:
-        """Parts of images (N, C, H, W) and the answers to them, float32, the quantizer as it is in
-        evaluation."""
+        """Yields parts of images (N, C, H, W) and their answers, float32, in evaluation mode."""
         self.quantizer.eval()
         for part in images.split(256):
             yield part, self.forward(part)
@@ -190,9 +190,11 @@ class Library(Peer):
 
 @torch.no_grad()
 def without_one_hot(codebook: Any, latents: Tensor, **_: Any) -> tuple[Tensor, Tensor, None]:
-    """The forward pass of the library's Codebook on latents (N, S, D): quantized, indices, and no
-    distances. Its start, its averages and its dead codes are its own; only the nearest code and the
-    sums are found without matrices of N*S*K, which at 16,384 codes take twenty times as long.
+    """The forward pass of the library's Codebook on latents (N, S, D), without one-hot matrices.
+
+    Returns quantized and indices, but no distances. The library's own start, averages and dead
+    codes are used. Only the nearest code and the sums are found without matrices of N*S*K elements,
+    which would take twenty times as long at 16,384 codes.
     """
     from vqtrain.nearest import nearest
 
@@ -213,7 +215,7 @@ def without_one_hot(codebook: Any, latents: Tensor, **_: Any) -> tuple[Tensor, T
 
 
 class Plain(Peer):
-    """The step as it is usually written out: cdist, and one-hot products for the averages."""
+    """The step as it is usually written: cdist, and one-hot products for the averages."""
 
     def __init__(self, spec: ModelSpec, learning_rate: float = 1e-3, **how: bool) -> None:
         super().__init__(spec, learning_rate, **how)
@@ -221,7 +223,7 @@ class Plain(Peer):
         self.count, self.means = torch.ones(spec.num_codes), self.codebook.clone()
 
     def to(self, device: str) -> Plain:
-        """The same on another device."""
+        """Moves the model to another device."""
         for network in (self.encoder, self.decoder):
             network.to(device)
         self.codebook, self.count, self.means = (
@@ -238,7 +240,7 @@ class Plain(Peer):
 
     @torch.no_grad()
     def _quantize(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices and quantized; then moves the averages."""
+        """Returns indices and quantized; then moves the averages."""
         flat = latents.reshape(-1, self.spec.code_size)
         indices = torch.cdist(flat, self.codebook).argmin(-1)
         quantized = self.codebook[indices].reshape(latents.shape)

@@ -42,18 +42,18 @@ PIXELS, SAMPLES = 4, 500
 """To a side of the squares whose averages a kernel compares, and images of each kind."""
 
 BACKED_OFF = (1.0, 4.0, 16.0, 64.0, 256.0)
-"""How many counts the position's frequencies are worth in the bigram: the best of these on the
-held-out tokens themselves, in its favour."""
+"""How many counts the position's frequencies are worth in the bigram. The best value on the
+held-out tokens themselves is taken, in the bigram's favour."""
 
 
 PAIRS = "models with a prior, each with the images that it was trained on"
 
 Web = subprocess.Popen[str]
-"""A process that prints samples as JSON; it draws while others do."""
+"""A process that prints samples as JSON; it draws while other processes do."""
 
 
 class Part(dict[str, Any]):
-    """The figures of one model, and what says them."""
+    """The figures of one model, and the lines that report them."""
 
     def __init__(self, record: Record) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class Part(dict[str, Any]):
 
 
 def bigram(train: Int64, held_out: Int64, codes: int) -> Float64:
-    """What rows of held-out tokens cost under p(index | index before), (N,)."""
+    """Returns the costs (N,) of rows of held-out tokens under p(index | index before)."""
     costs = [_bigram(train, held_out, codes, weight) for weight in BACKED_OFF]
     return min(costs, key=lambda each: float(each.mean()))
 
@@ -80,14 +80,14 @@ def _bigram(train: Int64, held_out: Int64, codes: int, weight: float) -> Float64
 
 
 def features(images: Array) -> Float64:
-    """Averages of the squares of images (N, C, H, W), (N, F)."""
+    """Returns the averages (N, F) of squares of images (N, C, H, W)."""
     n, c, h, w = images.shape
     small = images.reshape(n, c, h // PIXELS, PIXELS, w // PIXELS, PIXELS).mean(axis=(3, 5))
     return small.reshape(n, -1).astype(np.float64)
 
 
 def kernel_distance(a: Float64, b: Float64) -> float:
-    """The unbiased squared distance of two sets (N, F) under (x.y / F + 1)^3."""
+    """Returns the unbiased squared distance of two sets (N, F) under (x.y / F + 1)^3."""
 
     def kernel(x: Float64, y: Float64) -> Float64:
         return (x @ y.T / x.shape[1] + 1) ** 3
@@ -140,7 +140,7 @@ def distances(figures: Part, codec: Codec, held_out: Array) -> None:
 
 
 def equal(figures: Part, learned: Prior, codec: Codec, count: int, web: Web | None) -> None:
-    """Compares what implementations draw of one seed."""
+    """Compares what implementations draw from one seed."""
     drawn = codec.draw(count, seed=0)
     module = Module(learned.spec, learned.params)
     parts = [(first, min(64, count - first)) for first in range(0, count, 64)]

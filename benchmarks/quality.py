@@ -31,8 +31,7 @@ every code is replaced at every step (286 nats after seven epochs)."""
 
 
 def peer(data: Path, epochs: int) -> None:
-    """Trains the peer; prints each epoch, its held-out bound and the seconds that evaluation has
-    taken."""
+    """Trains the peer; prints each epoch, its held-out bound and the seconds of evaluation."""
     import torch
 
     from benchmarks.peers import Library
@@ -64,8 +63,10 @@ def peer(data: Path, epochs: int) -> None:
 
 
 def progress(command: list[str], folder: Path) -> Iterator[tuple[float, list[str]]]:
-    """(seconds since the process began, words) of each line that it prints; it is stopped when
-    nobody asks any more."""
+    """Yields (seconds since the process began, words) of each line that it prints.
+
+    The process is stopped when nobody asks for more.
+    """
     start = time.perf_counter()
     process = subprocess.Popen(
         command,

@@ -37,17 +37,18 @@ from vqtrain.run.snapshot import list_states
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 
 MEASURED = {"post": (32, 32 / 29_400), "residual 32x32": (32, 32 / 3_400)}
-"""Images of a step on an H200 in bfloat16, and its seconds: benchmarks/results/cuda-h200-*.txt."""
+"""Images of a step on an H200 in bfloat16, and its seconds, from
+benchmarks/results/cuda-h200-*.txt."""
 
 CARDS = 8
-"""In a machine."""
+"""The number of cards in a machine."""
 
 NVLINK, NETWORK = (300e9, 5e-6), (40e9, 15e-6)
-"""Bytes per second that a card sends within a machine and to others, NVLink 4 and 400 Gbit/s, less
-a third and a fifth for protocols; and seconds until another card has the first."""
+"""Bytes per second that a card sends within a machine (NVLink 4, less a third for protocols) and to
+other machines (400 Gbit/s, less a fifth); and seconds until another card has the first byte."""
 
 WAIT = 300.0
-"""Seconds in which a rank must have begun, and in which all must have ended."""
+"""Seconds within which a rank must begin, and within which all must end."""
 
 AS_RANK = """
 import json, os, pathlib, signal, subprocess, sys, time
@@ -60,11 +61,11 @@ found = {"code": run.returncode, "said": said, "when": time.time()}
 place.with_suffix(".json").write_text(json.dumps(found))
 sys.exit(run.returncode % 256)
 """
-"""A process between torchrun and a rank, which notes how that ends."""
+"""A process between torchrun and a rank, which notes how the rank ends."""
 
 
 def networks() -> dict[str, ModelSpec]:
-    """Those whose volume is counted, at their families' sizes."""
+    """Returns the networks whose volume is counted, with their families' sizes."""
     return {
         "post": families.post(),
         "residual 32x32": families.residual((3, 32, 32)),
@@ -75,16 +76,22 @@ def networks() -> dict[str, ModelSpec]:
 
 
 def sent(spec: ModelSpec, batch: int) -> int:
-    """Numbers that ranks add up in a step in which codes may be revived: a gradient for each
-    parameter, hits and sums of the averages, and the latents that dead codes would take."""
+    """Returns how many numbers ranks add up in a step in which codes may be revived.
+
+    These are a gradient per parameter, hits and sums for the averages, and the latents that dead
+    codes would take.
+    """
     learned = sum(math.prod(p.shape) for p in spec.parameters if p.name.split(".")[0] in NETWORKS)
     codes, size = spec.num_codes, spec.code_size
     return learned + codes + codes * size + min(codes, batch * spec.latent_size) * size
 
 
 def added_up(volume: float, ranks: int) -> float:
-    """Seconds in which ``ranks`` cards add up so many bytes: a ring within each machine, and across
-    machines, for each card its share of the bytes, in a tree."""
+    """Returns the seconds in which ``ranks`` cards add up this many bytes.
+
+    There is a ring within each machine. Across machines, each card's share of the bytes goes
+    through a tree.
+    """
     inside, machines = min(ranks, CARDS), -(-ranks // CARDS)
     near = 2 * (inside - 1) * (volume / inside / NVLINK[0] + NVLINK[1])
     share = volume / inside
@@ -93,7 +100,7 @@ def added_up(volume: float, ranks: int) -> float:
 
 
 def tell_deviations(record: Record) -> None:
-    """Fifty steps in float64 of several ranks beside one."""
+    """Compares fifty steps in float64 of several ranks with those of one."""
     alone = fifty_steps_of_each()
     record.say(f"{'50 steps, float64':<20}{'ranks':>6}{'passes':>7}{'off by':>10}  ranks equal")
     found = record.figures["deviations"] = {}
@@ -110,7 +117,7 @@ def tell_deviations(record: Record) -> None:
 
 
 def tell_volume(record: Record) -> None:
-    """What a step sends, and what that predicts."""
+    """Prints what a step sends, and the times that this predicts."""
     record.say(f"{'a step':<34}{'batch':>6}{'numbers':>11}{'MB':>8}  each of 8 ranks sends, MB")
     found = record.figures["volume"] = {}
     for name, spec in networks().items():
@@ -143,8 +150,10 @@ def tell_volume(record: Record) -> None:
 
 
 def _choices_seconds(spec: ModelSpec, batch: int) -> float:
-    """What the random choices for all images of a step take of a processor, of one that draws and
-    revives."""
+    """Returns the CPU seconds of the random choices for all images of a step.
+
+    The step draws and revives.
+    """
     rules, found = Rules(RECIPES["default"](spec), 1000), []
     for _ in range(5):
         start = time.process_time()
@@ -154,8 +163,10 @@ def _choices_seconds(spec: ModelSpec, batch: int) -> float:
 
 
 def kill(place: Path, command: list[str], ranks: int, rng: Generator) -> dict[str, Any] | None:
-    """Starts a run, kills one of its ranks at a random moment, and returns how all ended; None if
-    it came to its end before."""
+    """Starts a run, kills one of its ranks at a random moment, and returns how all ranks ended.
+
+    Returns None if the run finished before.
+    """
     notes = Path(tempfile.mkdtemp(dir=place))
     words = [*TORCHRUN, str(ranks), "--no-python", sys.executable, "-c", AS_RANK, str(notes)]
     with tempfile.TemporaryFile() as nowhere:
@@ -194,8 +205,10 @@ def _kill(pid: Path) -> bool:
 
 
 def tell_kills(record: Record, kills: int, epochs: int, ranks: int, rng: Generator) -> bool:
-    """Kills a random rank so often; the run goes on each time, and ends as an undisturbed one.
-    Another begins where one has come to its end."""
+    """Kills a random rank again and again; each time, the run continues.
+
+    It must end as an undisturbed one. When a run has finished, another one begins.
+    """
     codes, lines, wrong = Counter[int](), Counter[int](), []
     slowest, lost, done, runs, reached, same = 0.0, 0, 0, 1, -1, True
     with tempfile.TemporaryDirectory() as folder:
@@ -250,7 +263,7 @@ def _finish(place: Path, command: list[str], ranks: int) -> None:
 
 
 def _reached(run: Path, before: int) -> tuple[int, int]:
-    """The step of the last snapshot, and how many were lost or damaged since ``before``."""
+    """Returns the step of the last snapshot, and how many were lost or damaged since ``before``."""
     states = list_states(run / SNAPSHOTS) if run.exists() else []
     if not states:
         return -1, int(before >= 0)

@@ -28,7 +28,7 @@ from vqtrain.run.start import start_model
 from vqtrain.run.step import make_optimizer, training_step
 
 BATCHES, STEPS = 16, 3000
-"""Batches of images that come in turns, and how many steps the run would have that these begin."""
+"""How many batches of images take turns, and how many steps the whole run would have."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ SUBJECTS = {
     "post": Subject("post", 64, "post"),
     "residual": Subject("residual", 32, "default", channels_last=True),
 }
-"""By the name of ``--network``."""
+"""The subjects, by their names in ``--network``."""
 
 
 def prepared(subject: Subject) -> tuple[ModelSpec, Batches]:
-    """The network and images for it."""
+    """Returns the network and images for it."""
     make = FAMILIES[subject.family]
     images = fields(BATCHES * subject.batch, make().image_shape)
     spec = make(variance=variance_of(images))
@@ -65,8 +65,10 @@ def in_turn(batches: Batches) -> Iterator[torch.Tensor]:
 
 
 def ours(subject: Subject, precision: str) -> Callable[[], Any]:
-    """The step of ``python -m vqtrain`` in the process as that makes it, from the first one with a
-    codebook on."""
+    """Returns the step of ``python -m vqtrain``, from the first step with a codebook on.
+
+    The process is set up as that command does it.
+    """
     keep_freed_memory()
     spec, batches = prepared(subject)
     options = dataclasses.replace(
@@ -88,7 +90,7 @@ def plain(subject: Subject, *, half: bool = False) -> Callable[[], Any]:
 
 
 def library(subject: Subject, *, half: bool = False) -> Callable[[], Any]:
-    """As its README shows it: with its defaults, the layout of kernels as PyTorch has it."""
+    """Returns the library's step, as in its README, with its defaults and PyTorch's own layout."""
     spec, batches = prepared(subject)
     model, images = Library(spec, half=half), in_turn(batches)
     return lambda: model.step(next(images))

@@ -22,10 +22,10 @@ BATCH, BETA, DECAY, EPSILON = 64, 0.25, 0.99, 1e-5
 
 
 def keras(layer: Layer) -> Any:
-    """A row of the table as a layer of Keras."""
+    """Returns a row of the table as a layer of Keras."""
     if layer.kind == "reshape":
         channels, *size = layer.out_shape
-        return tf_keras.layers.Reshape((*size, channels))  # Keras has the channels last
+        return tf_keras.layers.Reshape((*size, channels))  # Keras has channels last
     if layer.kind == "dense":
         return tf_keras.layers.Dense(layer.out_shape[0])
     kind = tf_keras.layers.Conv2D if layer.kind == "conv" else tf_keras.layers.Conv2DTranspose

@@ -35,16 +35,16 @@ from benchmarks.pictures import fields
 
 SHAPE, BATCH, EACH = (3, 64, 64), 64, 10_000
 LIMIT = 2**30
-"""Bytes of data that a process on shards may have."""
+"""The bytes of data that a process on shards may have."""
 
 HIDDEN, SMALL = 64, 8
-"""Channels of the network whose speed is measured, and of the one that takes every image."""
+"""Channels of the network whose speed is measured, and of the network that takes every image."""
 
 KINDS = ("memory", "npy", "parquet", "tar")
 
 
 def generated(count: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """Different images (EACH, C, H, W) at a time: random fields, rolled and mirrored."""
+    """Yields different images, (EACH, C, H, W) at a time: random fields, rolled and mirrored."""
     base = fields(min(count, EACH), SHAPE)
     for part in range(0, count, EACH):
         rolled = np.roll(base, 7 * part // EACH, axis=3)
@@ -53,7 +53,7 @@ def generated(count: int) -> Iterator[npt.NDArray[np.uint8]]:
 
 
 def prepare(folder: Path, count: int) -> None:
-    """Writes what is not there."""
+    """Writes the files that do not exist yet."""
     import pyarrow
     from pyarrow import parquet
 
@@ -90,8 +90,10 @@ def encoded(image: npt.NDArray[np.uint8], form: str) -> bytes:
 def trainer(
     folder: Path, kind: str, hidden: int, workers: int
 ) -> tuple[int, Callable[[int | None], Iterator[int]]]:
-    """How many images there are, and a generator function that takes so many steps of a new pass,
-    None: all, and gives their numbers."""
+    """Returns the number of images, and a generator function that takes steps of a new pass.
+
+    It takes this many steps, or all for None, and yields their numbers.
+    """
     import torch
 
     from vqref.families import residual
@@ -132,7 +134,7 @@ def trainer(
 
 
 def speed(folder: Path, kind: str, steps: int, workers: int) -> None:
-    """A Worker that takes so many steps of a new pass."""
+    """The Worker's side: takes this many steps of a new pass."""
     _, run = trainer(folder, kind, HIDDEN, workers)
 
     def turn() -> None:
@@ -143,7 +145,7 @@ def speed(folder: Path, kind: str, steps: int, workers: int) -> None:
 
 
 def whole(folder: Path, kind: str, workers: int) -> None:
-    """Prints, of a pass over every image, seconds and MiB at each tenth of it."""
+    """Prints seconds and MiB at each tenth of a pass over every image."""
     start = time.perf_counter()
     count, run = trainer(folder, kind, SMALL, workers)
     opened = time.perf_counter() - start
@@ -155,19 +157,19 @@ def whole(folder: Path, kind: str, workers: int) -> None:
 
 
 def held_now() -> tuple[float, float]:
-    """MiB of their own that this process and its children hold."""
+    """Returns the MiB that this process and its children hold for themselves."""
     me = os.getpid()
     children = Path(f"/proc/{me}/task/{me}/children").read_text().split()
     return anonymous(me), sum(anonymous(int(child)) for child in children)
 
 
 def anonymous(process: int) -> float:
-    """MiB of a process that no file holds."""
+    """Returns the MiB of a process that are not pages of files."""
     return status(process, "RssAnon")
 
 
 def peak() -> float:
-    """The most that this process has held, MiB, pages of files included."""
+    """Returns the most MiB that this process has held, pages of files included."""
     return status(os.getpid(), "VmHWM")
 
 

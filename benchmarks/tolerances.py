@@ -44,7 +44,7 @@ HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def cut(tensor: torch.Tensor) -> torch.Tensor:
-    """float32 to TF32: the last 13 bits cut off, as a tensor core may."""
+    """Cuts the last 13 bits off, from float32 to TF32, as a tensor core may."""
     return (tensor.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
 
 
@@ -73,8 +73,10 @@ def reduced(spec: ModelSpec, params: Params, precision: str) -> Backend:
 
 
 def sample(spec: ModelSpec, rng: np.random.Generator) -> Array:
-    """As many random images as one check may take, half of their pixels black; one of them all
-    black, one white."""
+    """Returns as many random images as one check may take.
+
+    Half of their pixels are black; one image is all black, and one all white.
+    """
     shape = (images_within(spec), *spec.image_shape)
     images = rng.random(shape) * rng.integers(0, 2, shape)
     images[0], images[1] = 0, 1
@@ -82,7 +84,7 @@ def sample(spec: ModelSpec, rng: np.random.Generator) -> Array:
 
 
 def trainer_reports(spec: ModelSpec, params: Params, images: Array) -> Iterator[tuple[str, Report]]:
-    """PyTorch beside the oracle in every precision."""
+    """Compares PyTorch with the oracle in every precision."""
     options = TrainingOptions()
     double = {name: array.astype(np.float64) for name, array in params.items()}
     for precision, values in (("float64", double), ("float32", params)):
@@ -94,7 +96,7 @@ def trainer_reports(spec: ModelSpec, params: Params, images: Array) -> Iterator[
 
 
 def graph_reports(spec: ModelSpec, params: Params, images: Array) -> Iterator[tuple[str, Report]]:
-    """onnxruntime beside the oracle in every precision."""
+    """Compares onnxruntime with the oracle in every precision."""
     folds = GraphOptions().folds(spec)
     graphs, out = build_graphs(spec, params), vqref.forward(spec, params, images)
     quantized = out.quantized.astype(np.float32)

@@ -53,12 +53,12 @@ TENSORFLOW = {"TensorFlow, eager": "eager", "TensorFlow, compiled": "compiled"}
 
 
 def operations(layer: Layer, batch: int) -> float:
-    """Floating-point operations of a row in one step: forward, and twice as many back."""
+    """Returns the floating-point operations of a row in one step: forward, and twice that back."""
     return 3 * batch * 2 * layer.products
 
 
 def layer_alone(layer: Layer, batch: int) -> float:
-    """Seconds of a row's product in bfloat16, forward and back, by itself: the median of nine."""
+    """Returns the median seconds of a row's product alone, in bfloat16, forward and back."""
 
     def array(*shape: int) -> torch.Tensor:
         made = torch.randn(shape).bfloat16()
@@ -77,7 +77,7 @@ def layer_alone(layer: Layer, batch: int) -> float:
 
 
 def workers(record: Record, network: str, tensorflow: str | None) -> dict[str, Worker]:
-    """The processes that take turns; what cannot run says why."""
+    """Returns the processes that take turns; prints why others cannot run."""
     found = {name: Worker("benchmarks.steps", network, kind) for name, kind in OURS.items()}
     wanted = {
         name: partial(Worker, "benchmarks.steps", network, kind)
@@ -100,7 +100,7 @@ def workers(record: Record, network: str, tensorflow: str | None) -> dict[str, W
 
 
 def say_steps(record: Record, network: str, times: dict[str, list[float]]) -> None:
-    """Prints what the steps took, and what their arithmetic would at the best rate."""
+    """Prints the times of steps, and the time of their arithmetic at the best rate."""
     batch, layers = SUBJECTS[network].batch, FAMILIES[network]().layers
     needed = sum(operations(layer, batch) for layer in layers)
     rates, figures = product_rates(), {name: summary(taken) for name, taken in times.items()}
@@ -125,7 +125,7 @@ def say_steps(record: Record, network: str, times: dict[str, list[float]]) -> No
 
 
 def say_layers(record: Record, network: str) -> None:
-    """Prints what each product takes by itself."""
+    """Prints the time of each product alone."""
     batch, rate = SUBJECTS[network].batch, record.figures["rates"]["bfloat16"]
     layers = [layer for layer in FAMILIES[network]().layers if layer.parameters]
     alone = {layer.name: layer_alone(layer, batch) for layer in layers}

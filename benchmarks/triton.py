@@ -80,7 +80,7 @@ class TritonPythonModel:
 
 @contextmanager
 def served(server: Path, models: Path, place: Path) -> Iterator[str]:
-    """Starts the server and gives its address. Exits with its last lines if it does not start."""
+    """Starts the server and yields its address. Exits with its last lines if it does not start."""
     given, backends = server / "pytriton" / "tritonserver", place / "backends"
     shutil.copytree(given / "backends", backends)
     (backends / "onnxruntime").mkdir()
@@ -118,7 +118,7 @@ def served(server: Path, models: Path, place: Path) -> Iterator[str]:
                 if grpc.InferenceServerClient(address).is_server_ready():
                     break
             except grpc.InferenceServerException:
-                pass  # it does not listen yet
+                pass  # the server does not listen yet
             time.sleep(0.5)
         else:
             sys.exit(f"the server was not ready in a minute: {log.read_text()[-1000:]}")
@@ -135,8 +135,10 @@ def asked(
     wanted: str,
     ends: npt.NDArray[np.int64],
 ) -> npt.NDArray[Any]:
-    """An output of a stage for its one input, which ``CLIENTS`` send at once in requests that end
-    at these rows."""
+    """Returns an output of a stage for its one input.
+
+    ``CLIENTS`` send the input at once, in requests that end at these rows.
+    """
     ((name, array),) = given.items()
     types = {"float32": "FP32", "int64": "INT64"}
 
@@ -171,7 +173,7 @@ def main() -> None:
             ready = [stage for stage in names if client.is_model_ready(stage)]
             record.say(f"Triton {metadata.version}: {', '.join(ready)} ready in {seconds:.0f} s")
             ends = np.cumsum(np.random.default_rng(0).integers(1, 5, len(images)))
-            ends = ends[ends < len(images)]  # of requests of 1 to 4 images
+            ends = ends[ends < len(images)]  # ends of requests of 1 to 4 images
             told = asked(client, "tokenizer", {"images": images}, "indices", ends)
             shown = asked(client, "detokenizer", {"indices": tokens}, "reconstructions", ends)
             found: dict[str, Any] = {

@@ -34,7 +34,7 @@ COMPARED = 4
 
 
 def images(pixels: int, count: int, seed: int = 0) -> Any:
-    """Random fields (N, 3, H, W), float32 in [0, 1]."""
+    """Returns random fields (N, 3, H, W), float32 in [0, 1]."""
     return fields(count, (3, pixels, pixels), seed).astype(np.float32) / 255
 
 
@@ -65,7 +65,7 @@ def make(folder: Path, pixels: str, channels: str) -> None:
 
 
 def loaded(folder: Path, threads: str) -> Any:
-    """The model in diffusers, on so many threads."""
+    """Loads the model in diffusers, on this many threads."""
     import torch
     from diffusers import VQModel
 
@@ -75,20 +75,20 @@ def loaded(folder: Path, threads: str) -> Any:
 
 
 def tokens_of(model: Any, images: Any) -> tuple[Any, Any]:
-    """Latents (N, D, h, w) and tokens (N*h*w,) of images in [0, 1]."""
+    """Returns latents (N, D, h, w) and tokens (N*h*w,) of images in [0, 1]."""
     latents = model.encode(2 * images - 1).latents
     return latents, model.quantize(latents)[2][2]
 
 
 def outputs_of(model: Any, tokens: Any, side: int) -> Any:
-    """Outputs (N, C, H, W) in [-1, 1] of tokens."""
+    """Returns outputs (N, C, H, W) in [-1, 1] of tokens."""
     shape = (len(tokens) // side**2, side, side, CODE_SIZE)
     quantized = model.quantize.get_codebook_entry(tokens, shape)
     return model.decode(quantized, force_not_quantize=True).sample
 
 
 def eager(way: str, folder: Path, pixels: str, threads: str) -> Callable[[], Any]:
-    """Encoding or decoding of one image in diffusers."""
+    """Returns the encoding or decoding of one image in diffusers."""
     import torch
 
     model = loaded(folder / "theirs", threads)
@@ -104,7 +104,7 @@ def eager(way: str, folder: Path, pixels: str, threads: str) -> Callable[[], Any
 
 
 def codec(way: str, folder: Path, pixels: str, threads: str) -> Callable[[], Any]:
-    """The same in a Codec."""
+    """Returns the same for a Codec."""
     from vqdeploy import Codec
 
     opened = Codec.load(folder / "bundle", "cpu", intra_op_num_threads=int(threads))
@@ -118,8 +118,10 @@ KINDS = {"diffusers eager": eager, "Codec": codec}
 
 
 def compared(folder: Path, pixels: str, threads: str) -> dict[str, Any]:
-    """How far the graphs are from diffusers: the largest differences over the largest magnitude,
-    and the tokens that differ, judged on diffusers' latents."""
+    """Compares the graphs with diffusers: the largest differences, and the tokens that differ.
+
+    Differences are divided by the largest magnitude. Tokens are judged on diffusers' latents.
+    """
     import torch
 
     from vqdeploy.bundle import Bundle
@@ -158,7 +160,7 @@ def _over_scale(ours: Any, theirs: Any) -> float:
 
 
 def nodes(bundle: Path) -> dict[str, int]:
-    """Nodes of each graph."""
+    """Returns the number of nodes of each graph."""
     from vqdeploy.runtime.protobuf import read_graph
 
     return {
@@ -168,7 +170,7 @@ def nodes(bundle: Path) -> dict[str, int]:
 
 
 def say_turns(record: Record, folder: Path, pixels: str, threads: str, rounds: int) -> None:
-    """One image encoded and one decoded, in turns."""
+    """Encodes one image and decodes one, in turns."""
     title = f"one image, threads: {threads}"
     record.say(f"{title:<28}{'median s':>10}{'10-90 %':>14}{'peak MiB':>10}")
     for way in ("encode", "decode"):

@@ -1,4 +1,4 @@
-"""Small models and images that every test shares."""
+"""Fixtures for all tests: small models, images, and ways to run commands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Networks are small, and threads that wait for one another beside other tests would only spin.
+# Networks are small. With other tests running, more threads would only wait for one another.
 os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "1")
 
 import forks
@@ -36,8 +36,7 @@ def real_images() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def many_images(real_images: np.ndarray) -> np.ndarray:
-    """1,000 different images (uint8, 28x28) made from the genuine ones: shifted, mirrored,
-    inverted, dimmed."""
+    """1,000 different images (1000, 28, 28) uint8: the genuine ones shifted, mirrored, dimmed."""
     rng = np.random.default_rng(0)
     out = []
     for i in range(1000):
@@ -50,7 +49,7 @@ def many_images(real_images: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def colour_images(many_images: np.ndarray) -> np.ndarray:
-    """300 colour images (300, 3, 16, 16) uint8: three of the many, cropped, as their channels."""
+    """Colour images (300, 3, 16, 16) uint8; each channel is one of ``many_images``, cropped."""
     return np.ascontiguousarray(many_images[:900, 6:22, 6:22].reshape(300, 3, 16, 16))
 
 
@@ -120,7 +119,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[forks.Server]:
-    """What forks commands."""
+    """The server that forks a process for each command."""
     started = forks.Server()
     yield started
     started.close()
@@ -128,8 +127,10 @@ def server() -> Iterator[forks.Server]:
 
 @pytest.fixture
 def run(tmp_path: Path, server: forks.Server) -> Run:
-    """Runs ``python ...`` in an empty folder, as a user would; warnings of ours are errors there
-    too. ``-m`` and ``-c`` are forks; a file, and what has an environment of its own, new processes.
+    """Runs ``python ...`` in an empty folder, as a user would.
+
+    Our own warnings are errors there, too. ``-m`` and ``-c`` run in a fork. A file, or a command
+    with an environment of its own, runs in a new process.
     """
 
     def python(
@@ -175,7 +176,7 @@ def chromium() -> Iterator[Any]:
     if found is None:
         pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)}")
     with api.sync_playwright() as started:
-        # its sandbox wants rights that a container has not; the pages are our own
+        # its sandbox needs rights that containers do not have; the pages are our own
         browser = started.chromium.launch(executable_path=found, args=["--no-sandbox"])
         yield browser
         browser.close()
@@ -183,9 +184,9 @@ def chromium() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def barriers() -> Callable[[Any], list[tuple[str, str]]]:
-    """Looks for barriers in a page with axe-core: the rules that are broken, and how gravely.
+    """Looks for barriers in a page with axe-core; returns the broken rules and their impact.
 
-    The page's context must have ``bypass_csp``: axe-core is a script that no page came with.
+    The page's context must have ``bypass_csp``, since axe-core is not a script of the page.
     """
     pytest.importorskip("axe_playwright_python", reason="needs axe-core, of the extra test")
     source = importlib.resources.files("axe_playwright_python") / "axe.min.js"

@@ -1,8 +1,8 @@
-"""Commands as forks of one process that has imported the libraries.
+"""Runs commands in forks of one process that has imported the libraries.
 
-``python -m`` starts a process that takes a second or two to import PyTorch. A fork has it, and is a
-process of its own all the same: with its own folder, streams, signals and exit status. None of our
-packages is imported before the fork, so that each command imports them.
+``python -m`` starts a process that takes a second or two to import PyTorch. A fork has imported it
+already, and is still a separate process, with its own folder, streams, signals and exit status. Our
+packages are not imported before the fork, so each command imports them itself.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 LIBRARIES = ("numpy", "torch", "torch._dynamo", "onnx", "scipy", "filelock", "PIL.Image")
-"""What commands import, torch._dynamo by their first optimizer. None that starts threads, as
-onnxruntime does: a fork would wait for their end."""
+"""What commands import; their first optimizer imports torch._dynamo. Libraries that start threads,
+such as onnxruntime, are left out: a fork would wait for their end."""
 
 OPTIONS = ("-W", "error::DeprecationWarning:vq")
-"""Of every interpreter: our own warnings are errors."""
+"""Options of every interpreter: our own warnings are errors."""
 
 
 class Server:
-    """The process, and what it was started with."""
+    """The process that forks, and the environment that it was started with."""
 
     def __init__(self) -> None:
         self.environment = environment()
@@ -39,7 +39,7 @@ class Server:
         )
 
     def run(self, words: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-        """What ``python`` with these words, ``-m`` or ``-c`` first, gives in the folder ``cwd``."""
+        """Runs ``python`` with these words, ``-m`` or ``-c`` first, in the folder ``cwd``."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         with tempfile.TemporaryDirectory() as folder:
@@ -55,13 +55,15 @@ class Server:
 
 
 def environment() -> dict[str, str]:
-    """This process's, but for what pytest changes from test to test."""
+    """Returns this process's environment, without what pytest changes from test to test."""
     return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
 
 
 def serve() -> dict[str, Any]:
-    """Forks for each request, a line of JSON, and answers with the exit status. Returns the request
-    in the fork; ends with the requests."""
+    """Forks for each request, a line of JSON, and answers with the exit status.
+
+    Returns the request in the fork. Ends the process when there are no more requests.
+    """
     for line in sys.stdin:
         if (child := os.fork()) == 0:
             request: dict[str, Any] = json.loads(line)
@@ -71,7 +73,7 @@ def serve() -> dict[str, Any]:
 
 
 def become(words: list[str], cwd: str, streams: list[str]) -> None:
-    """Makes of this process what ``python`` with these words is in the folder ``cwd``."""
+    """Makes this process do what ``python`` with these words does in the folder ``cwd``."""
     os.chdir(cwd)
     for number, path in enumerate(streams):
         opened = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
@@ -91,5 +93,5 @@ def become(words: list[str], cwd: str, streams: list[str]) -> None:
 if __name__ == "__main__":
     for library in LIBRARIES:
         __import__(library)
-    gc.freeze()  # what a fork shares it need not visit
+    gc.freeze()  # a fork's collector need not visit what it shares
     become(**serve())

@@ -1,5 +1,8 @@
-"""A folder of pictures as people have them, of every kind, and what a reference reader makes of
-each: known from how it was made, or for lossy formats from Pillow's plain decoding."""
+"""A folder of pictures of every kind, and what a reader should find in each.
+
+The right pixels are known from how a picture was made, or, for lossy formats, from Pillow's plain
+decoding.
+"""
 
 import io
 import struct
@@ -16,9 +19,12 @@ NAMES = ("one {}", "zwölf-{}", "写真{}", "emoji 🙂 {}", "{}.final")
 
 
 class Mixed(NamedTuple):
-    """A picture of the folder: its path in there with "/" between the parts, the pixels (H, W, 3)
-    uint8 that a reader should find before resizing, and what is to be said of it: "grey", "laid",
-    "turned", "first" of several frames, "deep" (16 bits), "CMYK"."""
+    """A picture of the folder: its path in the folder, its pixels, and what should be said of it.
+
+    The path has "/" between its parts. The pixels (H, W, 3) uint8 are what a reader should find
+    before resizing. What should be said: "grey", "laid", "turned", "first" of several frames,
+    "deep" (16 bits), "CMYK".
+    """
 
     name: str
     pixels: np.ndarray
@@ -26,7 +32,7 @@ class Mixed(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A file's content, the ending of its name, and the rest as in ``Mixed``."""
+    """The content of a file, the ending of its name, and the rest as in ``Mixed``."""
 
     content: bytes
     ending: str
@@ -35,7 +41,7 @@ class Made(NamedTuple):
 
 
 def scene(rng, height, width):
-    """A smooth picture (H, W, 3) of floats in [0, 1]: a slope and a few soft spots."""
+    """Returns a smooth picture (H, W, 3) in [0, 1]: a slope and a few soft spots."""
     y, x = np.mgrid[:height, :width] / max(height, width)
     found = rng.random(3) + (x[..., None] - 0.5) * rng.normal(0, 0.6, 3)
     for _ in range(4):
@@ -50,19 +56,22 @@ def levels(found, most=255):
 
 
 def colour(grey):
-    """Grey levels as red, green and blue, on a further last axis."""
+    """Returns grey levels as red, green and blue, on a new last axis."""
     return np.repeat(grey[..., None], 3, -1)
 
 
 def on_white(pixels, alpha):
-    """Pixels (H, W, 3) uint8 laid on white, by their alpha (H, W) uint8."""
+    """Returns pixels (H, W, 3) uint8 laid on white by their alpha (H, W) uint8."""
     a = alpha[..., None].astype(np.int64)
     return ((2 * (a * pixels + (255 - a) * 255) + 255) // 510).astype(np.uint8)
 
 
 def upright(pixels, orientation):
-    """What a picture with that EXIF orientation shows: its first row and column lie at the top and
-    left, top right, bottom right, bottom left, left top, right top, right bottom, left bottom."""
+    """Returns what a picture with this EXIF orientation shows.
+
+    For orientations 1 to 8, the first row and column are at the top and left, top right, bottom
+    right, bottom left, left top, right top, right bottom, left bottom.
+    """
     return {
         1: lambda p: p,
         2: lambda p: p[:, ::-1],
@@ -76,7 +85,7 @@ def upright(pixels, orientation):
 
 
 def saved(picture, kind, **options):
-    """The file of an array or a picture."""
+    """Returns the file of an array or a picture."""
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
     buffer = io.BytesIO()
@@ -85,14 +94,16 @@ def saved(picture, kind, **options):
 
 
 def plainly(content):
-    """Pillow's decoding (H, W, 3)."""
+    """Returns Pillow's decoding, (H, W, 3)."""
     with Image.open(io.BytesIO(content)) as picture:
         return np.asarray(picture.convert("RGB"))
 
 
 def png(samples, kind, key=b""):
-    """A PNG of samples (H, W, C) uint16 of a colour type, which Pillow cannot write; ``key``: the
-    content of its chunk tRNS."""
+    """Returns a PNG of samples (H, W, C) uint16 of a colour type; Pillow cannot write these.
+
+    key: the content of its chunk tRNS.
+    """
     height, width = samples.shape[:2]
     rows = samples.astype(">u2").reshape(height, -1).view(np.uint8)
     parts = {
@@ -123,7 +134,7 @@ def turned_tiff(rng, found):
 
 
 def alpha_of(rng, found):
-    """Alpha (H, W) uint8 between opaque and transparent, each of them somewhere."""
+    """Returns alpha (H, W) uint8 from opaque to transparent; both occur."""
     alpha = levels(scene(rng, *found.shape[:2])[..., 0])
     alpha[0], alpha[1] = 0, 255
     return alpha
@@ -186,7 +197,7 @@ def pgm16(rng, found):
 
 
 def palette(rng, found):
-    """Indices (H, W) and the colours (16, 3) uint8 that they stand for."""
+    """Returns indices (H, W) and the colours (16, 3) uint8 that they stand for."""
     indices = (found[..., 0] * 15.99).astype(np.uint8)
     return indices, rng.integers(0, 256, (16, 3), np.uint8)
 
@@ -320,10 +331,10 @@ MAKERS: dict[str, Callable[[np.random.Generator, np.ndarray], Made]] = {
 
 
 def make(folder: Path, count: int = 500, seed: int = 0) -> list[Mixed]:
-    """Writes ``count`` pictures of all kinds into a folder and its subfolders, three deep, and
-    with them a broken one ("broken.jpg"), a PDF, a text and two hidden files.
+    """Writes ``count`` pictures of all kinds into a folder and its subfolders, three deep.
 
-    Returns what a reader should find, sorted by path.
+    Also writes a broken picture ("broken.jpg"), a PDF, a text and two hidden files. Returns what a
+    reader should find, sorted by path.
     """
     rng, found = np.random.default_rng(seed), []
     makers = list(MAKERS.values())

@@ -1,4 +1,4 @@
-"""What tests share beside the fixtures of ``conftest.py``: models, runs, forgeries."""
+"""What tests share besides the fixtures of ``conftest.py``: models, runs, forgeries."""
 
 from __future__ import annotations
 
@@ -87,14 +87,14 @@ ROWS["attention that is not causal"] = dataclasses.replace(ROWS["attention"], ca
 
 
 def inputs_of(row: Layer, rng: np.random.Generator, count: int = 3) -> list[np.ndarray]:
-    """``count`` inputs of each that a row takes: numbers, or indices."""
+    """Returns the inputs of a row, ``count`` of each: numbers, or indices."""
     if row.kind == "embedding":
         return [rng.integers(0, row.num_codes, (count, *row.in_shape))]
     return [rng.normal(size=(count, *row.in_shape)) for _ in range(KINDS[row.kind].inputs)]
 
 
 def unit(x: np.ndarray) -> np.ndarray:
-    """Vectors (…, D) over their lengths."""
+    """Returns vectors (…, D) divided by their lengths."""
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
@@ -113,8 +113,7 @@ class Golden:
 
 
 def small_model(spec: ModelSpec, seed: int = 0) -> Model:
-    """A model of random parameters whose codebook lies among its latents, so that every code is
-    near something."""
+    """Returns a model of random parameters, with codes near its latents so that none is far off."""
     rng = np.random.default_rng(seed)
     params = vqref.init_params(spec, rng)
     for name, array in params.items():
@@ -123,7 +122,7 @@ def small_model(spec: ModelSpec, seed: int = 0) -> Model:
     latents = vqref.encode(spec, params, rng.random((64, *spec.image_shape)))
     rows = rng.choice(latents.reshape(-1, spec.code_size), spec.num_codes)
     params[CODEBOOK] = (rows + rng.normal(0, 0.05, rows.shape)).astype(np.float32)
-    if spec.levels:  # whose middle is 0, which untrained latents are all near
+    if spec.levels:  # untrained latents are all near 0, the middle of the grid
         last = next(row for row in reversed(spec.encoder) if row.parameters)
         params[f"{last.name}.weight"] *= 20
         params[CODEBOOK] = grid(spec.levels).astype(np.float32)
@@ -137,7 +136,7 @@ def small_model(spec: ModelSpec, seed: int = 0) -> Model:
 
 
 def prior_params(spec: PriorSpec, seed: int = 0, scale: float = 20.0) -> dict[str, np.ndarray]:
-    """Of an untrained prior, its weights large enough to matter."""
+    """Returns the parameters of an untrained prior, with weights large enough to matter."""
     found = vqref.init_params(spec, np.random.default_rng(seed))
     return {
         name: array if "norm" in name else (scale * array).astype(np.float32)
@@ -157,10 +156,10 @@ def trainer(
     work: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """A ``Trainer`` on 160 images of (N, H, W) or (N, C, H, W): two epochs of five steps.
+    """Returns a ``Trainer`` on 160 of images (N, H, W) or (N, C, H, W): two epochs of five steps.
 
-    said: takes its lines. held_out: how many of the images after those are held out. work, options:
-    what ``Work`` and the post's options are changed by. Nothing is drawn unless ``work`` says so.
+    said: takes its lines. held_out: how many of the next images are held out. work, options:
+    changes to ``Work`` and to the post's options. Nothing is drawn unless ``work`` says so.
     """
     from vqref.host.images import ImageSet
     from vqtrain import Trainer, TrainingOptions
@@ -180,7 +179,7 @@ def trainer(
 
 
 def stop_in_step(monkeypatch, when: int) -> None:
-    """Sends SIGTERM in the step of that number, counted from 1, of runs that begin after it."""
+    """Makes later runs get SIGTERM in step ``when``, counted from 1."""
     import vqtrain.run.step
     import vqtrain.run.trainer
 
@@ -196,7 +195,7 @@ def stop_in_step(monkeypatch, when: int) -> None:
 
 
 class Trap:
-    """Unpickling it would create a file."""
+    """An object that creates a file if it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -208,7 +207,7 @@ class Trap:
 def sign(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda manifest: None) -> None:
     """Makes the manifest of a bundle fit its files again, and seals it, as a forger would.
 
-    change: of the manifest, before that.
+    change: changes the manifest before it is sealed.
     """
     from vqdeploy.bundle import describe_files
     from vqdeploy.sealed import sealed
@@ -237,7 +236,7 @@ def weight_changed(
 
 
 def add(index: Any, value: float) -> Callable[[np.ndarray], None]:
-    """A change that adds to one element."""
+    """Returns a change that adds ``value`` to one element."""
 
     def change(array: np.ndarray) -> None:
         array[index] += value
@@ -246,7 +245,7 @@ def add(index: Any, value: float) -> Callable[[np.ndarray], None]:
 
 
 def png(image: np.ndarray) -> bytes:
-    """A PNG of an image (3, H, W) uint8."""
+    """Returns a PNG of an image (3, H, W) uint8."""
     buffer = io.BytesIO()
     Image.fromarray(image.transpose(1, 2, 0)).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,6 +1,9 @@
-"""Tokens proved in advance: the bound holds under every perturbation and every order of summation
-that can be thought of, is near what the worst one does, and is refuted where the machine computes
-in another arithmetic than it says."""
+"""Tokens proved in advance: the bound holds, is tight, and is refuted on other arithmetics.
+
+It holds under every perturbation and order of summation that these tests can think of. It is near
+what the worst perturbation does. It is refuted if a machine computes in another arithmetic than it
+claims.
+"""
 
 import dataclasses
 import math
@@ -77,7 +80,7 @@ def case(request):
 
 
 def looks(spec, params, image, name):
-    """What is known of an image at each look, the last whether it is needed or not."""
+    """Returns what is known of an image at each look. The last one is made even if not needed."""
     network, codebook = Network(spec, params, ARITHMETICS[name]), params[CODEBOOK].astype(float)
     image = image.astype(np.float64)
     found = [enclose(network, image, closely=False), enclose(network, image)]
@@ -95,7 +98,7 @@ def require_within(bounds, off):
 
 @pytest.mark.parametrize("name", ["float32", "pairwise", "winograd", "tf32", "bfloat16"])
 def test_no_perturbation_moves_a_value_beyond_the_bounds(case, name):
-    """Of each row before and after its activation, and of latents in any direction."""
+    """Checks each row before and after its activation, and latents in any direction."""
     spec, params, images = case
     rng = np.random.default_rng(1)
     for found in looks(spec, params, images[0], name):
@@ -128,7 +131,7 @@ def test_no_perturbation_moves_a_value_beyond_the_bounds(case, name):
 )
 @settings(max_examples=40, deadline=None)
 def test_no_machine_of_rounded_factors_leaves_the_bounds(seed, activation, name, grid):
-    """Each row's weights and inputs cut, rounded or left, by chance, of random networks."""
+    """In random networks, weights and inputs of each row are cut, rounded or kept, at random."""
     rng = np.random.default_rng(seed)
     spec = families.residual((1, 8, 8), **SIZES) if grid else families.post((1, 8, 8), 3, 1, 9, 4)
     rows = tuple(
@@ -168,7 +171,7 @@ def test_no_machine_of_rounded_factors_leaves_the_bounds(seed, activation, name,
 
 
 def to_tf32(factor):
-    """Rounded to nearest, ties away from zero."""
+    """Rounds to nearest, ties away from zero."""
     bits = np.ascontiguousarray(factor, np.float32).view(np.uint32)
     return ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
 
@@ -207,7 +210,7 @@ def test_the_tokens_are_the_exact_ones_whether_proved_or_not(case):
 
 
 def require_near(spec, params, images):
-    """The worst perturbation of all rows at once comes near the bound, and never above."""
+    """Requires that the worst perturbation of all rows at once is near the bound, never above."""
     rng = np.random.default_rng(2)
     ratios = [
         share_of_bound(spec, params, image, "pairwise", rng) for image in images for _ in range(2)
@@ -282,7 +285,7 @@ def test_proved_tokens_are_those_of_pytorch_and_onnxruntime(case):
 
 
 def test_a_machine_of_another_arithmetic_is_refuted_by_the_tokens_that_it_changes():
-    """Of the tokens proved for float32 some differ, of those proved for bfloat16 none."""
+    """Some of the tokens proved for float32 differ; none of those proved for bfloat16 do."""
     spec = SPECS["residual"]
     params = small_model(spec).params
     images = np.random.default_rng(5).random((12, *spec.image_shape)).astype(np.float32)
@@ -392,7 +395,7 @@ def test_what_an_activation_adds_to_its_tangent_is_within_the_remainder(name, z,
 @given(z=st.floats(-5, 5), wide=st.floats(0.1, 8))
 @settings(max_examples=200)
 def test_the_bend_of_an_activation_is_near_the_largest(name, z, wide):
-    """Within a factor of 2, but where an elu starts above 0; a relu's at 0 has no bound."""
+    """It is within a factor of 2, unless an elu starts above 0. A relu has no bound at 0."""
     kind, at = ACTIVATIONS[name], np.array([z])
     delta = np.linspace(-wide, wide, 2001)
     exact = np.abs(kind.value(at + delta) - kind.value(at) - kind.slope(at) * delta)
@@ -405,7 +408,7 @@ def test_the_bend_of_an_activation_is_near_the_largest(name, z, wide):
 @given(x=st.floats(width=32, allow_nan=False, allow_infinity=False), wide=st.floats(0, 2))
 @settings(max_examples=400)
 def test_rounded_factors_stay_within_their_bounds(name, x, wide):
-    """Known ones, and unknown ones near a known."""
+    """Holds for known factors, and for unknown ones near a known factor."""
     factors = ARITHMETICS[name].factors
     ways = {"tf32": [cut_to_tf32, to_tf32], "float16": [to_float16], "bfloat16": [to_bfloat16]}
     if abs(x) >= factors.largest / 4:
@@ -470,7 +473,7 @@ def test_the_norm_of_a_wide_convolution_is_nearly_reached():
 @given(seed=st.integers(0, 2**32 - 1))
 @settings(max_examples=30, deadline=None)
 def test_winograds_algorithm_stays_within_its_bound(seed):
-    """F(4x4, 3x3) in float32 against the convolution in float64."""
+    """Compares F(4x4, 3x3) in float32 with the convolution in float64."""
     rng = np.random.default_rng(seed)
     scale = 10 ** rng.uniform(-2, 2)
     d = (scale * rng.normal(size=(3, 6, 6))).astype(np.float32)
@@ -495,7 +498,7 @@ def test_winograds_algorithm_stays_within_its_bound(seed):
 
 
 def error_of_row(row, x, weight, bias, name="float32"):
-    """The bound on what a row of exact inputs is off by, without the axis of images."""
+    """Returns the bound on the error of a row with exact inputs, without the axis of images."""
     taken, weights = [(x[None], np.zeros_like(x)[None])], [weight, bias]
     z = KINDS[row.kind].value(row, x[None], *weights)
     return arithmetics.local_error(row, ARITHMETICS[name], taken, weights, z, np.zeros_like(z))[0]
@@ -504,8 +507,11 @@ def error_of_row(row, x, weight, bias, name="float32"):
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 300), zeros=st.floats(0, 1))
 @settings(max_examples=60, deadline=None)
 def test_a_sum_in_any_order_stays_within_its_bound(seed, count, zeros):
-    """Terms of both signs and of many sizes, added as they come, the other way, largest first (all
-    positive ones before the negative), and in random trees."""
+    """Terms have both signs and many sizes.
+
+    They are added forwards, backwards, largest first (all positive ones before the negative), and
+    in random trees.
+    """
     rng = np.random.default_rng(seed)
     x = rng.normal(size=count).astype(np.float32) * (rng.random(count) >= zeros)
     weight = (rng.normal(size=(1, count)) * 10 ** rng.uniform(-3, 3, count)).astype(np.float32)
@@ -525,7 +531,7 @@ def test_a_sum_in_any_order_stays_within_its_bound(seed, count, zeros):
 
 
 def test_the_bound_on_a_sum_is_reached():
-    """1 + u is 1: of 1, 200 times u and -1, which cancel, nothing is left."""
+    """1 + u is 1, so the sum of 1, 200 times u, and -1 is 0."""
     count, u = 202, arithmetics.UNIT
     weight = np.array([[1.0, *[u] * (count - 2), -1.0]])
     row, x, none = Layer("x", "dense", (count,), (1,)), np.ones(count), np.zeros(1)
@@ -536,8 +542,7 @@ def test_the_bound_on_a_sum_is_reached():
 
 
 def test_an_addition_may_go_into_the_sum_of_the_row_before():
-    """A kernel that starts its sum from the other input of a residual addition, as onnxruntime's
-    convolutions do."""
+    """onnxruntime's convolutions start their sum from the other input of a residual addition."""
     count, u = 100, arithmetics.UNIT
     weight, other = np.full((1, count), u), np.ones((1, 1))
     row, add = Layer("x", "dense", (count,), (1,)), Layer("y", "add", (1,), (1,), ("a", "x"))
@@ -565,7 +570,7 @@ def test_an_addition_may_go_into_the_sum_of_the_row_before():
     ],
 )
 def test_activations_of_pytorch_stay_within_their_bound(name, machine):
-    """On a million numbers from -104 to 104, of every size."""
+    """Tries a million numbers from -104 to 104, of every size."""
     bits = np.arange(0, np.float32(104).view(np.uint32), 2200, dtype=np.uint32)
     x = np.concatenate([bits, bits | np.uint32(1 << 31)]).view(np.float32)
     z = x.astype(np.float64)
@@ -576,7 +581,7 @@ def test_activations_of_pytorch_stay_within_their_bound(name, machine):
 
 
 def test_what_has_no_bound_is_not_proved_and_raises_no_warning(case):
-    """Sums beyond what float32 holds, and errors that grow beyond it."""
+    """Tries sums beyond float32's range, and errors that grow beyond it."""
     spec, params, images = case
     huge = {name: each * np.float32(1e8) for name, each in params.items()}
     for name in ("float32", "float16"):
@@ -584,7 +589,7 @@ def test_what_has_no_bound_is_not_proved_and_raises_no_warning(case):
 
 
 def with_rows(spec, *more):
-    """A spec whose encoder ends with more rows of its latents' shape."""
+    """Returns a spec whose encoder ends with more rows, all of the latents' shape."""
     return dataclasses.replace(spec, encoder=(*spec.encoder, *more))
 
 
@@ -613,7 +618,7 @@ def test_behind_rows_without_a_bound_nothing_is_proved():
 
 
 def test_every_kind_is_enclosed_or_known_not_to_be():
-    """Those enclosed are rows of the networks above; a new kind has no bound until it is here."""
+    """Enclosed kinds are rows of the networks above; a new kind has no bound until it is there."""
     enclosed = {"affine", "conv", "conv_transpose", "dense", "reshape", "to_vectors", "to_grid"}
     assert set(KINDS) - UNBOUNDED == enclosed | {"add", "activation"}
     assert math.isinf(seconds_per_proof(families.vqgan()))

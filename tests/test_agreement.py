@@ -1,5 +1,4 @@
-"""One comparison for every backend: an honest one passes in both precisions, and each corruption is
-named by its stage."""
+"""One comparison for every backend: honest ones pass, each corruption is named by its stage."""
 
 import dataclasses
 from typing import Any
@@ -21,7 +20,7 @@ DECAY, EPSILON = 0.99, 1e-5
 
 
 def honest(model, precision, dialect=POST, steps=0, normalized=None):
-    """The oracle itself behind the interface of a backend, rounded to ``precision``."""
+    """The oracle itself, with the interface of a backend, rounded to ``precision``."""
     spec, params = model.spec, model.params
     how = DECAY, EPSILON, dialect
     codebook = params[CODEBOOK]
@@ -125,7 +124,7 @@ def test_averages_and_resets_are_judged_in_the_dialect_and_at_the_step_of_the_ru
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_codes_that_leave_the_sphere_are_found(precision):
-    """The rules of unit codes agree, those of others do not, after an update as after a reset."""
+    """After updates and resets, the rules of unit codes agree; those of other codes do not."""
     model = small_model(families.residual((3, 16, 16), **RESIDUAL, normalized=True))
     images = np.random.default_rng(0).random((4, 3, 16, 16))
     how = model.spec, model.params, images
@@ -143,8 +142,11 @@ def test_codes_that_leave_the_sphere_are_found(precision):
 
 
 def test_a_unit_code_is_judged_beside_the_length_that_is_left_of_its_sum():
-    """Two opposed latents leave 1e-3 of their lengths, so that a rounding of theirs turns the code
-    by a thousand times as much: that passes, and ten times more does not."""
+    """The sum of two opposed latents has 1e-3 of their length.
+
+    So a rounding of the latents turns the code a thousand times as far. That passes; ten times more
+    does not.
+    """
     state = vqref.EMAState(np.eye(2), np.ones(2), np.eye(2), normalized=True)
     latents, indices = np.array([[[1.0, 1e-3], [-1.0, 0.0]]]), np.zeros((1, 2), int)
     after = vqref.update_ema(state, latents, indices, decay=0.0, epsilon=EPSILON)
@@ -159,8 +161,11 @@ def test_a_unit_code_is_judged_beside_the_length_that_is_left_of_its_sum():
 
 
 def test_unit_latents_may_be_turned_by_what_their_lengths_make_of_the_encoders_tolerance():
-    """An encoder that keeps its tolerance before its last row keeps it after, however short a
-    vector was; tokens of such latents are near ties or right. One that does not is found."""
+    """An encoder within its tolerance before its last row passes, however short a vector was.
+
+    Tokens of such latents are right or near ties. An encoder that is not within its tolerance
+    fails.
+    """
     model = small_model(families.residual((3, 16, 16), **RESIDUAL, normalized=True))
     how = model.spec, model.params
     rng = np.random.default_rng(0)
@@ -206,7 +211,7 @@ def test_every_code_is_probed_at_every_position_or_at_one_place_of_a_grid(model,
 def test_reconstructions_may_be_off_by_what_the_outputs_may_be_times_the_slope(residual_model):
     spec = residual_model.spec
     outputs = np.zeros((2, *spec.output_shape))
-    outputs[0, 0, 0, 0] = 100.0  # clipped, and the scale of its image
+    outputs[0, 0, 0, 0] = 100.0  # it is clipped, and is the scale of its image
     exact = vqref.reconstruct(spec, outputs)
     for image, by, passes in ((0, 5e-4, True), (1, 5e-4, False), (1, 5e-6, True)):
         found = exact.copy()
@@ -234,7 +239,7 @@ def test_a_check_takes_as_many_images_as_fit_its_seconds_or_four_that_fit_a_minu
 
 
 def giving(array):
-    """A stage that gives this array, whatever it is given."""
+    """Returns a stage that returns ``array`` for any input."""
     return lambda *_: array
 
 
@@ -253,14 +258,14 @@ def swap(stage: str, corrupt):
 
 
 def nudge(array, by=1e-4):
-    """One element off by ``by`` of the largest magnitude."""
+    """Moves one element by ``by`` times the largest magnitude."""
     out = np.array(array)
     out.flat[out.size // 2] += by * np.abs(out).max()
     return out
 
 
 def row_of_the_codebook(damaged: int):
-    """The quantizer with one codebook row moved, though no image is near that row."""
+    """Returns a quantizer with one codebook row moved, though no image is near that row."""
 
     def corrupted(backend: Backend) -> Backend:
         def quantizer(latents):

@@ -1,4 +1,4 @@
-"""Sources that memory does not hold: every form gives the same images, and names what is broken."""
+"""Sources that need not fit in memory: every form gives the same images, and names broken ones."""
 
 import dataclasses
 import tarfile
@@ -89,7 +89,7 @@ def test_a_shard_tells_how_many_images_it_has_unless_it_is_a_tar(tmp_path, sourc
 def test_an_npy_is_mapped_not_read(tmp_path):
     holes = np.lib.format.open_memmap(
         tmp_path / "huge.npy", mode="w+", dtype=np.uint8, shape=(2**31, *SHAPE)
-    )  # 400 GB of nothing
+    )  # 400 GB of zeros
     holes[2**31 - 1] = IMAGES[0]
     del holes
     last = list_shards(tmp_path / "huge.npy", images=2**20)[-1]
@@ -109,7 +109,7 @@ def test_broken_images_are_named_and_the_others_read(tmp_path):
     np.testing.assert_array_equal(to_image(good, SHAPE, READING), IMAGES[0])
     with pytest.raises(InputError, match="not a readable image"):
         to_image(cut, SHAPE, READING)
-    assert gone.content is None  # a path in a file from outside opens nothing here
+    assert gone.content is None  # a path inside a file from outside is never opened
     with pytest.raises(InputError, match="holds no bytes"):
         to_image(gone, SHAPE, READING)
 

@@ -1,4 +1,4 @@
-"""Benchmarks: tables of what was stored, runs in turns, workers that answer or say why not."""
+"""Benchmarks: tables of stored figures, runs in turns, workers that answer or say why not."""
 
 import argparse
 import functools
@@ -28,7 +28,7 @@ def test_the_tables_in_readme_are_the_stored_figures():
 
 
 def asked(**changes):
-    """The runner's arguments: a model, and nothing else but the changes."""
+    """Returns the runner's arguments: a model and the changes, nothing else."""
     nothing = {"data": None, "colour": None, "grid": None, "tensorflow": None, "triton": None}
     return argparse.Namespace(**{**nothing, "model": Path("m"), "short": True, **changes})
 
@@ -97,7 +97,7 @@ def test_a_record_holds_what_was_printed(tmp_path, capsys, monkeypatch):
 
 
 def test_the_distance_of_latents_and_rows_is_that_of_their_means_and_deviations():
-    """Moved by v it is |v|² an element; of twice the deviation, the variance an element."""
+    """For rows moved by v, it is |v|² per element; for twice the deviation, the variance."""
     rows = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)).double()
     rows = rows - rows.mean(dim=0)
     assert wasserstein(rows, rows).item() == pytest.approx(0, abs=1e-6)

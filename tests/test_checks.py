@@ -1,5 +1,4 @@
-"""The kit: right implementations pass, and every mutation of one is caught by the check that is
-named for it."""
+"""The kit: right implementations pass, and the named check catches each mutation."""
 
 from typing import Any
 
@@ -136,8 +135,11 @@ def test_a_mutation_is_caught_by_name(name):
 
 
 def test_every_check_is_shown_to_fail():
-    """By a mutation of its own, but for the hard cases, and for those of updates and steps that
-    are shown for the other of the two."""
+    """Each check has a mutation that fails it.
+
+    Exceptions are the hard cases, and checks of updates and steps that are shown for the other of
+    the two.
+    """
 
     def kinds(names):
         return {name.removeprefix("ema_").removeprefix("step_") for name in names}
@@ -258,7 +260,7 @@ def test_each_check_runs_by_itself():
 
 
 def test_the_first_step_of_each_dialect_does_what_the_table_says():
-    """One latent at 3 hits code 0 of two codes at 1 and 2; the other is never hit."""
+    """Two codes are at 1 and 2. One latent at 3 hits code 0; code 1 is never hit."""
     codebook, latents, indices = np.array([[1.0], [2.0]]), np.array([[[3.0]]]), np.array([[0]])
     expected = {
         "post": (1.98 / (0.01 + 1e-5) * 0 + (0.99 * 1 + 0.01 * 3) / (0.01 + 1e-5), 0.99 * 2 / 1e-5),

@@ -1,4 +1,4 @@
-"""The Codec: what other programs call, and all that it lets through."""
+"""The Codec: what other programs call, and what it accepts."""
 
 import dataclasses
 import hashlib
@@ -219,7 +219,7 @@ def test_a_picture_is_prepared_as_in_training_and_not_taken_for_an_array(tmp_pat
     export(dataclasses.replace(model, preprocessing=done), tmp_path / "b")
     codec = pickle.loads(pickle.dumps(Codec.load(tmp_path / "b", "cpu")))
     assert codec.preprocessing == done
-    pixels = np.stack([*many_images[:4]], -1)  # RGBA, and not of the model's size
+    pixels = np.stack([*many_images[:4]], -1)  # RGBA, and of another size than the model's
     picture = Image.fromarray(pixels)
     prepared = prepare(picture, (3, 16, 24), done)
     np.testing.assert_array_equal(codec.prepare([picture] * 2), np.concatenate([prepared] * 2))
@@ -227,7 +227,7 @@ def test_a_picture_is_prepared_as_in_training_and_not_taken_for_an_array(tmp_pat
     exact = Image.fromarray(np.ascontiguousarray(prepared[0].transpose(1, 2, 0)))
     np.testing.assert_array_equal(codec.encode(exact), codec.encode(prepared))
     with pytest.raises(InputError, match="shape is"):
-        codec.encode(pixels)  # an array must be as the model wants it
+        codec.encode(pixels)  # an array must have the model's size and channels
 
 
 def test_pictures_that_it_cannot_encode_are_named(codec, many_images, tmp_path):
@@ -366,7 +366,7 @@ def test_a_first_provider_that_is_not_there_is_an_error(bundle):
 def test_bound_outputs_are_those_of_a_plain_run_and_batches_come_in_few_sizes(
     bundle, many_images, monkeypatch
 ):
-    """What a card gets, on the CPU: inputs filled up to a power of two, outputs bound."""
+    """Does on the CPU what a card gets: inputs padded to a power of two, and bound outputs."""
     codec, bound = Codec.load(bundle, "cpu"), Codec.load(bundle, "cpu")
     sizes: list[int] = []
     for session in bound._sessions.values():
@@ -438,7 +438,7 @@ assert verify(Bundle.open(sys.argv[1]), "cpu").report.passed
 def test_a_program_with_numpy_and_onnxruntime_alone_runs_and_verifies_it(
     bundle, codec, many_images, tmp_path, run
 ):
-    """The interpreter's path has this project, numpy and onnxruntime: no torch, onnx or scipy."""
+    """The interpreter's path has only this project, numpy and onnxruntime, not torch or scipy."""
     site = tmp_path / "site"
     site.mkdir()
     for package in ("numpy", "onnxruntime"):

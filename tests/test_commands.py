@@ -1,4 +1,4 @@
-"""The command lines as a user has them: a line per mistake, the right exit code, nothing lost."""
+"""The command lines as users run them: one line per mistake, the right exit code, nothing lost."""
 
 import dataclasses
 import hashlib
@@ -242,7 +242,7 @@ def test_unknown_options_name_the_nearest_and_bad_values_are_usage(refused, data
 
 
 def test_tf32_without_a_card_is_refused(refused, data):
-    """On a processor it would be float32 under another name."""
+    """On a processor, tf32 would be float32 under another name."""
     line = refused(2, "-m", "vqtrain", "--data", data, "--device", "cpu", "--precision", "tf32")
     assert (
         line
@@ -369,7 +369,7 @@ WRONG_CONFIGS = {
     "seed = " + 3000 * "[" + 3000 * "]": "not TOML",
     "epochs = true": "epochs is true; it must be a number or a text",
     "cosine = 'yes'": "cosine is 'yes'; it must be true or false",
-    r'data = "a\u0000b"': r"data is 'a\x00b'; no text on a command line holds a null",
+    r'data = "a\u0000b"': r"data is 'a\x00b'; a text must not contain a null character",
     "help = true": "unknown option help",
 }
 
@@ -458,7 +458,7 @@ def test_an_end_that_breaks_the_promise_is_found(code, said):
 
 
 def test_command_lines_at_random_end_as_they_should():
-    """A few here; ``python -m benchmarks.hostile.commandlines`` runs as many as one likes."""
+    """Tries a few; ``python -m benchmarks.hostile.commandlines`` runs as many as you like."""
     assert campaign(25, jobs=2).wrong == []
 
 
@@ -535,7 +535,7 @@ def test_samples_are_certified_in_the_bundle(run, refused, bundle, tmp_path):
     assert found["bisectors"]["near_ties"] > 0
     assert (
         run("-m", "vqdeploy", "verify", copy).returncode == 0
-    )  # the certificate is no file of the bundle's
+    )  # the certificate is not a file of the bundle
 
     line = refused(
         5, "-m", "vqdeploy", "verify", copy, "--certificate", tmp_path / "none" / "c.json"

@@ -1,5 +1,8 @@
-"""What only a card can show: the answers of onnxruntime's CUDA provider for every form of the
-graphs, for ties and for batches of changing size, and the trainer."""
+"""What only a card can show: the trainer on a card, and onnxruntime's CUDA provider.
+
+The provider's answers are checked for every form of the graphs, for ties, and for batches of
+changing size.
+"""
 
 import dataclasses
 

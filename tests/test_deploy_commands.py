@@ -1,4 +1,4 @@
-"""The commands on bundles, as a user has them: what they print and write, a line per mistake."""
+"""The commands on bundles as users run them: what they print and write, one line per mistake."""
 
 import dataclasses
 import json
@@ -67,7 +67,7 @@ def test_tokens_go_to_a_file_and_come_back_as_images(
     )
     if form == "npz":
         found = np.load(tmp_path / "t.npz")["indices"]
-        assert found.dtype == np.uint8  # the smallest that holds an index
+        assert found.dtype == np.uint8  # the smallest dtype that holds an index
         np.testing.assert_array_equal(found, indices)
     remark = "" if form != "npy" else "t.npy: it does not say which bundle made it\n"
     assert (
@@ -113,7 +113,7 @@ def test_a_folder_of_pictures_keeps_its_names(
 def test_what_was_done_to_pictures_is_said_by_every_command(
     deploy, refused, model, pictures, tmp_path
 ):
-    """Of a model of pictures: these are of another size, one is broken, one in a subfolder."""
+    """For a model of pictures. These have another size, one is broken, one is in a subfolder."""
     done = Preprocessing(1, (28, 28), crop=True)
     export(dataclasses.replace(model, preprocessing=done), tmp_path / "b")
     (pictures / "sub").mkdir()
@@ -284,7 +284,7 @@ def test_verify_tells_the_placement_to_programs(deploy, residual_bundle):
 
 @pytest.mark.skipif(cuda_stub.obstacle() is not None, reason=str(cuda_stub.obstacle()))
 def test_verify_on_cuda_prints_a_line_of_placement_for_each_graph(run, residual_bundle, tmp_path):
-    """On libraries that do nothing: the placement is the provider's own, the numbers are wrong."""
+    """With libraries that do nothing, the placement is the provider's own; numbers are wrong."""
     libraries = tmp_path / "cuda"
     libraries.mkdir()
     cuda_stub.build(libraries)
@@ -313,7 +313,7 @@ def test_bench_measures_the_codec_and_torch_in_turns(deploy, bundle):
         assert row["calls"] >= 1
         assert 0 < row["p50_ms"] <= row["p99_ms"]
         assert row["tokens_per_second"] == pytest.approx(4 * row["images_per_second"])
-    shortest = deploy("bench", bundle, "--batch", 1, "--seconds", "1e-300")  # one call of each
+    shortest = deploy("bench", bundle, "--batch", 1, "--seconds", "1e-300")  # one call per row
     assert [line.split()[-1] for line in shortest.splitlines()[2:]] == ["1"] * 4
 
 

@@ -1,6 +1,8 @@
-"""README.md, the quickstart and the tutorials, as their readers follow them: every block is run as
-it stands, on small data and with small networks. And the pages of the API: they leave out nothing
-that a package exports."""
+"""README.md, the quickstart, the tutorials and the pages of the API.
+
+Follows documents as their readers do: runs every block as it stands, on small data and with small
+networks. The pages of the API must leave out nothing that a package exports.
+"""
 
 import importlib
 import json
@@ -23,14 +25,16 @@ SMALL = "--epochs 1 --threads 1 --check-images 4 --precision float32 --code-size
 GREY = f"{SMALL} --base-depth 4 --num-codes 4"
 COLOUR = f"{SMALL} --hidden 8 --blocks 1 --block-hidden 4 --num-codes 16"
 PRIOR = "--epochs 1 --width 16 --depth 1 --heads 2 --threads 1"
-"""What makes training a matter of seconds: the last word on a command line wins."""
+"""Options that make training take seconds: the last one on a command line wins."""
 
 FIRST = {"vqtrain": f"{GREY} --data images.npy"}
 
 
 class Walk(NamedTuple):
-    """How a document is followed: the folder, by which words commands are made small, and what of
-    the Python is replaced. And ``check``, which takes what the blocks printed, and the folder."""
+    """How a document is followed: its folder, and what makes its commands and its Python small.
+
+    check: takes what the blocks printed, and the folder.
+    """
 
     folder: str
     check: Callable[[str, Path], None]
@@ -108,7 +112,7 @@ GROUPS = {
         "docs/tutorials/vqgan.md": Walk("vqgan", vqgan, {"vqdeploy import": "--image-size 8"}),
     },
 }
-"""Documents that are followed in one process, in this order: some begin with what another made."""
+"""Documents that are followed in one process, in this order: some use what an earlier one made."""
 
 
 def follow(walks, folder):
@@ -118,7 +122,7 @@ def follow(walks, folder):
 
 
 def furnish(place, images):
-    """What the readers have before they begin."""
+    """Makes what readers have before they begin."""
     for folder in {walk.folder for walks in GROUPS.values() for walk in walks.values()}:
         (place / folder).mkdir()
     for folder in ("readme", "quickstart"):
@@ -174,7 +178,7 @@ def test_readme_is_short_and_keeps_the_commands_of_the_gate():
 
 
 ENTRY = re.compile(r"^::: ([\w.]+)(?:\n    options:\n      members: (.*))?$", re.MULTILINE)
-"""What a page of the API documents: an object or a module, and which of a module's members."""
+"""What a page of the API documents: an object, or a module and which of its members."""
 
 
 def documented():

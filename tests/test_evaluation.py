@@ -1,4 +1,4 @@
-"""Measuring: a figure stands beside what it means, and beside what no network would reach."""
+"""Measuring: each figure comes with its meaning, and with what is reached without a network."""
 
 import dataclasses
 import hashlib
@@ -25,8 +25,10 @@ from vqtrain.run.floor import clustering_floor, patch_floor
 
 @pytest.fixture
 def evaluate(capsys):
-    """Runs the command, which must end with ``code``, and returns what it says: a refusal in one
-    line."""
+    """Runs the command, which must end with ``code``, and returns what it says.
+
+    A refusal must be one line.
+    """
 
     def said(*arguments: object, code: int = 0) -> str:
         try:
@@ -73,7 +75,7 @@ def test_evaluate_prints_each_measure_with_what_it_means(
     error = np.square(to_unit_interval(many_images[300:400, None]) - out.reconstructions).mean()
     variance = (many_images[:300] / 255).var()  # the spec does not hold it
     assert found["nmse"] == pytest.approx(error / variance, rel=1e-4)
-    assert not {"clustering_floor", "patches_nmse"} & set(found)  # four latents without a place
+    assert not {"clustering_floor", "patches_nmse"} & set(found)  # four latents, not a grid
 
 
 def test_a_grid_stands_beside_k_means_on_patches(
@@ -81,7 +83,7 @@ def test_a_grid_stands_beside_k_means_on_patches(
 ):
     heading, *lines = evaluate(residual_file, "--data", colour_file).splitlines()
     assert heading.endswith("on 300 images of colour.npy, cpu")
-    assert lines[-1] == "  patches_nmse is of a fit to the measured images themselves"
+    assert lines[-1] == "  patches_nmse was fitted to the measured images themselves"
     assert all(len(line) <= 80 for line in lines)
     found = json.loads(evaluate(residual_file, "--data", colour_file, "--json"))
     assert found["floor_fitted_to"] == "measured images"
@@ -94,8 +96,10 @@ def test_a_grid_stands_beside_k_means_on_patches(
 
 @pytest.fixture
 def trained_on(model, tmp_path):
-    """Writes a model that says that it was trained on a file, and of its held-out images what is
-    given, and returns its path; what it says is in ``provenance`` else."""
+    """Writes a model whose provenance says that it was trained on a file; returns its path.
+
+    data: changes what it says.
+    """
 
     def write(file, **data):
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -115,7 +119,7 @@ def file(tmp_path, many_images):
 
 @pytest.fixture
 def measured_on(evaluate, tmp_path):
-    """What the heading, and the JSON, say that a model was measured on."""
+    """Returns what the heading and the JSON say that a model was measured on."""
 
     def said(model_file, *arguments):
         heading = evaluate(model_file, "--data", *arguments).splitlines()[0]
@@ -247,7 +251,7 @@ def test_floors_are_fitted_to_the_images_that_are_left(evaluate, tmp_path, many_
     assert found["clustering_floor"] == pytest.approx(expected)
     assert found["floor_fitted_to"] == "other images"
     assert found["above_floor"] == found["bound"] - found["clustering_floor"]
-    own = "  clustering_floor is of a fit to the measured images themselves"
+    own = "  clustering_floor was fitted to the measured images themselves"
     assert own not in evaluate(*run, "--held-out", 0.25).splitlines()
     assert own in evaluate(*run).splitlines()
     assert own in evaluate(*run, "--binarize").splitlines()
@@ -338,7 +342,7 @@ def test_more_prototypes_lower_the_floor(many_images):
 
 
 def patches(images, size):
-    """Patches (n, C * size * size) of images (N, C, H, W), by slices."""
+    """Returns patches (n, C * size * size) of images (N, C, H, W), by slices."""
     _, _, height, width = images.shape
     parts = [
         images[:, :, i : i + size, j : j + size].reshape(len(images), -1)
@@ -361,7 +365,7 @@ def test_the_floor_of_a_grid_is_k_means_on_its_patches(grid, colour_images):
     for seed in range(5):
         codes, _ = kmeans2(x, 16, minit="++", rng=np.random.default_rng(seed), iter=60)
         errors.append(np.square(vq(y, codes)[1]).mean() / 48)
-    assert min(errors) * 0.97 < found < max(errors) * 1.03  # local optima, as theirs are
+    assert min(errors) * 0.97 < found < max(errors) * 1.03  # all are local optima
 
 
 def test_patches_that_are_as_many_as_the_codes_are_sent_without_error(grid):

@@ -1,4 +1,4 @@
-"""The examples, as their readers run them: programs in other languages get the Codec's tokens."""
+"""The examples as readers run them: programs in other languages get the Codec's tokens."""
 
 import dataclasses
 import json
@@ -43,12 +43,12 @@ MODELS: dict[str, Any] = {
     ),
     "cube": (families.residual((4, 4, 4), **RESIDUAL, variance=0.08), None, {}),
 }
-"""A spec, what is done to pictures, and how the graphs are written."""
+"""Per model: a spec, what is done to pictures, and how the graphs are written."""
 
 
 @pytest.fixture(scope="module")
 def bundle_of(tmp_path_factory):
-    """The bundle of one of MODELS."""
+    """Returns the bundle of one of MODELS."""
     made = {}
 
     def make(name):
@@ -63,7 +63,7 @@ def bundle_of(tmp_path_factory):
 
 
 def images_of(name, count=70):
-    """Images (N, C, H, W), smooth ones of many colours."""
+    """Returns smooth images (N, C, H, W) of many colours."""
     spec = MODELS[name][0]
     coarse = np.random.default_rng(0).integers(0, 256, (count, spec.image_shape[0], 4, 4))
     h, w = (-(-n // 4) for n in spec.image_shape[1:])
@@ -110,7 +110,7 @@ def example(request, run):
 
 @pytest.fixture
 def tokens(example):
-    """Runs it and returns the tokens."""
+    """Runs the example and returns the tokens."""
 
     def go(*arguments):
         done = example(*arguments)
@@ -122,7 +122,7 @@ def tokens(example):
 
 @pytest.fixture
 def refusal(example):
-    """Runs what must fail with one line, and returns the line."""
+    """Runs the example, which must fail with one line, and returns the line."""
 
     def go(*arguments):
         done = example(*arguments)
@@ -149,7 +149,7 @@ def test_the_examples_know_nothing_of_the_package():
     for path in ("plain_onnxruntime.py", "samples.py", *names):
         text = (EXAMPLES / path).read_text()
         assert not any(f"{way} {name}" in text for way in ("import", "from") for name in NAMES)
-    for name in ("graphs.js", "pictures.js", "prior.js"):  # which the examples share with the page
+    for name in ("graphs.js", "pictures.js", "prior.js"):  # the examples share them with the page
         assert "import " not in (ROOT / PAGE / name).read_text()
 
 
@@ -191,8 +191,11 @@ UNREAD = (".bmp", ".tga", ".jp2", ".ppm", ".pgm", ".pbm")
 
 
 def read_by_javascript(path, one, channels):
-    """Whether the example reads a picture as the package does. What colours a GIF hides where it is
-    transparent sharp does not say; four channels would have them."""
+    """Returns whether the example reads a picture as the package does.
+
+    sharp does not tell which colours a GIF hides where it is transparent; four channels would show
+    them.
+    """
     return not (
         path.suffix in UNREAD or "CMYK" in one.notes or (channels == 4 and path.suffix == ".gif")
     )
@@ -239,8 +242,11 @@ writeFileSync("found.raw", Buffer.concat(images));
 
 @pytest.fixture(scope="module")
 def prepared(pictures):
-    """Pictures, what to do to them, and what the package makes of them: of random sizes, larger and
-    smaller ones. Tokens forgive a level, pixels do not."""
+    """Returns pictures, what to do to them, and the package's images, of random sizes.
+
+    Sizes are larger and smaller than the pictures. Pixels are compared, since tokens would hide an
+    error of one level.
+    """
     from vqref.host.pictures import prepare
 
     rng, found = np.random.default_rng(0), []
@@ -325,7 +331,7 @@ def test_samples_of_a_seed_are_the_codecs_in_every_language(
     learned = Prior(spec, prior_params(spec), model.digest(), {}, {"held_out": 9.5})
     bundle = tmp_path / "bundle"
     export(dataclasses.replace(model, prior=learned), bundle, options=GraphOptions(**options))
-    seed = 12345678901234567890123  # of more than 64 bits
+    seed = 12345678901234567890123  # more than 64 bits
     drawn = Codec.load(bundle, "cpu").draw(70, seed=seed)
     assert drawn.certified.all(axis=1).mean() > 0.9
     if language == "Python":

@@ -1,4 +1,4 @@
-"""Bundles: deterministic, checked before they exist, whole or not at all, refused if damaged."""
+"""Bundles: deterministic, checked before they exist, whole or absent, refused if damaged."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def files(folder) -> dict[str, bytes]:
 
 @pytest.fixture(params=["", "residual_"], ids=["post", "residual"])
 def family(request):
-    """The model of a family, the bundle of it, and 100 images for it."""
+    """The model of a family, its bundle, and 100 images for it."""
     model, path = (request.getfixturevalue(request.param + name) for name in ("model", "bundle"))
     images = request.getfixturevalue("colour_images" if request.param else "many_images")[:100]
     return model, path, as_batch(images, model.spec.image_shape)
@@ -159,7 +159,7 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_onnx_reference_evaluator_and_onnxruntime_and_the_oracle_agree(name):
-    """onnx's own reading of the files, so that a mistake shared with onnxruntime would show."""
+    """onnx itself reads the files, so that a mistake shared with onnxruntime would show."""
     spec, rng = SPECS[name], np.random.default_rng(0)
     shape = spec.image_shape
     params, images = vqref.init_params(spec, rng), rng.random((3, *shape)).astype(np.float32)
@@ -192,7 +192,7 @@ def test_pytorchs_own_exporter_makes_a_graph_of_the_module_that_computes_the_sam
         "decoder": (latents, vqref.decode(model.spec, model.params, latents)),
     }[stage]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter speaks of itself and of packages beneath it
+        warnings.simplefilter("ignore")  # the exporter's, and those of packages that it uses
         torch.onnx.export(
             module,
             (torch.from_numpy(x),),
@@ -216,7 +216,7 @@ def test_every_graph_takes_batches_of_any_size(family, n):
 
 
 def test_graphs_keep_to_what_every_provider_runs(family):
-    """Opset and IR are as documented, weights lie inside under the spec's names, pads are equal."""
+    """Opset and IR are as documented, weights are inside under the spec's names, pads are equal."""
     model, used = family[0], set()
     for name, content in build_graphs(model.spec, model.params).items():
         graph = onnx.load_from_string(content)
@@ -292,7 +292,7 @@ def test_the_smallest_golden_batch_is_a_drawn_image_and_noise(monkeypatch):
 
 
 def test_the_oracle_answers_each_question_once(family, monkeypatch):
-    """A verification asks for one pass over the images, and decodes only the probes beside."""
+    """A verification asks for one pass over the images; besides, it only decodes the probes."""
     encoded, encode = [], vqref.network.encode_unscaled
 
     def counting(*given):
@@ -406,7 +406,7 @@ def test_an_oracle_file_that_is_none_is_refused(copy):
 
 
 def manifest_changed(change):
-    """Sealed again, so that what is wrong is named."""
+    """Changes the manifest and seals it again, so that the check names what is wrong."""
     return lambda folder: sign(folder, change)
 
 

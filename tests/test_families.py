@@ -1,4 +1,4 @@
-"""The families: the rows are the published networks, whatever their sizes."""
+"""The families: their rows are the published networks, for all sizes."""
 
 import dataclasses
 import itertools
@@ -51,7 +51,7 @@ RESIDUAL = [
 
 
 def weighted(spec):
-    """Name, kind, weight, stride, result and activation of every row with a weight."""
+    """Returns name, kind, weight, stride, result and activation of every row with a weight."""
     rows = [row for row in spec.layers if row.parameters]
     return [(r.name, r.kind, r.parameters[0][1], r.stride, r.out_shape, r.activation) for r in rows]
 
@@ -92,7 +92,7 @@ def test_a_residual_block_adds_to_its_input_and_the_last_sum_is_rectified(blocks
 
 
 def test_blocks_compute_what_the_paper_says():
-    """h + conv1(relu(conv3(relu(h)))), one image, one channel, kernels that show their taps."""
+    """A block is h + conv1(relu(conv3(relu(h)))). One image and channel, kernels that show taps."""
     spec = families.residual(
         (1, 2, 2), hidden=2, blocks=2, block_hidden=1, downsample=2, code_size=2, num_codes=2
     )
@@ -214,7 +214,7 @@ def test_sizes_of_several_numbers_are_spelt_as_the_command_line_has_them():
 
 
 def test_the_default_vqgan_is_the_published_one_of_16_pixels_to_a_latent():
-    """The sizes of taming-transformers' configuration for ImageNet."""
+    """The sizes are those of taming-transformers' configuration for ImageNet."""
     spec = families.vqgan()
     assert (spec.latent_shape, spec.num_codes, spec.code_size) == ((16, 16), 1024, 256)
     assert (spec.value_range, spec.likelihood, spec.normalized) == ((-1.0, 1.0), "gaussian", False)
@@ -331,15 +331,17 @@ def test_glorot_limits_count_the_kernel():
         array = params[parameter.name]
         if parameter.initial == "uniform":
             assert np.abs(array).max() <= parameter.scale
-            deviation = array.std() * math.sqrt(3)  # of a uniform distribution: its half-width
+            deviation = array.std() * math.sqrt(3)  # the half-width of a uniform distribution
             assert deviation == pytest.approx(parameter.scale, rel=5 / math.sqrt(array.size))
         elif parameter.initial == "zeros":
             assert not array.any()
 
 
 def test_sonnets_weights_start_normal_and_cut_off_at_two_deviations():
-    """Sonnet's default: truncated normal of 1 / sqrt(fan-in); its codebook uniform in
-    ±sqrt(3 / D), the variance scaling of a (D, K) variable."""
+    """Sonnet's default is a truncated normal of deviation 1 / sqrt(fan-in).
+
+    Its codebook is uniform in ±sqrt(3 / D), which is the variance scaling of a (D, K) variable.
+    """
     spec = families.residual()
     params = vqref.init_params(spec, np.random.default_rng(0))
     for parameter in spec.parameters:
@@ -349,7 +351,7 @@ def test_sonnets_weights_start_normal_and_cut_off_at_two_deviations():
             fan_in = math.prod(parameter.shape) / parameter.shape[1 if transposed else 0]
             assert parameter.scale == pytest.approx(1 / math.sqrt(fan_in))
             assert np.abs(array).max() <= 2 * parameter.scale
-            # of a normal distribution cut off at two deviations, .8796 of it is left
+            # cut off at two deviations, a normal distribution keeps .8796 of its deviation
             expected = 0.8796 * parameter.scale
             assert array.std() == pytest.approx(expected, rel=5 / math.sqrt(array.size))
     assert np.abs(params[CODEBOOK]).max() <= math.sqrt(3 / 64)

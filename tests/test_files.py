@@ -1,4 +1,4 @@
-"""Files of ours exist whole or not at all, and what a killed process leaves is cleaned."""
+"""Files are written whole or not at all, and what a killed process leaves is removed."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ OLD, NEW = {"a": b"old", "b": b"old"}, {"a": b"new", "b": b"new"}
 
 @pytest.fixture(params=["exchanged", "linked"])
 def way(request, monkeypatch):
-    """A file system that exchanges two names, and one that cannot."""
+    """A file system that can exchange two names, and one that cannot."""
     if request.param == "linked":
         monkeypatch.setattr(renames, "exchange", lambda first, second: False)
     elif sys.platform not in ("linux", "darwin"):
@@ -79,7 +79,7 @@ def test_a_folder_is_replaced_only_if_asked(place):
 
 
 def test_a_place_that_is_taken_meanwhile_is_not_overwritten(tmp_path, monkeypatch):
-    """Somebody makes a folder there after the new one is written."""
+    """Somebody makes a folder at the place after the new folder is written."""
     write = files._write
 
     def taking(path, data):
@@ -95,7 +95,7 @@ def test_a_place_that_is_taken_meanwhile_is_not_overwritten(tmp_path, monkeypatc
 
 
 def install_new(temporary, path):
-    """As ``_install`` does that found no folder a moment ago."""
+    """Does what ``_install`` does if it has just found no folder."""
     if not renames.take_free(temporary, path):
         raise FileExistsError
 
@@ -141,7 +141,7 @@ print(step)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be forked")
 def test_a_process_killed_at_any_step_leaves_a_whole_folder_and_the_next_cleans_up(way, tmp_path):
-    """The steps are Python's audit events: each opened, made, renamed or removed file."""
+    """The steps are Python's audit events: each file opened, made, renamed or removed."""
     done = python(AT_EVERY_STEP, tmp_path, way)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > 15
@@ -256,7 +256,7 @@ def test_what_a_process_is_at_work_on_is_not_cleaned(tmp_path, place):
 
 
 def test_a_folder_is_not_cleaned_while_its_place_is_empty(tmp_path):
-    """It may be the former one, of a process that was killed between two renames."""
+    """The folder may be the former one, if a process was killed between two renames."""
     (tmp_path / ".place.01234567").mkdir()
     sweep(tmp_path, "place")
     assert hidden(tmp_path) == [".place.01234567"]
@@ -274,13 +274,12 @@ if os.getuid() == 0:
     os.setuid(1234)
 place = pathlib.Path(sys.argv[1], "place")
 """
-"""A script's beginning: as a user whom rights bind, though one may run the tests whom they do
-not."""
+"""The beginning of a script: it runs as a user whom rights bind, even if root runs the tests."""
 
 
 @pytest.fixture
 def theirs():
-    """A folder that such a user can reach; pytest's are for the one that runs it."""
+    """A folder that such a user can reach; pytest's folders belong to who runs the tests."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 

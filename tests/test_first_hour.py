@@ -1,5 +1,7 @@
-"""From a folder of mixed pictures to a shipped tokenizer and back, by the commands of
-docs/pictures.md as they stand, made small; and the ten lines of Python there."""
+"""From a folder of mixed pictures to a shipped tokenizer and back.
+
+Runs the commands of docs/pictures.md as they stand, made small, and the ten lines of Python there.
+"""
 
 import os
 import re
@@ -29,14 +31,14 @@ SMALL = (
     f"--resize {SIDE}x{SIDE} --epochs 1 --hidden 16 --blocks 1 --block-hidden 8 --num-codes 32 "
     "--code-size 8 --precision float32 --check-images 4"
 ).split()
-"""What makes the documented training a matter of seconds: the last word on a command line wins."""
+"""Options that make the documented training take seconds: the last one on a command line wins."""
 
 COUNT = int(os.environ.get("MIXED_PICTURES", "100"))
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory):
-    """A folder in which the documented commands were run, what each printed, and the pictures."""
+    """A folder in which the documented commands have run, what each printed, and the pictures."""
     place = tmp_path_factory.mktemp("first hour")
     pictures = make(place / "pictures", COUNT)
     printed = {}
@@ -91,7 +93,7 @@ def test_every_command_says_what_it_did_to_the_pictures(walked):
 
 
 def fitted(pixels):
-    """The middle of a picture, resized: what --crop --resize says, by Pillow."""
+    """Returns the middle of a picture, resized by Pillow: what --crop --resize says."""
     height, width = pixels.shape[:2]
     side = min(height, width)
     left, top = (width - side) / 2, (height - side) / 2
@@ -103,7 +105,7 @@ def fitted(pixels):
 
 @pytest.fixture(scope="module")
 def prepared(walked):
-    """Pixels (N, 3, H, W) uint8 as the reference reader and Pillow give them, and their names."""
+    """Returns pixels (N, 3, H, W) uint8 from the reference reader and Pillow, and their names."""
     _, _, pictures = walked
     names = sorted(pictures)
     return np.stack([fitted(pictures[name].pixels) for name in names]), names
@@ -119,8 +121,10 @@ def test_pixels_are_those_of_a_reference_reader(walked, prepared):
 
 
 def test_tokens_are_equal_on_every_way(walked, prepared):
-    """The command, the Codec by paths and by pixels, the trainer's module, and the oracle, whose
-    gap says where rounding may decide."""
+    """Compares the command, the Codec with paths and with pixels, the trainer's module, the oracle.
+
+    The oracle's gap says where rounding may decide.
+    """
     place, _, _ = walked
     images, names = prepared
     with np.load(place / "tokens.npz") as file:
@@ -161,7 +165,7 @@ def test_a_picture_comes_back_for_every_picture(walked):
 def test_the_ten_lines_of_python_run_as_they_stand(tmp_path, many_images, bundle):
     lines, codec = PYTHON[:2]
     counted = [line for line in lines.splitlines() if line]
-    assert len(counted) - 5 <= 10  # beside the imports
+    assert len(counted) - 5 <= 10  # not counting the imports
     np.save(tmp_path / "images.npy", many_images[:160])
     shutil.copytree(bundle, tmp_path / "model-onnx")
     Image.fromarray(many_images[0]).save(tmp_path / "photo.jpg")

@@ -1,5 +1,7 @@
-"""Bundles that were changed and sealed again: whatever still fits its own digests is caught by what
-it is, or by what it answers."""
+"""Bundles that were changed and sealed again: they fit their own digests, and are still caught.
+
+What they are, or what they answer, shows it.
+"""
 
 import hashlib
 import json
@@ -27,7 +29,7 @@ from vqtrain.modelfile import write_model
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Makes the bundle of a small model once per kind; tests forge copies."""
+    """Makes the bundle of a small model once per kind. Tests forge copies."""
     place, kinds = tmp_path_factory.mktemp("made"), {}
 
     def make(kind: str, **options) -> Path:
@@ -58,7 +60,7 @@ def forged(made, tmp_path):
 
 
 def failed(folder: Path) -> list[str]:
-    """The stages at which a bundle fails, once it is sealed again."""
+    """Seals a bundle again, and returns the stages at which it fails."""
     sign(folder)
     return [check.stage for check in verify(Bundle.open(folder), "cpu").report.failures]
 
@@ -111,7 +113,7 @@ def test_a_composed_graph_with_another_node_is_not_its_parts(forged):
 
 
 def test_a_node_that_does_not_fit_its_input_does_not_end_the_process(forged, run):
-    """onnxruntime aborts on a kernel that is larger than what it is moved over."""
+    """onnxruntime aborts on a kernel that is larger than its input."""
     folder = forged("grid")
 
     def enlarge(graph):
@@ -134,7 +136,7 @@ def test_a_node_that_does_not_fit_its_input_does_not_end_the_process(forged, run
 
 
 def test_a_branch_that_no_compared_image_takes_is_seen(forged):
-    """One pixel above 0.99 and its neighbour below: then every latent is another."""
+    """Every latent changes if one pixel is above 0.99 and its neighbour is below."""
     folder = forged("grid")
 
     def branch(graph):
@@ -244,7 +246,7 @@ def test_a_bundle_cannot_be_called_by_another_precision(forged):
 
 
 def constant_tokens(folder: Path) -> None:
-    """Gives every activation before the latents a step so coarse that all become one value."""
+    """Gives every activation before the latents a step so coarse that all values become one."""
 
     def coarse(graph):
         node = [node for node in graph.node if node.op_type == "QuantizeLinear"][-1]
@@ -264,7 +266,7 @@ def test_another_machine_may_lose_a_few_more_tokens_of_float16_than_the_export_d
         recorded = {"tokens": exact.size, "equal": exact.size - 3}
         return check_kept(precision, indices, exact, recorded).violations
 
-    assert lost(10, "float16") == 0  # what an H200 lost
+    assert lost(10, "float16") == 0  # what an H200 card lost
     assert lost(30, "float16") > 0
     assert lost(10, "int8") > 0
 
@@ -301,7 +303,7 @@ def test_the_aimed_images_have_codes_that_drawn_ones_miss():
 
 
 def test_a_bundle_that_is_wholly_made_anew_is_another_and_the_anchor_says_so(made, tmp_path):
-    """Whoever makes everything can make everything fit: only a digest from elsewhere tells."""
+    """Who makes everything anew can make it all fit. Only a digest from elsewhere tells."""
     honest = made("grid")
     write_model(tmp_path / "other.pt", small_model(SPECS["grid"], seed=1))
     export(tmp_path / "other.pt", tmp_path / "forged")

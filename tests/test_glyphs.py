@@ -1,5 +1,4 @@
-"""What ``vqtrain.data.glyphs`` promises: the same images always, ten classes, and figures near
-those of Kuzushiji-MNIST."""
+"""``vqtrain.data.glyphs``: always the same images, ten classes, figures near Kuzushiji-MNIST's."""
 
 import numpy as np
 import pytest

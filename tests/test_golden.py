@@ -1,4 +1,4 @@
-"""Truth from outside: training steps that TensorFlow and Sonnet computed in float64."""
+"""Golden values from outside: training steps that TensorFlow and Sonnet computed in float64."""
 
 import dataclasses
 import math
@@ -27,14 +27,14 @@ STAGES = {
     "outputs": "logits",
     "reconstructions": "probabilities",
 }
-"""Our names of the stages, and those in the files of family post."""
+"""Our names of the stages, and the names in the files of family post."""
 
 LOSSES = ("reconstruction", "commitment", "prior", "total")
 STATE = ("codebook", "ema_count", "ema_means")
 
 
 def off(found, expected):
-    """The largest error beside the array's largest magnitude."""
+    """Returns the largest error, divided by the array's largest magnitude."""
     found = np.asarray(found)
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype == np.float64
@@ -46,8 +46,7 @@ def in_float64(params):
 
 
 def require_gradients(module, arrays, scale=1.0):
-    """Holds the gradient of every parameter to its array ``grad/NAME``, beside its largest
-    magnitude."""
+    """Compares each parameter's gradient with the array ``grad/NAME``, beside its magnitude."""
     gradients = {name: scale * p.grad.numpy() for name, p in module.named_parameters()}
     recorded = {key.removeprefix("grad/") for key in arrays if key.startswith("grad/")}
     assert set(gradients) == recorded
@@ -75,7 +74,7 @@ def test_the_oracle_computes_the_golden_ema_step(golden):
 
 @pytest.fixture
 def trained(golden):
-    """The trainer's module in float64 after one forward and backward pass on the golden batch."""
+    """The trainer's module in float64, after a forward and backward pass on the golden batch."""
     module = VQVAE(golden.spec, in_float64(golden.params))
     images = torch.from_numpy(golden["images"])
     out = module(images)
@@ -149,8 +148,10 @@ def sonnet():
 
 
 def require_sonnets_losses(sonnet, losses):
-    """total = nmse + commitment / 4 is the gaussian loss at beta = CHW / 8, but for its scale
-    CHW / 2 and its constant."""
+    """Compares losses: total = nmse + commitment / 4 is the gaussian loss at beta = CHW / 8.
+
+    The two differ by the scale CHW / 2 and a constant.
+    """
     scale = 2 / sonnet.values
     nmse = float(losses.reconstruction) * scale - sonnet.constant
     total = float(losses.reconstruction + sonnet.beta * losses.commitment) * scale
@@ -172,7 +173,7 @@ def test_the_oracle_computes_every_stage_of_sonnets_step(sonnet):
 
 
 def test_images_rounded_to_float32_move_sonnets_latents(sonnet):
-    """What the exact grey levels are for."""
+    """This is why the tests use exact grey levels."""
     rounded = vqref.encode(sonnet.spec, sonnet.params, sonnet["images"])
     assert 1e-9 < off(rounded, sonnet["latents"]) < 1e-7
 
@@ -230,7 +231,7 @@ def test_the_trainer_computes_sonnets_averages(sonnet):
 
 
 def version_1(golden):
-    """The dictionary of a model.pt as version 1 wrote it: five sizes for a spec."""
+    """Returns the dictionary of a model.pt of version 1, which has five sizes for a spec."""
     latent_size, num_codes, code_size, base_depth = map(int, golden["spec"])
     return {
         "format": "vqtrain-model",
@@ -257,7 +258,7 @@ def test_a_model_file_of_version_1_is_read_as_family_post(golden, tmp_path):
     assert model.spec.family == "post"
     assert dict(model.training) == {"epochs": 1}
     latents = vqref.encode(model.spec, model.params, golden["images"])
-    assert off(latents, golden["latents"]) <= 1e-6  # its parameters are float32
+    assert off(latents, golden["latents"]) <= 1e-6  # the file's parameters are float32
     again = Model.from_plain(model.to_plain())
     assert again.to_plain()["format_version"] == FORMAT_VERSION == 2
     assert dataclasses.replace(again, params={**model.params}).spec == model.spec

@@ -1,5 +1,8 @@
-"""The oracle's derivatives: of every kind of row, activation and likelihood, and of the training
-loss, held to TensorFlow's and Sonnet's golden gradients, to PyTorch, and to finite differences."""
+"""The oracle's derivatives of every kind of row, activation and likelihood, and of the loss.
+
+They are compared with golden gradients of TensorFlow and Sonnet, with PyTorch, and with finite
+differences.
+"""
 
 import dataclasses
 import math
@@ -24,19 +27,22 @@ from vqtrain import VQVAE
 from vqtrain.losses import compute_losses
 
 STEP = 1e-5
-"""Along a direction. The difference of two losses errs by their rounding over it."""
+"""The step along a direction. The quotient errs by the rounding of two losses divided by it."""
 
 
 def off(found, expected):
-    """The largest error beside the array's largest magnitude."""
+    """Returns the largest error, divided by the array's largest magnitude."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype == np.float64
     return float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-300))
 
 
 def all_off(found, expected):
-    """The largest error of gradients by name; that of a bias beside its row's weight, too, since a
-    bias that moves nothing, as a key's, has a gradient of rounding alone."""
+    """Returns the largest error of gradients by name, relative to their magnitudes.
+
+    A bias's error is also relative to the weight of its row: a bias without effect, such as a
+    key's, has a gradient of rounding only.
+    """
     assert set(found) == set(expected)
     worst = {}
     for name, each in expected.items():
@@ -155,7 +161,7 @@ CASES = dict(cases())
 
 
 def autograd(spec, params, images, beta):
-    """PyTorch's gradients in float64, and the indices that it chose."""
+    """Returns PyTorch's gradients in float64, and the indices that it chose."""
     module = VQVAE(spec, {name: array.astype(np.float64) for name, array in params.items()})
     x = torch.from_numpy(images)
     out = module(x)
@@ -175,7 +181,7 @@ def test_oracle_and_pytorch_agree_on_the_gradient_of_every_parameter(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_decoders_gradients_are_difference_quotients_of_the_loss(name):
-    """The decoder's alone: the straight-through estimator is no derivative."""
+    """Only the decoder's are, since the straight-through estimator is not a derivative."""
     spec, rng = CASES[name], np.random.default_rng(3)
     params = {n: a.astype(np.float64) for n, a in small_model(spec).params.items()}
     images = rng.random((2, *spec.image_shape))
@@ -195,7 +201,7 @@ def test_the_decoders_gradients_are_difference_quotients_of_the_loss(name):
 
 
 def test_the_encoders_gradients_are_difference_quotients_of_what_the_estimator_says():
-    """The decoder's input is taken as latents plus a constant, and the code as a constant."""
+    """The loss takes the decoder's input as latents plus a constant, and the code as a constant."""
     spec, rng = CASES["residual, gaussian"], np.random.default_rng(4)
     params = {n: a.astype(np.float64) for n, a in small_model(spec).params.items()}
     images, beta = rng.random((2, *spec.image_shape)), 0.5

@@ -1,4 +1,4 @@
-"""Finite scalar quantization: a bounded row, and a codebook that is a grid and stays one."""
+"""Finite scalar quantization: a bounded row, and a codebook that is a grid and stays a grid."""
 
 import dataclasses
 from typing import Any
@@ -52,7 +52,7 @@ def test_every_value_is_reached_and_zero_stays(count):
 
 
 def test_the_gap_of_a_grid_is_that_to_the_nearer_plane_half_way():
-    """In closed form: to move element d over to its next value costs (step - 2 |off|) * step."""
+    """In closed form, moving element d to its next value costs (step - 2 |off|) * step."""
     rng = np.random.default_rng(1)
     latents, codebook = rng.uniform(-0.9, 0.9, (3, 20, 3)), grid((5, 5, 7))
     found = vqref.quantize(latents, codebook)
@@ -115,7 +115,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def trained(images) -> Model:
-    """Of a run that is held to the oracle, gradients too."""
+    """The model of a run that is checked against the oracle, gradients too."""
     sizes = {name: value for name, value in GRID.items() if name not in ("num_codes", "code_size")}
     return train(images, network="residual", epochs=4, batch_size=4, device="cpu", **sizes)
 
@@ -136,7 +136,7 @@ def test_the_command_line_says_which_option_would_move_the_grid(images):
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_a_grids_bundle_proves_itself(trained, tmp_path, precision):
-    last = "encoder.to_latents.weight"  # after so few steps all latents are near the middle
+    last = "encoder.to_latents.weight"  # after so few steps, all latents are near the middle
     params = {**trained.params, last: 100 * trained.params[last]}
     export(
         dataclasses.replace(trained, params=params),

@@ -1,4 +1,4 @@
-"""Which images are held out: by the hash of each, so that sets may grow, or a set of their own."""
+"""Which images are held out: chosen by hash, so that sets may grow, or a separate set."""
 
 import argparse
 import hashlib
@@ -58,7 +58,7 @@ def test_a_longer_set_keeps_its_split(seed, fraction, count, more):
 @settings(deadline=None)
 def test_the_order_does_not_matter_and_copies_stay_together(seed, fraction, count):
     images, rng = drawn(seed, count), np.random.default_rng(seed)
-    order = rng.integers(0, count, 2 * count)  # some twice, some not at all
+    order = rng.integers(0, count, 2 * count)  # some images twice, some not at all
     np.testing.assert_array_equal(split(images[order], fraction), split(images, fraction)[order])
 
 
@@ -124,8 +124,10 @@ def test_held_out_images_may_be_others(tmp_path):
 
 @pytest.fixture
 def folders(tmp_path):
-    """Two folders of colour pictures, the second with one of another size, a grey and a broken one,
-    and one below."""
+    """Two folders of colour pictures.
+
+    The second also has one of another size, a grey one in a subfolder, and a broken one.
+    """
     rng = np.random.default_rng(0)
     for name, sizes in (("train", [(8, 12)] * 3), ("test", [(8, 12), (24, 20)])):
         (tmp_path / name).mkdir()

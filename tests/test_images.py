@@ -1,4 +1,4 @@
-"""Images as people have them: every form gives the same pixels, and every misfit is named."""
+"""Images as users have them: every form gives the same pixels, and every misfit is named."""
 
 import gzip
 import io
@@ -85,7 +85,7 @@ def promising(shape: tuple[int, ...]) -> bytes:
 
 
 def bomb(path):
-    """An archive whose directory and header agree on 9 GiB."""
+    """An archive whose directory and header both say 9 GiB."""
     header = promising((9, 2**30))[:-64]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("arr_0.npy", header)

@@ -1,5 +1,4 @@
-"""``vqdeploy import``: checkpoints of others give upstream's numbers, or one line that says why
-not."""
+"""``vqdeploy import``: other people's checkpoints give upstream's numbers, or one line of error."""
 
 import argparse
 import hashlib
@@ -37,19 +36,19 @@ GOLDEN = {"diffusers_small": "diffusers_small", "taming_small": "taming_small.ck
 """The checkpoint of each golden case."""
 
 FLOAT64 = 1e-12
-"""Of the scale: two orders of summation in float64, through some 60 rows."""
+"""Share of the scale: for two orders of summation in float64, through about 60 rows."""
 
 FLOAT32 = 1e-4
-"""Of the scale: what a runtime in float32 may be off; upstream itself is up to 7e-6."""
+"""Share of the scale: the error of a runtime in float32; upstream's own is up to 7e-6."""
 
 DOCUMENT = (ROOT / "docs" / "importing.md").read_text()
 MAPPINGS = re.findall(r"```toml\n(.*?)```", DOCUMENT, re.DOTALL)
-"""Of pytorch-vq-vae, and of Sonnet."""
+"""Mappings of pytorch-vq-vae, and of Sonnet."""
 
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """Copies of the golden checkpoints that a test may change."""
+    """Makes copies of the golden checkpoints, which a test may change."""
     shutil.copytree(FOLDER, tmp_path / "golden")
     return lambda case: tmp_path / "golden" / GOLDEN[case]
 
@@ -60,7 +59,7 @@ def close(found, expected, tolerance):
 
 
 def agrees(model, images, latents, indices, outputs, side):
-    """The oracle gives their latents, indices and outputs."""
+    """Requires that the oracle gives the golden latents, indices and outputs."""
     found = vqref.encode(model.spec, model.params, images)
     close(found, latents, FLOAT64)
     codebook = model.params[CODEBOOK].astype(np.float64)
@@ -84,7 +83,7 @@ def test_a_golden_checkpoint_gives_the_numbers_of_upstream(case):
 
 
 def test_a_tensor_that_no_output_shows_is_in_its_place():
-    """With one channel a group, a norm takes away what the bias before it adds."""
+    """If groups have one channel, a norm removes what the bias before it adds."""
     theirs = torch.load(FOLDER / "taming_small.ckpt", weights_only=True)["state_dict"]
     params = import_model(FOLDER / "taming_small.ckpt", Choices()).model.params
     for ours, name in {
@@ -146,7 +145,7 @@ def pickle_changed(path, change):
 
 
 def changed(checkpoint, case, change):
-    """The checkpoint of a case with its tensors changed."""
+    """Returns the checkpoint of a case with its tensors changed."""
     path = checkpoint(case)
     (safetensors_changed if path.is_dir() else pickle_changed)(path, change)
     return path
@@ -201,14 +200,14 @@ def test_another_precision_is_converted_and_said(checkpoint, case, dtype):
 
 
 def test_one_flipped_bit_of_any_tensor_in_an_archive_is_refused(checkpoint):
-    """Its records have checksums, which PyTorch does not look at; safetensors have none."""
+    """Records of an archive have checksums, which PyTorch ignores; safetensors have none."""
     path = checkpoint("taming_small")
     content = path.read_bytes()
     tensors = torch.load(path, weights_only=True)["state_dict"]
     rng = np.random.default_rng(0)
     for tensor in tensors.values():
         data, bit = tensor.numpy().tobytes(), int(rng.integers(2**20))
-        if len(data) < 64:  # may occur elsewhere in the file, too
+        if len(data) < 64:  # such bytes may be elsewhere in the file, too
             continue
         damaged = bytearray(content)
         damaged[content.index(data) + bit % len(data)] ^= 1 << bit % 8
@@ -339,7 +338,7 @@ def test_a_choice_that_a_checkpoint_has_no_use_for_is_refused():
 
 
 def hostile(kind, path):
-    """A file at ``path`` that claims or asks for what it must not get."""
+    """Writes a file to ``path`` that claims or asks for what it must not get."""
     good = (FOLDER / "diffusers_small" / WEIGHTS).read_bytes()
     size = int.from_bytes(good[:8], "little")
     if kind == "a pickle that acts":
@@ -400,7 +399,7 @@ def test_a_hostile_file_is_refused_in_a_line_and_nothing_is_executed(tmp_path, k
 
 
 def test_tensors_of_the_right_shapes_that_are_larger_than_the_file_take_no_memory(tmp_path):
-    """A network of large sizes, every tensor of which is one number, stretched."""
+    """A network has large sizes, and each of its tensors is one number, stretched."""
     tensors = {"encoder.down.0.block.0.norm1.weight": torch.zeros(1).expand(2**20)}
     text = (FOLDER / "taming_small.yaml").read_text().replace("ch: 32", f"ch: {2**20}")
     (tmp_path / "m.yaml").write_text(text)
@@ -416,7 +415,7 @@ def test_tensors_of_the_right_shapes_that_are_larger_than_the_file_take_no_memor
 
 
 def test_a_class_that_lightning_left_behind_is_not_needed(checkpoint):
-    """A key of old checkpoints is the class itself; here as a pickle has it."""
+    """In old checkpoints, a key is the class itself; here it is as in a pickle."""
     path = checkpoint("taming_small")
     data = torch.load(path, weights_only=True)
     name = "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint"
@@ -441,7 +440,7 @@ def images():
 
 
 def tokens(latents, codebook):
-    """The nearest rows (K, D) to latents (N, S, D), by the matrix of all differences."""
+    """Returns the nearest of rows (K, D) to latents (N, S, D), by the matrix of all differences."""
     return ((latents[:, :, None] - codebook) ** 2).sum(-1).argmin(-1)
 
 
@@ -470,12 +469,12 @@ def test_llamagen_is_read_off_its_weights(tmp_path, images, unit):
     close(vqref.encode(model.spec, model.params, images), latents.numpy(), FLOAT64)
     found_indices = vqref.quantize(latents.numpy(), rows.astype(np.float64)).indices
     np.testing.assert_array_equal(found_indices, indices)
-    rounding = 1e-6 if unit else FLOAT64  # of unit rows to float32
+    rounding = 1e-6 if unit else FLOAT64  # rounding of unit rows to float32
     close(vqref.decode(model.spec, model.params, rows[indices].astype(float)), outputs, rounding)
 
 
 def llamagen(path, change=lambda data: None, **config):
-    """A trainer's file of LlamaGen, whose averages are not its weights."""
+    """Returns a file of LlamaGen's trainer, whose averages differ from its weights."""
     states = [settled(LlamaGen(), seed).float().state_dict() for seed in (0, 1)]
     data = {
         "model": states[0],
@@ -546,7 +545,7 @@ def test_weights_that_a_file_lacks_are_named(tmp_path):
 
 @torch.no_grad()
 def test_pytorch_vq_vae_is_imported_by_the_mapping_of_the_document(tmp_path, images):
-    """Its first ReLU of a block is in place; without that line the numbers are others."""
+    """The first ReLU of a block is in place; without that line, the numbers would differ."""
     upstream = settled(PytorchVqVae(128, 32, 2, 512, 64))
     upstream._vq_vae._ema_cluster_size.abs_()
     state = {name: tensor.float() for name, tensor in upstream.state_dict().items()}
@@ -625,7 +624,7 @@ CODES = np.random.default_rng(0).normal(size=(24, 8)).astype(np.float32)
 
 
 def book(prefix="", **changes):
-    """The state dict of a vector-quantize-pytorch quantizer of 24 codes."""
+    """Returns the state dict of a vector-quantize-pytorch quantizer of 24 codes."""
     codes = torch.from_numpy(CODES)[None]
     found = {
         f"{prefix}_codebook.initted": torch.tensor(True),
@@ -638,7 +637,7 @@ def book(prefix="", **changes):
 
 @pytest.fixture
 def residual(residual_model, tmp_path):
-    """Its code_size is 8."""
+    """Choices with a model of family residual, whose code_size is 8."""
     write_model(tmp_path / "model.pt", residual_model)
     return Choices(model=tmp_path / "model.pt")
 

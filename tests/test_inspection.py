@@ -1,5 +1,7 @@
-"""The inspection: whatever is not a graph as export writes it is refused, in one line, before
-onnxruntime sees it; and onnxruntime gets what was inspected."""
+"""The inspection: a graph that export would not write is refused before onnxruntime sees it.
+
+The refusal is one line. onnxruntime gets exactly what was inspected.
+"""
 
 import dataclasses
 import os
@@ -50,7 +52,7 @@ MESSAGES = {
     "axis": [*TYPE, (1, 0), (2, 0), (1, 0)],
     "opset": [(8, 0)],
 }
-"""Where each kind of message lies in the quantizer's file: (number of the field, how manieth)."""
+"""Where each kind of message is in the quantizer's file: (number of the field, position)."""
 
 REPEATED = {"graph": {1, 5, 11, 12}, "node": {1, 2, 5}, "tensor": {1}, "shape": {1}}
 """Fields that may repeat."""
@@ -97,7 +99,7 @@ VARIANTS = {f"{family}, {options}": (spec, options) for family, spec, options in
 
 @pytest.fixture(scope="module", params=VARIANTS)
 def graphs(request):
-    """The five graphs of a model in one form, as bytes."""
+    """Returns the five graphs of a model in one form, as bytes."""
     spec, options = VARIANTS[request.param]
     params = vqref.init_params(spec, np.random.default_rng(0))
     chosen = GraphOptions(**options)
@@ -131,7 +133,7 @@ def test_what_is_read_is_what_onnx_reads(graphs):
 
 
 def test_tokenizer_and_detokenizer_are_put_together_from_the_others(graphs):
-    """Node by node, and bit by bit of their weights, in every precision."""
+    """Compares nodes, and all bits of the weights, in every precision."""
     found = {stage: read_graph(stage, content) for stage, content in graphs.items()}
     encoder, quantizer, decoder, tokenizer, detokenizer = found.values()
     *search, lookup = quantizer.nodes
@@ -215,12 +217,12 @@ def test_a_flatbuffer_of_onnxruntimes_is_refused(content, small):
 
 
 def appending(piece):
-    """An edit of a message's pieces: one more at its end."""
+    """Returns an edit that adds a piece at the end of a message."""
     return lambda pieces, _: pieces.append(piece)
 
 
 def replacing(place, piece):
-    """An edit of a message's pieces: another in the place of one."""
+    """Returns an edit that replaces a piece of a message."""
     return lambda pieces, _: pieces.__setitem__(place, piece)
 
 
@@ -243,7 +245,7 @@ def path(kind):
 
 @pytest.mark.parametrize("kind", MESSAGES)
 def test_a_field_that_may_not_repeat_does_not(content, kind):
-    """protobuf merges both or takes the last: what was inspected would not be what runs."""
+    """protobuf merges both or takes the last, so another graph would run than was inspected."""
     seen = set()
 
     def repeat(number):
@@ -284,7 +286,7 @@ def test_no_length_and_no_number_is_longer_than_it_need_be(content, kind, longer
 def test_a_field_of_another_wire_type_is_refused(content):
     for piece in (varint(4 << 3 | 5) + bytes(4), varint(4 << 3 | 1) + bytes(8), b"\x20\x01"):
         refused(within(content, appending(piece), NODE), "a field 4 of")
-    packed = encoded(1, b"\x04\x02")  # dims, as protobuf 3 would write them
+    packed = encoded(1, b"\x04\x02")  # dims as protobuf 3 would write them
     refused(within(content, lambda pieces, _: pieces.insert(0, packed), TENSOR), "a field 1 of")
 
 
@@ -296,7 +298,7 @@ def test_names_cannot_steer_a_terminal(content):
 
 @pytest.mark.parametrize("large", [0, 2**14])
 def test_weights_in_another_place_are_not_taken_for_those_inspected(content, large, monkeypatch):
-    """A reader that mistook where weights lie would show, though it copies no large ones."""
+    """Shows if the reader mistakes where weights are; it does not copy large weights."""
     monkeypatch.setattr(protobuf, "LARGE_BYTES", large)
     read = protobuf._tensor
 
@@ -496,7 +498,7 @@ def test_what_no_bundle_holds_never_reaches_onnxruntime(small, content, kind, mo
 
 
 def never(monkeypatch):
-    """Fails the test if onnxruntime is given anything."""
+    """Fails the test if onnxruntime gets anything."""
 
     def session(*arguments, **options):
         raise AssertionError("onnxruntime saw it")
@@ -563,7 +565,7 @@ def test_onnxruntime_gets_what_was_inspected(small, content, monkeypatch):
 
 
 def test_the_tables_are_those_of_onnx():
-    """Field numbers, types and operators."""
+    """Compares field numbers, types and operators."""
 
     def fits(message, descriptor):
         assert message.name in (descriptor.name, f"TypeProto.{descriptor.name}")
@@ -624,7 +626,7 @@ def test_telemetry_is_off_before_the_first_session(small, content, monkeypatch):
 
 
 def test_onnxruntime_leaves_nothing_in_the_home_folder(tmp_path):
-    """Its telemetry keeps an identifier there, from its import on."""
+    """Its telemetry would keep an identifier there, as soon as it is imported."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -658,7 +660,7 @@ def test_a_graph_that_fails_as_it_runs_is_one_line(small):
 
 
 def test_a_graph_that_memory_cannot_hold_is_the_machines_error(small, content):
-    """The outer product of an outer product: 70 TB for 512 latents."""
+    """The graph computes the outer product of an outer product: 70 TB for 512 latents."""
 
     def explode(proto):
         nodes = list(proto.graph.node)

@@ -1,4 +1,4 @@
-"""What is installed, and what says so when it is not: extras, versions, command names."""
+"""What is installed, and the messages if something is not: extras, versions, command names."""
 
 import re
 import subprocess
@@ -26,14 +26,14 @@ class Absent:
 
 sys.meta_path.insert(0, Absent())
 """
-"""A sitecustomize with which some libraries are not installed."""
+"""A sitecustomize that makes some libraries look as if they were not installed."""
 
 IMPORTED_AS = {"PIL": "pillow", "yaml": "pyyaml"}
-"""Libraries that are imported under another name than they are installed under."""
+"""Libraries that are imported under another name than they are installed."""
 
 
 def installed_by(extra):
-    """Names of what an extra brings, as they are imported."""
+    """Returns the names under which an extra's libraries are imported."""
     names = [
         re.match(r"[\w-]+", line)[0].replace("-", "_")
         for line in PROJECT["optional-dependencies"][extra]
@@ -61,7 +61,7 @@ def test_a_library_of_no_extra_is_no_users_matter():
 
 @pytest.fixture
 def without(tmp_path):
-    """The environment of a process in which libraries are not installed."""
+    """Returns the environment of a process in which some libraries are not installed."""
 
     def environment(*names):
         folder = tmp_path / "site"

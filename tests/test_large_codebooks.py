@@ -1,5 +1,4 @@
-"""Graphs with a large codebook find the nearest code by a product, and answer as the direct form
-does."""
+"""Graphs with a large codebook search by a product, and answer as the direct form does."""
 
 import json
 
@@ -39,7 +38,7 @@ GRID = residual((3, 16, 16), hidden=16, blocks=1, block_hidden=8, num_codes=1000
 
 @pytest.fixture
 def products(monkeypatch):
-    """Small codebooks count as large ones."""
+    """Makes small codebooks count as large ones."""
     monkeypatch.setattr(vqdeploy.graphs.quantizer, "PRODUCT_ELEMENTS", 1)
 
 
@@ -106,15 +105,17 @@ def by_name(content):
 
 
 def in_tf32(array):
-    """``array`` with ten bits after the point, cut off as tensor cores may do."""
+    """Returns ``array`` cut to ten bits after the point, as tensor cores may do."""
     return (np.asarray(array, np.float32).view(np.int32) & ~((1 << 13) - 1)).view(np.float32)
 
 
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("margin", [True, False])
 def test_a_product_in_tf32_changes_no_certified_index_because_of_the_margin(margin, monkeypatch):
-    """Only a factor of the product is rounded, as on a card if a program leaves TF32 on; in parts
-    it would not matter."""
+    """Rounds only a factor of the product, as a card does if a program leaves TF32 on.
+
+    In a product in parts, this would not matter.
+    """
     monkeypatch.setattr(vqdeploy.graphs.quantizer, "MOST_IN_PARTS", 0)
     latents, codebook = CASES["bisector"](np.random.default_rng(3), 2000, K, D, "float32")
     model = onnx.load_from_string(graph(codebook))
@@ -143,7 +144,7 @@ def test_what_is_not_a_number_or_overflows_is_an_index_all_the_same():
 
 @pytest.mark.usefixtures("products")
 def test_the_margin_is_no_less_than_what_rounding_can_do(monkeypatch):
-    """For latents of any length: what scores and direct distances may be off by."""
+    """Adds up the errors of scores and direct distances, for latents of any length."""
     monkeypatch.setattr(vqdeploy.graphs.quantizer, "MOST_IN_PARTS", 0)
     codebook = np.random.default_rng(5).normal(size=(K, D))
     constants = by_name(graph(codebook))
@@ -151,7 +152,7 @@ def test_the_margin_is_no_less_than_what_rounding_can_do(monkeypatch):
         float(constants[f"quantizer.{name}"])
         for name in ("squares", "products", "floor", "longest")
     )
-    unit, factor = 2.0**-24, 2.0**-10  # of TF32's factors, cut off
+    unit, factor = 2.0**-24, 2.0**-10  # 2**-10: factors cut to TF32
     norm = float(np.linalg.norm(codebook, axis=1).max())
     for length in (0.0, 1e-30, 1e-3, 1.0, norm, 1e3, 1e15):
         margin = squares * (length + longest) ** 2 + products * length * longest + floor
@@ -169,7 +170,7 @@ def test_the_margin_is_no_less_than_what_rounding_can_do(monkeypatch):
     seed=st.integers(0, 999),
 )
 def test_scores_and_distances_are_off_by_less_than_their_slack(d, scale, far, seed):
-    """In float32, in NumPy's order and one after another, and with factors cut to TF32."""
+    """In float32, with sums in NumPy's order and one by one, and with factors cut to TF32."""
     rng = np.random.default_rng(seed)
     x = (rng.normal(size=(20, d)) * scale + far).astype(np.float32)
     c = (rng.normal(size=(30, d)) + far).astype(np.float32)
@@ -201,7 +202,7 @@ def test_scores_of_many_codes_are_made_tile_by_tile(k, d, tiles, monkeypatch):
 
 
 def pairs(content, latents):
-    """How many pairs of a latent and a group of codes the direct form compares."""
+    """Counts the pairs of a latent and a group of codes that the direct form compares."""
     model = onnx.load_from_string(content)
     model.graph.output.append(
         onnx.helper.make_tensor_value_info("quantizer.pairs", onnx.TensorProto.INT64, ["P"])
@@ -212,7 +213,7 @@ def pairs(content, latents):
 
 @pytest.mark.parametrize("length", [0.1, 1.0, 100.0])
 def test_the_direct_form_compares_a_few_groups_whatever_the_latents_length(length):
-    """Memory follows from the pairs: a codebook at its start, latents far longer than its rows."""
+    """The pairs decide the memory. Here the codebook is at its start, with latents far longer."""
     spec = residual((3, 32, 32), num_codes=2048, code_size=32)
     codebook = np.random.default_rng(6).uniform(-0.3, 0.3, (2048, 32))
     latents = length * np.random.default_rng(7).normal(size=(8, 64, 32)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The likelihoods: distributions that sum to one, their means, and the same numbers in PyTorch."""
+"""The likelihoods: distributions that sum to one, their means, equal numbers in PyTorch."""
 
 import math
 
@@ -20,7 +20,7 @@ VARIANCE = 0.08
 
 
 def spec_of(likelihood, family="residual", channels=3):
-    """A spec of 4x4 images, one code: its prior costs nothing."""
+    """Returns a spec of 4x4 images with one code, whose prior costs nothing."""
     sizes = {
         "residual": {"hidden": 2, "blocks": 0, "block_hidden": 1},
         "post": {"base_depth": 1},
@@ -50,7 +50,7 @@ def test_both_interpreters_know_every_likelihood():
 
 
 def of_every_level(spec, mean, log_scale):
-    """-log p of the 256 grey levels under one logistic, (256,)."""
+    """Returns -log p (256,) of the 256 grey levels under one logistic."""
     images = np.arange(LEVELS, dtype=np.float64).reshape(-1, 1, 1, 1) / (LEVELS - 1)
     outputs = np.broadcast_to(np.reshape([mean, log_scale], (1, 2, 1, 1)), (LEVELS, 2, 1, 1))
     row = LIKELIHOODS["logistic"]
@@ -64,7 +64,7 @@ LOG_SCALES = st.floats(-20, 10) | st.sampled_from([-20.0, SMALLEST_LOG_SCALE, 0.
 @pytest.mark.parametrize("family", ["post", "residual"])
 @given(mean=MEANS, log_scale=LOG_SCALES)
 def test_the_probabilities_of_all_grey_levels_sum_to_one(family, mean, log_scale):
-    """In both value ranges of the networks, for means far outside and any scale."""
+    """Tries both value ranges of networks, means far outside, and any scale."""
     nats = of_every_level(spec_of("logistic", family, 1), mean, log_scale)
     assert (nats >= 0).all()
     assert math.fsum(np.exp(-nats)) == pytest.approx(1, abs=1e-12)
@@ -72,7 +72,7 @@ def test_the_probabilities_of_all_grey_levels_sum_to_one(family, mean, log_scale
 
 @given(mean=st.floats(-0.5, 0.5), log_scale=st.floats(-4, 2))
 def test_a_grey_level_has_the_logistics_mass_between_its_edges(mean, log_scale):
-    """The textbook's difference of two sigmoids, at scales where it does not cancel."""
+    """Compares with the textbook's difference of two sigmoids, at scales where nothing cancels."""
     spec = spec_of("logistic", channels=1)
     edges = (np.arange(1, LEVELS) - 0.5) / (LEVELS - 1) - 0.5  # in the network's range
     below = vqref.likelihoods.sigmoid((edges - mean) / np.exp(log_scale))
@@ -89,8 +89,8 @@ def test_log_scales_are_not_taken_below_the_smallest():
 
 
 def uniform_outputs(images):
-    """Outputs under which the grey level that each pixel has gets the probability 1/256."""
-    half_width = 2 * math.atanh(1 / LEVELS)  # of a level about the mean, in units of the scale
+    """Returns outputs under which each pixel's own grey level has the probability 1/256."""
+    half_width = 2 * math.atanh(1 / LEVELS)  # of a level around the mean, in units of the scale
     scale = 0.5 / (LEVELS - 1) / half_width
     means = images - 0.5
     edge = (0.5 / (LEVELS - 1)) - 0.5  # between the first two levels
@@ -112,7 +112,7 @@ def test_a_model_that_gives_each_level_its_256th_costs_eight_bits_per_dimension(
 
 @given(x=st.floats(0, 1), y=st.floats(-30, 30))
 def test_bernoulli_is_the_textbooks(x, y):
-    """-(x ln p + (1 - x) ln(1 - p)), p the probability of white."""
+    """The textbook's formula is -(x ln p + (1 - x) ln(1 - p)); p is the probability of white."""
     p, q = vqref.likelihoods.sigmoid(y), vqref.likelihoods.sigmoid(-y)
     found = LIKELIHOODS["bernoulli"].nats(spec_of("bernoulli"), np.asarray(x), np.asarray(y))
     assert found == pytest.approx(-(xlogy(x, p) + xlogy(1 - x, q)), rel=1e-12, abs=1e-12)
@@ -174,7 +174,7 @@ def test_sigmoid_and_softplus_neither_overflow_nor_lose_their_ends():
 
 
 def case(likelihood, seed, spread):
-    """A spec, images on grey levels (the ends among them), and outputs of which some are wild."""
+    """A spec, images on grey levels (both ends occur), and outputs, some of them extreme."""
     spec, rng = spec_of(likelihood), np.random.default_rng(seed)
     images = rng.integers(0, LEVELS, (3, 3, 4, 4)) / (LEVELS - 1)
     images[:, :, 0], images[:, :, 1] = 0, 1
@@ -199,13 +199,13 @@ def test_numpy_and_pytorch_agree_in_float64(likelihood, seed, spread):
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @given(seed=st.integers(0, 9999))
 def test_pytorchs_gradients_are_the_oracles_differences(likelihood, seed):
-    """Central differences of the oracle: off by the third derivative times 1e-8, and rounding."""
+    """The oracle's central differences err by the third derivative times 1e-8, and by rounding."""
     spec, images, outputs = case(likelihood, seed, 0.3)
     row, step = LIKELIHOODS[likelihood], 1e-5
     given_outputs = torch.from_numpy(outputs).requires_grad_()
     vqtrain.likelihoods.nats(spec, torch.from_numpy(images), given_outputs).sum().backward()
     found = given_outputs.grad.numpy()
-    for part in range(0, spec.output_shape[0], 3):  # a value has one output of each part
+    for part in range(0, spec.output_shape[0], 3):  # a value has one output in each part
         moved = np.zeros_like(outputs)
         moved[:, part : part + 3] = step
         up, down = (row.nats(spec, images, outputs + sign * moved) for sign in (1, -1))

@@ -1,4 +1,4 @@
-"""The losses: their definitions, under every likelihood, and a total that adds up."""
+"""The losses: they meet their definitions under every likelihood, and their total adds up."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Measures of a set of images are their definitions, each beside an independent plain version."""
+"""Measures of a set of images meet their definitions: each is compared with a plain version."""
 
 import math
 
@@ -32,7 +32,7 @@ from vqtrain.run.metrics import (
 )
 
 FLOAT32 = 1e-4
-"""The models compute in float32, the plain versions on the oracle's float64 reconstructions."""
+"""The models compute in float32; plain versions take the oracle's reconstructions in float64."""
 
 
 def measured(model, images, batch=32, variance=0.1):
@@ -41,12 +41,12 @@ def measured(model, images, batch=32, variance=0.1):
 
 
 def plain_ssim(x, y):
-    """SSIM of two images (H, W), at least 11 pixels wide and high, by SciPy's Gaussian filter."""
+    """Returns the SSIM of two images (H, W), at least 11 pixels each way, by SciPy's filter."""
 
     def local(values):
         for axis in (0, 1):
             values = gaussian_filter1d(values, 1.5, axis=axis, radius=5)
-        return values[5:-5, 5:-5]  # where the window does not reach over the edge
+        return values[5:-5, 5:-5]  # where the window does not cross the edge
 
     mean_x, mean_y = local(x), local(y)
     variance_x, variance_y = local(x * x) - mean_x**2, local(y * y) - mean_y**2
@@ -57,7 +57,7 @@ def plain_ssim(x, y):
 
 
 def plain_ssims(x, y):
-    """The mean over channels, of each pair of images (N, C, H, W)."""
+    """Returns the SSIM of each pair of images (N, C, H, W), the mean over channels."""
     a, b = (images.reshape(-1, *x.shape[2:]) for images in (x, y))
     found = [plain_ssim(*pair) for pair in zip(a, b, strict=True)]
     return np.reshape(found, x.shape[:2]).mean(axis=1)
@@ -151,7 +151,7 @@ def test_the_measures_do_not_depend_on_how_the_set_is_cut(case):
 
 
 def test_perplexity_is_of_the_whole_set_and_not_of_its_batches(model, many_images):
-    """Images in the order of their codes: every batch uses few of them, the set all."""
+    """Images are in the order of their codes: a batch uses few codes, and the set all."""
     images = many_images[:256, None]
     x = to_unit_interval(images)
     indices = vqref.forward(model.spec, model.params, x).indices
@@ -203,7 +203,7 @@ def test_the_entropy_of_pixels_is_that_of_so_many_coins():
 
 def test_it_is_the_loss_of_the_logits_that_reproduce_the_image():
     x = torch.arange(256, dtype=torch.float64).reshape(1, 1, 16, 16) / 255
-    logits = torch.logit(x).clamp(-40, 40)  # black and white but for 4e-18
+    logits = torch.logit(x).clamp(-40, 40)  # black and white up to 4e-18
     scored = nats(families.post((1, 16, 16)), x, logits)
     np.testing.assert_allclose(pixel_entropy(x), scored, rtol=1e-14, atol=0)
 
@@ -216,7 +216,7 @@ def test_it_is_the_loss_of_the_logits_that_reproduce_the_image():
 def test_no_reconstruction_scores_less_than_the_entropy(x, logits):
     images = torch.from_numpy(x)
     scored = nats(families.post((1, 4, 4)), images, torch.from_numpy(logits))
-    assert (pixel_entropy(images) <= scored + 1e-12).all()  # 16 pixels' rounding
+    assert (pixel_entropy(images) <= scored + 1e-12).all()  # rounding of 16 pixels
 
 
 @pytest.mark.parametrize("kind", ["grey levels", "float32", "black and white"])

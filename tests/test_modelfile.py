@@ -1,4 +1,4 @@
-"""model.pt: plain data, refused with one line if it is anything else; nothing in it is executed."""
+"""model.pt: plain data. Anything else is refused in one line, and nothing in it is executed."""
 
 import os
 import pickle
@@ -34,7 +34,7 @@ def test_a_model_survives_its_file(family, request, tmp_path):
 
 
 def test_a_file_of_version_1_is_read_as_family_post(golden, tmp_path):
-    """It held the sizes from which the post's network followed, not its rows."""
+    """Version 1 held the sizes of the post's network, not its rows."""
     spec = golden.spec
     sizes = {
         "image_shape": list(spec.image_shape),
@@ -73,7 +73,7 @@ def test_a_pickle_that_carries_code_is_refused_and_nothing_runs(tmp_path, form):
 
 
 def rewritten(model_file: Path, path: Path, change) -> Path:
-    """Without a digest, as files written elsewhere are, so that what is wrong is named."""
+    """Writes a changed file without a digest, so that the error names what is wrong."""
     data = torch.load(model_file, weights_only=True)
     del data["sha256"]
     change(data)
@@ -179,7 +179,7 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 
 def test_no_flipped_bit_of_a_model_file_passes(model_file, tmp_path):
-    """Not even one of the padding between arrays, of a date, or of the seal itself."""
+    """This includes the padding between arrays, the dates, and the seal itself."""
     content, rng = model_file.read_bytes(), np.random.default_rng(0)
     last = range(8 * len(content) - 8 * 110, 8 * len(content))  # the last record and the seal
     for bit in (*rng.integers(0, 8 * len(content), 200), *last):
@@ -213,7 +213,7 @@ def test_an_entry_that_no_version_has_is_refused(model_file, tmp_path):
 
 
 def nested(levels: int, width: int) -> list[Any]:
-    """Lists that hold those below ``width`` times: few bytes in a file, width**levels values."""
+    """Returns nested lists; each holds the one below ``width`` times. Few bytes, many values."""
     found: list[Any] = []
     for _ in range(levels):
         found = [found] * width
@@ -238,7 +238,7 @@ def test_an_entry_of_lists_without_end_is_not_even_printed(model_file, tmp_path,
 
 
 def test_a_key_that_is_never_hashed_to_its_end_is_refused_at_once(model_file, tmp_path):
-    """A pickle of 300 bytes: a tuple that holds the one before twice, 60 levels deep, as a key."""
+    """A pickle of 300 bytes has a tuple as a key: each of 60 levels holds the one before twice."""
     doubled = b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(60))
     pickled = b"\x80\x02}K\x01K\x01\x86q\x000" + doubled + b"h\x3cK\x01s."
     with zipfile.ZipFile(model_file) as old, zipfile.ZipFile(tmp_path / "m.pt", "w") as new:

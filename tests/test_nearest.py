@@ -1,5 +1,7 @@
-"""The nearest code at any size: products answer as the direct form does, in hard cases and ties
-too, and draws need no noise of all latents and codes: memory stays flat."""
+"""The nearest code at any size: products answer as the direct form does, and memory stays flat.
+
+Hard cases and ties are included. Draws need no noise for all latents and codes at once.
+"""
 
 import subprocess
 import sys
@@ -70,7 +72,7 @@ def test_a_value_that_is_not_a_number_gives_what_the_direct_form_gives():
 
 
 def test_without_its_margin_the_product_alone_is_wrong(monkeypatch):
-    """What the margin is for: where norms are large beside the distances, the product cancels."""
+    """The margin is for norms that are large beside the distances: there, the product cancels."""
     latents, codebook = case("bisector", k=128)
     codebook, latents = codebook + 300, latents + 300
     monkeypatch.setattr(search, "margin", lambda latents, longest: torch.zeros_like(latents[:, :1]))
@@ -123,7 +125,7 @@ def test_a_product_that_may_be_rounded_has_a_wider_margin_or_is_not_made(monkeyp
 
 @pytest.mark.parametrize("pieces", [True, False])
 def test_a_draw_by_a_seed_follows_the_softmax_of_distances(pieces, monkeypatch):
-    """20,000 latents at one place, in one piece or in pieces of noise of their own."""
+    """Draws for 20,000 latents at one place, in one piece or in pieces with their own noise."""
     if pieces:
         monkeypatch.setattr(search, "PROCESSOR_BYTES", 4 * 3 * 2 * 100)  # 100 latents at a time
     codebook = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
@@ -178,8 +180,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is POSIX's")
 def test_memory_does_not_grow_with_latents_times_codes():
-    """131,072 latents and 4,096 codes: a matrix of scores would take 2 GiB, one of differences
-    32 GiB."""
+    """With 131,072 latents and 4,096 codes, all scores would take 2 GiB, all differences 32 GiB."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True
     )
@@ -188,6 +189,6 @@ def test_memory_does_not_grow_with_latents_times_codes():
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is POSIX's")
 def test_a_draw_by_a_seed_makes_no_array_of_all_latents_and_codes():
-    """16 images of 1,024 latents and 4,096 codes: noise and distances would take 256 MiB each."""
+    """For 16 images of 1,024 latents and 4,096 codes, noise and distances take 256 MiB each."""
     done = subprocess.run([sys.executable, "-c", DRAWN], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 64 * 1024  # KiB

@@ -1,5 +1,4 @@
-"""The interpreters of the rows: each kind is its equation, whatever the batch, in NumPy and in
-PyTorch."""
+"""The interpreters in NumPy and PyTorch: each kind of row is its equation, for any batch."""
 
 import numpy as np
 import pytest
@@ -63,7 +62,7 @@ def test_conv_transpose_is_the_gradient_of_conv(geometry, seed):
     conv = random_row("conv", geometry)
     left_over = (conv.in_shape[1] - conv.kernel[0] + sum(conv.pads[0])) % conv.stride
     if left_over or conv.stride > 2:
-        return  # no transposed row gives that size, or has that stride
+        return  # no transposed row has this size or stride
     transpose = random_row("conv_transpose", geometry)
     rng = np.random.default_rng(seed)
     shape = conv.parameters[0][1]  # (out, in, kh, kw) of one is (in, out, kh, kw) of the other
@@ -76,8 +75,7 @@ def test_conv_transpose_is_the_gradient_of_conv(geometry, seed):
 
 
 def test_an_impulse_shows_the_kernel_where_same_padding_puts_it():
-    """Powers of two, so that the answer is exact: a bright pixel at (4, 4), stride 2, pads
-    (1, 2)."""
+    """A bright pixel at (4, 4), stride 2, pads (1, 2). Powers of two make the answer exact."""
     layer = Layer(
         "x.y", "conv", (1, 8, 8), (1, 4, 4), kernel=(5, 5), stride=2, pads=((1, 2), (1, 2))
     )
@@ -88,7 +86,7 @@ def test_an_impulse_shows_the_kernel_where_same_padding_puts_it():
     expected = np.zeros((4, 4))
     for i in range(4):
         for j in range(4):
-            a, b = 4 + 1 - 2 * i, 4 + 1 - 2 * j  # the kernel element that meets the pixel
+            a, b = 4 + 1 - 2 * i, 4 + 1 - 2 * j  # the kernel element at the pixel
             if 0 <= a < 5 and 0 <= b < 5:
                 expected[i, j] = weight[0, 0, a, b]
     np.testing.assert_array_equal(y, expected)
@@ -194,7 +192,7 @@ def test_both_interpreters_agree_on_whole_networks_in_float64(model, residual_mo
 
 
 def test_a_network_has_a_parameter_for_each_of_the_specs_under_its_name():
-    """Even under names that mean something to PyTorch's modules."""
+    """This holds even for names that PyTorch's modules use themselves."""
     rows = (
         Layer("encoder.half", "dense", (3,), (2,)),
         Layer("encoder.forward.training", "dense", (2,), (2,)),
@@ -228,7 +226,7 @@ CROPS = st.tuples(st.integers(0, 3), st.integers(0, 3))
 def test_phases_are_the_transposed_convolution_with_its_gradients(
     kernel, stride, size, crops, channels, seed
 ):
-    """Even and odd kernels, crops equal or not; PyTorch's full result, cropped, is the truth."""
+    """Tries even and odd kernels, equal and unequal crops; PyTorch's result, cropped, is right."""
     sides = [stride * (n - 1) + k - sum(c) for n, k, c in zip(size, kernel, crops, strict=True)]
     if min(sides) < 1:
         return

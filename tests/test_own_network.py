@@ -1,4 +1,4 @@
-"""A network of one's own: the example, and what the docs say of PyTorch's modules."""
+"""A user's own network: the example, and what the docs say about PyTorch's modules."""
 
 import re
 import runpy

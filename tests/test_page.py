@@ -1,4 +1,4 @@
-"""The page, as people use it: in a real browser, without a window, from a plain web server."""
+"""The page as people use it: in a real browser (without a window), from a plain web server."""
 
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ READY = "body[data-seconds]"
 
 @pytest.fixture(scope="module")
 def packages(tmp_path_factory):
-    """A folder with onnxruntime-web, of the version that the page names."""
+    """A folder with onnxruntime-web in the version that the page names."""
     if not (shutil.which("node") and shutil.which("npm")):
         pytest.skip("needs node and npm")
     folder = tmp_path_factory.mktemp("packages")
@@ -48,13 +48,13 @@ def packages(tmp_path_factory):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Counts the bytes of each path that were sent."""
+    """Counts the bytes that were sent of each path."""
 
     sent: Counter[str]
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder, says nothing, and counts the bytes of what it sends."""
+    """Serves a folder without printing anything, and counts the bytes that it sends."""
 
     def log_message(self, *_):
         pass
@@ -69,7 +69,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, packages):
-    """Writes the page of a bundle and serves it; gives its address, its folder and the server."""
+    """Writes the page of a bundle and serves it; returns its address, its folder and the server."""
     servers = []
 
     def serve(bundle):
@@ -91,8 +91,11 @@ def served(tmp_path_factory, packages):
 
 @pytest.fixture
 def visit(chromium):
-    """Opens an address, until the first tokens are there or an error is. In the end nothing may
-    have gone wrong, and nothing have been asked of another address."""
+    """Opens an address and waits for the first tokens or an error.
+
+    At the end, nothing may have gone wrong, and the page may have asked no other address for
+    anything.
+    """
     contexts, wrong = [], []
 
     def go(address, **how):
@@ -126,7 +129,7 @@ def grid_site(residual_bundle, served):
 
 @pytest.fixture(scope="module")
 def prior_bundle(model, tmp_path_factory):
-    """Four latents of 16 codes with a transformer as their prior."""
+    """The bundle of a model with four latents, 16 codes and a transformer as their prior."""
     spec = transformer(4, 16, width=16, depth=2, heads=2)
     learned = Prior(spec, prior_params(spec), model.digest(), {}, {"held_out": 9.5})
     folder = tmp_path_factory.mktemp("prior") / "model-onnx"
@@ -141,12 +144,12 @@ def prior_site(prior_bundle, served):
 
 
 def tokens_of(page):
-    """The codes that the map shows."""
+    """Returns the codes that the map shows."""
     return page.eval_on_selector_all(".cells button", "all => all.map(x => Number(x.dataset.code))")
 
 
 def pixels_of(page, canvas="#picture"):
-    """What a canvas shows, (H, W, 4) uint8."""
+    """Returns what a canvas shows, (H, W, 4) uint8."""
     shape, levels = page.eval_on_selector(
         canvas,
         "c => [[c.height, c.width, 4], "
@@ -156,7 +159,7 @@ def pixels_of(page, canvas="#picture"):
 
 
 def give(page, name, content):
-    """Opens a file in the page; returns what it says of it."""
+    """Opens a file in the page; returns what the page says about it."""
     page.set_input_files("#file", {"name": name, "mimeType": "image/*", "buffer": content})
     said = page.locator("#status", has_text=re.compile(f"^{re.escape(name)}, "))
     page.locator("#error:not([hidden])").or_(said).wait_for()
@@ -164,7 +167,7 @@ def give(page, name, content):
 
 
 def png(image):
-    """A picture of an image (C, H, W) uint8."""
+    """Returns a picture of an image (C, H, W) uint8."""
     buffer = io.BytesIO()
     Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(buffer, "png")
     return buffer.getvalue()
@@ -233,7 +236,7 @@ def test_a_single_wrong_token_is_found_in_a_browser(visit, served, bundle):
 
 
 def wrong_stages(page):
-    """Verifies, and gives how much was wrong of the stages of which anything was."""
+    """Verifies; returns the stages at which something was wrong, and how much."""
     page.click("#verify")
     page.wait_for_selector("#verify:not([disabled])")
     assert page.inner_text("#verdict").startswith("Wrong: ")
@@ -349,7 +352,7 @@ def test_a_phone_shows_all_without_scrolling_aside(request, visit, name):
     page.wait_for_selector("#verify:not([disabled])")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     cell = page.locator(".cells button").first.bounding_box()
-    assert min(cell["width"], cell["height"]) >= 24  # what a finger hits
+    assert min(cell["width"], cell["height"]) >= 24  # large enough for a finger
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -397,7 +400,7 @@ def test_the_page_allows_no_foreign_address():
     assert "default-src 'none'" in policy
     for path in site.SOURCE.iterdir():
         addresses = set(re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]+", path.read_text()))
-        assert addresses <= {"http://www.w3.org"}, path.name  # of SVG, which is a name
+        assert addresses <= {"http://www.w3.org"}, path.name  # of SVG, only a name
 
 
 @pytest.mark.parametrize("kind", ["post", "grid", "fp16"])

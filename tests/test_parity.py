@@ -1,5 +1,4 @@
-"""The judge: each check is shown to fail, the bound is shown to hold, and a flip is either rounding
-or a violation."""
+"""The judge: each check can fail, the bound holds, and a flip is either rounding or a violation."""
 
 import json
 
@@ -137,8 +136,10 @@ def test_indices_of_another_shape_or_dtype_are_violations():
 
 
 def test_an_encoder_error_explains_a_flip_only_across_the_distance_it_can_move():
-    """d1 - d0 = 0.8 at the second latent, codes 1 apart: an error of 0.4 explains the flip, 0.39
-    does not."""
+    """At the second latent, d1 - d0 = 0.8 and the codes are 1 apart.
+
+    So an error of 0.4 explains the flip, and 0.39 does not.
+    """
     found = np.array([[0], [0], [0]])
     assert check_indices(found, LATENTS, CODEBOOK, precision="float64", latents_error=0.4001).passed
     assert not check_indices(
@@ -157,8 +158,7 @@ def test_an_encoder_error_explains_a_flip_only_across_the_distance_it_can_move()
     offset=st.sampled_from([0.0, 1.0, 1e3]),
 )
 def test_float32_rounding_in_any_order_of_sums_is_within_the_bound(seed, d, scale, ulps, offset):
-    """Latents within a few ulps of the bisector of two codes, at every scale and far from the
-    origin."""
+    """Latents are a few ulps from the bisector of two codes, at all scales, far from the origin."""
     rng = np.random.default_rng(seed)
     codebook = as32(10**scale * (offset + rng.normal(size=(8, d))))
     pairs = codebook[rng.integers(0, 8, (64, 2))]
@@ -178,8 +178,10 @@ def test_float32_rounding_in_any_order_of_sums_is_within_the_bound(seed, d, scal
 
 
 def test_the_expanded_form_fails_where_it_cancels():
-    """x.x - 2x.c + c.c far from the origin loses the difference, which is why the bound is of the
-    direct form."""
+    """Far from the origin, x.x - 2x.c + c.c loses the difference.
+
+    So the bound is for the direct form.
+    """
     rng = np.random.default_rng(0)
     codebook, latents = (
         as32(1e4 + rng.normal(size=(32, 16))),
@@ -197,7 +199,7 @@ def test_bfloat16_distances_called_float32_are_caught():
     square = np.square(latents - codebook).sum(-1)
     rounded = (square.view(np.uint32) & np.uint32(0xFFFF0000)).view(
         np.float32
-    )  # the upper half of a float32
+    )  # the upper 16 bits of a float32
     assert (
         check_indices(square.argmin(-1)[:, None], latents, codebook, precision="float32").violations
         == 0

@@ -1,4 +1,4 @@
-"""Other people's quantizers held to the same oracle. Needs the extra ``peers``."""
+"""Other people's quantizers, compared with the same oracle. Needs the extra ``peers``."""
 
 from functools import partial
 
@@ -80,8 +80,11 @@ def test_what_vector_quantize_pytorch_does_otherwise_is_found(check):
 @pytest.mark.parametrize("dead_below", [0, 2])
 @torch.no_grad()
 def test_a_hundred_training_steps_of_vector_quantize_pytorch_are_the_oracles(dead_below):
-    """Each side goes on from its own state. A code whose count fell below ``dead_below`` is
-    replaced by a latent, which the library draws and the oracle is told."""
+    """Each side continues from its own state.
+
+    A code whose count fell below ``dead_below`` is replaced by a latent. The library draws it, and
+    the oracle is told which.
+    """
     torch.manual_seed(0)
     k, d, rng = 64, 16, np.random.default_rng(0)
     module = codebook_of(k, d, decay=0.99, threshold_ema_dead_code=dead_below).train()
@@ -100,7 +103,7 @@ def test_a_hundred_training_steps_of_vector_quantize_pytorch_are_the_oracles(dea
         if len(dead):
             rows = read(module)[0][dead]
             assert all((row == latents.reshape(-1, d)).all(axis=1).any() for row in rows)
-            # its means are rows times the count itself: a reset without epsilon, not smoothed
+            # its means are rows times the count: a reset without epsilon, not smoothed
             counts = np.full(len(dead), float(dead_below))
             state = vqref.reset_codes(state, dead, rows, counts, 0.99, epsilon=0.0, dialect=POST)
             replaced += len(dead)
@@ -119,8 +122,10 @@ def test_a_hundred_training_steps_of_vector_quantize_pytorch_are_the_oracles(dea
 
 @pytest.mark.parametrize("options", [{}, {**CARE, "threshold_ema_dead_code": 2}], ids=str)
 def test_the_library_without_one_hot_matrices_is_the_library(options):
-    """Quantized, indices, commitment and gradients of five training steps, and the buffers after
-    them, each side from its own state and the same random choices."""
+    """Compares five training steps: quantized, indices, commitment and gradients, then the buffers.
+
+    Each side continues from its own state, with the same random choices.
+    """
     rng, found = np.random.default_rng(0), []
     steps = [rng.normal(size=(8, 64, 8)).astype(np.float32) for _ in range(5)]
     for plain in (True, False):

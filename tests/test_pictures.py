@@ -1,5 +1,4 @@
-"""Pictures become the images that a reference reader gives, and whatever was done to them, or left
-out, is said."""
+"""Pictures become the images of a reference reader, and what was done or left out is said."""
 
 import hashlib
 import io
@@ -39,20 +38,20 @@ def write(path, content):
 
 
 def read(path, **options):
-    """The only image in a file as (H, W, C), and what was said."""
+    """Returns the only image in a file as (H, W, C), and what was said."""
     found = load_any(path, Reading(**options))
     (image,) = found.train
     return image.transpose(1, 2, 0), found.said
 
 
 def luma(pixels):
-    """ITU-R 601 in the integers of Pillow's documentation of mode L."""
+    """Returns grey levels by ITU-R 601, in the integers of Pillow's documentation of mode L."""
     red, green, blue = pixels.astype(np.int64).transpose(2, 0, 1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16).astype(np.uint8)
 
 
 def laid(pixels, alpha, ground):
-    """Pixels (H, W, 3) on a ground by their alpha, rounded to the nearest level."""
+    """Returns pixels (H, W, 3) laid on a ground by their alpha, rounded to the nearest level."""
     part = alpha[..., None] / 255
     return np.round(part * pixels + (1 - part) * np.array(ground)).astype(np.uint8)
 
@@ -127,7 +126,7 @@ def test_nothing_is_said_of_pictures_to_which_nothing_was_done(tmp_path):
 
 
 def in_modes():
-    """Pictures as programs have them, with the colours and the alpha that they stand for."""
+    """Pictures as programs write them, with the colours and the alpha that they stand for."""
     rgb, grey, alpha = map(Image.fromarray, (COLOUR, GREY, ALPHA))
     rgba, la = rgb.copy(), grey.copy()
     rgba.putalpha(alpha)
@@ -164,7 +163,7 @@ def in_modes():
 
 
 def deep(mode, dtype):
-    """A picture of 16 bits, whose upper 8 are GREY."""
+    """Returns a picture of 16 bits, whose upper 8 are GREY."""
     samples = (GREY.astype(np.uint16) << 8 | 77).astype(dtype)
     return Image.frombytes(mode, (5, 6), samples.tobytes())
 
@@ -291,7 +290,7 @@ def test_an_orientation_that_there_is_not_turns_nothing(tmp_path):
 
 
 def test_the_colour_that_alpha_hides_shows_nowhere(tmp_path):
-    """Red under full transparency, beside opaque blue: resizing mixes neither into the ground."""
+    """There is red under full transparency, next to opaque blue. Resizing mixes neither in."""
     pixels = np.zeros((16, 16, 4), np.uint8)
     pixels[:, :8], pixels[:, 8:] = (255, 0, 0, 0), (0, 0, 255, 255)
     image, said = read(write(tmp_path / "x.png", pixels), size=(7, 7))
@@ -326,7 +325,7 @@ def test_a_grey_picture_on_a_coloured_ground_is_no_longer_grey(tmp_path):
     ("bits", "key"), [(1, 1), (1, 0), (2, 3), (2, 1), (4, 15), (4, 6), (8, 200), (16, 0xC8C9)]
 )
 def test_a_grey_level_that_stands_for_transparent_is(tmp_path, bits, key):
-    """In a PNG the chunk tRNS names it in samples of the file's own bits."""
+    """A PNG's chunk tRNS names the level as a sample with the file's number of bits."""
     most = 2**bits - 1
     samples = RNG.integers(0, most + 1, (4, 8))
     samples[0] = key
@@ -345,7 +344,7 @@ def test_a_level_that_there_is_not_hides_nothing(tmp_path):
 
 
 def png_of_bits(samples, bits, key):
-    """A grey PNG of samples (H, W) of a number of bits, with a chunk tRNS."""
+    """Returns a grey PNG of samples (H, W) with this number of bits and a chunk tRNS."""
     if bits == 16:
         return png(samples[..., None], 0, key)
     shifts = np.arange(bits - 1, -1, -1)
@@ -369,8 +368,10 @@ def test_a_colour_of_sixteen_bits_that_stands_for_transparent_is(tmp_path):
 
 
 def lanczos(pixels, size, box):
-    """Pillow's Lanczos filter of support 3, in float64: a pass along each row, rounded to levels,
-    then one along each column."""
+    """Pillow's Lanczos filter with support 3, in float64.
+
+    It goes along each row, rounds to levels, and then goes along each column.
+    """
 
     def along(values, count, start, stop):
         scale = (stop - start) / count
@@ -391,7 +392,7 @@ def lanczos(pixels, size, box):
 
 
 def middle(height, width, size):
-    """The largest box in the middle that has the proportions of ``size``."""
+    """Returns the largest box in the middle with the proportions of ``size``."""
     scale = min(height / size[0], width / size[1])
     high, wide = size[0] * scale, size[1] * scale
     return (width - wide) / 2, (height - high) / 2, (width + wide) / 2, (height + high) / 2
@@ -414,8 +415,10 @@ def test_a_picture_is_resized_by_lanczos_filter(tmp_path, source, size, crop):
 
 
 def in_two_steps(pixels, size, box):
-    """A box of a picture resized across, then down: in one step Pillow's version decides which is
-    first."""
+    """Returns a box of a picture resized across, then down.
+
+    In one step, Pillow's version would decide which comes first.
+    """
     picture, (left, top, right, bottom) = Image.fromarray(pixels), box
     kind, height = Image.Resampling.LANCZOS, len(pixels)
     across = picture.resize((size[1], height), kind, (left, 0, right, height))

@@ -1,5 +1,8 @@
-"""Every graph runs wholly on CUDA, shown without a card: onnxruntime's own CUDA provider says which
-nodes it takes, on libraries that do nothing (see ``cuda_stub``)."""
+"""Every graph runs wholly on CUDA; this is shown without a card.
+
+onnxruntime's own CUDA provider says which nodes it takes, with libraries that do nothing (see
+``cuda_stub``).
+"""
 
 import itertools
 import json
@@ -78,7 +81,7 @@ def libraries(tmp_path_factory):
 
 @pytest.fixture
 def python(libraries):
-    """Runs Python where onnxruntime finds the libraries, and returns what it prints as JSON."""
+    """Runs Python so that onnxruntime finds the libraries; returns the JSON that it prints."""
 
     def run(*arguments, **environment):
         done = subprocess.run(
@@ -120,7 +123,7 @@ def graphs_of(spec, **options):
 
 
 def violations(found):
-    """What is not wholly on CUDA, and what copies within a graph."""
+    """Returns the graphs that are not wholly on CUDA, and copies within a graph."""
     return [
         name
         for name, graph in found.items()
@@ -160,7 +163,7 @@ def test_every_variant_is_placed_wholly_on_cuda(model, place, tmp_path):
     assert not violations(found)
     folded = "GatherND" in found["batch of 8/detokenizer"]["operators"]
     assert folded == GraphOptions().folds(spec)
-    # TF32 is on for the graphs with float16 networks, and for no others.
+    # TF32 is on only for graphs with float16 networks.
     tf32 = {name for name, graph in found.items() if graph["use_tf32"] == "1"}
     networks = {"encoder", "decoder", "tokenizer", *(() if folded else ("detokenizer",))}
     reduced = [name for name, options in VARIANTS.items() if options.get("precision") == "fp16"]
@@ -169,7 +172,7 @@ def test_every_variant_is_placed_wholly_on_cuda(model, place, tmp_path):
 
 @needs_stub
 def test_the_checker_fails_on_a_node_that_cuda_lacks_and_on_copies(place, tmp_path):
-    """The provider has no ArgMin that takes the last of equals."""
+    """The provider has no ArgMin that takes the last index on a tie."""
     spec = MODELS["post 1"]
     model = onnx.load_from_string(graphs_of(spec)["quantizer"])
     (last,) = [a for n in model.graph.node for a in n.attribute if a.name == "select_last_index"]
@@ -214,7 +217,7 @@ print(json.dumps(found))
 
 @needs_stub
 def test_a_first_run_that_fails_is_the_machines_error_and_auto_takes_the_cpu(python):
-    """cuDNN may find no engine for a layer, which shows at the first run and not before."""
+    """cuDNN may find no engine for a layer. This shows only at the first run."""
     whole = {"cuda": "cuda", "auto": "cuda", "cuda warns": [], "auto warns": []}
     assert python("-c", OPEN) == whole
     found = python("-c", OPEN, STUB_CUDNN_STATUS="5000")
@@ -259,7 +262,7 @@ def conv_row(size, kernel, stride, pads, kind="conv"):
 
 
 def run_row(builder, row, x):
-    """The value "y" of the builder's nodes, for ``x``, by onnxruntime's CPU provider."""
+    """Returns the value "y" of the builder's nodes for ``x``, by onnxruntime's CPU provider."""
     ports = [
         Port(name, "float32", ("N", *shape))
         for name, shape in (("x", row.in_shape), ("y", row.out_shape))
@@ -272,7 +275,7 @@ def run_row(builder, row, x):
 
 
 def builders(row, rng):
-    """Two builders of the row, the project's and one whose pads are the row's own, and an input."""
+    """Returns two builders of the row, ours and one with the row's own pads, and an input."""
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in row.parameters}
     ours, plain = GraphBuilder(params), GraphBuilder(params)
     ours.run([row], "x", "y")

@@ -1,5 +1,7 @@
-"""The oracle needs an oracle: every row, the quantizer and its averages in plain Python loops,
-sums by math.fsum and distances by exact fractions."""
+"""The oracle's own oracle: every row, the quantizer and its averages in plain Python loops.
+
+Sums are by math.fsum, and distances by exact fractions.
+"""
 
 import math
 from fractions import Fraction
@@ -23,7 +25,7 @@ from vqref.spec import ACTIVATIONS, KINDS
 
 
 def conv(layer, x, weight, bias):
-    """x[c][i][j] -> y[o][i][j], from the definition: out of the image there are zeros."""
+    """x[c][i][j] -> y[o][i][j], from the definition, with zeros outside the image."""
     (top, _), (left, _) = layer.pads
     outputs, height, width = layer.out_shape
     channels, rows, columns = layer.in_shape
@@ -45,8 +47,7 @@ def conv(layer, x, weight, bias):
 
 
 def conv_transpose(layer, x, weight, bias):
-    """Each output collects the inputs that a convolution with the same stride and pads would read
-    it for."""
+    """Each output sums the inputs that would read it in a convolution of this stride and pads."""
     (top, _), (left, _) = layer.pads
     outputs, height, width = layer.out_shape
     channels, rows, columns = layer.in_shape
@@ -90,7 +91,7 @@ def reshape(layer, x):
 
 
 def to_vectors(layer, x):
-    """Position (i, j) of group m is vector (i*w + j)*g + m."""
+    """Group m at position (i, j) is vector (i*w + j)*g + m."""
     size = layer.out_shape[1]
     groups, (_, height, width) = layer.in_shape[0] // size, layer.in_shape
     return [
@@ -220,7 +221,7 @@ def activate(name, y):
 
 
 def run(layers, params, x):
-    """One image or one quantized through the rows, every value kept."""
+    """Runs one image, or one quantized, through the rows; keeps every value."""
     values: dict[str, Any] = {}
     before = x
     for layer in layers:
@@ -264,7 +265,7 @@ def test_there_is_a_row_of_every_kind():
 
 @pytest.fixture(scope="module")
 def looped(golden):
-    """The first image of the golden batch: its latents and outputs by loops."""
+    """The first image of the golden batch, with its latents and outputs by loops."""
     latents = run(golden.spec.encoder, golden.params, golden["images"][0].tolist())
     return latents, run(golden.spec.decoder, golden.params, golden["quantized"][0].tolist())
 
@@ -290,7 +291,7 @@ def test_loops_and_oracle_agree_in_a_residual_network(residual_model):
 
 
 def nearest(latent, codebook):
-    """(index, gap) by exact fractions: the first of the smallest."""
+    """Returns (index, gap) by exact fractions; the first index on a tie."""
     exact = [
         sum(
             (Fraction(float(x)) - Fraction(float(c))) ** 2 for x, c in zip(latent, row, strict=True)

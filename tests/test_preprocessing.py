@@ -1,5 +1,4 @@
-"""What is done to pictures, as plain data: it comes back as it was, and anything else is refused
-with a reason."""
+"""What is done to pictures, as plain data: it is read back unchanged, or refused with a reason."""
 
 import json
 from typing import Any

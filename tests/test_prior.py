@@ -1,5 +1,4 @@
-"""The prior: three interpreters that agree, no look at what comes later, samples that are a pure
-function of their noise."""
+"""The prior: three interpreters agree, none looks ahead, and samples depend only on their noise."""
 
 import dataclasses
 import itertools
@@ -137,7 +136,7 @@ def test_pytorchs_probabilities_add_up_to_1_and_see_nothing_ahead():
 
 
 def in_onnx(stage, spec, params, **options):
-    """The graph, checked by onnx, in onnxruntime."""
+    """Runs the graph in onnxruntime, after onnx has checked it."""
     graph = build_prior_graph(stage, spec, params, GraphOptions(**options))
     content = graph.to_bytes()
     onnx.checker.check_model(content, full_check=True)
@@ -146,7 +145,7 @@ def in_onnx(stage, spec, params, **options):
 
 
 def step_by_step(session, spec, indices, index_type="int64"):
-    """log p (N, S, K) of indices by the graph of one step."""
+    """Returns log p (N, S, K) of indices by the graph of one step."""
     shape = (len(indices), *map(int, prior_ports(spec)["prior_step"]["keys"].shape[1:]))
     keys = values = np.zeros(shape, np.float32)
     found = []
@@ -275,7 +274,7 @@ def test_near_ties_of_winners_and_of_the_top_k_are_not_certified():
     assert not certified(log_p, np.zeros((1, 3)), 0.06)[0]
     assert certified(log_p, np.zeros((1, 3)), 0.04)[0]
     noise = np.array([[0.0, 5.0, 0.0]])
-    assert not certified(log_p, noise, 0.06, top_k=1)[0]  # the second might be the first
+    assert not certified(log_p, noise, 0.06, top_k=1)[0]  # the second code might be the first
     assert certified(log_p, noise, 0.04, top_k=1)[0]
 
 

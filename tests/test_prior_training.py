@@ -1,5 +1,7 @@
-"""``python -m vqtrain prior``: what it learns, that it goes on where it was stopped, and what a
-file with a prior lets through."""
+"""``python -m vqtrain prior``: what it learns, that it continues after a stop, and its file.
+
+A file with a prior is refused unless the prior fits.
+"""
 
 import dataclasses
 import json
@@ -36,7 +38,7 @@ OPTIONS = PriorOptions(epochs=4, batch_size=16, patience=9, learning_rate=3e-3)
 
 
 def tokens_of(count, seed=0):
-    """Rows in which each index follows from the one before, but for a few."""
+    """Returns rows in which each index follows from the one before, with a few exceptions."""
     rng = np.random.default_rng(seed)
     rows = (rng.integers(0, 16, (count, 1)) + 3 * np.arange(4)) % 16
     return np.where(rng.random(rows.shape) < 0.1, rng.integers(0, 16, rows.shape), rows)
@@ -213,7 +215,7 @@ def test_the_command_learns_keeps_its_tokens_and_evaluate_counts_them(
         done = run(*words, "--epochs", 1)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
         said.append(done.stdout)
-    assert "tokens as they were kept in runs/tokens/" in said[1]
+    assert "tokens: read from runs/tokens/" in said[1]
     assert all(len(line) <= 80 for line in said[0].splitlines())
     pictures = {path.name for path in (tmp_path / "runs/i-prior/pictures").iterdir()}
     assert pictures == {"epoch-001-samples-1.png", "epoch-001-samples-0.8.png"}

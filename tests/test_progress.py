@@ -1,4 +1,4 @@
-"""Long work says how far it is: a bar on a terminal, else a line every half minute."""
+"""Long work shows its progress: a bar on a terminal, else a line every half minute."""
 
 import io
 import json
@@ -37,7 +37,7 @@ SMALL = ("--batch-size", "32", "--base-depth", "2", "--num-codes", "8", "--check
 
 
 class Clock:
-    """What time it is, said by the test."""
+    """A clock that the test sets."""
 
     now = 1000.0
 
@@ -47,7 +47,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock of progress; each training step takes ten seconds of it."""
+    """The clock that progress reads; each training step takes ten seconds."""
     clock, step = Clock(), vqtrain.run.step.training_step
 
     def ten_seconds(*arguments):
@@ -60,7 +60,7 @@ def clock(monkeypatch):
 
 
 def lines_of(said):
-    """How far the run was and how long it would take, of each line within an epoch."""
+    """Returns, for each line within an epoch, how far the run was and how long it would take."""
     pattern = r"(epoch \d/\d: step \d of \d), bound \d+\.\d, (.*)"
     return [found.groups() for line in said if (found := re.fullmatch(pattern, line))]
 
@@ -99,9 +99,9 @@ def test_the_time_left_counts_what_follows_the_steps_of_an_epoch(
     said: list[str] = []
     trainer(tmp_path, many_images, said, epochs=3).run()
     assert [left.split("about ")[1] for _, left in lines_of(said)] == [
-        "2 min left",  # 12 steps; what an epoch's end takes is not known yet
+        "2 min left",  # 12 steps; the time of an epoch's end is not known yet
         "3 min left",  # 7 steps and two ends: 190 s
-        "80 s left",  # 2 steps and one
+        "80 s left",  # 2 steps and one end
     ]
 
 
@@ -162,7 +162,7 @@ def test_a_duration_has_the_unit_that_people_use(seconds, text):
 
 
 def test_without_a_line_the_losses_are_read_once_an_epoch(tmp_path, many_images, monkeypatch):
-    """To read them is to wait for a card."""
+    """Reading them would wait for a card."""
     read, count = Meter.read, []
 
     def counted(self, *arguments):
@@ -199,7 +199,7 @@ def test_a_bar_reads_the_losses_every_half_second(monkeypatch):
 
 @pytest.fixture
 def place(tmp_path, many_images):
-    """A folder with 128 images to train on, four steps of 32, and 32 held-out ones."""
+    """A folder with 128 images to train on (four steps of 32) and 32 held-out ones."""
     (tmp_path / "data").mkdir()
     np.savez(tmp_path / "data" / "kmnist-train-imgs.npz", many_images[:128])
     np.savez(tmp_path / "data" / "kmnist-test-imgs.npz", many_images[128:160])
@@ -211,7 +211,7 @@ def environment():
 
 
 def go(place, seconds, *arguments, **streams):
-    """Runs the command with that time between two lines."""
+    """Runs the command with this time between two lines."""
     words = (sys.executable, "-c", DRIVER, str(seconds), *arguments)
     return subprocess.Popen(
         words, cwd=place, env=environment(), stdout=subprocess.PIPE, text=True, **streams
@@ -281,7 +281,7 @@ def test_a_terminal_has_either_a_bar_or_lines(place, code, lines, bar):
     try:
         while piece := os.read(ours, 2**16):
             drawn += piece
-    except OSError:  # so Linux says that the other end is closed
+    except OSError:  # Linux's way to say that the other end is closed
         pass
     os.close(ours)
     out, _ = process.communicate()

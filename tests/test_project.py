@@ -1,4 +1,4 @@
-"""What stands around the packages agrees: version, changelog, citation, and what CI may do."""
+"""What surrounds the packages agrees: version, changelog, citation, and what CI may do."""
 
 import re
 import tomllib

@@ -1,5 +1,8 @@
-"""Tokens proved in advance, as users meet them: ``vqdeploy prove``, ``encode --prove``, the stage
-of ``verify`` that names another arithmetic, and what card, ``inspect`` and certificate say."""
+"""Tokens proved in advance, as users see them.
+
+``vqdeploy prove``, ``encode --prove``, the stage of ``verify`` that names another arithmetic, and
+what the card, ``inspect`` and the certificate say.
+"""
 
 import json
 
@@ -76,7 +79,7 @@ def test_the_picture_shows_both_codes_of_the_least_provable_tokens(
     with Image.open(tmp_path / "p.png") as picture:
         assert picture.mode == "RGB"
         rows = np.asarray(picture, np.int64)
-    assert len(np.unique(rows.reshape(-1, 3), axis=0)) > 50  # something is drawn
+    assert len(np.unique(rows.reshape(-1, 3), axis=0)) > 50  # the picture is not empty
 
 
 @pytest.mark.parametrize(
@@ -144,7 +147,7 @@ def test_tokens_of_the_float32_machine_pass(model, x):
 
 
 def test_verify_stops_a_session_whose_proved_tokens_differ(bundle, x, monkeypatch):
-    """Whatever the stage tokenizer makes of them."""
+    """This holds whatever the stage "tokenizer" finds."""
     from vqdeploy.runtime.sessions import Session
 
     usual = Session.__call__

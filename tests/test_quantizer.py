@@ -1,5 +1,8 @@
-"""The quantizer and its moving averages: the nearest code by exact arithmetic, the recurrence by
-hand, and the trainer's twin in every dialect."""
+"""The quantizer and its moving averages, in the oracle and in the trainer.
+
+The nearest code is compared with exact arithmetic, the recurrence with results by hand, and the
+trainer with the oracle in every dialect.
+"""
 
 import dataclasses
 import tracemalloc
@@ -70,7 +73,7 @@ def test_latents_cut_into_pieces_give_the_same_answer(monkeypatch):
 
 
 def test_memory_does_not_grow_with_the_product_of_latents_and_codes():
-    """A matrix of 20,000 by 2,048 distances would take 328 MB; the working memory is tens."""
+    """All 20,000 x 2,048 distances would take 328 MB; the working memory is some tens of MB."""
     rng = np.random.default_rng(0)
     latents, codebook = rng.normal(size=(20_000, 1, 4)), rng.normal(size=(2048, 4))
     tracemalloc.start()
@@ -115,7 +118,7 @@ def test_one_ema_step_by_hand():
 
 
 def test_a_code_never_hit_flies_out_from_count_zero():
-    """The post's start: count 0 divides by epsilon alone."""
+    """At the post's start, the count is 0, so means are divided by epsilon."""
     state = vqref.EMAState(np.array([[1.0], [2.0]]), np.zeros(2), np.array([[1.0], [2.0]]))
     after = vqref.update_ema(state, np.array([[[1.0]]]), np.array([[0]]))
     assert after.codebook[1, 0] == pytest.approx(0.99 * 2 / 1e-5)
@@ -166,8 +169,7 @@ def test_an_ema_state_that_cannot_be_is_named():
 
 
 def test_drawn_indices_follow_the_softmax_of_distances():
-    """20,000 draws of one latent between three codes, beside the probabilities that the rule
-    states."""
+    """Compares 20,000 draws for one latent between three codes with the rule's probabilities."""
     codebook = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0]])
     latents = np.broadcast_to([0.4, 0.1], (20_000, 1, 2))
     gumbel = np.random.default_rng(0).gumbel(size=(20_000, 1, 3))
@@ -234,7 +236,7 @@ EACH_DIALECT = pytest.mark.parametrize("dialect", DIALECTS.values(), ids=list(DI
 
 
 def started(dialect, rng, k=7, d=3, *, normalized=False):
-    """The oracle's state as the dialect starts it, and the trainer's quantizer beside it."""
+    """Returns the oracle's state at the dialect's start, and the trainer's quantizer."""
     own = rng.normal(size=(k, d)) if dialect.means == "own" else None
     codebook = unit(rng.normal(size=(k, d))) if normalized else rng.normal(size=(k, d))
     state = vqref.EMAState.start(codebook, dialect, own, normalized=normalized)
@@ -247,7 +249,7 @@ def started(dialect, rng, k=7, d=3, *, normalized=False):
 
 
 def require_same(module, state):
-    """Every array of the trainer's state within 1e-12 of the oracle's, beside its magnitudes."""
+    """Requires that each array of the trainer's state is within 1e-12 of the oracle's."""
     assert int(module.steps) == state.steps
     for name in STATE:
         found, expected = getattr(module, name).numpy(), getattr(state, name)
@@ -260,19 +262,19 @@ def tensors(*arrays):
 
 
 def hits_and_sums(latents, indices):
-    """What an update of 7 codes takes."""
+    """Returns what an update of 7 codes takes."""
     return assigned(torch.from_numpy(latents), torch.from_numpy(indices), 7)
 
 
 def reset(module, arrays, *how):
-    """The trainer's state after some codes are reset. arrays: codes, rows and counts."""
+    """Returns the trainer's state after some codes are reset. arrays: codes, rows, counts."""
     codes, rows, counts = tensors(*arrays)
     codebook, count, means = (getattr(module, name) for name in STATE)
     return reset_codes(codebook, count, means, codes, rows, counts, *how)
 
 
 def dead_codes(state, latents, below, decay, dialect):
-    """What the trainer calls dead: a count below that share of the mean, as far as it is data."""
+    """Returns the codes that the trainer calls dead: counts below this share of the mean."""
     share = 1 - decay**state.steps if dialect.debiased else 1.0
     return np.flatnonzero(state.ema_count < below * latents / len(state.ema_count) * share)
 
@@ -288,8 +290,11 @@ def dead_codes(state, latents, below, decay, dialect):
 def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(
     dialect, seed, decay, epsilon, normalized
 ):
-    """Each side goes on from its own state, six steps of which one in three resets codes and
-    another revives dead ones. Unit codes are unit codes after each."""
+    """Each side takes six steps from its own state.
+
+    One step in three resets codes, and another revives dead ones. Unit codes are still unit codes
+    after each step.
+    """
     rng, how = np.random.default_rng(seed), (decay, epsilon)
     state, module = started(dialect, rng, normalized=normalized)
     for step in range(6):
@@ -318,8 +323,10 @@ def test_the_trainer_updates_resets_and_revives_as_the_oracle_does(
 
 
 def test_a_unit_code_is_the_direction_of_its_means():
-    """By hand: (3, 4) of length 5. The count does not matter, and the averages are those of other
-    codebooks."""
+    """By hand, for (3, 4) of length 5.
+
+    The count does not matter, and the averages are as for other codebooks.
+    """
     state = vqref.EMAState(np.eye(2), np.ones(2), np.eye(2))
     unit_state = dataclasses.replace(state, normalized=True)
     latents, indices = np.array([[[5.0, 8.0]]]), np.array([[0]])
@@ -336,7 +343,7 @@ def test_a_unit_code_is_the_direction_of_its_means():
 
 @EACH_DIALECT
 def test_a_unit_code_that_nothing_hits_stays_however_long(dialect):
-    """Its means shrink to nothing, or start from it: decay 0 forgets them at once."""
+    """Its means shrink to nothing, or start there; decay 0 forgets them at once."""
     rng = np.random.default_rng(0)
     state, module = started(dialect, rng, normalized=True)
     latents, indices = rng.normal(size=(4, 2, 3)), np.zeros((4, 2), int)
@@ -351,7 +358,7 @@ def test_a_unit_code_that_nothing_hits_stays_however_long(dialect):
 
 @EACH_DIALECT
 def test_the_order_of_updates_counts_only_for_a_debiased_dialect(dialect):
-    """``steps`` as a tensor and as a number mean the same."""
+    """``steps`` may be a tensor or a number."""
     rng = np.random.default_rng(0)
     _, module = started(dialect, rng)
     latents, indices = rng.normal(size=(4, 2, 3)), rng.integers(0, 5, (4, 2))
@@ -364,7 +371,7 @@ def test_the_order_of_updates_counts_only_for_a_debiased_dialect(dialect):
 
 @EACH_DIALECT
 def test_codes_on_which_their_latents_sit_stay_after_a_start(dialect):
-    """As if training had long gone on: count and means fit the codebook, but for epsilon."""
+    """The start is as if after long training: count and means fit the codebook, up to epsilon."""
     rng = np.random.default_rng(0)
     _, module = started(dialect, rng)
     rows, counts = rng.normal(size=(7, 3)), rng.integers(1, 5, 7).astype(np.float64)
@@ -381,7 +388,7 @@ def test_codes_on_which_their_latents_sit_stay_after_a_start(dialect):
 
 @EACH_DIALECT
 def test_a_reset_before_the_first_update_is_the_oracles(dialect):
-    """The averages of a debiased dialect are empty then, and stay so."""
+    """The averages of a debiased dialect are empty then, and stay empty."""
     rng = np.random.default_rng(0)
     state, module = started(dialect, rng)
     codes, rows, counts = np.array([3, 0]), rng.normal(size=(2, 3)), np.array([2.0, 0.5])
@@ -393,7 +400,7 @@ def test_a_reset_before_the_first_update_is_the_oracles(dialect):
 
 @given(seed=st.integers(0, 999), latents=st.integers(1, 12), below=st.floats(0.01, 1.0))
 def test_reviving_is_the_oracles_reset_of_the_dead_codes(seed, latents, below):
-    """Some dead, none, all, and more than there are latents."""
+    """Tries some dead codes, none, all, and more than there are latents."""
     rng = np.random.default_rng(seed)
     codebook, means, rows = (rng.normal(size=(k, 3)) for k in (7, 7, latents))
     count, order = rng.uniform(0, 2 * latents / 7, 7), rng.permutation(latents)
@@ -411,8 +418,10 @@ def test_reviving_is_the_oracles_reset_of_the_dead_codes(seed, latents, below):
 @settings(deadline=None)
 @given(seed=st.integers(0, 9999), temperature=st.floats(0.01, 10), d=st.integers(1, 9))
 def test_the_trainer_draws_what_the_oracle_draws(seed, temperature, d):
-    """In float64 the scores are equal to rounding: a difference would be a tie that no seed of 50
-    latents shows."""
+    """In float64, the scores are equal up to rounding.
+
+    So a difference could only be a tie, and no seed of 50 latents has one.
+    """
     rng = np.random.default_rng(seed)
     latents, codebook = rng.normal(size=(25, 2, d)), rng.normal(size=(9, d))
     gumbel = rng.gumbel(size=(25, 2, 9))

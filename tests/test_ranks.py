@@ -1,5 +1,8 @@
-"""Several ranks are one: the same steps, the same checkpoints, and one end for all. Real processes
-that find each other by the environment that torchrun gives them, and by torchrun itself."""
+"""Several ranks do what one does: the same steps, the same snapshots, and one end for all.
+
+They are real processes. They find each other by the environment that torchrun would give them, or
+are started by torchrun itself.
+"""
 
 import itertools
 import os
@@ -34,7 +37,7 @@ RUN = (
     *("--plain-steps", "1", "--temperature", "0.3", "--revive-below", "0.5", "--snapshot-steps"),
     *("2", "--precision", "float32", "--device", "cpu", "--check-images", "4", "--name", "r"),
 )
-"""Ten steps, of batches that four ranks cannot share alike."""
+"""Ten steps, with batches that four ranks cannot split evenly."""
 
 
 @pytest.fixture
@@ -48,9 +51,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Started:
-    """Ranks as torchrun starts them, around a store like its own, each process at hand.
+    """Ranks as torchrun starts them, with a store like its own; the test has each process.
 
-    Nobody ends the others when one ends, which torchrun would do: they must find out themselves.
+    If one ends, nobody ends the others, as torchrun would: they must find out themselves.
     """
 
     def __init__(self, place, count, *words, run=("-m", "vqtrain", *RUN)):
@@ -80,14 +83,14 @@ class Started:
         self.processes[rank].send_signal(signum)
 
     def ended(self, seconds=120):
-        """Exit statuses, and what was said on stdout and on stderr, by rank."""
+        """Returns exit statuses, and what was printed on stdout and on stderr, by rank."""
         said = [process.communicate(timeout=seconds) for process in self.processes]
         out, errors = zip(*said, strict=True)
         return [process.returncode for process in self.processes], out, errors
 
 
 def go(place, *more, how=(sys.executable,)):
-    """One rank, without torchrun, or what ``how`` starts."""
+    """Runs one rank without torchrun, or what ``how`` starts."""
     return subprocess.run(
         [*how, "-m", "vqtrain", *RUN, *more],
         cwd=place,
@@ -113,7 +116,7 @@ def wait_for_snapshot(place, started, step=2):
 
 @pytest.fixture(scope="module")
 def alone():
-    """Fifty steps of one rank in one pass, by name."""
+    """The result of fifty steps of one rank in one pass, by name."""
     return fifty_steps_of_each()
 
 
@@ -128,7 +131,7 @@ def test_fifty_steps_of_any_number_of_ranks_are_those_of_one(tmp_path, alone, ra
         for found in each[1:]:
             assert all(np.array_equal(found[key], each[0][key]) for key in found)
         assert off(each[0], expected) <= 1e-10
-        if name != "post":  # a batch of three images: each rank's are as many, or none
+        if name != "post":  # a batch of three images: each rank has equally many, or none
             np.testing.assert_allclose(losses[-1], expected["losses"][-1], rtol=0.05)
 
 
@@ -139,7 +142,7 @@ def test_passes_of_one_rank_are_one_step(alone):
 
 
 def test_the_compared_steps_draw_reset_and_start_codes():
-    """Without any one rule they end elsewhere, so a rank that broke it would be seen."""
+    """Without any one of these rules, steps end elsewhere; so a rank that broke it would show."""
     spec, options = SPECS["residual"]
     generator = rules.Rules(options, 50).generator.get_state()
     for change in ({"temperature": 0.0}, {"revive_below": 0.0}, {"kmeans_start": False}):
@@ -150,7 +153,7 @@ def test_the_compared_steps_draw_reset_and_start_codes():
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, many_images):
-    """What one rank ends with that nobody disturbed."""
+    """The result of one rank that was not disturbed."""
     place = tmp_path_factory.mktemp("whole")
     np.savez(place / "data.npz", many_images[:128])
     assert go(place).returncode == 0
@@ -167,7 +170,7 @@ def test_a_command_under_torchrun_trains_what_it_trains_without(place, whole, ra
     assert found.provenance["ranks"] == ranks
     (first, *_), lines = done.stdout.splitlines(), done.stdout.splitlines()
     assert f"10 steps of 22 on cpu, {ranks} ranks" in done.stdout
-    assert lines.count(first) == 1  # rank 0 alone speaks
+    assert lines.count(first) == 1  # only rank 0 prints
     assert done.stdout.count("oracle: agrees") == 2
     one, many = whole.metrics, found.metrics
     for measure in ("bound", "commitment", "perplexity", "codes_used"):
@@ -198,7 +201,7 @@ def stopping(model, optimizer, images, options, rules, step, split):
     return taken(model, optimizer, images, options, rules, step, split)
 trainer.training_step = stopping
 """
-"""A signal to rank 1 in its third step."""
+"""Sends a signal to rank 1 in its third step."""
 
 
 @pytest.mark.parametrize("signalled", [[1], [0, 1]])
@@ -371,7 +374,7 @@ def test_the_parts_of_ranks_make_up_each_batch():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_noise_from_a_seed_does_not_depend_on_how_a_batch_is_split(monkeypatch, dtype):
-    """Four latents at a time: parts begin and end within them."""
+    """Noise is for four latents at a time; parts begin and end within these."""
     rng = np.random.default_rng(0)
     latents = torch.from_numpy(rng.normal(size=(9, 3, 2))).to(dtype)
     codebook = torch.from_numpy(rng.normal(size=(6, 2))).to(dtype)

@@ -1,5 +1,7 @@
-"""Files from outside: whatever is in them, and whatever they are, they are read or refused with
-one line, at once, in bounded memory."""
+"""Files from outside, whatever they are: read, or refused at once with one line.
+
+Memory stays bounded.
+"""
 
 import contextlib
 import gzip
@@ -36,7 +38,7 @@ from vqtrain.run.folder import latest_state, open_run, read_options
 from vqtrain.run.snapshot import course_of, list_states, load_state, save_state
 
 QUICK = 150
-"""Inputs per reader; ``python -m benchmarks.hostile.readers`` takes more."""
+"""Inputs per reader; ``python -m benchmarks.hostile.readers`` tries more."""
 
 
 @pytest.mark.parametrize("name", READERS)
@@ -64,16 +66,16 @@ SURFACES = {
     "step-1.state": load_state,
     "manifest.json": manifest,
 }
-"""What reads a file of that name."""
+"""Returns what reads a file of this name."""
 
 
 def fits(spec):
-    """What ``open_run`` holds a snapshot to."""
+    """The check that ``open_run`` makes of a snapshot."""
     return partial(require_fitting, spec=spec, optimizer="adam")
 
 
 def promptly(read, path):
-    """What ``read`` raises, in less than a minute; with a FIFO's other end closed it would wait."""
+    """Returns what ``read`` raises within a minute; it would wait for a FIFO's other end."""
     raised = []
 
     def work():
@@ -181,7 +183,7 @@ def test_what_a_terminal_would_take_for_a_command_is_escaped():
 
 
 def peak(read, *arguments):
-    """The most bytes that Python had in memory during a refusal."""
+    """Returns the most bytes that Python had in memory during a refusal."""
     tracemalloc.start()
     try:
         with pytest.raises(InputError) as caught:
@@ -192,7 +194,7 @@ def peak(read, *arguments):
 
 
 def test_a_gzip_bomb_is_refused_before_it_expands(tmp_path):
-    """200 MB of zeros in 200 KB: a header that says too little, none, and more than is read."""
+    """200 KB hold 200 MB of zeros. The header says too little, nothing, or more than is read."""
     start = struct.pack(">HBB3I", 0, 8, 3, 1, 8, 8)
     much = struct.pack(">HBB3I", 0, 8, 3, 2**31, 8, 8)
     for header, said in ((start, "65 bytes or more follow"), (b"", "neither"), (much, "GiB")):
@@ -298,11 +300,11 @@ def test_arrays_read_as_numpy_reads_them():
 
 
 def test_a_picture_of_too_many_pixels_is_refused(tmp_path):
-    """One row of a PNG whose header promises 100,000 x 100,000."""
+    """The PNG has one row, and its header promises 100,000 x 100,000 pixels."""
     buffer = io.BytesIO()
     Image.new("L", (8, 8)).save(buffer, "png")
     content = bytearray(buffer.getvalue())
-    for pixels in (100_000, 10_000):  # beyond Pillow's error, and its warning
+    for pixels in (100_000, 10_000):  # above the limits of Pillow's error and of its warning
         content[16:24] = struct.pack(">2I", pixels, pixels)
         content[29:33] = struct.pack(">I", zlib.crc32(bytes(content[12:29])))
         (tmp_path / "a.png").write_bytes(content)
@@ -356,7 +358,7 @@ def test_pictures_whose_names_are_no_text_can_be_tokenized(tmp_path):
         (b"when = 1979-05-27", "when is a date, expected text or a number"),
         (b"sizes = [1, 2]", "sizes is a list"),
         (b"[training.rates]\nfirst = 1", "rates is a dict"),
-        (b"seed = 1\n[training]\nseed = 2", "seed is there twice"),
+        (b"seed = 1\n[training]\nseed = 2", "seed is given twice"),
         (b"a" * 70_000, "bytes, more than"),
     ],
 )
@@ -390,7 +392,7 @@ def test_tokens_of_a_small_file_that_says_it_has_many_rows_are_refused(tmp_path)
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, many_images):
-    """A run of two epochs and what its last snapshots hold."""
+    """A run of two epochs, and what its last snapshots hold."""
     place = tmp_path_factory.mktemp("finished")
     run = trainer(place, many_images, work={"snapshot_steps": 3})
     run.run()
@@ -399,7 +401,7 @@ def finished(tmp_path_factory, many_images):
 
 
 def changed(state, name, value):
-    """A copy of a state in which one entry, named by its keys, is another; None removes it."""
+    """Returns a copy of a state with another entry at these keys; None removes the entry."""
     copy = torch.load(io.BytesIO(saved(state)), weights_only=True)
     holder = copy
     for key in name[:-1]:
@@ -452,7 +454,7 @@ MISFITS = [
     (("seconds",), float("nan"), "seconds is nan"),
     (("history",), "none", "history has str, expected list"),
     (("history",), [], "history has 0 lines, expected 1"),
-    (("history",), [{"epoch": 1}], "history.0.reconstruction is missing or no number"),
+    (("history",), [{"epoch": 1}], "history.0.reconstruction is missing or not a number"),
     (("finished",), None, "finished has NoneType, expected bool"),
     (("course",), [1], "course has list, expected dict"),
 ]
@@ -462,7 +464,7 @@ MISFITS = [
 def test_a_sealed_snapshot_that_does_not_fit_is_refused_by_name(
     finished, tmp_path, name, value, said
 ):
-    """And nothing of the run is changed: not its folder, nor a trainer that is given the state."""
+    """Nothing of the run changes: neither its folder, nor a trainer that gets the state."""
     run, state = finished
     bad = changed(state, name, value)
     (tmp_path / "run").mkdir()

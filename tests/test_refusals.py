@@ -1,4 +1,4 @@
-"""Bundles that must not run, from the command line: one line, exit code 3, nothing executed."""
+"""Bundles that must not run, by the command line: one line, exit code 3, nothing executed."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ def copy(bundle, tmp_path):
 
 
 def manifest_changed(folder, **changes):
-    """Under a seal that fits again."""
+    """Changes the manifest and seals it again."""
     manifest = unsealed((folder / MANIFEST).read_bytes())
     (folder / MANIFEST).write_bytes(sealed(manifest | changes))
 
@@ -43,7 +43,7 @@ def test_a_truncated_file(copy, refused, name):
 
 @pytest.mark.parametrize("way", ["path", "symlink", "hard link"])
 def test_weights_outside_the_file(copy, refused, tmp_path, way):
-    """A name inside the bundle reaches a secret beside it: onnxruntime would follow all three."""
+    """A name in the bundle leads to a secret file beside it; onnxruntime would follow all three."""
     model = onnx.load(copy / "tokenizer.onnx")
     tensor = next(t for t in model.graph.initializer if t.name == "quantizer.codebook")
     secret = tmp_path / "secret"
@@ -76,7 +76,7 @@ def test_an_operator_or_domain_that_no_bundle_has(copy, refused, field, value, s
 
 def test_a_file_that_is_larger_than_it_says_and_one_that_says_too_much(copy, refused):
     with (copy / "decoder.onnx").open("ab") as file:
-        file.truncate(3 * 2**30)  # sparse: nothing of it is read
+        file.truncate(3 * 2**30)  # sparse; nothing of it is read
     assert "decoder.onnx: 3221225472 bytes, more than" in refused(
         3, "-m", "vqdeploy", "inspect", copy
     )
@@ -107,7 +107,7 @@ def test_a_manifest_that_speaks_of_something_else(copy, refused, changes, said):
 
 
 def test_a_killed_export_leaves_no_bundle_where_one_should_be(model_file, refused, run, tmp_path):
-    """SIGKILL as soon as the first file of the new folder is there."""
+    """SIGKILL comes as soon as the first file of the new folder is there."""
     for _ in range(3):
         process = subprocess.Popen(
             [sys.executable, "-m", "vqdeploy", "export", model_file, "--output", tmp_path / "out"],
@@ -121,7 +121,7 @@ def test_a_killed_export_leaves_no_bundle_where_one_should_be(model_file, refuse
         process.wait()
         if not (tmp_path / "out").exists():
             break
-        shutil.rmtree(tmp_path / "out")  # it was quicker
+        shutil.rmtree(tmp_path / "out")  # export was quicker
     else:
         pytest.skip("the export was quicker than the signal, three times")
     (partial,) = tmp_path.glob(".out.*")
@@ -132,7 +132,7 @@ def test_a_killed_export_leaves_no_bundle_where_one_should_be(model_file, refuse
 
 
 def test_an_encoder_of_another_model_signed_into_a_bundle_is_refuted(copy, run):
-    """The files fit the manifest, the manifest its files; the oracle knows better."""
+    """The files fit the manifest, and the manifest fits its files. The oracle finds it."""
 
     def change(array):
         array *= np.float32(1.01)

@@ -1,4 +1,4 @@
-"""Networks of one's own: what the rows of a spec say, all three interpreters do, and files keep."""
+"""Users' own networks: all three interpreters do what a spec's rows say, and files keep them."""
 
 import dataclasses
 from typing import Any
@@ -26,7 +26,7 @@ SIZES: dict[str, Any] = {
 
 
 def with_activation(name: str) -> ModelSpec:
-    """The residual network with ``name`` in place of every relu."""
+    """Returns the residual network with ``name`` in place of every relu."""
     spec = residual((3, 8, 8), **SIZES, variance=0.1)
 
     def changed(rows):

@@ -39,7 +39,7 @@ def test_the_recipe_of_the_post_has_no_rule_and_the_posts_constants():
 
 
 def test_the_recipe_of_sonnet_has_no_rule_and_the_examples_constants():
-    """Its loss times CHW/2 is the gaussian likelihood's, so beta and Adam's epsilon are, too."""
+    """The gaussian loss is CHW/2 times Sonnet's; beta and Adam's epsilon take this factor, too."""
     options = RECIPES["sonnet"](RESIDUAL)
     factor = 3 * 32 * 32 / 2
     assert (options.batch_size, options.learning_rate, options.second_moment) == (32, 3e-4, 0.999)
@@ -75,8 +75,11 @@ def test_every_recipe_gives_options_for_every_family():
 
 @pytest.mark.parametrize("most", [2**24, 1000])
 def test_the_choices_of_an_annealed_step_are_distributed_as_the_rule_says(most, monkeypatch):
-    """One latent between three codes, 20,000 times, beside the oracle's draws with NumPy's own
-    noise: with an array of noise, and with a seed if that array would be too large."""
+    """One latent between three codes, 20,000 times, compared with the oracle's draws.
+
+    The oracle has NumPy's noise. The choices have an array of noise, or a seed if the array would
+    be too large.
+    """
     monkeypatch.setattr(rules, "CHOICE_ELEMENTS", most)
     codebook = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     latents = torch.tensor([0.4, 0.1]).expand(20_000, 1, 2)
@@ -94,7 +97,7 @@ def test_the_choices_of_an_annealed_step_are_distributed_as_the_rule_says(most, 
 
 
 def test_choices_too_many_for_an_array_are_a_seed_and_a_new_one_each_step():
-    """A step on 64 images of 1,024 latents with 16,384 codes: an array would take 4 GiB."""
+    """For 64 images of 1,024 latents with 16,384 codes, an array would take 4 GiB."""
     spec = families.residual((3, 256, 256), downsample=8, num_codes=16_384)
     assert spec.latent_size == 1024
     assert not fits_an_array(spec, 64)
@@ -154,7 +157,7 @@ def test_the_start_with_fewer_latents_than_codes_is_made_all_the_same(model, man
 
 @pytest.mark.parametrize("most", [2**24, 1000])
 def test_kmeans_is_a_sensible_partition_with_an_array_of_distances_and_without(most, monkeypatch):
-    """Eight clusters of 2,000 latents: the error is near that of SciPy's best of ten."""
+    """For eight clusters of 2,000 latents, the error is near that of SciPy's best of ten."""
     monkeypatch.setattr(rules, "CHOICE_ELEMENTS", most)
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(8, 4)) * 3
@@ -180,7 +183,7 @@ def test_kmeans_of_unit_latents_ends_on_the_sphere_at_the_directions_of_its_clus
     rows, labels = kmeans(torch.from_numpy(points), 8, seed=1, normalized=True)
     np.testing.assert_allclose(rows.norm(dim=1).numpy(), 1, rtol=1e-14)
     means = np.stack([points[labels == code].mean(axis=0) for code in range(8)])
-    np.testing.assert_allclose(rows, unit(means), atol=0.02)  # not yet at rest
+    np.testing.assert_allclose(rows, unit(means), atol=0.02)  # not yet converged
 
 
 def test_the_alternation_moves_each_code_to_the_mean_of_its_latents(monkeypatch):
@@ -213,7 +216,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the resource module is POSIX's")
 def test_kmeans_of_many_latents_makes_no_array_of_all_distances():
-    """16,384 latents and 4,096 codes: distances in float64 would take 512 MiB."""
+    """For 16,384 latents and 4,096 codes, all distances in float64 would take 512 MiB."""
     done = subprocess.run(
         [sys.executable, "-c", CLUSTERED], capture_output=True, text=True, check=True
     )
@@ -254,7 +257,7 @@ def test_plain_steps_leave_the_codebook_alone_and_train_the_networks(tmp_path, m
 
 
 def without_sizes(options):
-    """The fields of options, but for the length of the run and its batches."""
+    """Returns the fields of options without the length of the run and its batches."""
     return {n: v for n, v in options.to_dict().items() if n not in ("epochs", "batch_size")}
 
 

@@ -1,4 +1,4 @@
-"""Every backend meets the adversary and a model's own latents: wrong quantizers are refuted."""
+"""Every backend gets adversarial latents and a model's own: wrong quantizers are refuted."""
 
 import numpy as np
 import onnx

@@ -1,5 +1,7 @@
-"""Samples of a learned prior from a bundle: what the graphs draw is what the oracle draws, on every
-machine and in every batch; a bundle holds its prior to the oracle."""
+"""Samples of a learned prior from a bundle: the graphs draw what the oracle draws.
+
+This holds on every machine and in every batch. A bundle's prior is checked against the oracle.
+"""
 
 import dataclasses
 
@@ -29,7 +31,7 @@ def with_prior(model, spec=SPEC, params=PARAMS):
 
 @pytest.fixture(scope="module")
 def learned(model, tmp_path_factory):
-    """The bundle of ``model`` with a prior."""
+    """The bundle of ``model`` with a learned prior."""
     folder = tmp_path_factory.mktemp("prior")
     write_model(folder / "model.pt", with_prior(model))
     export(folder / "model.pt", folder / "bundle")
@@ -102,7 +104,7 @@ def test_the_codec_draws_what_the_oracle_draws(codec, how):
 
 
 def test_a_sample_depends_on_its_seed_and_number_alone(codec):
-    whole = codec.draw(130, seed=5).indices  # two batches and a part
+    whole = codec.draw(130, seed=5).indices  # two whole batches and a part
     np.testing.assert_array_equal(codec.draw(70, seed=5).indices, whole[:70])
     assert (codec.draw(130, seed=6).indices != whole).any()
     assert codec.sample(0, seed=5).shape[0] == 0

@@ -1,4 +1,4 @@
-"""Sessions: what each device does, and batches that fit memory."""
+"""Sessions: what each device does, and batches that fit in memory."""
 
 import numpy as np
 import onnxruntime as ort
@@ -25,7 +25,7 @@ PRODUCTS = DIRECT | {"NonZero"}
 def test_batches_hold_what_their_graph_needs_and_no_less():
     small, many = post(), post(num_codes=16_384, code_size=64)
     assert batch_size(small, ENCODER | DIRECT) == 256
-    assert batch_size(small, ENCODER, cores=2) == 41  # the widest row in the cores' caches
+    assert batch_size(small, ENCODER, cores=2) == 41  # the widest row fits in the cores' caches
     assert batch_size(small, ENCODER, cores=64) == 256
     assert batch_size(many, DIRECT) == 32  # K*D differences and their squares
     assert batch_size(many, PRODUCTS) == 256  # K scores

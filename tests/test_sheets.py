@@ -1,4 +1,4 @@
-"""Pictures of a run show what they say: each pixel is where its image, its token, its code is."""
+"""Pictures of a run are right: each pixel is at the place of its image, token or code."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ RNG = np.random.default_rng(0)
 
 
 def tiles(path, size, columns):
-    """The images of a sheet, row by row, as (n, height, width, 3) uint8."""
+    """Returns the images of a sheet, row by row, as (n, height, width, 3) uint8."""
     with Image.open(path) as picture:
         factor = max(1, round(SHEET_PIXELS / (columns * (size + GAP) + GAP)))
         small = picture.convert("RGB").resize(
@@ -32,7 +32,7 @@ def tiles(path, size, columns):
 
 
 def levels(images):
-    """Images (N, C, H, W) in [0, 1] as ``tiles`` gives them."""
+    """Returns images (N, C, H, W) in [0, 1] as ``tiles`` gives them."""
     pixels = np.round(255 * images).astype(np.uint8).transpose(0, 2, 3, 1)
     return np.broadcast_to(pixels, (*pixels.shape[:3], 3))
 

@@ -1,5 +1,7 @@
-"""Signals: each arrives, once, as one line and its exit code, whatever is going on; real signals to
-real processes."""
+"""Signals: each is answered once, by one line and its exit code, whatever the process does.
+
+Real signals go to real processes.
+"""
 
 import os
 import re
@@ -31,7 +33,7 @@ END = "\nsys.exit(guarded('tool', body, last=True))"
 
 
 def python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A program of its own, in an empty folder, with this project on its path."""
+    """Starts a program in a new process, in an empty folder, with this project on its path."""
     with tempfile.TemporaryDirectory() as folder:
         return _run([sys.executable, "-c", code, *arguments], Path(folder))
 
@@ -197,7 +199,7 @@ def test_what_answers_a_signal_that_arrived_may_hold():
                 kill()
         except Interrupted:
             with hold():
-                time.sleep(0.3)  # longer than it takes to be raised again
+                time.sleep(0.3)  # longer than the time until it is raised again
             saved.append(True)
             raise
 
@@ -246,14 +248,14 @@ def test_a_keyboard_interrupt_of_other_making_is_130(capsys):
 
 
 PROGRAMS = {"vqtrain": "torch", "vqdeploy": "numpy", "vqref": "numpy"}
-"""The programs, and a library that each imports to do something."""
+"""The programs, each with a library that it imports to do something."""
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to look into")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_first_signal_that_a_program_can_answer_is_one_line(program, number, tmp_path):
-    """From Python's start until then, Python answers: as soon as SIGTERM is caught, it is sent."""
+    """Until then, Python itself answers. The signal is sent as soon as SIGTERM is caught."""
     process = subprocess.Popen(
         [sys.executable, "-m", program, "evaluate", "nothing"],
         cwd=tmp_path,
@@ -311,7 +313,7 @@ assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 @pytest.mark.parametrize(
     ("state", "code", "said"),
     [
-        ("watched", 0, ""),  # swallowed
+        ("watched", 0, ""),  # the signal is swallowed
         ("watched", -15, ""),
         ("watched", 130, "vqtrain: interrupted\n"),  # SIGINT's
         ("watched", 143, ""),
@@ -326,7 +328,7 @@ def test_a_signal_that_is_not_answered_is_found(state, code, said):
 
 
 def test_signals_at_random_moments_are_answered_and_runs_end_at_the_same_bits():
-    """A few here; ``python -m benchmarks.hostile.signals`` sends as many as one likes."""
+    """Sends a few; ``python -m benchmarks.hostile.signals`` sends as many as you like."""
     found = campaign(1, epochs=2, others=())
     assert found.wrong == []
     assert (found.sent, found.ends > 0) == (2, True)

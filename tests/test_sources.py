@@ -1,5 +1,4 @@
-"""Where images come from: the network that may lie, break or not be there, the cache, folders of
-pictures."""
+"""Where images come from: the cache, folders, and a network that may lie, break or be missing."""
 
 import argparse
 import gzip
@@ -24,7 +23,7 @@ RNG = np.random.default_rng(0)
 
 
 def loaded(source: str, *how) -> ImageSet:
-    """What ``load_source`` gives, which is no stream."""
+    """Returns what ``load_source`` returns, which must not be a stream."""
     found = load_source(source, *how)
     assert isinstance(found, ImageSet)
     return found
@@ -45,7 +44,7 @@ PAGE = b"<html>This site has moved</html>"
 
 @pytest.fixture(autouse=True)
 def small_kmnist(monkeypatch):
-    """Two small files in the place of the official ones; their digests are what is believed."""
+    """Two small files in place of the official ones; their digests count as the official ones."""
     monkeypatch.setattr(
         sources,
         "KMNIST_FILES",
@@ -56,7 +55,7 @@ def small_kmnist(monkeypatch):
 
 
 class Server:
-    """A place on this machine. ``answer(name)`` gives (status, body, bytes of it that are sent)."""
+    """A place on this machine. ``answer(name)`` gives (status, body, how many bytes are sent)."""
 
     def __init__(self, answer) -> None:
         self.asked: list[str] = []

@@ -55,7 +55,7 @@ PIXELS = st.integers(1, 9)
 
 @st.composite
 def rows(draw):
-    """A row of any kind, its shapes those that the kind gives."""
+    """Draws a row of any kind, with shapes that follow from the kind."""
     kind, activation = draw(st.sampled_from(list(KINDS))), draw(st.sampled_from(ACTIVATIONS))
     image = (draw(PIXELS), draw(PIXELS), draw(PIXELS))
     fields = {}
@@ -103,7 +103,7 @@ def rows(draw):
 
 
 def conv_shape(kind, channels, image, kernel, stride, pads):
-    """The shape by the formulas of torch.nn.Conv2d and ConvTranspose2d, pads given at each end."""
+    """Returns the shape by the formulas of torch.nn.Conv2d and ConvTranspose2d, pads per side."""
     sides = []
     for n, k, p in zip(image[1:], kernel, pads, strict=True):
         wide = n + sum(p) >= k
@@ -133,7 +133,7 @@ def test_a_field_that_came_later_is_in_files_only_where_it_says_something():
 def test_a_row_of_another_result_is_refused(row):
     other = (*row.out_shape[:-1], row.out_shape[-1] + 1)
     if row.kind in ("dense", "embedding"):
-        return  # give any number of features
+        return  # these may have any number of features
     with pytest.raises(ValueError, match=r"x\.row: out_shape is .*, a .* of these sizes gives"):
         dataclasses.replace(row, out_shape=other)
 
@@ -196,7 +196,7 @@ def test_a_row_that_cannot_be_is_refused_by_name(make, message):
 
 
 def add_row(fields, **row):
-    """The plain data of a spec with one more row at the decoder's end, which keeps its shape."""
+    """Returns plain data of a spec with one more row at the decoder's end, of the same shape."""
     shape = fields["decoder"][-1]["out_shape"]
     kept = {"name": "decoder.more", "kind": "activation", "in_shape": shape, "out_shape": shape}
     fields["decoder"].append({**kept, **row})
@@ -294,7 +294,7 @@ JSON = st.recursive(
 
 @st.composite
 def mutated(draw):
-    """The plain data of a spec after a few changes anywhere in it."""
+    """Draws the plain data of a spec after a few changes anywhere in it."""
     fields = copy.deepcopy(draw(st.sampled_from(SPECS)).to_dict())
     for _ in range(draw(st.integers(1, 3))):
         place = fields
@@ -340,7 +340,7 @@ def test_whatever_plain_data_holds_it_is_a_spec_or_a_value_error(fields):
 
 @st.composite
 def graphs(draw):
-    """Rows of one shape, each of which reads the row before or any earlier ones, in any order."""
+    """Draws rows of one shape; each reads the row before or any earlier rows, in any order."""
     layers = [Layer("x.r0", "affine", (2,), (2,))]
     for i in range(1, draw(st.integers(1, 12))):
         kind = draw(st.sampled_from(["affine", "activation", "add"]))

@@ -1,5 +1,4 @@
-"""A training step: the same whether it is taken by itself or played again from a recording, and fit
-to be recorded."""
+"""A training step: a recording gives the same result as a normal step, and is possible."""
 
 import copy
 import dataclasses
@@ -42,7 +41,7 @@ def parts(model, options):
 
 
 def again(body):
-    """A recording that plays its body on tensors in fixed places, as a CUDA graph does."""
+    """Returns a recording that runs its body on tensors in fixed places, as a CUDA graph does."""
     return body
 
 
@@ -91,7 +90,7 @@ def test_a_step_that_cannot_be_recorded_is_taken_all_the_same(model, batch):
 
 @pytest.mark.parametrize("step", [0, 12, 30, 38])
 def test_no_kind_of_step_waits_for_its_device(model, step):
-    """Tensors that have no values raise where a step asks for one, as a CUDA graph would."""
+    """Tensors without values raise if a step asks for a value, as a CUDA graph would."""
     module, _, rules = parts(model, EVERY_RULE)
     mode = FakeTensorMode()
     with FakeCopyMode(mode):
@@ -121,8 +120,11 @@ def test_a_large_codebook_is_searched_in_a_step_that_is_not_recorded():
 
 @pytest.mark.parametrize("family", ["post", "residual"])
 def test_a_step_in_bfloat16_has_the_gradients_of_autocast(family, model, residual_model):
-    """To a few roundings of bfloat16: the same products, but phases add up their bias' gradients in
-    bfloat16 here, in float32 there."""
+    """They are equal up to a few roundings of bfloat16.
+
+    The products are the same, but here phases add up gradients of biases in bfloat16, and autocast
+    does so in float32.
+    """
     of = {"post": model, "residual": residual_model}[family]
     images = torch.rand(8, *of.spec.image_shape, generator=torch.Generator().manual_seed(0))
 

@@ -1,5 +1,4 @@
-"""The training step's own gradients, held to the oracle as a run goes: whatever is wrong with one
-is named."""
+"""The training step's own gradients, checked against the oracle during a run: errors are named."""
 
 import dataclasses
 
@@ -57,7 +56,7 @@ def test_the_steps_gradients_are_the_oracles(case, precision):
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_images_that_are_all_alike_raise_no_alarm(case, level, precision):
-    """Latents are then their codes, and a gradient what rounding leaves of a difference."""
+    """Latents then equal their codes, and a gradient is only the rounding of a difference."""
     model, images = case
     images = np.full_like(images, level)
     with torch.no_grad():
@@ -73,14 +72,14 @@ def test_images_that_are_all_alike_raise_no_alarm(case, level, precision):
 
 
 def without_stop(self, images, choose=nearest):
-    """The decoder's input without the gradient of the latents."""
+    """Gives the decoder an input without the gradient of the latents."""
     latents = self.encoder(images)
     indices, quantized = self.quantizer(latents, choose)
     return Forward(latents, indices, quantized, self.decoder(quantized))
 
 
 def halved(self, images, choose=nearest):
-    """The estimator hands on half."""
+    """Makes the estimator pass on half of the gradient."""
     latents = self.encoder(images)
     indices, quantized = self.quantizer(latents, choose)
     through = quantized + 0.5 * (latents - latents.detach())
@@ -88,14 +87,14 @@ def halved(self, images, choose=nearest):
 
 
 def fed_latents(self, images, choose=nearest):
-    """The decoder's input is the latents: not quantized at all."""
+    """Gives the decoder the latents, not quantized at all."""
     latents = self.encoder(images)
     indices, quantized = self.quantizer(latents, choose)
     return Forward(latents, indices, quantized, self.decoder(latents))
 
 
 def losses_with(**changed):
-    """``compute_losses`` with one of its terms otherwise."""
+    """Returns ``compute_losses`` with one of its terms changed."""
     terms = {
         "over": len,
         "squares": lambda latents, quantized: (latents - quantized.detach()).square().mean(),
@@ -126,7 +125,7 @@ def drop_bias(model, monkeypatch):
 
 
 def pulled_back_by(change):
-    """Every activation computes what it should, and hands back a changed gradient."""
+    """Every activation computes what it should, but returns a changed gradient."""
 
     class Changed(torch.autograd.Function):
         @staticmethod

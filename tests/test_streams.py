@@ -1,5 +1,7 @@
-"""Images that memory does not hold: pixels and order of every kind of shards, kills, ranks, broken
-images, what is held out and what is sampled."""
+"""Images that do not fit in memory: pixels and order for every kind of shards.
+
+Also kills, ranks, broken images, held-out images and samples.
+"""
 
 import io
 import json
@@ -37,7 +39,7 @@ HERE = Streaming(workers=0)
 
 
 def png(image) -> bytes:
-    """The bytes of a picture of an image (H, W)."""
+    """Returns the bytes of a picture of an image (H, W)."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="png")
     return buffer.getvalue()
@@ -97,7 +99,7 @@ def images(many_images):
 
 @pytest.fixture
 def shards(tmp_path, images):
-    """A function that writes the images as shards of a kind, and opens them with a split."""
+    """Writes the images as shards of a kind, and opens them with a split."""
 
     def made(write=write_npy, held_out=0.0, streaming=HERE, reading=PLAIN, of=images):
         folder = tmp_path / "shards"
@@ -110,7 +112,7 @@ def shards(tmp_path, images):
 
 
 def passed(found: StreamSet, *, batch=7, part=None, skip=0, seed=0, device="cpu"):
-    """The batches of one pass, as levels from 0 to 255."""
+    """Returns the batches of one pass, as levels from 0 to 255."""
     batches = StreamBatches(found, batch, torch.device(device), print, part)
     generator = torch.Generator().manual_seed(seed)
     return [(255 * x).round().byte().numpy() for x in batches.shuffled(generator, skip)]
@@ -216,7 +218,7 @@ def test_shards_named_as_datasets_names_them_bring_their_own_split(tmp_path, ima
     for name, part in (("train", images[:160]), ("test", images[160:200]), ("extra", images[:1])):
         np.save(tmp_path / f"{name}-00000-of-00001.npy", part)
     whole = hold_out(load_source(str(tmp_path), print, streaming=HERE), None)
-    assert whole.held_out_as is not None  # a shard of no known split: they are one set
+    assert whole.held_out_as is not None  # one shard has no known split, so all are one set
     (tmp_path / "extra-00000-of-00001.npy").rename(tmp_path / "validation-0.npy")
     found = hold_out(load_source(str(tmp_path), print, streaming=HERE), None)
     assert (found.count, len(found.held_out)) == (160, 1)
@@ -231,13 +233,13 @@ def test_samples_are_bounded_and_the_same_every_time(shards, images, monkeypatch
     monkeypatch.setattr(streams, "SAMPLED_PIECES", 8)
     found, again = shards(), shards()
     assert len(found.train) == 40
-    assert "40 of the 240 training images are kept as their sample" in found.said
+    assert "40 of the 240 training images are kept as a sample" in found.said
     assert as_set(found.train) < as_set(images)
     np.testing.assert_array_equal(found.train, again.train)
 
 
 def broken_tar(folder, images):
-    """The images as a tar in which two pictures are cut off, and one is of another size."""
+    """The images in a tar; two pictures are cut off, and one has another size."""
     with tarfile.open(folder / "a.tar", "w") as archive:
         for i, image in enumerate(images):
             content = png(image[:20] if i == 50 else image)
@@ -264,7 +266,7 @@ def test_broken_images_are_counted_and_named_and_others_take_their_place(
     assert (found.count, len(found.train)) == (COUNT, COUNT - 3)
     (one,) = passed(found, batch=COUNT)
     assert as_set(one) == as_set(found.train)
-    assert not capsys.readouterr().out  # none is said twice
+    assert not capsys.readouterr().out  # nothing is said twice
     monkeypatch.setattr(streams, "SAMPLED", 1)
     found = shards(broken_tar, streaming=Streaming(workers=0, max_broken=3))
     passed(found)
@@ -344,7 +346,7 @@ def test_options_of_shards_and_of_pictures_are_refused_elsewhere(tmp_path, shard
         load_source(str(tmp_path / "few.npy"), print, streaming=Streaming(buffer=3))
     with pytest.raises(InputError, match="--max-broken is for shards"):
         load_source("glyphs", print, streaming=Streaming(max_broken=3))
-    with pytest.raises(InputError, match=r"--skip-bad is for a folder of pictures; of shards, use"):
+    with pytest.raises(InputError, match=r"--skip-bad is for a folder of pictures; for shards, us"):
         shards(reading=Reading(skip_bad=True))
     with pytest.raises(InputError, match=r"--resize is for pictures; .* holds arrays"):
         shards(reading=Reading(size=(8, 8)))
@@ -371,7 +373,7 @@ def test_floating_arrays_stay_floating_and_wrong_ones_are_broken(tmp_path, image
     assert isinstance(found, StreamSet)
     assert found.train.dtype == np.float32
     assert sorted(found.broken)[0].startswith("a.npy: 3: images: nan")
-    assert sorted(found.broken)[1] == "b.npy: 0: its dtype is uint8, that of others float32"
+    assert sorted(found.broken)[1] == "b.npy: 0: its dtype is uint8, others have float32"
 
 
 def test_a_decoding_process_that_is_killed_ends_the_pass_in_one_line(shards):
@@ -385,7 +387,7 @@ def test_a_decoding_process_that_is_killed_ends_the_pass_in_one_line(shards):
 
 
 def test_decoding_processes_end_with_a_training_process_that_is_killed(tmp_path, images):
-    """Even with more decoded than the pipe to it holds."""
+    """This holds even if more is decoded than the pipe to the training process holds."""
     np.save(tmp_path / "a.npy", np.tile(images, (4, 2, 2)))
     code = """
 import multiprocessing, time, torch
@@ -518,11 +520,11 @@ def test_evaluate_measures_what_training_held_out_and_prior_refuses_shards(
         assert main(["evaluate", *words, wanted]) == 0
         assert said in capsys.readouterr().out
     assert main(["prior", "model.pt", "--data", "shards"]) == 3
-    assert "a prior is learned on images that memory holds" in capsys.readouterr().err
+    assert "a prior needs images that fit in memory" in capsys.readouterr().err
 
 
 def test_the_same_images_in_memory_and_in_shards_train_alike(tmp_path, images):
-    """Of one buffer and one epoch the orders differ; what both learn does not by much."""
+    """With one buffer and one epoch, the orders differ, but both learn nearly the same."""
     import vqtrain
 
     (tmp_path / "shards").mkdir()
@@ -558,7 +560,7 @@ def test_others_are_held_out_of_shards_and_shards_of_others(tmp_path, images, sh
 
 
 def test_ranks_on_shards_learn_what_one_rank_learns(tmp_path, images, run):
-    """In float32: what they add up differs in its order alone."""
+    """In float32, only the order of their sums differs."""
     (tmp_path / "shards").mkdir()
     broken_tar(tmp_path / "shards", images)
     words = (*RUN[1:], "--epochs", "1", "--recipe", "post", "--threads", "1")
@@ -570,14 +572,14 @@ def test_ranks_on_shards_learn_what_one_rank_learns(tmp_path, images, run):
     assert done.returncode == 0, done.stderr
     assert "2 ranks" in done.stdout
     named = [line.split(": ", 1)[1] for line in done.stdout.splitlines() if "left out" in line]
-    assert len(named) == len(set(named)) == 3  # whichever rank met them
+    assert len(named) == len(set(named)) == 3  # whichever rank found them
     one, two = (read_model(tmp_path / f"{name}.pt").params for name in ("one", "two"))
     for name, array in one.items():
         np.testing.assert_allclose(two[name], array, rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_ranks_add_up_their_broken_images(shards, images):
-    """Each has met one of two, and one is allowed."""
+    """Each has found one of two broken images, and one is allowed."""
 
     def batches(most, *known):
         found = shards(streaming=Streaming(workers=0, max_broken=most))

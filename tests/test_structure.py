@@ -1,9 +1,8 @@
-"""The three import rules, held folder by folder by reading every import statement, and what an
-import costs.
+"""The three import rules, checked in every import statement, and what an import costs.
 
 1. vqtrain and vqdeploy import vqref, never each other.
-2. Equations and judge import numpy, the standard library and each other.
-3. A heavy library has one home, and commands are imported by their package's ``__main__`` alone.
+2. Equations and judge import only numpy, the standard library and each other.
+3. A heavy library has one home, and only a package's ``__main__`` imports its commands.
 """
 
 import ast
@@ -18,14 +17,14 @@ PACKAGES = ("vqref", "vqtrain", "vqdeploy")
 STDLIB = set(sys.stdlib_module_names)
 
 FOREIGN = {"vqref": ("vqtrain", "vqdeploy"), "vqtrain": ("vqdeploy",), "vqdeploy": ("vqtrain",)}
-"""What a package may not import. vqref imports neither of those that import it."""
+"""What each package must not import. vqref imports neither of the packages that import it."""
 
 EQUATIONS = ("vqref/*.py", "vqref/agreement/*.py", "vqref/checks/*.py")
 NOT_EQUATIONS = {"vqref/__main__.py", "vqref/modelfile.py"}
-"""A command line, and a format of files."""
+"""Modules for a command line, and for a file format."""
 
 OUTSIDE_EQUATIONS = ("vqref.host", "argparse", "sys", "subprocess")
-"""Command lines, files of users and processes are no business of an equation."""
+"""What equations must not import: command lines, users' files and processes."""
 
 HOMES = {
     "numpy": PACKAGES,
@@ -46,7 +45,7 @@ HOMES = {
     "ray": ("vqdeploy/cluster.py",),
     "cryptography": ("vqdeploy/proof/signature.py",),
 }
-"""Where each library may be imported; one that is not named here, nowhere."""
+"""Where each library may be imported. A library that is not named here may not be imported."""
 
 EXCEPTIONS = {
     ("vqdeploy/commands/bench.py", "vqtrain"): "the peer beside which it measures, if installed",
@@ -56,7 +55,7 @@ EXCEPTIONS = {
 
 
 def imported(source):
-    """Dotted names that a source imports, anywhere in it."""
+    """Returns the dotted names that a source imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -72,7 +71,7 @@ def within(name, package):
 
 
 def violations(path, source):
-    """What is wrong with the imports of the file at ``path``, relative to the root."""
+    """Returns what is wrong with the imports of the file at ``path``, relative to the root."""
     found, place = [], PurePosixPath(path)
     package = place.parts[0]
     for name in sorted(imported(source)):
@@ -105,7 +104,7 @@ def is_equation(path):
 
 
 def imports_command(place, name):
-    """Whether the file, which is neither its package's ``__main__`` nor a command, imports one."""
+    """Returns whether the file imports a command and is neither a ``__main__`` nor a command."""
     package = place.parts[0]
     private = place.parts[1:] == ("__main__.py",) or place.parts[1] == "commands"
     others = [other for other in PACKAGES if other != package or not private]

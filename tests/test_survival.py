@@ -1,5 +1,7 @@
-"""What a run survives: signals in every phase, kills at any moment, damaged snapshots, a full disk,
-a second run."""
+"""What a run survives: signals, kills, damaged snapshots, a full disk, a second run.
+
+Signals come in every phase, kills at any moment.
+"""
 
 import dataclasses
 import os
@@ -45,7 +47,7 @@ def place(tmp_path, many_images):
 
 @pytest.fixture
 def go(run, place):
-    """Runs the command, or another, with more options."""
+    """Runs the command (or another one) with more options."""
 
     def python(*more: str, words=RUN) -> subprocess.CompletedProcess[str]:
         return run(*words, *more, cwd=place)
@@ -75,7 +77,7 @@ RECIPES = {"post": {}, "every rule": EVERY_RULE, "sonnet": {"dialect": "sonnet"}
 
 @pytest.fixture(scope="module", params=list(RECIPES.values()), ids=list(RECIPES))
 def whole(request, tmp_path_factory, many_images):
-    """A recipe, and what a run of it ends with that nobody stopped."""
+    """A recipe, and the result of a run of it that was not stopped."""
     run = trainer(tmp_path_factory.mktemp("whole"), many_images, **request.param)
     return request.param, run.run()
 
@@ -94,7 +96,7 @@ def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(
     state, _, _ = latest_state(tmp_path / "run")
     assert (
         5 * state["epoch"] + state["step"] == when
-    )  # the step that was being taken is finished, and none after it
+    )  # the current step is finished, and no other begins
     monkeypatch.undo()
     resumed = trainer(tmp_path, many_images, state=state, **recipe).run()
     assert same(resumed.params, undisturbed.params)
@@ -140,7 +142,7 @@ def test_sigterm_in_any_phase_saves_and_exits_143(place, phase, go):
     assert ("and saved; the same command goes on" in done.stderr) is saved
     assert bool(list_states(place / "runs" / "r" / "snapshots")) is saved
     again = RUN
-    if phase == "drawing":  # the first epoch is done, and its report says how to go on
+    if phase == "drawing":  # the first epoch is done, and its report says how to continue
         report = (place / "runs/r/report.html").read_text()
         said = re.search(r"<code>python (.* --resume .*)</code>", report)
         assert said is not None
@@ -158,7 +160,7 @@ def test_a_signal_while_the_model_is_published_does_not_promise_to_go_on(go):
 
 
 def test_kills_at_random_moments_lose_no_snapshot_and_end_at_the_same_bits(place, go):
-    """A few here; ``python -m benchmarks.kills`` makes it as many as one likes."""
+    """Tries a few; ``python -m benchmarks.kills`` tries as many as you like."""
 
     def begun(*more: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
@@ -176,7 +178,7 @@ def test_kills_at_random_moments_lose_no_snapshot_and_end_at_the_same_bits(place
     reached, kills = 0, 0
     for _ in range(6):
         process = begun()
-        time.sleep(rng.uniform(0.1, 0.5) * whole)  # others may be at work now, and not then
+        time.sleep(rng.uniform(0.1, 0.5) * whole)  # the machine may be busier now than later
         process.kill()
         if process.wait() == 0:
             break
@@ -364,7 +366,7 @@ def test_a_resumed_state_of_another_course_is_named(tmp_path, many_images):
 
 
 def test_a_network_whose_rows_changed_under_the_same_sizes_is_another_course():
-    """As where a family was written otherwise by another version of the toolkit."""
+    """Another version of the toolkit may have written a family in another way."""
     options = TrainingOptions()
     layer = dataclasses.replace(SPEC.decoder[-1], activation="relu")
     changed = dataclasses.replace(SPEC, decoder=(*SPEC.decoder[:-1], layer))

@@ -1,5 +1,7 @@
-"""Folders of tokens: the same bytes whoever writes them and however often they are killed, refused
-where they are of something else."""
+"""Folders of tokens: the same bytes whoever writes them, and however often they are killed.
+
+Folders of something else are refused.
+"""
 
 import json
 import os
@@ -51,7 +53,7 @@ def tar(colours, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def array(colours, tmp_path_factory):
-    """The images as an .npy."""
+    """The images in an .npy file."""
     path = tmp_path_factory.mktemp("source") / "images.npy"
     np.save(path, colours)
     return path
@@ -64,7 +66,7 @@ def codec(residual_bundle):
 
 @pytest.fixture(scope="module")
 def undisturbed(residual_bundle, array, tmp_path_factory):
-    """What a job of 30 parts writes that nobody disturbs: {name: bytes}."""
+    """What an undisturbed job of 30 parts writes: {name: bytes}."""
     output = tmp_path_factory.mktemp("undisturbed") / "tokens"
     encode(residual_bundle, array, output)
     return content(output)
@@ -151,7 +153,7 @@ def test_a_part_is_whole_or_not_there_wherever_a_write_fails(
     monkeypatch.undo()
     assert not (tmp_path / part.file).exists()
     encoder(part)
-    assert content(tmp_path) == {part.file: undisturbed[part.file]}  # the half file is swept
+    assert content(tmp_path) == {part.file: undisturbed[part.file]}  # the half file is removed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -164,7 +166,7 @@ def test_a_signal_ends_a_job_that_goes_on_later(
     wait_for(lambda: len(list(output.glob("*.parquet"))) > 2, process)
     process.send_signal(number)
     said = process.communicate()[1]
-    if process.returncode:  # else it was done before
+    if process.returncode:  # else it was done before the kill
         assert (process.returncode, said) == (128 + number, "vqdeploy: interrupted\n")
     subprocess.run(words, check=True, capture_output=True)
     assert content(output) == undisturbed
@@ -256,7 +258,7 @@ def mixed(colours, tmp_path):
 def test_broken_images_are_left_out_and_named_up_to_max_broken(
     residual_bundle, mixed, codec, colours, tmp_path, capsys
 ):
-    for _ in range(2):  # the second reads what the first wrote
+    for _ in range(2):  # the second run reads what the first wrote
         progress = encode(residual_bundle, mixed, tmp_path / "tokens", most_broken=2)
         assert progress.summary().startswith("4 images")
         assert "2 left out" in progress.summary()
@@ -300,7 +302,7 @@ def test_progress_says_speed_and_time_left_of_what_is_encoded_now():
     first, second, third = (Outcome(part, 100, 0, (), "", part is parts[0]) for part in parts[:3])
     now[0] = 1
     assert progress.add(first) is None  # too soon to say anything
-    now[0] = 50  # of which most was the start of workers
+    now[0] = 50  # most of it was the start of workers
     assert progress.add(second) == "2 of 4 shards, 100 images encoded, 2 images/s"
     now[0] = 60
     said = progress.add(third)

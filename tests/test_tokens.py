@@ -1,5 +1,7 @@
-"""Files of tokens: what they say of the bundle that made them, and what a reader lets through; the
-folder of PNGs that they become."""
+"""Files of tokens: what they say about their bundle, and what a reader accepts.
+
+Also the folder of PNGs that they become.
+"""
 
 import dataclasses
 import time
@@ -20,11 +22,11 @@ from vqref.preprocessing import Preprocessing
 
 FORMS = (".npz", ".npy", ".parquet")
 TOLD = (".npz", ".parquet")
-"""Those with room for what made the tokens."""
+"""Formats with room for what made the tokens."""
 
 SPEC = families.post((1, 28, 28), base_depth=4, latent_size=4, num_codes=300, code_size=8)
 CODEC: Any = SimpleNamespace(spec=SPEC, manifest_sha256="ab" * 32)
-"""As much of a Codec as a file of tokens is held to."""
+"""The part of a Codec that a file of tokens is checked against."""
 
 INDICES = np.random.default_rng(0).integers(0, 300, (5, 4))
 NAMES = ("a.png", "sub/é ü.jpg", "c", "d" * 300, "e.webp")
@@ -39,7 +41,7 @@ def written(path, names=None, **changes):
 @pytest.mark.parametrize("names", [None, NAMES])
 def test_tokens_come_back_with_their_names_and_what_made_them(tmp_path, form, names):
     found = read_tokens(written(tmp_path / f"t{form}", names))
-    assert found.indices.dtype == np.uint16  # the smallest that holds an index
+    assert found.indices.dtype == np.uint16  # the smallest dtype that holds an index
     np.testing.assert_array_equal(found.indices, INDICES)
     told = (found.names, found.manifest_sha256, found.latent_shape, found.num_codes)
     assert told == ((names, "ab" * 32, (4,), 300) if form in TOLD else (None,) * 4)
@@ -89,7 +91,7 @@ def test_tokens_of_another_grid_or_codebook_are_refused_even_if_forced(
 def test_tokens_that_lie_the_other_way_are_refused():
     with pytest.raises(InputError, match=r"shape is \(4, 5\), \(S, N\), expected \(N, 4\)"):
         Tokens(INDICES.T).require(CODEC)
-    Tokens(INDICES[:4].T).require(CODEC)  # which nobody can see
+    Tokens(INDICES[:4].T).require(CODEC)  # nobody can see that it lies the other way
 
 
 @pytest.mark.parametrize(
@@ -208,7 +210,7 @@ def test_names_of_pictures_become_names_of_files():
         "a-2.png": "a-2-2",
         "x-2.png": "x-2",
         "X.png": "X",
-        "X.gif": "X-3",  # on some systems X-2 is x-2
+        "X.gif": "X-3",  # on some systems, X-2 and x-2 are the same name
         "é ü.JPG": "é ü",
         "v1.2": "v1.2",
         "": "image",
@@ -247,7 +249,7 @@ def test_no_name_leaves_the_folder(tmp_path, name):
 def test_many_equal_names_take_no_time_that_grows_with_their_square():
     start = time.perf_counter()
     assert file_names(["a", "A"] * 5000)[-1] == "A-10000.png"
-    assert time.perf_counter() - start < 1  # as opposed to ten
+    assert time.perf_counter() - start < 1  # comparing each name with all others would take ten
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -266,7 +268,7 @@ def test_a_folder_that_holds_something_stays_as_it_is(tmp_path, monkeypatch):
     images = np.zeros((1, 1, 4, 4), np.uint8)
     mine = tmp_path / "mine"
     mine.mkdir()
-    require_free(mine)  # an empty one is taken
+    require_free(mine)  # an empty folder may be used
     write_pictures(mine, images)
     (mine / "0.png").write_text("mine")
     for check in (lambda: require_free(mine), lambda: write_pictures(mine, images)):

@@ -1,5 +1,7 @@
-"""The trainer: the same rows, the same quantizer, the post's step, and a run that stops if the
-oracle disagrees."""
+"""The trainer: the oracle's rows and quantizer, the post's step.
+
+A run stops if the oracle disagrees.
+"""
 
 import json
 
@@ -312,8 +314,10 @@ def test_every_recipe_has_options_for_every_family(recipe, make):
 
 
 def test_the_sonnet_recipe_takes_sonnets_steps(colour_images):
-    """Its loss is NMSE + commitment / 4, Adam's epsilon 1e-8: the same parameters after three
-    steps, but for rounding."""
+    """After three steps, the parameters are Sonnet's up to rounding.
+
+    Sonnet's loss is NMSE + commitment / 4, with Adam's epsilon 1e-8.
+    """
     options = RECIPES["sonnet"](GRID)
     module = start_model(GRID, options, colour_images, CPU).double()
     params = {name: array.astype(np.float64) for name, array in module.params().items()}
@@ -445,7 +449,7 @@ def test_auto_takes_the_precision_that_the_processor_has(monkeypatch, instructio
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 16, 24)])
 def test_phases_are_the_transposed_convolution(shape):
-    """At stride 2: four small convolutions and a shuffle beside PyTorch's own, in float64."""
+    """At stride 2, four small convolutions and a shuffle give PyTorch's own result, in float64."""
     layers = [
         row
         for row in families.post(shape, base_depth=4).decoder

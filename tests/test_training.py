@@ -1,4 +1,4 @@
-"""``vqtrain.train``: the command's model from an array, and a process that is left as it was."""
+"""``vqtrain.train``: makes the command's model from an array, and leaves the process as it was."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """Temporary folders are made in ``tmp_path / "temporary"``, paths are relative to tmp_path."""
+    """Puts temporary folders into ``tmp_path / "temporary"``; paths are relative to tmp_path."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path)
@@ -57,7 +57,7 @@ def as_words(options):
 
 
 def figures(model):
-    """The metrics but for the seconds that they took, and the name of the data."""
+    """Returns the metrics without the seconds that they took, and the name of the data."""
     history = [dict(line) for line in model.metrics["history"]]
     for line in history:
         del line["images_per_second"], line["data"]
@@ -114,7 +114,7 @@ def test_it_is_silent_and_leaves_nothing(place, images, capfd):
 
 
 def on_a_terminal(code: str, cwd) -> str:
-    """What a program writes to a terminal."""
+    """Returns what a program writes to a terminal."""
     import pty
     import termios
 
@@ -134,7 +134,7 @@ def on_a_terminal(code: str, cwd) -> str:
     try:
         while piece := os.read(ours, 2**16):
             said += piece
-    except OSError:  # so Linux says that the other end is closed
+    except OSError:  # Linux's way to say that the other end is closed
         pass
     os.close(ours)
     assert process.wait() == 0, said

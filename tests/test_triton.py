@@ -1,5 +1,7 @@
-"""Triton's model repository: each configuration is read by Triton's own schema, says what the graph
-is, and the requests that it warms a model up with can be run."""
+"""Triton's model repository: each configuration fits Triton's own schema and its graph.
+
+The requests that it warms a model up with can be run.
+"""
 
 import dataclasses
 import shutil
@@ -22,7 +24,7 @@ from vqref.errors import InputError
 from vqref.prior import Prior, transformer
 
 NUMPY = {"TYPE_FP32": np.float32, "TYPE_INT64": np.int64, "TYPE_INT32": np.int32}
-"""What Triton's types are, as its documentation has it."""
+"""Triton's types, from its documentation."""
 
 CASES: dict[str, dict[str, Any]] = {
     "any batch": {},
@@ -35,7 +37,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request, model, tmp_path_factory):
-    """A bundle with a prior, its repository, and the options that it was exported with."""
+    """A bundle with a prior, its repository, and its options of export."""
     spec = transformer(4, 16, width=16, depth=2, heads=2)
     prior = Prior(spec, prior_params(spec), model.digest(), {"seed": 0}, {"held_out": 9.5})
     options = GraphOptions(**CASES[request.param])
@@ -54,7 +56,7 @@ def config_of(repository, stage):
 
 
 def graph_ports(values):
-    """{name: (dtype, shape)} of an ONNX graph's inputs or outputs, -1 for an axis without size."""
+    """Returns {name: (dtype, shape)} of a graph's inputs or outputs; -1 is an axis without size."""
     return {
         value.name: (
             onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type),
@@ -65,7 +67,7 @@ def graph_ports(values):
 
 
 def config_ports(ports, batched):
-    """The same of a configuration, with the axis of the batch that Triton adds."""
+    """Returns the same for a configuration, with the batch axis that Triton adds."""
     return {
         port.name: (
             np.dtype(NUMPY[type(port).DESCRIPTOR.fields_by_name["data_type"].enum_type
@@ -120,7 +122,7 @@ def test_networks_run_on_cards_as_a_codec_runs_them(case):
     (group,) = config.instance_group
     kinds = ModelInstanceGroup.Kind
     assert group.count == 3
-    if options.precision == "int8":  # which needs a session entry that Triton has no name for
+    if options.precision == "int8":  # it needs a session entry that Triton has no name for
         assert group.kind == kinds.KIND_CPU
         assert not config.HasField("optimization")
         return

@@ -1,4 +1,4 @@
-"""Graphs in other forms, tables, fixed batches, opsets, precisions: each is the model it says."""
+"""Graphs in other forms (tables, fixed batches, opsets, precisions): each is the right model."""
 
 import dataclasses
 import json
@@ -36,7 +36,7 @@ SPEC = families.post((1, 28, 28), base_depth=4, latent_size=2, num_codes=16, cod
 
 @pytest.fixture(scope="module")
 def small():
-    """A model of family post with so few tokens that its detokenizer may be a table."""
+    """A model of family post, with so few tokens that its detokenizer may be a table."""
     return small_model(SPEC)
 
 
@@ -88,7 +88,7 @@ def test_a_table_gives_what_the_network_gives(small):
 def test_a_table_is_one_node_and_is_made_only_if_it_is_small(small, model, residual_model):
     graph = onnx.load_from_string(build_graphs(small.spec, small.params)["detokenizer"]).graph
     assert [node.op_type for node in graph.node] == ["GatherND"]
-    assert not folds(model)  # 65,536 entries, but 205 MB of them
+    assert not folds(model)  # 65,536 entries, but of 205 MB
     assert folds(model, fold=True)
     assert not folds(small, fold=False)
     assert not folds(residual_model)
@@ -226,7 +226,7 @@ def test_reduced_bundles_verify_and_say_what_they_lose(
     report = verify(bundle, "cpu", images).report
     assert report.passed, str(report)
     found = {check.stage: check for check in report.checks}
-    assert found["encoder"].max_error > 1e-5  # it is reduced
+    assert found["encoder"].max_error > 1e-5  # its precision is reduced
     assert found["quantizer"].precision == "float32"
     assert (found["detokenizer"].max_error < 1e-6) == folds(model, fold=fold)
     measured, card = bundle.manifest["measured"], (tmp_path / "b" / "README.md").read_text()
@@ -332,7 +332,7 @@ def test_a_card_shows_what_was_measured_and_the_block_that_hubs_read(family, fam
 
 
 def written(path, params, spec=None):
-    """A file of parameters, with the spec as its entry if one is given."""
+    """Returns a file of parameters, with the spec as an entry if one is given."""
     said = {} if spec is None else {"spec": json.dumps(spec.to_dict())}
     if path.suffix == ".npz":
         entries = {name: np.array(text) for name, text in said.items()}

@@ -1,5 +1,4 @@
-"""Conformance vectors: what they say is the oracle's answer, and a reader in plain Python can judge
-by them alone."""
+"""Conformance vectors: they hold the oracle's answers, and plain Python can judge by them alone."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Family vqgan: what upstream's code computed in float64, training, export and proofs."""
+"""Family vqgan: equal to upstream's code in float64; training, export and proofs."""
 
 import dataclasses
 import tomllib
@@ -32,7 +32,7 @@ def upstream(request):
 
 
 def off(found, expected):
-    """The largest error."""
+    """Returns the largest error."""
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
     return float(np.abs(found - expected).max())
@@ -77,8 +77,10 @@ def test_onnxruntime_computes_upstreams_latents_tokens_and_outputs(upstream):
 
 @pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
 def test_plain_images_are_as_near_as_others(upstream, level):
-    """Nothing varies in a group of a plain image, and what rounding leaves there counts a
-    thousandfold: in float32 a mean has to be taken off twice."""
+    """In a group of a plain image, nothing varies, so rounding counts a thousandfold.
+
+    In float32, a mean must be subtracted twice.
+    """
     spec, params, _ = upstream
     image = np.full((1, *spec.image_shape), level, np.float32)
     exact = vqref.encode(spec, params, image)
@@ -104,7 +106,7 @@ def test_all_interpreters_agree_at_every_stage(small, option, precision):
 
 
 def test_a_wrong_epsilon_is_found(small, monkeypatch):
-    """That of PyTorch's own group norm."""
+    """The wrong one is that of PyTorch's own group norm."""
     spec, params = small.spec, small.params
     images = np.random.default_rng(1).random((6, *spec.image_shape)).astype(np.float32)
     monkeypatch.setattr("vqtrain.network.GROUP_EPSILON", 1e-5)

@@ -1,4 +1,4 @@
-"""Reports of runs and pages of certificates, as people see them: in a real browser, from a disk."""
+"""Reports of runs and pages of certificates as people see them: in a real browser, from disk."""
 
 import dataclasses
 import json
@@ -25,10 +25,10 @@ from vqtrain.run.webreport import PICTURE_BYTES, REPORT
 HOSTILE = "<script>document.title = 'pwned'</script><img src=https://evil.example/x.png>"
 
 DRAWN = {"pictures": True}
-"""The run draws, and so writes its report."""
+"""The run draws pictures, and so writes its report."""
 
 BAD = ("error", "warning")
-"""Kinds of lines of a browser's console; Bokeh remarks on its start in others."""
+"""Kinds of lines in a browser's console that mean a fault; Bokeh's start writes other kinds."""
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,10 @@ def finished(tmp_path_factory, many_images):
 
 
 def opened(chromium, path, wrong, **how):
-    """A file in a browser, from the disk. wrong: takes what goes wrong in it, and whatever it asks
-    of an address."""
+    """Opens a file in a browser, from disk.
+
+    wrong: takes what goes wrong in it, and each request to an address.
+    """
     page = chromium.new_context(**{"viewport": {"width": 1200, "height": 900}, **how}).new_page()
     own = (path.as_uri(), "data:")
     page.on("console", lambda said: said.type in BAD and wrong.append(said.text))
@@ -56,7 +58,7 @@ def opened(chromium, path, wrong, **how):
 
 @pytest.fixture
 def look(chromium):
-    """Opens a page, in which nothing may go wrong."""
+    """Opens a page; nothing may go wrong in it."""
     pages: list[Any] = []
     wrong: list[str] = []
 
@@ -216,7 +218,7 @@ def test_the_look_for_barriers_finds_one(look, barriers, certificate, tmp_path):
 
 
 def stopped(tmp_path, many_images, monkeypatch, when):
-    """A run that is stopped in the given step, counted from 1, of two epochs of five."""
+    """Stops a run of two epochs of five steps in the given step, counted from 1."""
     stop_in_step(monkeypatch, when)
     run = trainer(tmp_path, many_images, work=DRAWN)
     with pytest.raises(Interrupted):

@@ -1,5 +1,7 @@
-"""What is published: the wheel holds every module of the three packages and works where no source
-is; the sdist builds the same wheel."""
+"""What is published: the wheel holds all modules of the three packages and needs no source.
+
+The sdist builds the same wheel.
+"""
 
 import importlib.util
 import os
@@ -32,7 +34,7 @@ print(len(sys.argv) - 2)
 BUILD = (
     "import sys\nfrom setuptools import build_meta\ngetattr(build_meta, sys.argv[1])(sys.argv[2])"
 )
-"""Calls what an installer calls: ``build_sdist`` or ``build_wheel``, in the folder of a source."""
+"""Calls ``build_sdist`` or ``build_wheel`` in the folder of a source, as an installer does."""
 
 
 def setuptools_is_new_enough():
@@ -44,7 +46,7 @@ def setuptools_is_new_enough():
 
 
 def build(what, source, out):
-    """A wheel or an sdist of the source, in the folder ``out``."""
+    """Builds a wheel or an sdist of the source in the folder ``out``."""
     command = [sys.executable, "-c", BUILD, f"build_{what}", str(out)]
     done = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -54,7 +56,7 @@ def build(what, source, out):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy, so that nothing is written into the working tree."""
+    """A copy of the source, so that nothing is written into the working tree."""
     if not setuptools_is_new_enough():
         pytest.skip("needs setuptools 77 or later, of the extra test")
     source = tmp_path_factory.mktemp("source")
@@ -79,7 +81,7 @@ def sdist(source, tmp_path_factory):
 
 
 def modules():
-    """Dotted names of every module of the packages."""
+    """Returns the dotted names of all modules of the packages."""
     for package in PACKAGES:
         for path in sorted((ROOT / package).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
@@ -127,7 +129,7 @@ def test_the_sdist_holds_sources_licence_and_changes_and_builds_the_same_wheel(
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The folder of programs of an environment with the wheel, and this one's libraries."""
+    """The folder of programs of an environment with the wheel and this environment's libraries."""
     place = tmp_path_factory.mktemp("installed")
     venv.create(place, symlinks=True)
     python = place / "bin" / "python"
@@ -136,7 +138,7 @@ def installed(wheel, tmp_path_factory):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (site,) = place.glob("lib/python*/site-packages")
-    # a path that a .pth names is read after the environment's own, and no .pth in it is
+    # a path in a .pth comes after the environment's own; .pth files in that path are not read
     (site / "libraries.pth").write_text(str(Path(np.__file__).parent.parent))
     return python.parent
 

@@ -1,4 +1,4 @@
-"""Networks with the layouts and names of other libraries, written for the tests of importers."""
+"""Networks with the layouts and names of other libraries, for tests of the importers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def settled(module: M, seed: int = 0) -> M:
-    """Every number random, float32 ones in float64, so that none is at its neutral value."""
+    """Makes every number random, so that none is neutral; float32 numbers become float64."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in module.state_dict().items():
@@ -68,7 +68,7 @@ class Conv(nn.Module):
 
 
 class Level(nn.Module):
-    """Of LlamaGen, either side."""
+    """A level of LlamaGen, of either side."""
 
     downsample: Conv
     upsample: Conv
@@ -91,7 +91,7 @@ class Level(nn.Module):
 
 
 class Side(nn.Module):
-    """Encoder or decoder of LlamaGen; which, the order of its middle and its levels says."""
+    """The encoder or decoder of LlamaGen; the order of its middle and its levels says which."""
 
     def __init__(self, inputs: int, widths: list[int], outputs: int, blocks: int, down: bool):
         super().__init__()
@@ -122,7 +122,7 @@ class Side(nn.Module):
 
 
 class LlamaGen(nn.Module):
-    """Widths of the levels from the finest, one block a level."""
+    """LlamaGen's network. widths: of its levels, the finest first; the encoder's have one block."""
 
     quantize: Any
 
@@ -136,7 +136,7 @@ class LlamaGen(nn.Module):
         self.quantize.register_buffer("codebook_used", torch.zeros(65536))
 
     def latents(self, images: torch.Tensor, unit: bool) -> torch.Tensor:
-        """(N, S, D), on the unit sphere if codes are."""
+        """Returns latents (N, S, D), on the unit sphere if codes are."""
         latents = self.quant_conv(self.encoder(2 * images - 1)).flatten(2).transpose(1, 2)
         return F.normalize(latents, dim=-1) if unit else latents
 
@@ -148,7 +148,7 @@ class LlamaGen(nn.Module):
 
 
 class Residual(nn.Module):
-    """Of pytorch-vq-vae: the first ReLU of a block is in place, and changes what is added."""
+    """Blocks of pytorch-vq-vae. Their first ReLU is in place, and so changes what is added."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
@@ -211,7 +211,7 @@ class PytorchVqVae(nn.Module):
 
 
 class SonnetLike:
-    """Sonnet's example by its variables alone, in TensorFlow's layouts; float64 within."""
+    """Sonnet's example: only its variables, in TensorFlow's layouts. It computes in float64."""
 
     def __init__(self, hidden: int, block_hidden: int, blocks: int, k: int, d: int) -> None:
         rng, shapes = np.random.default_rng(0), {}

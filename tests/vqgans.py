@@ -1,4 +1,4 @@
-"""Golden vectors of upstream's VQGANs, and their checkpoints as parameters of ours."""
+"""Golden vectors of upstream's VQGANs, and their checkpoints as our parameters."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SPECS = {
 }
 
 Table = tuple[tuple[str, Any], ...]
-"""Patterns of names, and what replaces them: a text, or a function of the match."""
+"""Patterns of names and their replacements: a text, or a function of the match."""
 
 TO_TAMING: Table = (
     (r"quantizer\.codebook", "quantize.embedding.weight"),
@@ -50,7 +50,7 @@ TO_TAMING: Table = (
 )
 TO_DIFFUSERS: Table = (
     (r"\.down\.", ".down_blocks."),
-    (r"\.up\.(\d)", lambda m: f".up_blocks.{1 - int(m[1])}"),  # of two levels, the finest first
+    (r"\.up\.(\d)", lambda m: f".up_blocks.{1 - int(m[1])}"),  # two levels, the finest first
     (r"\.(down|up)sample\.", r".\1samplers.0."),
     (r"\.mid\.block_(\d)", lambda m: f".mid_block.resnets.{int(m[1]) - 1}"),
     (r"\.mid\.attn_1\.norm", ".mid_block.attentions.0.group_norm"),
@@ -64,13 +64,13 @@ TO_DIFFUSERS: Table = (
 
 
 def arrays(case: str) -> dict[str, np.ndarray]:
-    """The golden arrays of a case by their names."""
+    """Returns the golden arrays of a case by their names."""
     with np.load(FOLDER / f"{case}.npz") as found:
         return {name: found[name] for name in found.files}
 
 
 def params_of(case: str) -> dict[str, np.ndarray]:
-    """What the checkpoint of a case holds, float32, under the names of ``SPECS[case]``."""
+    """Returns a case's checkpoint, float32, under the names of ``SPECS[case]``."""
     spec, tables = SPECS[case], [TO_TAMING]
     if case == "diffusers_small":
         theirs = load_file(FOLDER / case / "diffusion_pytorch_model.safetensors")
@@ -94,7 +94,7 @@ def _renamed(name: str, tables: list[Table]) -> str:
 
 
 def with_averages(spec: ModelSpec, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Parameters with averages of a codebook that was never updated."""
+    """Returns parameters with the averages of a codebook that was never updated."""
     codebook = params[CODEBOOK]
     averages = {EMA_COUNT: np.ones(spec.num_codes, np.float32), EMA_MEANS: codebook.copy()}
     return {**params, **averages}

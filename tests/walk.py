@@ -1,11 +1,12 @@
-"""Follows documents, one after another in one process, whose imports take longer than most blocks:
-`python walk.py WALKS`.
+"""Follows documents: runs their commands and their Python. ``python walk.py WALKS``
 
-Of a ``bash`` block each line is a command, which is run if it is one of this project's; a
-``python`` block is executed, with the names of the document's blocks before. WALKS is a JSON list
-with, for each document, the ``folder`` to be in, ``words`` that are added to commands that begin so
-("vqtrain", "vqdeploy page"), and ``text`` that is replaced in blocks of Python. Both make things
-small, and one that changes nothing is an error.
+All run in one process, one after another, since imports take longer than most blocks. Each line of
+a ``bash`` block is a command; it is run if it is one of this project's. A ``python`` block is
+executed with the names of the document's earlier blocks.
+
+WALKS is a JSON list with an object per document: ``document``; ``folder`` to be in; ``words`` to
+add, by the beginning of a command ("vqtrain", "vqdeploy page"); and ``text`` to replace in blocks
+of Python. ``words`` and ``text`` make work small. One that changes nothing is an error.
 """
 
 import importlib
@@ -20,7 +21,7 @@ from pathlib import Path
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 PROGRAMS = ("vqtrain", "vqdeploy", "vqref")
 OTHERS = ("python3 -m venv ", "pip install ", "python -m http.server ", "tritonserver ")
-"""How commands begin that are not ours to run: they install, or they serve for ever."""
+"""Beginnings of commands that are not run: they install, or they serve without end."""
 
 
 def follow(document: str, words: Mapping[str, str], text: Mapping[str, str]) -> None:
@@ -42,7 +43,7 @@ def follow(document: str, words: Mapping[str, str], text: Mapping[str, str]) -> 
 
 
 def command(line: str, words: Mapping[str, str]) -> str:
-    """Runs a line, and returns how it begins."""
+    """Runs a line, and returns its beginning, by which ``words`` know it."""
     given = shlex.split(line)
     if given[:2] != ["python", "-m"] or given[2] not in PROGRAMS:
         assert line.startswith(OTHERS), f"neither ours nor known: {line}"

@@ -2,7 +2,7 @@
 
 from vqref.lazy import lazy
 
-TYPE_CHECKING = False  # as type checkers know it; typing itself takes long to import
+TYPE_CHECKING = False  # type checkers take it as True; typing itself is slow to import
 if TYPE_CHECKING:
     from vqtrain.model import VQVAE, Forward
     from vqtrain.options import RECIPES, TrainingOptions

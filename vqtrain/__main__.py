@@ -1,31 +1,30 @@
-"""``python -m vqtrain``: trains a model on images, measures one, or learns a prior over its
-tokens."""
+"""``python -m vqtrain``: trains a model, measures one, or learns a prior over its tokens."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from vqref.host.interrupts import guarded  # all else is imported once signals are watched
+from vqref.host.interrupts import guarded  # the rest is imported once signals are watched
 
-TYPE_CHECKING = False  # as type checkers know it; typing itself takes long to import
+TYPE_CHECKING = False  # type checkers take it as True; typing itself is slow to import
 if TYPE_CHECKING:
     import argparse
 
     from vqref.host.commandline import Command, Parser
 
 COMMANDS = {"evaluate": "vqtrain.commands.evaluate", "prior": "vqtrain.commands.prior"}
-"""The named commands and their modules, each with a COMMAND. Training has no name."""
+"""The named commands and their modules; each module has a COMMAND. Training has no name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, and returns the process's exit status.
 
-    argv: the words of the command line. None takes the process's own, which then ends here.
+    argv: the words of the command line. None takes the process's own, and may end the process here.
     """
     try:
         code = guarded("vqtrain", lambda: _run(argv), last=argv is None)
-    except SystemExit as end:  # of a rank that leaves the last word to another
+    except SystemExit as end:  # from a rank that lets another one report the error
         if argv is not None or not isinstance(end.code, int):
             raise
         code = end.code
@@ -105,7 +104,7 @@ def parse_with_config(parser: Parser, words: list[str]) -> argparse.Namespace:
             raise InputError(f"{found.config}: unknown option {key}{near}")
         if wrong := _what_is_wrong(actions[key], value):
             raise InputError(f"{found.config}: {key} is {wrong}")
-        flags = actions[key].option_strings  # of a switch: what sets it, then what clears it
+        flags = actions[key].option_strings  # a switch has a flag to set it, then one to clear it
         if isinstance(value, bool):
             from_file += flags[:1] if value else flags[1:2]
         else:
@@ -114,13 +113,13 @@ def parse_with_config(parser: Parser, words: list[str]) -> argparse.Namespace:
 
 
 def _what_is_wrong(action: argparse.Action, value: str | bool | float) -> str | None:
-    """Says what is wrong with a file's value; None if the command line could have it."""
+    """Returns what is wrong with a value from a file; None if the command line could give it."""
     if action.nargs == 0 and not isinstance(value, bool):
         return f"{value!r}; it must be true or false"
     if action.nargs != 0 and isinstance(value, bool):
         return f"{str(value).lower()}; it must be a number or a text"
     if isinstance(value, str) and "\0" in value:
-        return f"{value!r}; no text on a command line holds a null"
+        return f"{value!r}; a text must not contain a null character"
     return None
 
 

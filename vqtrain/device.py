@@ -16,7 +16,7 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 _LARGEST_THRESHOLD = 32 * 2**20
-"""glibc refuses a larger one."""
+"""glibc refuses a larger threshold."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -93,7 +93,7 @@ def keep_freed_memory() -> bool:
 
     glibc returns an array of a few megabytes to the system when it is freed. The next step then
     waits until the system clears all pages that it writes. On a processor, this takes a tenth of a
-    step, and several times an activation's own time. Only glibc can be told to keep them.
+    step, and several times as long as an activation itself. Only glibc has settings for this.
     """
     return _keep(_LARGEST_THRESHOLD, 2**31 - 1)
 
@@ -102,8 +102,8 @@ def keep_freed_memory() -> bool:
 def kept_memory() -> Iterator[None]:
     """Applies ``keep_freed_memory`` within the context.
 
-    Afterwards returns what is free, and restores the thresholds that glibc itself chooses after it
-    has seen a large array freed.
+    Afterwards returns free memory to the system, and sets the thresholds that glibc itself chooses
+    after a large array is freed.
     """
     asked = keep_freed_memory()
     try:

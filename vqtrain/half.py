@@ -1,6 +1,6 @@
 """Training in bfloat16: casts all parameters of the networks at once, and their gradients back.
 
-Autocast casts each parameter and gradient alone, about a hundred small operations per step.
+Autocast casts each parameter and gradient separately, in about a hundred small operations per step.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class HalfCopies:
     def hand_gradients_back(self, *, add: bool = False) -> None:
         """Gives each parameter the gradient of its copy, in its own precision.
 
-        add: whether to add it, in that precision, to the gradient that the parameter already got.
+        add: whether to add it, in that precision, to the parameter's earlier gradient; else it
+        replaces that gradient.
         """
         found = [torch.zeros_like(c) if c.grad is None else c.grad for c in self._copies]
         if add:

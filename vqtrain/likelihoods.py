@@ -1,4 +1,4 @@
-"""The likelihoods in PyTorch: the twin of ``vqref.likelihoods``, whose formulas these are."""
+"""The likelihoods in PyTorch, by the formulas of their twin, ``vqref.likelihoods``."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def gaussian_mean(spec: ModelSpec, outputs: Tensor) -> Tensor:
 
 
 def logistic_nats(spec: ModelSpec, x: Tensor, outputs: Tensor) -> Tensor:
-    """The oracle's softplus is -logsigmoid here: PyTorch's own drops what is below 2e-9."""
+    """Takes -logsigmoid for the oracle's softplus: PyTorch's softplus drops terms below 2e-9."""
     y, log_scale = logistic_mean(spec, outputs), outputs[:, x.shape[1] :]
     low, high = spec.value_range
     scale = log_scale.clamp(min=SMALLEST_LOG_SCALE).exp() / (high - low)

@@ -64,9 +64,9 @@ class VQVAE(nn.Module):
         return Forward(latents, indices, quantized, self.decoder(straight_through).to(exact))
 
     def plain(self, images: Tensor) -> Forward:
-        """Runs one pass that feeds the decoder the latents themselves, also as ``quantized``.
+        """Runs one pass in which the decoder gets the latents themselves, also as ``quantized``.
 
-        The first steps use it, while the codebook has no values of use yet.
+        The first steps use it, while the codebook has no useful values yet.
         """
         exact = self.quantizer.codebook.dtype
         latents = self.encoder(images).to(exact)

@@ -1,4 +1,4 @@
-"""Reads and writes ``model.pt``: a write is whole or absent, a read executes no code."""
+"""Reads and writes ``model.pt``. Writes the whole file or nothing; reading executes no code."""
 
 from __future__ import annotations
 

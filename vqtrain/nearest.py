@@ -1,9 +1,16 @@
-"""The nearest code, by the direct form for little work, else by matrix products.
+"""Finds nearest codes: by the direct form if there is little work, else by matrix products.
 
-The product ||c||^2 / 2 - x.c is fast, but less exact than the direct form ||x - c||^2. So the
-product only tells which codes may be nearest: those with a score within a margin of the best.
-``vqref.agreement.bounds`` derives the margin from rounding. The direct form then chooses among
-them, and the result is what it would choose among all codes.
+The product
+
+c
+
+^2 / 2 - x.c is fast, but less exact than the direct form
+
+x - c
+
+^2. So the product only tells which codes may be nearest: those with a score within a margin of the
+best. ``vqref.agreement.bounds`` derives the margin from rounding. The direct form then chooses
+among these codes. It would choose the same one among all codes.
 """
 
 from __future__ import annotations
@@ -17,42 +24,42 @@ from torch import Tensor
 from vqref.agreement.bounds import score_slack
 
 PROCESSOR_BYTES, CARD_BYTES = 4 * 2**20, 64 * 2**20
-"""Bytes of an intermediate array, so that memory does not grow with the number of latents. On a
-processor, larger arrays are ten times as slow: they leave its cache, and the allocator returns
-their pages each time."""
+"""The most bytes of an intermediate array, so that memory does not grow with the number of latents.
+On a processor, larger arrays are ten times as slow: they do not fit its cache, and the allocator
+gives their pages back each time."""
 
 PRODUCT_WORK = 2**21
-"""From this many differences on, N*S*K*D, products are faster. ``python -m benchmarks.nearest``
-measures it."""
+"""Products are faster if there are more differences (N*S*K*D) than this.
+``python -m benchmarks.nearest`` measures it."""
 
 PRODUCT_CODES = 256
-"""From this many codes on, products are faster, since the direct form always compares each latent
-with GROUP codes."""
+"""Products are faster if there are at least this many codes. After the products, the direct form
+still compares each latent with GROUP codes."""
 
 GROUP = 16
-"""The fewest codes in a group. Only its best score is kept; the direct form looks at the whole
-group."""
+"""The fewest codes in a group. Only the best score of a group is kept; the direct form looks at the
+whole group."""
 
 TILE = 4096
 """Codes in one product."""
 
 MOST_SCORES = 1024
-"""Up to so many codes, all scores are kept."""
+"""All scores are kept if there are at most this many codes."""
 
 MOST_GROUPS = 8
 """If more groups than this may hold a latent's nearest code, it is compared with every code."""
 
 _FLOAT32_PRODUCTS = {"highest": "float32", "high": "tf32"}
-"""The arithmetic of a product under each ``torch.set_float32_matmul_precision``. With "medium",
-whose factors have 8 bits, products are useless here."""
+"""The arithmetic of a product under each ``torch.set_float32_matmul_precision``. "medium" is not
+here: its factors have only 8 bits, so its products are useless."""
 
 
 @torch.no_grad()
 def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
     """Returns indices (N, S) int64 of the codebook rows (K, D) nearest to latents (N, S, D).
 
-    They are the indices of the direct form, the lowest on a tie. Besides the answer, memory does
-    not grow with N. It is a few times PROCESSOR_BYTES or CARD_BYTES, and twice the codebook.
+    They are the indices of the direct form, the lowest on a tie. Memory, apart from the result,
+    does not grow with N. It is a few times PROCESSOR_BYTES or CARD_BYTES, plus twice the codebook.
     """
     rows = latents.reshape(-1, latents.shape[-1])
     found = (
@@ -62,7 +69,7 @@ def nearest(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def takes_products(latents: Tensor, codebook: Tensor) -> bool:
-    """Whether ``nearest`` uses products.
+    """Returns whether ``nearest`` uses products.
 
     On CUDA, products wait for the device, so a CUDA graph cannot hold them.
     """
@@ -86,12 +93,16 @@ def product_precision(dtype: torch.dtype) -> str | None:
 
 
 def squared_distances(latents: Tensor, codebook: Tensor, first: int = 0) -> Iterator[Tensor]:
-    """Yields ||x - c||^2 of latents (M, D) and codebook (K, D) in the direct form.
+    """Yields
 
-    Yields (m, K) for ``at_once`` latents at a time, without gradient.
+    x - c
 
-    first: how many latents of the same batch come before these. Yields end at the same latents of
-    the batch wherever these begin.
+    ^2 of latents (M, D) and codebook (K, D) in the direct form.
+
+    Each part is (m, K), for ``at_once`` latents, without gradient.
+
+    first: how many latents of the same batch come before these. Parts always end at the same
+    latents of the batch, wherever these begin.
     """
     most = at_once(latents, codebook)
     step = min(len(latents), most)
@@ -107,12 +118,12 @@ def squared_distances(latents: Tensor, codebook: Tensor, first: int = 0) -> Iter
 
 
 def at_once(latents: Tensor, codebook: Tensor) -> int:
-    """Returns for how many latents ``squared_distances`` come at once."""
+    """Returns for how many latents at a time ``squared_distances`` yields."""
     return _at_once(latents, codebook.numel())
 
 
 def _at_once(latents: Tensor, elements: int) -> int:
-    """Returns how many latents to process at once if each takes so many elements."""
+    """Returns how many latents to process at once if each takes this many elements."""
     room = PROCESSOR_BYTES if latents.device.type == "cpu" else CARD_BYTES
     return max(1, room // (elements * latents.element_size()))
 
@@ -125,7 +136,7 @@ def directly(latents: Tensor, codebook: Tensor) -> Tensor:
     if len(latents) <= _at_once(latents, codebook.numel()):
         return (latents[:, None] - codebook).square_().sum(dim=-1).argmin(dim=-1)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
-    start = 0  # of a piece; pieces kept apart would scatter the heap
+    start = 0  # of a piece; separate results would fragment the heap
     for distances in squared_distances(latents, codebook):
         torch.argmin(distances, dim=-1, out=indices[start : start + len(distances)])
         start += len(distances)
@@ -133,7 +144,7 @@ def directly(latents: Tensor, codebook: Tensor) -> Tensor:
 
 
 def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Returns the same indices by matrix products.
+    """Returns what ``directly`` returns, by matrix products.
 
     Finds the best score of each latent in each group of codes, then applies the direct form to the
     groups that may hold the nearest code.
@@ -145,7 +156,7 @@ def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
     rows, longest = torch.cat([-codes, norms / 2], dim=1), norms.max().sqrt()
     choose, scores = (_by_groups, min(TILE, len(rows))) if k > MOST_SCORES else (_by_scores, k)
     if choose is _by_scores:
-        rows = rows[:k].T.contiguous().T  # their product with latents takes columns
+        rows = rows[:k].T.contiguous().T  # the product with latents reads columns
     step = min(len(latents), _at_once(latents, max(count, scores, group * d)))
     room, groups = latents.new_empty(step, count + scores), codes.view(count, group, d)
     indices = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
@@ -159,7 +170,7 @@ def by_products(latents: Tensor, codebook: Tensor) -> Tensor:
 def _group_size(codebook: Tensor) -> int:
     """Returns the number of codes in a group, a power of two.
 
-    Larger groups have fewer best scores to compare, but more code elements to look at in each.
+    If groups are larger, there are fewer best scores to compare, but more codes to look at in each.
     """
     k, d = codebook.shape
     return int(max(GROUP, 2 ** round(math.log2(math.sqrt(k / (2 * d))))))
@@ -170,8 +181,10 @@ def _by_scores(
 ) -> Tensor:
     """Returns what ``_by_groups`` returns, for codes few enough to keep all scores.
 
-    A latent with a single score within the margin has its index already. The direct form decides
-    for the others only. Comparisons that return bools, and reductions that return places, are ten
+    If only one score of a latent is within the margin, its index is known. The direct form decides
+    for the other latents.
+
+    Comparisons that return bools, and reductions that return places, are ten
     times as slow as those of numbers. A product with the codes' places counts the scores within the
     margin and finds a single one; it is exact in every arithmetic, even tf32.
     """
@@ -181,7 +194,7 @@ def _by_scores(
     places = torch.arange(len(codebook)).to(near)
     sums = near @ torch.stack([torch.ones_like(places), places], dim=1)
     count, index = sums.long().unbind(dim=1)
-    several = count != 1  # none: a score was not a number
+    several = count != 1  # 0 if a score is not a number
     if bool(several.any()):
         index[several] = directly(x[several], codebook)
     return index
@@ -192,13 +205,13 @@ def _by_groups(
 ) -> Tensor:
     """Returns the indices (m,) of latents x (m, D).
 
-    limit: their margins (m, 1). groups: the codes as (count, group, D), copies of the last one in
-    the last group. rows: of these codes, (count * group, D + 1), -c and half of ||c||^2, so that
+    limit: their margins (m, 1). groups: the codes as (count, group, D); copies of the last code
+    fill the last group. rows: -c and ||c||^2 / 2 of these codes, (count * group, D + 1), so that
     one product gives scores. room: memory for the best score of each group and the scores of a
     tile.
 
-    Scores are (codes, latents). Products and the best of a group both go through them by rows, so
-    the same thread has them in its cache. Among the shapes of a product, the tall one is fastest.
+    Scores are (codes, latents). The product and the search for the best of a group both go by rows,
+    so a thread finds its scores in its cache. A tall product is faster than other shapes.
     """
     m, (count, size, _) = len(x), groups.shape
     best = room[: m * count].view(count, m)
@@ -210,12 +223,12 @@ def _by_groups(
     may_hold = best <= best.amin(dim=0) + limit[:, 0]
     group, row = may_hold.nonzero(as_tuple=True)  # (p,) each
     held = torch.bincount(row, minlength=m)
-    clear = (held > 0) & (held <= MOST_GROUPS)  # no group at all: a score was not a number
+    clear = (held > 0) & (held <= MOST_GROUPS)  # no group if a score is not a number
     if not (all_clear := bool(clear.all())):
         row, group = row[clear[row]], group[clear[row]]
 
     distances = (x[row, None] - groups[group]).square().sum(dim=-1)
-    found, within = distances.min(dim=1)  # the first of equals, which is the lowest code
+    found, within = distances.min(dim=1)  # the first on a tie, which is the lowest code
     last = torch.full_like(row, len(codebook) - 1)
     code = torch.minimum(group * size + within, last)
     least = torch.full_like(x[:, 0], torch.inf).scatter_reduce(0, row, found, "amin")

@@ -52,7 +52,7 @@ class Row(nn.Module):
     ``vqref.init_params`` or a file provides their values.
 
     sources, spent: as in ``vqref.spec.Step``.
-    copies: of the parameters in another precision. While they are set, they replace the parameters.
+    copies: the parameters in another precision. While they are set, they replace the parameters.
     """
 
     sources: tuple[int, ...] = ()
@@ -90,9 +90,9 @@ def affine(layer: Layer, x: Tensor) -> Tensor:
 
 
 def conv(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Pads the image first where TensorFlow's "same" at stride 2 pads unequally.
+    """Pads the image first if its sides need unequal padding, which ``padding=`` cannot do.
 
-    ``padding=`` cannot do that.
+    TensorFlow's "same" at stride 2 needs it.
     """
     (top, bottom), (left, right) = layer.pads
     if (top, left) == (bottom, right):
@@ -101,12 +101,12 @@ def conv(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def conv_transpose(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Works by phases above stride 1.
+    """Computes strides above 1 in phases.
 
-    Outputs s*m + p of one phase p are a convolution of x with the taps that meet them. One
-    convolution gives the channels of all phases, which are then put in place. On a processor, this
-    is several times as fast in bfloat16 as ``conv_transpose2d``, which has no kernel for bfloat16.
-    The cropped margin is never computed.
+    The outputs s*m + p of phase p are a convolution of x with the taps that reach them. A single
+    convolution computes all phases as channels, and ``Interleave`` puts them in place. On a
+    processor, this is several times as fast in bfloat16 as ``conv_transpose2d``, which has no
+    kernel for bfloat16. The cropped margin is never computed.
     """
     (top, bottom), (left, right) = layer.pads
     s, (channels, height, width) = layer.stride, layer.out_shape
@@ -128,16 +128,17 @@ def conv_transpose(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
 
 WIDE = 32
 """From this many output channels on, PyTorch's transposed convolution is faster than phases, if
-all phases have equally many taps."""
+all phases have the same number of taps."""
 
 
 class _Phases:
-    """One axis of a transposed convolution: output s*m + p lies ``crop`` further in the full one,
-    to which input m + t gives tap p + crop - s*t.
+    """One axis of a transposed convolution, whose output s*m + p belongs to phase p.
 
-    first: for each phase, the smallest t that counts. before, after: zeros around the input, so
-    that one window of ``size`` taps serves every phase. shift: by how many windows a phase lies
-    after the first one. count: outputs per phase.
+    Input m + t reaches this output with tap p + crop - s*t.
+
+    first: the smallest t of each phase. before, after: zeros around the input, so that one window
+    of ``size`` taps serves every phase. shift: by how many windows each phase begins after the
+    earliest. count: outputs per phase.
     """
 
     def __init__(self, kernel: int, stride: int, crop: int, inputs: int, outputs: int) -> None:
@@ -164,8 +165,8 @@ class _Phases:
 class Interleave(torch.autograd.Function):
     """Puts the phases of a transposed convolution in place: (N, s*s*O, H', W') to (N, O, s*H, s*W).
 
-    With channels last, a stride for each of m, p, l and q leads to output (s*m + p, s*l + q). So
-    one strided copy does it, and another one goes back.
+    With channels last, output (s*m + p, s*l + q) is at a fixed stride in each of m, p, l and q. So
+    one strided copy is enough, and another one for the gradient.
     """
 
     @staticmethod
@@ -264,7 +265,7 @@ def upsample(layer: Layer, x: Tensor) -> Tensor:
 
 
 def attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Takes a single query as that of the last place, which sees all keys."""
+    """Treats a single query as the one of the last place, which sees all keys."""
     n, places, size = q.shape
     shape = (n, -1, layer.heads, size // layer.heads)
     q, k, v = (each.reshape(shape).transpose(1, 2) for each in (q, k, v))
@@ -273,9 +274,9 @@ def attention(layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Elu(torch.autograd.Function):
-    """ELU that keeps its result, not its input, for a gradient without an exponential.
+    """ELU that keeps its result instead of its input, so that its gradient needs no exponential.
 
-    PyTorch's own ELU does so only in place, which costs copies of a view.
+    PyTorch's own ELU does so only in place, which would copy views.
     """
 
     @staticmethod

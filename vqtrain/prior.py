@@ -74,7 +74,7 @@ class Prior(nn.Module):
     def step(self, previous: Tensor, position: int, cache: Cache) -> Tensor:
         """Returns log p (N, K) at one position, and adds its keys and values to the cache.
 
-        previous: the indices (N,) before it; they mean nothing at position 0.
+        previous: the indices (N,) at the position before; not used at position 0.
         """
         if not self.spec.rows:
             logits = self.get_parameter(LOGITS)[position].expand(len(previous), -1)

@@ -14,7 +14,7 @@ from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS, ModelSpec
 from vqtrain.nearest import at_once, nearest, squared_distances
 
 SETTLED = 1_000_000
-"""After so many steps, a debiased average no longer depends on its start."""
+"""After this many steps, a debiased average no longer depends on its start."""
 
 
 def update_ema(
@@ -32,7 +32,7 @@ def update_ema(
     """Returns codebook (K, D), ema_count (K,) and ema_means (K, D) after one update.
 
     Latents (N, S, D) have indices (N, S). The rule is that of ``vqref.update_ema``; ``steps`` is
-    the number of updates before.
+    the number of earlier updates.
     """
     hits, sums = assigned(latents, indices, len(ema_count))
     how = decay, epsilon, dialect, steps, normalized
@@ -42,8 +42,8 @@ def update_ema(
 def assigned(latents: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """Returns each code's hits (K,) among indices (N, S), and the sums (K, D) of its latents.
 
-    Latents are (N, S, D). Results for parts of a batch add up to those of the whole batch. The sums
-    are an index_add over N*S rows, not a product with N*S*K elements.
+    Latents are (N, S, D). Results for parts of a batch add up to those of the whole batch. Uses
+    ``index_add`` over N*S rows, not a product with N*S*K elements.
     """
     index = indices.reshape(-1)
     ones = torch.ones_like(index, dtype=latents.dtype)
@@ -74,7 +74,7 @@ def move_averages(
 
 
 def placed(rows: Tensor, codes: Tensor, normalized: bool) -> Tensor:
-    """Returns where codes (n, D) end if they move to rows (n, D), as ``vqref.EMAState.placed``."""
+    """Returns the new places of codes (n, D) that move to rows (n, D), as ``EMAState.placed``."""
     if not normalized:
         return rows
     length = rows.norm(dim=1, keepdim=True)
@@ -82,7 +82,7 @@ def placed(rows: Tensor, codes: Tensor, normalized: bool) -> Tensor:
 
 
 def _share(like: Tensor, decay: float, dialect: Dialect, steps: Tensor | int) -> Tensor | float:
-    """Returns the share of data, not start, in the averages; in float64, since it cancels."""
+    """Returns the share of the averages that is data, not start; float64, since terms cancel."""
     if not dialect.debiased:
         return 1.0
     exponent = torch.as_tensor(steps, device=like.device).double()
@@ -111,7 +111,7 @@ def draw(
     gumbel: the noise (N, S, K), or a seed. From a seed, each part of the noise is made when needed,
     so no array of N*S*K elements exists.
     variance, place: for a part of a batch. variance () is ``mean_error`` of the whole batch; place
-    is the number of the first latent here, and how many latents the batch has.
+    is the position of the part's first latent, and the number of latents in the batch.
     """
     flat = latents.reshape(-1, latents.shape[-1])
     first, count = place or (0, len(flat))
@@ -119,7 +119,7 @@ def draw(
         variance = mean_error(latents, codebook)
     scale = 2 * temperature * variance.clamp(min=SMALLEST_VARIANCE)
     indices = torch.empty(len(flat), dtype=torch.int64, device=flat.device)
-    start = 0  # of a part; parts kept apart would scatter the heap, hundreds of MiB
+    start = 0  # of a part; separate results would fragment the heap by hundreds of MiB
     for distances in squared_distances(flat, codebook, first):
         if isinstance(gumbel, Tensor):
             noise = gumbel.reshape(-1, len(codebook))[start : start + len(distances)]
@@ -132,7 +132,7 @@ def draw(
 
 
 def mean_error(latents: Tensor, codebook: Tensor) -> Tensor:
-    """Returns the mean squared difference () per element of latents (N, S, D) to nearest codes."""
+    """Returns the mean squared difference () per element of latents (N, S, D) and nearest codes."""
     flat = latents.reshape(-1, latents.shape[-1])
     best = codebook[nearest(latents, codebook).reshape(-1)]
     found: Tensor = (flat - best).square().sum(dim=-1).mean() / latents.shape[-1]
@@ -142,7 +142,8 @@ def mean_error(latents: Tensor, codebook: Tensor) -> Tensor:
 def _noise(seed: int, start: int, count: int, like: Tensor, step: int) -> Tensor:
     """Returns Gumbel noise for latents from ``start`` on, shaped like their distances (m, K).
 
-    The batch has ``count`` latents, cut into pieces of ``step``. The noise is made piece by piece.
+    The batch has ``count`` latents, cut into pieces of ``step``. Each piece of noise has a seed of
+    its own.
     """
     whole = start - start % step
     rows = min(step, count - whole)
@@ -192,17 +193,17 @@ def revive_codes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns codebook, ema_count and ema_means with dead codes set to rows (M, D), in order.
 
-    The first dead code takes the first row, the second the second, and so on while there are rows.
+    The first dead code takes the first row, and so on, while there are rows. Does what
+    ``reset_codes`` does, in arrays whose shapes do not depend on the number of dead codes.
 
     mean: latents of a batch per code; a reset code gets this count. below: a code is dead if its
-    count is below this share of ``mean``. This is ``reset_codes`` for the dead codes, in arrays
-    whose shapes do not depend on the number of dead codes.
+    count is below this share of ``mean``.
     """
     share = _share(ema_count, decay, dialect, steps)
     dead = ema_count < below * mean * share
     place = dead.cumsum(0) - 1  # (K,): the first dead code has 0
     dead = dead & (place < len(rows))
-    taken = rows[place.clamp(0, len(rows) - 1)]  # (K, D), wanted for dead codes alone
+    taken = rows[place.clamp(0, len(rows) - 1)]  # (K, D), used for dead codes only
     counts = torch.full_like(ema_count, mean)
     state = codebook, ema_count, ema_means
     return _replaced(*state, dead, taken, counts, decay, epsilon, dialect, steps, normalized)
@@ -238,7 +239,8 @@ def _positive(share: Tensor | float) -> Tensor | float:
 class Quantizer(nn.Module):
     """Holds codebook, ema_count and ema_means as buffers, which only its own methods change.
 
-    The optimizer never sees them. steps (): their number of updates; not a parameter of the model.
+    The optimizer never sees them. steps (): how often they were updated; not a parameter of the
+    model.
     """
 
     codebook: Tensor
@@ -257,8 +259,10 @@ class Quantizer(nn.Module):
     def forward(
         self, latents: Tensor, choose: Callable[[Tensor, Tensor], Tensor] = nearest
     ) -> tuple[Tensor, Tensor]:
-        """Returns indices (N, S) as ``choose`` gives them, and quantized (N, S, D), without
-        gradient."""
+        """Returns the indices (N, S) that ``choose`` gives, and quantized (N, S, D).
+
+        Both have no gradient.
+        """
         with torch.no_grad():
             indices = choose(latents, self.codebook)
             return indices, self.codebook[indices]

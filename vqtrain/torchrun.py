@@ -1,4 +1,4 @@
-"""What torchrun tells a process through the environment. Standard library only."""
+"""Reads what torchrun tells a process through the environment. Needs only the standard library."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ def world() -> int:
 
 
 def rank() -> int:
-    """Which of all ranks this process is, from 0."""
+    """Returns the number of this process among all ranks, from 0."""
     return int(os.environ["RANK"]) if world() > 1 else 0
 
 
 def local_rank() -> int:
-    """Which of this machine's ranks this process is, from 0."""
+    """Returns the number of this process among this machine's ranks, from 0."""
     return int(os.environ["LOCAL_RANK"]) if world() > 1 else 0
 
 
 def local_world() -> int:
-    """How many ranks this machine has."""
+    """Returns the number of ranks on this machine."""
     return int(os.environ["LOCAL_WORLD_SIZE"]) if world() > 1 else 1
 
 
 @contextmanager
 def said_once() -> Iterator[None]:
-    """Lets only rank 0 speak where all ranks fail alike, as they read the command line.
+    """Lets only rank 0 print, since all ranks fail alike as they read the command line.
 
     The others end with the same exit code.
     """
@@ -59,9 +59,9 @@ def require_one_process(command: str) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends a rank's process before its libraries shut down.
+    """Ends a rank's process without shutting down its libraries.
 
-    About one process in fifty aborted as its connections were shut down, however the run ended.
+    About one process in fifty aborted while its connections shut down, however the run had ended.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):

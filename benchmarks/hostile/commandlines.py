@@ -1,10 +1,10 @@
-"""``python -m benchmarks.hostile.commandlines [--count N]``: runs N command lines drawn at random,
-of all commands of the three programs, and says which did not end as the README says.
+"""``python -m benchmarks.hostile.commandlines [--count N]``: runs N command lines drawn at random.
 
-Options are drawn from the commands' own tables, with values that are extreme, of another kind or
-nonsense; files are sound, damaged, missing or no files at all. Streams are closed, full or read by
-nobody, and the environment is poor. Every command must end, with an exit code that has a meaning,
-without a traceback, and with one line on stderr at most.
+They are of all commands of the three programs. The campaign reports those that did not end as the
+README says. Options come from the commands' own tables; their values are extreme, of another kind
+or nonsense. Files are sound, damaged, missing or not files at all. Streams are closed, full or read
+by nobody, and the environment is poor. Every command must end, with an exit code that has a
+meaning, without a traceback, and with at most one line on stderr.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from vqtrain.commands.train import TrainOptions
 from vqtrain.modelfile import write_model
 
 LONGEST = 120.0
-"""Seconds after which a command hangs: the slowest of these takes a tenth of that."""
+"""Seconds after which a command counts as hanging. The slowest one takes a tenth of that."""
 
 MOST_MEMORY = 8 * 2**30
-"""Bytes of address space: a command that asks for more is refused them, not the machine."""
+"""Bytes of address space. A command that asks for more does not get it, so the machine is safe."""
 
 NUMBERS = (
     *("0", "1", "2", "3", "-1", "007", "1.5", "1e-300", "1e999", "nan", "inf", "-inf", "1_0"),
@@ -75,7 +75,7 @@ FITTING = {
     "data": ("images.npz", "pictures"),
     "config": ("config.toml", "huge.toml", "nested.toml", "array.toml", "nul.toml", "hex.toml"),
 }
-"""What an option of that name can work with."""
+"""Values that an option of this name can work with."""
 
 INPUTS = {name for names in FITTING.values() for name in names}
 
@@ -91,16 +91,19 @@ STREAMS = (
     *("plain", "plain", "plain", ">&-", "2>&-", "<&-", ">&- 2>&- <&-", ">/dev/full"),
     *("2>/dev/full", "unread", "both unread"),
 )
-"""What is done to the streams: redirections of a shell, or nobody reads them."""
+"""What is done to streams: they are redirected by a shell, or nobody reads them."""
 
 PLACES = ("work", "work", "work", "/proc")
-"""Where commands are run: a folder, and one in which nobody can write."""
+"""Where commands run: a folder, and a folder in which nobody can write."""
 
 
 @dataclass
 class Findings:
-    """codes: how many commands ended with each exit code. wrong: a line for each that did not end
-    as it should."""
+    """What the campaign found.
+
+    codes: how many commands ended with each exit code. wrong: a line for each command that did not
+    end as it should.
+    """
 
     codes: dict[int, int] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
@@ -108,7 +111,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Line:
-    """A command line, and what it is run in."""
+    """A command line, and the conditions in which it runs."""
 
     words: tuple[str, ...]
     streams: str
@@ -137,7 +140,7 @@ def campaign(count: int, seed: int = 0, jobs: int = 1) -> Findings:
 
 
 def commands() -> dict[tuple[str, ...], Sequence[Any]]:
-    """{the words of a command: the fields of its options}."""
+    """Returns {the words of a command: the fields of its options}."""
     found: dict[tuple[str, ...], Sequence[Any]] = {("vqtrain",): dataclasses.fields(TrainOptions)}
     for package in ("vqref", "vqtrain", "vqdeploy"):
         for path in sorted((ROOT / package / "commands").glob("*.py")):
@@ -148,7 +151,7 @@ def commands() -> dict[tuple[str, ...], Sequence[Any]]:
 
 
 def draw(count: int, seed: int, place: Path) -> list[Line]:
-    """Command lines at random; none alike, none that trains for long."""
+    """Returns random command lines, all different, and none that trains for long."""
     rng, table = np.random.default_rng(seed), commands()
     kinds = list(table)
     return [_line(rng, kinds[rng.integers(len(kinds))], table, i, place) for i in range(count)]
@@ -181,7 +184,7 @@ def _line(
 
 
 def _option(rng: np.random.Generator, option: Any, number: int) -> list[str]:
-    """A flag, with a value if it takes one."""
+    """Returns a flag, with a value if it takes one."""
     flag = option.metadata["flags"][0]
     if "action" in option.metadata and "type" not in option.metadata:
         negative = flag.replace("--", "--no-", 1)
@@ -191,7 +194,7 @@ def _option(rng: np.random.Generator, option: Any, number: int) -> list[str]:
 
 
 def _value(rng: np.random.Generator, option: Any, number: int, *, fits: bool) -> str:
-    """A value for an option. fits: whether it is one that its name speaks of."""
+    """Returns a value for an option. fits: whether it is of the kind that the option names."""
     name, kind = option.name, option.metadata.get("type")
     if choices := option.metadata.get("choices"):
         pool: Sequence[str] = choices if fits else WORDS
@@ -209,8 +212,10 @@ def _value(rng: np.random.Generator, option: Any, number: int, *, fits: bool) ->
 
 
 def run(line: Line, place: Path) -> tuple[int, str]:
-    """The exit code of a command line, and what it said on stderr, if that can be read. Exit code
-    -1000 if it hung."""
+    """Runs a command line; returns its exit code, and its stderr if that can be read.
+
+    The exit code is -1000 if the command hung.
+    """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     environment["PORTABLE_VQVAE_KMNIST_URL"] = "http://127.0.0.1:9/"  # nobody answers there
     for name, value in ENVIRONMENTS[line.environment].items():
@@ -244,7 +249,7 @@ def run(line: Line, place: Path) -> tuple[int, str]:
 
 
 def what_is_wrong(line: Line, code: int, said: str) -> str | None:
-    """Why a command did not end as it should, or None."""
+    """Returns why a command did not end as it should, or None."""
     if code == -1000:
         return "hangs"
     if code not in {*ExitCode} - {ExitCode.INTERRUPTED, ExitCode.TERMINATED}:

@@ -1,7 +1,7 @@
-"""``python -m benchmarks.hostile.flips [--count N]``: flips one bit at a time in every file of a
-bundle and its certificate, and in a model.pt, and opens each as verify and export do.
+"""``python -m benchmarks.hostile.flips [--count N]``: flips single bits in files, and opens them.
 
-A flip is accepted if nothing raises InputError.
+Flips one bit at a time in every file of a bundle, in its certificate and in a model.pt. Opens each
+as verify and export do. A flip is accepted if nothing raises InputError.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from vqtrain.modelfile import read_model, write_model
 
 
 def campaign(count: int, seed: int = 0) -> dict[str, int]:
-    """Accepted flips: {file: how many of ``count`` for the bundle, as many as a file's share of a
-    draw by files; and of ``count // 2`` in model.pt}."""
+    """Returns {file: number of accepted flips}.
+
+    Makes ``count`` flips in the bundle, equally many per file, and ``count // 2`` in model.pt.
+    """
     rng, accepted = np.random.default_rng(seed), {}
     with tempfile.TemporaryDirectory() as place:
         folder, model = _made(Path(place))
@@ -40,7 +42,7 @@ def campaign(count: int, seed: int = 0) -> dict[str, int]:
 
 
 def _made(place: Path) -> tuple[Path, Path]:
-    """A bundle with a certificate, and the model.pt that it was made of."""
+    """Makes a bundle with a certificate, and the model.pt that it is made from."""
     spec = families.residual((3, 16, 16), 8, 1, 4, num_codes=32, code_size=8, variance=0.08)
     params = vqref.init_params(spec, np.random.default_rng(0))
     folder, model = place / "bundle", place / "model.pt"
@@ -52,7 +54,7 @@ def _made(place: Path) -> tuple[Path, Path]:
 
 
 def _opened(folder: Path) -> None:
-    """Everything that ``verify`` and ``inspect`` read, up to where the graphs run."""
+    """Opens all that ``verify`` and ``inspect`` read, until the graphs would run."""
     bundle = Bundle.open(folder)
     for name in FILES:
         bundle.read(name)

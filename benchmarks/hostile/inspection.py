@@ -1,9 +1,9 @@
-"""``python -m benchmarks.hostile.inspection [--mutations N]``: changes graphs in all ways that a
-file can be changed, and holds the inspection to ``onnx``.
+"""``python -m benchmarks.hostile.inspection [--mutations N]``: checks the inspection with ``onnx``.
 
-Each mutation is refused with one line, or accepted; what is accepted is read by ``onnx`` in a
-process of its own and must be the same graph: operators, domains, attributes, inputs and outputs,
-weights and their bits, and nothing that the inspection does not know.
+Changes graphs in all ways that a file can be changed. The inspection must refuse each mutation with
+one line, or accept it. If it accepts it, ``onnx``, in a process of its own, must read the same
+graph: operators, domains, attributes, inputs and outputs, weights and their bits, and nothing that
+the inspection does not know.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vqref.errors import InputError
 from vqref.families import post, residual
 
 BATCH = 500
-"""Accepted graphs that the process gets at a time."""
+"""How many accepted graphs the process gets at a time."""
 
 MODEL, GRAPH, NODE, TENSOR, PORT = "model", "graph", "node", "tensor", "port"
 
@@ -43,13 +43,14 @@ INNER: dict[str, dict[int, str]] = {
     "array": {2: "shape"},
     "shape": {1: "axis"},
 }
-"""The messages within each message, by the number of their field."""
+"""The messages inside each message, by the numbers of their fields."""
 
 
 @dataclass
 class Findings:
-    """What came of the mutations: how many of each kind were accepted and refused, and the lines on
-    those that got past it: differences from ``onnx``, and errors that are not one printable line.
+    """How many mutations of each kind were accepted and refused, and lines on what went wrong.
+
+    Wrong are differences from ``onnx``, and errors that are not one printable line.
     """
 
     accepted: Counter[str] = field(default_factory=Counter)
@@ -86,14 +87,14 @@ def campaign(count: int, seed: int = 0) -> Findings:
 
 
 def inspect(content: bytes, name: str, found: Findings) -> Graph | None:
-    """The graph, None if it is refused, as it should be, with one line."""
+    """Returns the graph; None if it is refused with one line, as it should be."""
     try:
         graph = read_graph("x.onnx", content)
     except InputError as error:
         if not str(error).isprintable() or len(str(error)) > 500:
             found.errors.append(f"{name}: {str(error)[:500]!r}")
         return None
-    except Exception as error:  # what it must never raise
+    except Exception as error:  # the inspection must not raise anything else
         found.errors.append(f"{name}: {type(error).__name__}: {error}")
         return None
     if graph.to_bytes() != content or b"".join(graph.pieces()) != content:
@@ -119,7 +120,7 @@ def compare(
 
 
 def summary(graph: Graph) -> dict[str, Any]:
-    """The graph as lists and numbers: the same as ``summary_by_onnx``."""
+    """Returns the graph as lists and numbers, like ``summary_by_onnx``."""
     return {
         "nodes": [
             ["", n.operator, n.name, [*n.inputs], [*n.outputs], n.attributes.hex()]
@@ -183,7 +184,7 @@ def summary_by_onnx(content: bytes) -> dict[str, Any]:
 
 
 def serve() -> None:
-    """The peer's side: answers each list of files with a line of summaries."""
+    """The other process's side: answers each list of files with a line of summaries."""
     while sys.stdin.buffer.peek(1):  # type: ignore[union-attr]
         answers = []
         for content in pickle.load(sys.stdin.buffer):
@@ -195,7 +196,7 @@ def serve() -> None:
 
 
 def small_graphs() -> list[bytes]:
-    """Graphs of every form: families, precisions, searches, a table, a fixed batch."""
+    """Returns graphs of every form: families, precisions, searches, a table, a fixed batch."""
     found = []
     for spec, options in (
         (post((1, 8, 8), 2, 1, 4, 2), {}),
@@ -220,7 +221,7 @@ def small_graphs() -> list[bytes]:
 
 
 def varint(value: int, length: int = 0) -> bytes:
-    """Seven bits per byte, the lowest first, in at least ``length`` bytes."""
+    """Returns a number in seven bits per byte, the lowest first, in at least ``length`` bytes."""
     found = bytearray()
     while value >= 0x80 or len(found) + 1 < length:
         found.append(value & 0x7F | 0x80)
@@ -229,8 +230,11 @@ def varint(value: int, length: int = 0) -> bytes:
 
 
 def encoded(number: int, body: bytes | int, *, above: int = 0, longer: int = 0) -> bytes:
-    """A field. above: what to add to its tag beyond 32 bits. longer: bytes by which its length or
-    its value is longer than it need be."""
+    """Returns a field.
+
+    above: what to add to its tag above 32 bits. longer: by how many bytes its length or its value
+    is too long.
+    """
     tag = number << 3 | (0 if isinstance(body, int) else 2) | above << 32
     size = body if isinstance(body, int) else len(body)
     head = varint(tag) + varint(size, len(varint(size)) + longer if longer else 0)
@@ -238,7 +242,7 @@ def encoded(number: int, body: bytes | int, *, above: int = 0, longer: int = 0) 
 
 
 def fields(content: bytes) -> list[tuple[int, bytes | int, bytes]]:
-    """The fields of a well-formed message: number, value, and the bytes of both."""
+    """Returns the fields of a well-formed message: number, value, and the bytes of both."""
     found, at = [], 0
 
     def number() -> int:
@@ -269,9 +273,10 @@ Edit = Callable[[list[bytes], str], None]
 
 
 def within(content: bytes, edit: Edit, path: Sequence[tuple[int, int]], kind: str = MODEL) -> bytes:
-    """``content`` with an edit of the message at ``path``: (number, how manieth) of each step.
+    """Returns ``content`` with an edit of the message at ``path``.
 
-    edit: changes a list of fields in place; it gets the message's name, too.
+    path: (number of the field, position) of each step. edit: changes a list of fields in place; it
+    also gets the message's name.
     """
     parts = fields(content)
     pieces = [piece for _, _, piece in parts]
@@ -287,7 +292,7 @@ def within(content: bytes, edit: Edit, path: Sequence[tuple[int, int]], kind: st
 
 
 def somewhere(rng: np.random.Generator, content: bytes, edit: Edit) -> bytes:
-    """``content`` with an edit of a message at random, at any depth."""
+    """Returns ``content`` with an edit of a random message, at any depth."""
     path, kind, inner = [], MODEL, content
     while kind in INNER and rng.random() < 0.85:
         numbers = [number for number, _, _ in fields(inner) if number in INNER[kind]]
@@ -315,7 +320,7 @@ def bits(rng: Rng, content: bytes, graphs: Sequence[bytes]) -> bytes:
 
 
 def structural_bits(rng: Rng, content: bytes, graphs: Sequence[bytes]) -> bytes:
-    """Where there are no weights."""
+    """Flips bits where there are no weights."""
 
     def edit(pieces: list[bytes], kind: str) -> None:
         place = rng.integers(len(pieces))
@@ -343,14 +348,14 @@ def cut(rng: Rng, content: bytes, graphs: Sequence[bytes]) -> bytes:
 
 
 def polyglot(rng: Rng, content: bytes, graphs: Sequence[bytes]) -> bytes:
-    """A FlatBuffer of onnxruntime's by its first bytes."""
+    """Looks like a FlatBuffer of onnxruntime's by its first bytes."""
     if rng.random() < 0.5:
         return content[:4] + b"ORTM" + content[8:]
     return varint(int(rng.integers(2**20)), 4)[:4] + b"ORTM" + content
 
 
 def edits(change: Callable[[Rng, list[bytes], str], None]) -> Mutation:
-    """A mutation of the fields of a message at random."""
+    """Returns a mutation of the fields of a random message."""
 
     def mutation(rng: Rng, content: bytes, graphs: Sequence[bytes]) -> bytes:
         return somewhere(rng, content, lambda pieces, kind: change(rng, pieces, kind))
@@ -359,7 +364,7 @@ def edits(change: Callable[[Rng, list[bytes], str], None]) -> Mutation:
 
 
 def overlong(rng: Rng, pieces: list[bytes], kind: str) -> None:
-    """A length, a value or a tag that is longer than it need be."""
+    """Makes a length, a value or a tag longer than it need be."""
     place = int(rng.integers(len(pieces)))
     ((number, body, _),) = fields(pieces[place])
     above = int(rng.integers(1, 2**31)) if rng.random() < 0.5 else 0
@@ -368,7 +373,7 @@ def overlong(rng: Rng, pieces: list[bytes], kind: str) -> None:
 
 
 def hidden(rng: Rng, pieces: list[bytes], kind: str) -> None:
-    """A field of a meaning under a tag whose upper bits protobuf drops."""
+    """Hides a field with a meaning under a tag whose upper bits protobuf drops."""
     number, body = HIDDEN[kind][rng.integers(len(HIDDEN[kind]))] if kind in HIDDEN else (1, 1)
     field = encoded(number, body, above=int(rng.choice([0, 1, 2, 2**20])))
     pieces.insert(int(rng.integers(len(pieces) + 1)), field)
@@ -387,7 +392,7 @@ HIDDEN: dict[str, list[tuple[int, bytes | int]]] = {
     PORT: [(3, b"doc"), (4, entry("a", "b"))],
     "axis": [(3, b"DATA_BATCH"), (1, 2), (2, b"M")],
 }
-"""Fields of meanings that no bundle has, or has once."""
+"""Fields with meanings that no bundle has, or that it has once."""
 
 
 def unknown(rng: Rng, pieces: list[bytes], kind: str) -> None:
@@ -411,7 +416,7 @@ def dropped(rng: Rng, pieces: list[bytes], kind: str) -> None:
 
 
 def valued(rng: Rng, pieces: list[bytes], kind: str) -> None:
-    """Another number, or other bytes."""
+    """Sets another number, or other bytes."""
     place = int(rng.integers(len(pieces)))
     ((number, body, _),) = fields(pieces[place])
     numbers = (0, 1, 2, 7, 8, 11, 16, 127, 128, 2**31, 2**32 + 1, 2**63, 2**64 - 1)
@@ -423,7 +428,7 @@ def valued(rng: Rng, pieces: list[bytes], kind: str) -> None:
 
 
 def by_onnx(change: Callable[[Rng, onnx.ModelProto], object]) -> Mutation:
-    """A mutation that ``onnx`` makes, and writes."""
+    """Returns a mutation that ``onnx`` makes and writes."""
 
     def mutation(rng: Rng, content: bytes, graphs: Sequence[bytes]) -> bytes:
         model = onnx.load_from_string(content)
@@ -483,7 +488,7 @@ def remark(rng: Rng, model: onnx.ModelProto) -> None:
 
 
 def tensor_form(rng: Rng, model: onnx.ModelProto) -> None:
-    """The same values in another field, another type, or another shape."""
+    """Stores the same values in another field, type or shape."""
     tensor = model.graph.initializer[rng.integers(len(model.graph.initializer))]
     array = onnx.numpy_helper.to_array(tensor)
     match rng.integers(4):
@@ -503,7 +508,7 @@ def tensor_form(rng: Rng, model: onnx.ModelProto) -> None:
 
 
 def wired(rng: Rng, model: onnx.ModelProto) -> None:
-    """A node that takes or gives another value, or an attribute of another type."""
+    """Makes a node take or give another value, or have an attribute of another type."""
     node, other = a_node(rng, model), a_node(rng, model)
     match rng.integers(4):
         case 0:
@@ -518,7 +523,7 @@ def wired(rng: Rng, model: onnx.ModelProto) -> None:
 
 
 def added(rng: Rng, model: onnx.ModelProto) -> None:
-    """Nodes, tensors, outputs that nothing needs."""
+    """Adds nodes, tensors or outputs that nothing needs."""
     match rng.integers(4):
         case 0:
             model.graph.node.add(op_type="Relu", input=["images"], output=["more"], name="more")
@@ -569,7 +574,7 @@ MUTATIONS: dict[str, Mutation] = {
     "additions": by_onnx(added),
     "headers": by_onnx(header),
 }
-"""By kind; a campaign makes as many of each."""
+"""The mutations, by kind; a campaign makes equally many of each."""
 
 
 def main() -> int:

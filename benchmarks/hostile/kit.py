@@ -1,6 +1,7 @@
-"""``python -m benchmarks.hostile.kit``: runs ``vqref.checks`` on wrong quantizers, averages and
-training steps, each of which must be caught by the check that is named for it, and on right ones of
-many forms, of which none may be refused.
+"""``python -m benchmarks.hostile.kit``: runs ``vqref.checks`` on wrong and right implementations.
+
+The implementations are quantizers, averages and training steps. For each wrong one, a check is
+named that must catch it. The right ones have many forms, and none may be refused.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ MUTATIONS: Mapping[str, Mutation] = {
 
 @dataclass
 class Findings:
-    """caught: each mutation and the check, named for it, that it failed. missed: mutations that
-    passed it. alarms: checks that refused something right. checks: how many of those were run."""
+    """What the campaign found.
+
+    caught: each mutation with its named check, which it failed. missed: mutations that passed their
+    check. alarms: checks that refused something right. checks: how many checks of right
+    implementations ran.
+    """
 
     caught: dict[str, str] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
@@ -46,10 +51,11 @@ def campaign(
     say: Callable[[str], object] = lambda line: None,
     **sizes: Any,
 ) -> Findings:
-    """The check that is named for each of ``count`` mutations, or all, and every check on as many
-    right implementations.
+    """Runs the named checks of ``count`` mutations or all, and all checks of right ones.
 
-    say: is told about each. sizes: of the codebooks, as ``quantizer_checks`` takes them.
+    There are as many right implementations as mutations.
+
+    say: takes a line on each. sizes: of the codebooks, as ``quantizer_checks`` takes them.
     """
     found = Findings()
     with np.errstate(all="ignore"):

@@ -1,5 +1,4 @@
-"""A right quantizer, update and step in NumPy, of small methods, and mutations, which replace one
-or two of these."""
+"""A right quantizer, update and step in NumPy, in small methods; mutations replace one or two."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ Single = np.float32
 
 
 class Plain:
-    """Right in float32: the direct form, and the moving averages of a dialect."""
+    """A right implementation in float32: the direct form, and the moving averages of a dialect."""
 
     dialect = POST
 
@@ -50,11 +49,11 @@ class Plain:
         return Single(decay) * before.astype(Single) + (1 - Single(decay)) * new
 
     def share(self, decay: float, steps: int) -> Array:
-        """Of the averages that is data."""
+        """Returns the share of the averages that is data."""
         return np.asarray(1 - decay**steps if self.dialect.debiased else 1, Single)
 
     def size(self, count: Array, epsilon: float) -> Array:
-        """What the means are divided by."""
+        """Returns the divisors of the means."""
         if self.dialect.smoothing == "epsilon":
             return count + Single(epsilon)
         total = count.sum()
@@ -80,7 +79,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Mutation:
-    """caught_by: the check named for it. methods: those of ``Plain`` that it replaces."""
+    """A mutation. caught_by: its named check. methods: those of ``Plain`` that it replaces."""
 
     caught_by: str
     methods: Mapping[str, Any]
@@ -90,8 +89,10 @@ class Mutation:
         return made
 
     def checks(self, **options: Any) -> list[QuantizerCheck]:
-        """The kit's of a new mutant: those of ``quantize``, ``update`` or ``step``, whichever is
-        wrong."""
+        """Returns the kit's checks of a new mutant, for whichever is wrong.
+
+        That is ``quantize``, ``update`` or ``step``.
+        """
         mutant = self.make()
         of_quantize = quantizer_checks(mutant.quantize, **options)
         if self.caught_by in map(str, of_quantize):
@@ -121,7 +122,7 @@ def bfloat16(array: Array) -> Array:
 
 
 def contiguous(array: Array) -> Array:
-    """What a kernel reads that is given the address alone."""
+    """Returns what a kernel reads that gets only the address."""
     base = array.base if isinstance(array.base, np.ndarray) else array
     strides = np.cumprod([array.itemsize, *array.shape[:0:-1]])[::-1]
     if array.nbytes > base.nbytes or min(array.strides, default=0) < 0:

@@ -1,9 +1,9 @@
-"""``python -m benchmarks.hostile.readers [--count N]``: feeds every reader of files from outside N
-random and damaged inputs.
+"""``python -m benchmarks.hostile.readers [--count N]``: gives each reader N damaged inputs.
 
-Each must be read or be refused with InputError, within SLOW seconds and ROOM bytes of memory, with
-nothing on stderr. Damage goes through checksums: half of it is done to what a format wraps, which
-is then wrapped again as it should be. Each reader works in a process of its own.
+Readers are those of files from outside; inputs are random or damaged. Each input must be read, or
+be refused with InputError, within SLOW seconds and ROOM bytes of memory, with nothing on stderr.
+Half of the damage is done to the content that a format wraps; the content is then wrapped again,
+with right checksums. Each reader works in a process of its own.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from benchmarks.measure import ROOT, Record, parser
 from vqref.errors import InputError
 
 SLOW, STUCK = 5.0, 60.0
-"""Seconds after which an input took too long, and after which a reader is given up."""
+"""Seconds after which an input took too long, and after which a reader is stopped."""
 
 ROOM = 2**30
-"""Bytes by which the memory of a reader may grow: inputs here are small."""
+"""Bytes by which a reader's memory may grow; inputs here are small."""
 
 Rng = np.random.Generator
 
@@ -48,9 +48,9 @@ Rng = np.random.Generator
 class Reader:
     """What reads a file, and what such a file looks like.
 
-    name: of the file. read: takes its path. samples: contents of good files. wrap: makes a file of
-    an inner content, ``inner``, with checksums that fit. make: a random file that is well formed
-    but says anything.
+    name: of the file. read: takes its path. samples: contents of good files. wrap: makes a file
+    from an inner content, ``inner``, with right checksums. make: makes a random file that is well
+    formed, with arbitrary content.
     """
 
     name: str
@@ -63,8 +63,11 @@ class Reader:
 
 @dataclass
 class Findings:
-    """inputs, refused: how many inputs there were, and how many were refused. past: what else came
-    of them, a line each."""
+    """What the campaign found.
+
+    inputs, refused: how many inputs there were, and how many were refused. past: a line on each
+    that ended in another way.
+    """
 
     inputs: int = 0
     refused: int = 0
@@ -74,7 +77,7 @@ class Findings:
 
 
 def campaign(count: int, seed: int = 0, names: Sequence[str] | None = None) -> dict[str, Findings]:
-    """The findings of each reader, ``count`` inputs each; ``names`` None takes all of READERS."""
+    """Returns each reader's findings, for ``count`` inputs. names: None takes all of READERS."""
     return {name: _in_a_process(name, count, seed) for name in names or READERS}
 
 
@@ -99,7 +102,7 @@ def _in_a_process(name: str, count: int, seed: int) -> Findings:
 
 
 def child(name: str, count: int, seed: int) -> None:
-    """The work of one process: prints its findings as JSON."""
+    """Does the work of one process: prints its findings as JSON."""
     reader, found = READERS[name], Findings()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / reader.name
@@ -133,17 +136,17 @@ def _read(reader: Reader, path: Path, i: int, found: Findings) -> None:
         found.refused += 1
         if "\n" in str(error) or not str(error):
             found.past.append(f"input {i}: refused with {str(error)!r:.200}")
-    except BaseException as error:  # whatever it is, it is what is looked for
+    except BaseException as error:  # any other error is what the campaign looks for
         found.past.append(f"input {i}: {type(error).__name__}: {error}"[:300])
 
 
 def _memory() -> int:
-    """The most bytes that this process has had in memory."""
+    """Returns the most bytes that this process has had in memory."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class _Damaged:
-    """Random and damaged inputs of a reader, one after the other."""
+    """Makes random and damaged inputs of a reader, one after the other."""
 
     def __init__(self, reader: Reader, rng: Rng) -> None:
         self.reader, self.rng = reader, rng
@@ -190,7 +193,7 @@ def _splice(content: bytearray, others: Sequence[bytes], rng: Rng) -> bytes:
 
 
 def _set(content: bytearray, _: Sequence[bytes], rng: Rng) -> bytes:
-    """A field set to an extreme."""
+    """Sets a field to an extreme value."""
     size, at = int(rng.choice([1, 2, 4, 8])), _place(content, rng)
     values = [0, 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, len(content), 10**6, 255]
     value = values[rng.integers(len(values))] % 2 ** (8 * size)
@@ -205,7 +208,7 @@ def _stutter(content: bytearray, _: Sequence[bytes], rng: Rng) -> bytes:
 
 
 def _nest(content: bytearray, _: Sequence[bytes], rng: Rng) -> bytes:
-    """Brackets or digits in great number at some place."""
+    """Puts very many brackets or digits at some place."""
     text = (b"[", b"{", b"(", b'{"a":', b"9", b"-", b"[[", b"a.")[rng.integers(8)]
     at = _place(content, rng)
     return bytes(content[:at] + text * int(rng.choice([40, 3000, 5000])) + content[at:])
@@ -215,14 +218,14 @@ DAMAGES = (_flip, _flip, _cut, _splice, _set, _set, _set, _stutter, _nest)
 
 
 def _place(content: bytearray, rng: Rng) -> int:
-    """A place in a content, often near its beginning or its end, where headers are."""
+    """Returns a place in a content, often near its beginning or its end, where headers are."""
     near, size = min(len(content), 200), len(content)
     at = (rng.integers(size), rng.integers(near), size - 1 - rng.integers(near))
     return int(at[rng.integers(3)])
 
 
 def _twisted(plain: Any, rng: Rng, values: Sequence[Any]) -> Any:
-    """A copy of nested data with one to three entries removed, added or made something else."""
+    """Returns a copy of nested data with one to three entries removed, added or replaced."""
     plain = copy.deepcopy(plain)
     for _ in range(rng.integers(1, 4)):
         holders = [node for node in _nodes(plain) if node]
@@ -239,7 +242,7 @@ def _twisted(plain: Any, rng: Rng, values: Sequence[Any]) -> Any:
 
 
 def _nodes(plain: Any) -> list[Any]:
-    """The dictionaries and lists in nested data, each once."""
+    """Returns the dictionaries and lists in nested data, each once."""
     found: dict[int, Any] = {}
     waiting = [plain]
     while waiting:
@@ -251,7 +254,7 @@ def _nodes(plain: Any) -> list[Any]:
 
 
 def _nested(depth: int, wide: int = 1) -> list[Any]:
-    """Lists within lists; with ``wide`` the same ones several times, so that few bytes say much."""
+    """Returns nested lists; with ``wide``, each occurs several times, so few bytes mean much."""
     found: list[Any] = []
     for _ in range(depth):
         found = [found] * wide
@@ -337,7 +340,7 @@ SHAPES: Sequence[Any] = (
 
 
 def _any_npy(rng: Rng) -> bytes:
-    """An ``.npy`` whose header says anything, and is of the length that it says."""
+    """Makes an ``.npy`` with an arbitrary header of the right length."""
     descr, shape = DTYPES[int(rng.integers(len(DTYPES)))], SHAPES[int(rng.integers(len(SHAPES)))]
     header = {"descr": descr, "fortran_order": bool(rng.integers(2)), "shape": shape}
     text = repr(_twisted(header, rng, VALUES[:9]) if rng.random() < 0.2 else header)
@@ -366,8 +369,10 @@ def _packed(content: bytes) -> bytes:
 
 
 def _pictures(kind: str, *ways: dict[str, Any], modes: str = "") -> Callable[[], list[bytes]]:
-    """Pictures in colour, in grey and in further modes of Pillow, each saved in each of the ways,
-    turned by its EXIF data; in some of them alpha, a colour or a second frame is hidden."""
+    """Makes pictures in colour, in grey and in other modes of Pillow, each saved in each way.
+
+    All are turned by their EXIF data. In some, alpha, a colour or a second frame is hidden.
+    """
 
     def made() -> list[bytes]:
         from PIL import Image
@@ -393,7 +398,7 @@ def _pictures(kind: str, *ways: dict[str, Any], modes: str = "") -> Callable[[],
 
 
 def _png_mended(content: bytes) -> bytes:
-    """The same chunks with checksums that fit."""
+    """Returns the same chunks with right checksums."""
     found, at = content[:8], 8
     while at + 12 <= len(content):
         size = min(int.from_bytes(content[at : at + 4], "big"), len(content) - at - 12)
@@ -465,7 +470,7 @@ def _parameters_npz() -> list[bytes]:
 
 
 def _any_parameters(rng: Rng) -> bytes:
-    """Parameters of which some are others, and a spec that says anything."""
+    """Makes parameters, some of them wrong, and a spec with arbitrary content."""
     spec = json.dumps(_twisted(_model().spec.to_dict(), rng, VALUES))
     arrays = _parameters()
     if rng.random() < 0.5:
@@ -488,7 +493,7 @@ def _safetensors() -> list[bytes]:
 
 
 def _safetensors_mended(content: bytes) -> bytes:
-    """The header's length made to fit."""
+    """Corrects the header's length."""
     end = content.find(b"}}") + 2
     return (end - 8).to_bytes(8, "little", signed=False) + content[8:] if end >= 10 else content
 
@@ -558,7 +563,7 @@ def _saved(plain: Any) -> bytes:
     content = io.BytesIO()
     try:
         torch.save(plain, content)
-    except (RecursionError, UnicodeEncodeError):  # what cannot be said
+    except (RecursionError, UnicodeEncodeError):  # this cannot be encoded
         return b""
     return content.getvalue()
 
@@ -592,7 +597,7 @@ def _any_model(rng: Rng) -> bytes:
 
 
 def _bundle() -> Any:
-    """The manifest and the oracle's file of a bundle."""
+    """Makes the manifest and the oracle's file of a bundle."""
     from vqdeploy.export import export
 
     with tempfile.TemporaryDirectory() as folder:
@@ -612,14 +617,14 @@ _kept: dict[str, Any] = {}
 
 
 def _any_manifest(rng: Rng) -> bytes:
-    """A manifest that says anything under a seal that fits."""
+    """Makes a manifest with arbitrary content under a right seal."""
     from vqdeploy.sealed import sealed, unsealed
 
     if "manifest" not in _kept:
         _kept["manifest"] = unsealed(_bundle()[0])
     try:
         return sealed(_twisted(_kept["manifest"], rng, VALUES))
-    except (ValueError, RecursionError):  # what JSON cannot say
+    except (ValueError, RecursionError):  # JSON cannot encode this
         return b"{"
 
 
@@ -631,7 +636,7 @@ def _oracle(path: Path) -> object:
 
 
 def _state() -> dict[str, Any]:
-    """What a snapshot holds after the first step."""
+    """Makes the content of a snapshot after the first step."""
     import torch
 
     from vqtrain.options import TrainingOptions

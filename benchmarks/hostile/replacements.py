@@ -1,9 +1,8 @@
-"""``python -m benchmarks.hostile.replacements [--kills N]``: kills processes that replace a bundle,
-and looks at what is there afterwards.
+"""``python -m benchmarks.hostile.replacements [--kills N]``: kills processes that replace a bundle.
 
-Most publish in a loop, so that the signal falls into a publication; the others are real exports,
-killed at any moment from the start of the interpreter on. After each kill the place must hold a
-whole bundle, and after one more undisturbed publication nothing else.
+Most publish in a loop, so that the signal comes during a publication. The others are real exports,
+killed at any moment after the start of the interpreter. After each kill, the place must hold a
+whole bundle; after one more undisturbed publication, it must hold nothing else.
 """
 
 from __future__ import annotations
@@ -43,16 +42,19 @@ def work():
 
 sys.exit(guarded("publish", work))
 """
-"""Publishes a bundle so many times."""
+"""Publishes a bundle this many times."""
 
 WAYS = ("exchanged", "linked")
-"""On a file system that exchanges names, and as on one that cannot."""
+"""Ways to publish: with a file system that exchanges names, and as with one that cannot."""
 
 
 @dataclass
 class Findings:
-    """kills: how many processes were killed. replaced: after how many of them the place held
-    another folder than before. past: what was wrong, a line each."""
+    """What the campaign found.
+
+    kills: how many processes were killed. replaced: after how many kills the place held another
+    folder than before. past: what was wrong, a line each.
+    """
 
     kills: int = 0
     replaced: int = 0
@@ -88,7 +90,8 @@ def campaign(
 class _Start:
     """Where bundles are published, and the processes that publish them.
 
-    real: whether the bundle is a real one, of a small model. Otherwise it has the files of one.
+    real: whether the bundle is a real one, of a small model. Otherwise, it only has a bundle's
+    files.
     """
 
     def __init__(self, folder: Path, *, real: bool) -> None:
@@ -103,7 +106,7 @@ class _Start:
             self._finish(self.publish(way, 2))
 
     def place(self, way: str) -> Path:
-        """Each way has a folder of its own, so that what is left over in it is seen."""
+        """Returns the place of this way. Each way has its own folder, so that left-overs show."""
         (self.folder / way).mkdir(exist_ok=True)
         return self.folder / way / "bundle"
 
@@ -115,7 +118,7 @@ class _Start:
         return _python(*command, str(place))
 
     def left_over(self, way: str) -> list[str]:
-        """What is beside a place, or wrong with it, after one more publication."""
+        """Returns what is next to a place, or wrong with it, after one more publication."""
         self._finish(self.publish(way, 1))
         place = self.place(way)
         expected = {place.name} | ({place.readlink().name} if place.is_symlink() else set())
@@ -130,7 +133,7 @@ class _Start:
 
 
 def _make_bundle(model: Path, bundle: Path) -> None:
-    """A small model of random parameters, and its bundle."""
+    """Makes a small model of random parameters, and its bundle."""
     import vqref
     from vqdeploy.export import export
     from vqref import families
@@ -169,7 +172,7 @@ def _killed(
 
 
 def _wrong(place: Path) -> list[str]:
-    """What keeps the place from being a whole bundle."""
+    """Returns what keeps the place from being a whole bundle."""
     expected = {*FILES, MANIFEST}
     try:
         names = {path.name for path in place.iterdir()}

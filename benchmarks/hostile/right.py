@@ -20,7 +20,7 @@ from vqtrain import quantizer as trained
 
 
 def by_elements(latents: Array, codebook: Array, *, backwards: bool = False) -> Array:
-    """Squares added one after the other."""
+    """Adds squares one after the other."""
     total = np.zeros((*latents.shape[:2], len(codebook)), latents.dtype)
     for j in range(codebook.shape[1])[:: -1 if backwards else 1]:
         total += np.square(latents[:, :, None, j] - codebook[:, j])
@@ -33,7 +33,7 @@ def by_product_of_differences(latents: Array, codebook: Array) -> Array:
 
 
 def in_blocks(latents: Array, codebook: Array) -> Array:
-    """1,000 latents and 37 codes at a time."""
+    """Takes 1,000 latents and 37 codes at a time."""
     rows = latents.reshape(-1, 1, latents.shape[-1])
     best = np.full(len(rows), np.inf, latents.dtype)
     found = np.zeros(len(rows), np.int64)
@@ -81,7 +81,7 @@ Right = Mapping[str, tuple[Callable[[Array, Array], Any], str, str]]
 
 
 def right_quantizers() -> Right:
-    """By name: what quantizes, in which precision and form."""
+    """Returns right quantizers by name, with their precision and form."""
     from benchmarks.agreement import computed
 
     def arithmetic(precision: str, form: str) -> Callable[[Array, Array], Any]:
@@ -118,7 +118,7 @@ def right_quantizers() -> Right:
 
 
 class OneHot(Plain):
-    """Sums by a product with a matrix of ones."""
+    """Sums by a product with a one-hot matrix."""
 
     def sums(self, latents: Array, indices: Array, k: int) -> Array:
         rows = latents.reshape(-1, latents.shape[-1])
@@ -131,7 +131,7 @@ class OneHot(Plain):
 
 
 class Sorted(Plain):
-    """Sums of runs, sorted by code, in pairs."""
+    """Sorts by code, and sums each run in pairs."""
 
     def sums(self, latents: Array, indices: Array, k: int) -> Array:
         order = np.argsort(indices.ravel(), kind="stable")
@@ -180,8 +180,9 @@ SIZES = ((64, 16), (9, 3), (61, 7), (100, 1), (256, 8), (16, 33))
 
 
 def right(seed: int, **sizes: Any) -> Iterator[tuple[str, list[QuantizerCheck]]]:
-    """The checks of every right quantizer, and those of averages and steps for every right update
-    in every dialect, in sizes that take turns.
+    """Runs the checks of every right quantizer, and of averages and steps of every right update.
+
+    Updates are tried in every dialect; sizes take turns.
 
     sizes: of all codebooks instead, as ``quantizer_checks`` takes them.
     """

@@ -1,9 +1,10 @@
-"""``python -m benchmarks.hostile.signals [--count N]``: sends N SIGTERMs and N SIGINTs to commands
-at moments drawn uniformly from the whole life of their processes, and says which were not answered.
+"""``python -m benchmarks.hostile.signals [--count N]``: sends N SIGTERMs and N SIGINTs to commands.
 
-Most go to a short training run, which goes on after each, until it ends and is compared to one that
-nobody disturbed; every third goes to another command. Until Python has got as far as this project,
-it answers in its own way; what the process catches when a signal is sent tells (on Linux).
+Moments are drawn uniformly from the whole life of the processes. Signals that were not answered are
+reported. Two in three go to a short training run. It is continued after each signal until it ends,
+and is then compared with an undisturbed run. Every third signal goes to another command. Python
+itself answers signals until it has imported this project; which signals the process catches when
+one is sent tells the two apart (on Linux).
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from benchmarks.measure import Record, parser
 
 EPOCHS = 6
 OTHERS = ("export", "verify", "evaluate", "vectors", "prior")
-"""Commands beside training: verify takes what export wrote."""
+"""Commands other than training; verify takes what export wrote."""
 
 LONGEST = 120.0
-"""Seconds after which a process that was signalled hangs."""
+"""Seconds after which a signalled process counts as hanging."""
 
 PYTHONS_OWN = {signal.SIGINT: (-signal.SIGINT, 1), signal.SIGTERM: (-signal.SIGTERM,)}
-"""How Python itself ends by a signal, before it has got to us."""
+"""How Python itself ends at a signal, before it has reached this project."""
 
 
 @dataclass
 class Findings:
-    """What signals found.
+    """What the campaign found.
 
-    sent: how many met a process. early: of them, before our first line; late: after a command's
-    last. ends: runs that came to their end. wrong: a line for each that was not answered as it
-    should be.
+    sent: how many signals met a process. early: how many of these came before our first line; late:
+    after a command's last line. ends: runs that finished. wrong: a line for each signal that was
+    not answered as it should be.
     """
 
     sent: int = 0
@@ -59,10 +60,10 @@ class Findings:
 def campaign(
     count: int, seed: int = 0, jobs: int = 1, epochs: int = EPOCHS, others: Sequence[str] = OTHERS
 ) -> Findings:
-    """``count`` SIGTERMs and as many SIGINTs.
+    """Sends ``count`` SIGTERMs and as many SIGINTs.
 
-    jobs: how many processes are signalled at a time. epochs: of each run. others: the commands
-    that every third signal goes to.
+    jobs: how many processes are signalled at a time. epochs: of each run. others: the commands that
+    every third signal goes to.
     """
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
@@ -79,7 +80,7 @@ def campaign(
 
 
 def _words(kind: str, name: str, epochs: int) -> list[str]:
-    """A command line. name: of what it writes, or goes on with."""
+    """Returns a command line. name: of what it writes, or continues."""
     commands = {
         "export": ["vqdeploy", "export", "whole.pt", "--output", f"{name}-onnx"],
         "verify": ["vqdeploy", "verify", "whole-onnx"],
@@ -92,7 +93,7 @@ def _words(kind: str, name: str, epochs: int) -> list[str]:
 
 
 def _span(place: Path, words: Sequence[str]) -> float:
-    """Seconds of a command that nobody disturbs."""
+    """Returns the seconds of an undisturbed command."""
     start = time.perf_counter()
     done = subprocess.run(
         words, cwd=place, env=ENVIRONMENT, check=False, capture_output=True, text=True
@@ -105,7 +106,7 @@ def _span(place: Path, words: Sequence[str]) -> float:
 def _campaign(
     place: Path, signals: int, seed: int, spans: dict[str, float], epochs: int
 ) -> Findings:
-    """What one worker finds with its share of the signals."""
+    """Returns what one worker finds with its share of the signals."""
     rng, found = np.random.default_rng(seed), Findings()
     numbers = itertools.cycle((signal.SIGTERM, signal.SIGINT))
     number, runs = next(numbers), 0
@@ -128,8 +129,10 @@ def _campaign(
 def _signalled(
     place: Path, words: Sequence[str], number: signal.Signals, moment: float, found: Findings
 ) -> str:
-    """Runs a command, signals it after ``moment`` seconds, and notes the answer. Returns what it
-    said on stderr: nothing if it came to its end."""
+    """Runs a command, signals it after ``moment`` seconds, and notes the answer.
+
+    Returns its stderr, which is empty if the command finished.
+    """
     process = subprocess.Popen(
         words,
         cwd=place,
@@ -160,7 +163,7 @@ def _signalled(
 
 
 def is_right(state: str, number: int, code: int, said: str) -> bool:
-    """Whether that is how a process in this state answers this signal."""
+    """Returns whether this is how a process in this state should answer this signal."""
     answered = (
         code == 128 + number and re.fullmatch(r"vq\w+: interrupted[^\n]*\n", said) is not None
     )
@@ -171,8 +174,10 @@ def is_right(state: str, number: int, code: int, said: str) -> bool:
 
 
 def _state(pid: int, number: int) -> str:
-    """What a process does with a signal: "early" if it is Python's own or the system's to answer,
-    "watched", or "late" if it is ignored because the command is done."""
+    """Returns what a process does with a signal: "early", "watched" or "late".
+
+    Early: Python or the system answers. Late: the signal is ignored because the command is done.
+    """
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -182,7 +187,7 @@ def _state(pid: int, number: int) -> str:
     )
     if ignored >> (number - 1) & 1:
         return "late"
-    term = signal.SIGTERM - 1  # Python catches SIGINT from its start; SIGTERM only we do
+    term = signal.SIGTERM - 1  # Python itself catches SIGINT from its start, but not SIGTERM
     return "watched" if caught >> term & 1 else "early"
 
 

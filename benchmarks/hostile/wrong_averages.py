@@ -25,7 +25,7 @@ from vqref.validation import Array
 
 
 def hits_in(caught_by: str, dtype: Any) -> Mutation:
-    """Hits that were counted in a small type."""
+    """Counts hits in a small type."""
     return mutation(
         caught_by, hits=lambda self, i, k: Plain.hits(self, i, k).astype(dtype).astype(Single)
     )
@@ -34,14 +34,14 @@ def hits_in(caught_by: str, dtype: Any) -> Mutation:
 def updates(
     caught_by: str, change: Callable[..., tuple[Any, ...]], dialect: Dialect = POST
 ) -> Mutation:
-    """An update of other arguments: ``change(state, latents, indices, decay, epsilon)``."""
+    """Updates with other arguments: ``change(state, latents, indices, decay, epsilon)``."""
     return mutation(
         caught_by, update=lambda self, *given: Plain.update(self, *change(*given)), dialect=dialect
     )
 
 
 def from_call(number: int, **changed: float) -> Any:
-    """Other options from a call on."""
+    """Uses other options from a certain call on."""
 
     def update(
         self: Plain, state: EMAState, x: Array, i: Array, decay: float, epsilon: float
@@ -56,8 +56,10 @@ def from_call(number: int, **changed: float) -> Any:
 def returns(
     caught_by: str, change: Callable[..., tuple[Any, ...]], dialect: Dialect = POST
 ) -> Mutation:
-    """Another state: ``change((codebook, count, means), state, latents, indices, decay,
-    epsilon)``."""
+    """Returns another state.
+
+    It is ``change((codebook, count, means), state, latents, indices, decay, epsilon)``.
+    """
 
     def update(self: Plain, *given: Any) -> Any:
         after = Plain.update(self, *given)
@@ -91,7 +93,7 @@ def renearest(self: Plain, state: EMAState, latents: Array, indices: Array, *opt
 
 
 def changes(name: str) -> Callable[..., Any]:
-    """An array of the caller's that is changed in place."""
+    """Changes an array of the caller's in place."""
 
     def update(self: Plain, state: EMAState, latents: Array, indices: Array, *options: Any) -> Any:
         after = Plain.update(self, state, latents, indices, *options)
@@ -112,7 +114,7 @@ def one_array(self: Plain, *given: Any) -> Any:
 
 
 def shared(self: Plain, state: EMAState, *given: Any) -> Any:
-    """Means that are the caller's own array."""
+    """Returns the caller's own array as means."""
     codebook, count, means = Plain.update(self, state, *given)
     state.ema_means[...] = means
     return EMAState(codebook, count, means).codebook, count, state.ema_means
@@ -133,7 +135,7 @@ def miscounted(self: Plain, *given: Any) -> EMAState:
 
 
 def dropped(where: Callable[[Array, int], Any]) -> dict[str, Any]:
-    """Latents that are left out of hits and sums: ``where(number of each latent, how many)``."""
+    """Leaves latents out of hits and sums: ``where(number of each latent, how many)``."""
 
     def kept(indices: Array) -> Array:
         number = np.arange(indices.size)
@@ -150,7 +152,7 @@ def dropped(where: Callable[[Array, int], Any]) -> dict[str, Any]:
 
 
 def unlike(shape: Callable[[tuple[int, ...]], bool]) -> Callable[..., Array]:
-    """Each latent taken for the next one, in batches of some shapes (N, S, D)."""
+    """Takes each latent for the next one, in batches of some shapes (N, S, D)."""
 
     def sums(self: Plain, latents: Array, indices: Array, k: int) -> Array:
         if shape(latents.shape):
@@ -162,21 +164,21 @@ def unlike(shape: Callable[[tuple[int, ...]], bool]) -> Callable[..., Array]:
 
 
 def reset_at(call: int) -> Callable[..., Any]:
-    """The state from which all starts, in one call."""
+    """In one call, returns the state at the start."""
     return lambda self, state, *given: Plain.update(
         self, EMAState.start(state.codebook) if self.calls == call else state, *given
     )
 
 
 def by_identity(self: Plain, state: EMAState, *given: Any) -> Any:
-    """An earlier content of the same state."""
+    """Uses an earlier content of the same state."""
     self.kept = self.kept or {}
     held = self.kept.setdefault(id(state), (copy.deepcopy(state), state))[0]
     return Plain.update(self, held, *given)
 
 
 def by_beginning(self: Plain, indices: Array, k: int) -> Array:
-    """Hits of indices that began in the same way."""
+    """Uses the hits of indices that began in the same way."""
     self.kept = self.kept or {}
     key = indices.shape, indices.ravel()[:10].tobytes()
     return Plain.hits(self, self.kept.setdefault(key, indices.copy()), k)
@@ -382,8 +384,10 @@ def steps(caught_by: str, step: Callable[..., Any]) -> Mutation:
 
 
 def stepped(caught_by: str, change: Callable[..., Any]) -> Mutation:
-    """Another answer: ``change(self, indices, quantized, after, state, latents, decay,
-    epsilon)``."""
+    """Returns another answer.
+
+    It is ``change(self, indices, quantized, after, state, latents, decay, epsilon)``.
+    """
     return steps(
         caught_by,
         lambda self, *given: change(self, *Plain.step(self, *given), *given),
@@ -397,7 +401,7 @@ def update_first(self: Plain, state: EMAState, latents: Array, *options: Any) ->
 
 
 def later(after: tuple[Array, Array, Array], state: EMAState) -> EMAState:
-    """The state after one more update."""
+    """Returns the state after one more update."""
     codebook, count, means = after
     return EMAState(codebook, count, means, state.steps + 1)
 
@@ -408,7 +412,7 @@ def copied(source: Array, target: Array) -> Array:
 
 
 def overwrites(name: str) -> Callable[..., Any]:
-    """What it made is written into the caller's state."""
+    """Writes its result into the caller's state."""
 
     def step(self: Plain, state: EMAState, *given: Any) -> Any:
         indices, quantized, after = Plain.step(self, state, *given)
@@ -427,7 +431,7 @@ def with_options(change: Callable[[Plain, float, float], tuple[float, float]]) -
 
 
 def misread(where: Callable[[Array], bool]) -> Any:
-    """The first latent stands in for the last in some batches, in the averages."""
+    """In some batches, takes the first latent for the last, in the averages."""
 
     def step(self: Plain, state: EMAState, latents: Array, *options: Any) -> Any:
         indices, quantized, after = Plain.step(self, state, latents, *options)
@@ -441,7 +445,7 @@ def misread(where: Callable[[Array], bool]) -> Any:
 
 
 def from_codebook(self: Plain, codebook: Array, state: EMAState, *given: Any) -> Any:
-    """A step whose indices are those of another codebook."""
+    """Takes a step with the indices of another codebook."""
     latents, *options = given
     indices = Plain.nearest(self, latents, codebook.astype(Single))
     quantized = state.codebook.astype(Single)[indices]
@@ -454,7 +458,7 @@ def past_unused(self: Plain, state: EMAState, *given: Any) -> Any:
 
 
 def of_before(self: Plain, state: EMAState, *given: Any) -> Any:
-    """The codebook of an earlier call, if the state is the same object."""
+    """Uses the codebook of an earlier call, if the state is the same object."""
     self.kept = self.kept or {}
     held = self.kept.setdefault(id(state), (state.codebook.copy(), state))[0]
     return from_codebook(self, held, state, *given)

@@ -20,8 +20,10 @@ from vqref.validation import Array
 
 
 def wrong(caught_by: str, where: Callable[[Plain, Array, Array, Array], Any]) -> Mutation:
-    """The next code instead of the nearest where ``where(self, number of each latent, latents,
-    codebook)`` says so."""
+    """Takes the next code instead of the nearest for some latents.
+
+    ``where(self, number of each latent, latents, codebook)`` says for which.
+    """
 
     def nearest(self: Plain, latents: Array, codebook: Array) -> Array:
         found = Plain.nearest(self, latents, codebook)
@@ -33,7 +35,7 @@ def wrong(caught_by: str, where: Callable[[Plain, Array, Array, Array], Any]) ->
 
 
 def feeds(caught_by: str, change: Callable[[Array, Array], tuple[Array, Array]]) -> Mutation:
-    """The nearest code of changed latents or of a changed codebook."""
+    """Takes the nearest code of changed latents or of a changed codebook."""
     return mutation(
         caught_by, nearest=lambda self, x, c: Plain.nearest(self, *change(x, c)).astype(np.int64)
     )
@@ -44,12 +46,12 @@ def computes(caught_by: str, distances: Callable[[Array, Array], Array]) -> Muta
 
 
 def picks(caught_by: str, pick: Callable[[Array], Array]) -> Mutation:
-    """Another choice from the right distances (N, S, K)."""
+    """Makes another choice from the right distances (N, S, K)."""
     return mutation(caught_by, nearest=lambda self, x, c: pick(self.distances(x, c)))
 
 
 def pruned(share: float, part: slice) -> Mutation:
-    """A code is passed over if a part of its distance is more than a share of the best so far."""
+    """Skips a code if a part of its distance is more than a share of the best so far."""
 
     def nearest(self: Plain, latents: Array, codebook: Array) -> Array:
         partial = np.square(latents[:, :, None, part] - codebook[:, part]).sum(-1)
@@ -64,7 +66,7 @@ def pruned(share: float, part: slice) -> Mutation:
 
 
 def by_norms(self: Plain, latents: Array, codebook: Array) -> Array:
-    """A code is passed over if its norm differs by nearly the best distance."""
+    """Skips a code if its norm differs by nearly the best distance."""
     distances = exact(latents, codebook)
     apart = np.linalg.norm(latents, axis=-1)[..., None] - np.linalg.norm(codebook, axis=-1)
     far = np.square(apart) > 0.98 * distances.min(-1, keepdims=True)
@@ -72,7 +74,7 @@ def by_norms(self: Plain, latents: Array, codebook: Array) -> Array:
 
 
 def reluctant(distances: Array) -> Array:
-    """A later code must be better by a hundredth."""
+    """Takes a later code only if it is better by a hundredth."""
     best, found = distances[..., 0], np.zeros(distances.shape[:2], np.int64)
     for k, each in enumerate(np.moveaxis(distances, -1, 0)):
         better = each < 0.99 * best
@@ -81,7 +83,7 @@ def reluctant(distances: Array) -> Array:
 
 
 def later_block(distances: Array) -> Array:
-    """Blocks of 16 codes, of which the later wins a tie."""
+    """Takes blocks of 16 codes; the later block wins a tie."""
     found = distances[..., :16].argmin(-1)
     for start in range(16, distances.shape[-1], 16):
         block = distances[..., start : start + 16]
@@ -91,7 +93,7 @@ def later_block(distances: Array) -> Array:
 
 
 def cached(key: Callable[[Array, Array], Any], caught_by: str, *, codes: bool = True) -> Mutation:
-    """Codebook or latents of an earlier call, if the key is the same."""
+    """Uses codebook or latents of an earlier call if the key is the same."""
 
     def nearest(self: Plain, latents: Array, codebook: Array) -> Array:
         self.kept = self.kept or {}
@@ -111,7 +113,7 @@ def old_norms(self: Plain, latents: Array, codebook: Array) -> Array:
 
 
 def remembered(self: Plain, latents: Array, codebook: Array) -> Any:
-    """The answer of the last call, if the inputs are the same to the last bit."""
+    """Returns the last call's answer if the inputs are the same to the last bit."""
     key = latents.tobytes(), codebook.tobytes()
     if self.kept is None or self.kept[0] != key:
         self.kept = key, Plain.quantize(self, latents, codebook)
@@ -119,7 +121,7 @@ def remembered(self: Plain, latents: Array, codebook: Array) -> Any:
 
 
 def rotating(buffers: int) -> Callable[[Plain, Array, Array], Any]:
-    """Answers in a few arrays that take turns."""
+    """Returns answers in a few arrays that take turns."""
 
     def quantize(self: Plain, latents: Array, codebook: Array) -> Any:
         self.kept = self.kept or {}

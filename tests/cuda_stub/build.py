@@ -1,10 +1,10 @@
-"""Builds stand-ins for CUDA's and cuDNN's libraries, with which onnxruntime-gpu's CUDA provider
-loads on a machine without a card.
+"""Builds stand-ins for the libraries of CUDA and cuDNN.
 
-The provider is the real one: it takes nodes, inserts copies and launches kernels as it would on a
-card. Only the libraries below it do nothing, so that every output is meaningless. The names of the
-libraries and functions are read from the provider itself; the C files beside this one define those
-that must answer something, and all others are generated.
+They let onnxruntime-gpu's CUDA provider load on a machine without a card. The provider is the real
+one: it takes nodes, inserts copies and launches kernels as it would on a card. Only the libraries
+below it do nothing, so all outputs are meaningless. The names of the libraries and functions are
+read from the provider itself. The C files beside this one define the functions that must answer
+something; all others are generated.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ static int object;
 #define CREATE(name) WEAK int name(void **handle) { *handle = &object; return 0; }
 #define DONE(name) WEAK int name(void) { return 0; }
 """
-"""What a function does that needs no meaning: it succeeds, and gives a handle if it creates one."""
+"""The body of other functions: it succeeds, and gives a handle if the function creates one."""
 
 
 def obstacle() -> str | None:
@@ -38,7 +38,7 @@ def obstacle() -> str | None:
 
 
 def build(folder: Path) -> None:
-    """Writes the libraries to ``folder``, which LD_LIBRARY_PATH then has to name."""
+    """Writes the libraries to ``folder``; LD_LIBRARY_PATH must then name it."""
     for library, names in functions().items():
         _compile(folder, library, sorted(names))
 

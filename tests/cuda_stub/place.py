@@ -1,10 +1,10 @@
-"""Opens every graph below a folder on CUDA and prints what became of it, as JSON.
+"""Opens every graph below a folder on CUDA and prints the results as JSON.
 
 Run it with LD_LIBRARY_PATH naming the libraries of ``build.py``. Each folder below the argument
 holds {stage}.onnx files and spec.json, which has the spec and the batch size. A graph that opens
 gives {"placement": Session.placement(), "operators": of the graph that onnxruntime runs,
-"use_tf32": "0" or "1"}, another {"error": the line}. Providers may follow the folder, in place of
-the device's.
+"use_tf32": "0" or "1"}. A graph that does not open gives {"error": the line}. Providers named after
+the folder replace the device's.
 """
 
 from __future__ import annotations

@@ -62,13 +62,13 @@ FLOORS = {"clustering_floor", "patches_nmse"}
 """The measures that k-means fits. A model has at most one of them."""
 
 MOST_IMAGES, MOST_PIXELS = 256, 2**18
-"""Limits of a batch, so that large images are measured a few at a time."""
+"""The most images and pixels of a batch, so that large images are measured a few at a time."""
 
 PROOF_SECONDS = 5.0
 """The longest time that proving the tokens may take."""
 
 LARGEST_VARIANCE = 0.25
-"""Values in [0, 1] have at most this variance. A spec with more does not know its data's."""
+"""Values in [0, 1] have at most this variance. A spec with more does not hold the data's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +126,14 @@ def evaluate(options: EvaluateOptions) -> int:
         print(f"  {name:<19}{_shown(value):>9}  {MEANING[name]}")
     if chosen.others is None:
         for name in FLOORS & figures.keys():
-            print(f"  {name} is of a fit to the measured images themselves")
+            print(f"  {name} was fitted to the measured images themselves")
     if len(model.spec.latent_shape) == 3 and patch_grid(model.spec) is None:
         print("  no k-means on patches: each has several tokens in this model")
     return ExitCode.DONE
 
 
 def _about(chosen: Measured, figures: dict[str, float], options: EvaluateOptions) -> dict[str, Any]:
-    """What was measured on what, as plain data."""
+    """Returns what was measured, and on which images, as plain data."""
     about = {
         "model": str(options.model),
         "data": chosen.source,
@@ -155,7 +155,7 @@ def _measure(
     options: EvaluateOptions,
     tell: Callable[[str], None],
 ) -> dict[str, float]:
-    """The measures of ``vqtrain.run.metrics`` and the floors, by name.
+    """Returns the measures of ``vqtrain.run.metrics`` and the floors, by name.
 
     tell: takes a line every half minute.
     """
@@ -216,9 +216,9 @@ def floors(
 ) -> dict[str, float]:
     """Returns what as many codes reach on ``measured`` without a network.
 
-    K-means with this seed fits them to ``train``. For a Bernoulli model with one latent this is the
-    bound of fixed pictures, else the error of patches. Returns {} if the model has neither, or if
-    ``train`` is too small.
+    K-means with this seed fits codes to ``train``. For a Bernoulli model with one latent, returns
+    the bound of fixed pictures, else the error of patches. Returns {} if the model has neither, or
+    if ``train`` is too small.
     """
     from vqtrain.run.metrics import picture_errors
 
@@ -236,7 +236,7 @@ def floors(
 
 
 def _binarized(images: Array, rng: np.random.Generator) -> Array:
-    """Draws each pixel as 1 with its grey level as probability, else 0; float32."""
+    """Draws each pixel as 0 or 1, float32; its grey level is the probability of 1."""
     levels = to_unit_interval(images)
     return (rng.random(levels.shape, np.float32) < levels).astype(np.float32)
 

@@ -160,7 +160,7 @@ def _tokens(
     reading = Reading.of(model.preprocessing, model.spec.image_shape, **how)
     source = load_source(options.data, say, reading)
     if isinstance(source, Stream):
-        raise InputError(f"--data {options.data}: a prior is learned on images that memory holds")
+        raise InputError(f"--data {options.data}: a prior needs images that fit in memory")
     chosen = choose(source, model, options.held_out, reading)
     for line in chosen.said:
         say(line)
@@ -185,7 +185,7 @@ def _tokens(
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, buffer.getvalue())
     else:
-        say(f"tokens as they were kept in {path}")
+        say(f"tokens: read from {path}, kept by an earlier run")
     return found[0], found[1], chosen.source
 
 
@@ -263,7 +263,7 @@ def _trained(
 
 
 def _how(options: PriorCommand, device: Any) -> PriorOptions:
-    """Raises UsageError."""
+    """Returns how to train. Raises UsageError."""
     from vqtrain.device import choose_precision
     from vqtrain.run.priors import PriorOptions
 
@@ -277,7 +277,7 @@ def _how(options: PriorCommand, device: Any) -> PriorOptions:
 
 
 def _costs(model: Model, found: Prior, train: Int64, held_out: Int64) -> list[str]:
-    """Returns a line for each of three priors: what the held-out tokens cost under it."""
+    """Returns a line for each of three priors, with the cost of the held-out tokens under it."""
     from vqref import prior
 
     uniform = model.spec.latent_size * math.log(model.spec.num_codes)

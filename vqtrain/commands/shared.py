@@ -73,7 +73,7 @@ class StreamOptions:
     )
 
     def streaming(self) -> Streaming:
-        """These options as ``load_source`` takes them."""
+        """Returns these options as ``load_source`` takes them."""
         return Streaming(self.workers, self.buffer, self.max_broken)
 
 

@@ -25,7 +25,7 @@ def portion(count: int, parts: int, part: int) -> tuple[int, int]:
 class Batches:
     """Batches of images (N, C, H, W), stored as uint8 or float32, yielded as float32 in [0, 1].
 
-    part: the range of images to yield of each shuffled batch, without its end; None yields all.
+    part: which images of each shuffled batch to yield, as a start and an end; None yields all.
     at_once: how many images ``in_order`` and ``some`` yield at a time; None yields batches.
     count: images in one pass.
     """
@@ -59,7 +59,7 @@ class Batches:
             yield self._unit(self.images[order[start + first : start + last]])
 
     def join(self, collected: Collected) -> None:
-        """Shares between ranks what they learnt about the images in a pass.
+        """Shares between ranks what they learned about the images in a pass.
 
         collected: turns one rank's lines into all ranks' lines; all ranks must call it.
         """
@@ -67,7 +67,7 @@ class Batches:
     def in_order(self) -> Iterator[Tensor]:
         """Yields every image once, in stored order; the last batch may be smaller."""
         for images in self.images.split(self.at_once):
-            if len(images):  # of no images there is one part, without any
+            if len(images):  # if there are no images, there is one empty part
                 yield self._unit(images)
 
     def some(self, count: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
-"""Images of shards, decoded by processes of PyTorch's DataLoader.
+"""Decodes images of shards in processes of PyTorch's DataLoader.
 
-They are forks of a server, not of the training process. That process has threads (its pulse,
-gloo), and a fork made while a thread holds a lock would wait for the lock forever.
+The processes are forks of a server, not of the training process. The training process has threads
+(its pulse, gloo). A fork made while a thread holds a lock would wait for the lock forever.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Decoder:
     reading: Reading
 
     def __getitem__(self, piece: Piece) -> Decoded | CommandError:
-        """Returns errors that stop a run, since raised errors lose their type between processes."""
+        """Returns errors that stop a run; raised errors would lose their type between processes."""
         try:
             return self.decode(piece)
         except CommandError as error:
@@ -83,7 +83,7 @@ class Decoder:
             size, usual = ("x".join(map(str, each)) for each in (image.shape[1:], self.shape[1:]))
             raise InputError(f"{size} pixels, others have {usual}; use --resize HxW")
         if (image.dtype == np.uint8) != (self.dtype == np.uint8):
-            raise InputError(f"its dtype is {image.dtype}, that of others {self.dtype}")
+            raise InputError(f"its dtype is {image.dtype}, others have {self.dtype}")
         return image
 
 
@@ -109,8 +109,8 @@ def decoded(
 ) -> Iterator[Decoded]:
     """Yields the decoded images of each piece, in order.
 
-    workers: processes; 0 decodes in this one. ahead: pieces that all workers together decode in
-    advance.
+    workers: how many processes decode; 0 decodes in this one. ahead: how many pieces all workers
+    together decode in advance.
 
     Raises what ``Decoder.decode`` raises, and MachineError if a process ends.
     """
@@ -137,7 +137,7 @@ def _loaded(
                 num_workers=workers,
                 prefetch_factor=max(2, -(-ahead // workers)),
                 multiprocessing_context=_context(),
-                collate_fn=_as_it_is,  # arrays go through pipes: shared memory may be small
+                collate_fn=_as_it_is,  # sends arrays through pipes, as shared memory may be small
                 worker_init_fn=_begin,
                 generator=torch.Generator(),
             )
@@ -151,7 +151,7 @@ def _loaded(
 
 @cache
 def _context() -> BaseContext:
-    """Returns how to start processes: if possible, by a server with the imports that they need."""
+    """Returns how to start processes: if possible, from a server that has their imports."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -161,16 +161,17 @@ def _context() -> BaseContext:
 
 @contextmanager
 def _quietly_started() -> Iterator[None]:
-    """A context for starting processes, in which signals wait until the processes ignore them.
+    """A context to start processes in; signals wait until the processes ignore them.
 
-    Also removes PyTorch's handler for the end of a process, which raises wherever the program is.
+    Afterwards removes PyTorch's handler for the end of a process, which could raise anywhere in the
+    program.
     """
     masked = hasattr(signal, "pthread_sigmask")
     former = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if masked else ()
     ended = signal.getsignal(signal.SIGCHLD) if masked else None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of more processes than cores
+            warnings.simplefilter("ignore")  # a warning of more processes than cores
             yield
     finally:
         if masked:
@@ -180,10 +181,10 @@ def _quietly_started() -> Iterator[None]:
 
 
 def _begin(worker: int) -> None:
-    """Makes a worker end with its parent, which gets the signals.
+    """Makes a worker ignore signals, which its parent gets, and end with the parent.
 
-    PyTorch itself watches the server instead of the parent. A worker that ended by itself would
-    wait until its output is read.
+    PyTorch itself watches the server instead of the parent. A worker that ended in the usual way
+    would wait until its output is read.
     """
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -23,18 +23,18 @@ Floats = npt.NDArray[np.float32]
 
 SIDE = 28
 MARGIN = 6
-"""Pixels around the square in which discs may be stamped unclipped."""
+"""Pixels on each side of the square, so that discs are not clipped at its edge."""
 REACH = 4
-"""Half the side of a disc's window, which holds the largest radius and its soft edge."""
+"""Half the side of a disc's window. The largest disc and its soft edge fit into it."""
 SPACING = 0.55
-"""Pixels between two points of a curve, far less than a brush's radius, so that the outline shows
-no discs."""
+"""Pixels between two points of a curve. This is far less than a brush's radius, so that no single
+disc shows in the outline."""
 CHUNK = 1000
 """Images drawn at a time. This bounds the memory (120 MB with the interpreter) and changes nothing
 else."""
 
 CONTROLS = 48
-"""Control points for which an image has random numbers. Allographs have fewer."""
+"""The number of control points for which an image has random numbers. Allographs have fewer."""
 WAVES = 3
 FRAGMENT = 12
 """Points of the piece of a neighbouring character at the edge of some images."""
@@ -199,7 +199,7 @@ def _draw(curves: _Curves, normal: dict[str, Floats], uniform: Floats, hand: Han
 
 
 def _bend(points: Floats, normal: dict[str, Floats], hand: Hand) -> Floats:
-    """Slants, turns, stretches and warps whole characters, so that strokes which cross still do."""
+    """Slants, turns, stretches and warps whole characters, so that crossing strokes still cross."""
     whole, waves = normal["whole"], normal["waves"].reshape(-1, WAVES, 6)
     for wave in range(WAVES):
         frequency, phase, size = waves[:, wave, :2], waves[:, wave, 2:4], waves[:, wave, 4:]

@@ -50,7 +50,7 @@ def parse(text: str) -> float | Path:
 
 def require_fraction(fraction: float) -> float:
     """Returns the fraction. Raises ValueError unless it is from 0 to below 1."""
-    if not 0 <= fraction < 1:  # as nan is
+    if not 0 <= fraction < 1:  # nan is not, either
         raise ValueError(f"{fraction:g} is not a fraction from 0 to below 1")
     return fraction
 
@@ -76,11 +76,13 @@ def hold_out(
 ) -> ImageSet:
     """Returns the source with the wanted images held out.
 
-    wanted: a fraction of the source's images. Or other images, or their path: these are held out,
-    and ``train`` stays whole. None takes the source's own held-out images, else FRACTION.
-    reading: whether pictures at that path may be in subfolders, or broken; otherwise they are read
-    as the source's were. Of shards, a sample of each part is read. The hash of an image's place in
-    the shards decides whether it is held out.
+    wanted: a fraction of the source's images, or other images, or the path of other images. If it
+    is other images, ``train`` stays whole. None takes the source's own held-out images, else
+    FRACTION. reading: whether pictures at that path may be in subfolders, or broken; all else is as
+    for the source's pictures.
+
+    If the source is shards, reads a sample of each part. The hash of an image's place in the shards
+    decides whether it is held out.
 
     Raises InputError for a path that holds no images of the source's size.
     """
@@ -93,7 +95,7 @@ def hold_out(
     elif isinstance(source, StreamSet) and not isinstance(wanted, Path | ImageSet):
         if wanted is None:
             return source
-        raise InputError(f"{source.source}: which of its images are held out is chosen already")
+        raise InputError(f"{source.source}: its held-out images are chosen already")
     if wanted is None:
         if source.held_out is not None:
             return source
@@ -118,7 +120,7 @@ def hold_out(
 
 
 def _apart(source: ImageSet, fraction: float) -> ImageSet:
-    """Splits the source in two parts."""
+    """Splits the source into two parts by the hash of each image."""
     names, chosen = source.names, split(source.train, fraction)
     if names is not None:
         names = tuple(name for name, out in zip(names, chosen, strict=True) if not out)
@@ -132,7 +134,7 @@ def _apart(source: ImageSet, fraction: float) -> ImageSet:
 
 
 def _read(path: Path, source: ImageSet, reading: Reading) -> ImageSet:
-    """Reads the images at ``path``, pictures as those of the source were read."""
+    """Reads the images at ``path``; pictures are read as those of the source were."""
     how = {"recursive": reading.recursive, "skip_bad": reading.skip_bad}
     fitting = Reading.of(source.preprocessing, source.train.shape[1:], **how)
     if is_stream(path, reading.recursive):

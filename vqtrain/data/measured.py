@@ -24,7 +24,7 @@ class Measured:
     others: the images that they were held out of, to fit floors to; or None.
     kind: "held-out images" if the model was not trained on them, "training images" if it was
     trained on all, else "images". source: the name of their file. how: how they were chosen, and
-    how many the model was trained on if only on some; else empty.
+    how many of them the model was trained on, if not all or none; else empty.
     said: lines on what was done to pictures.
     """
 
@@ -99,7 +99,7 @@ def choose(
     images, others, kind, of = parts.train, None, "images", dict[str, Any]()
     if parts.held_out is not None and len(parts.held_out):
         images, others, kind = parts.held_out, parts.train, "held-out images"
-        of = dict(parts.held_out_as or {"sha256": None})  # no digest is of the source's own alone
+        of = dict(parts.held_out_as or {"sha256": None})  # these have no digest of their own
     if not len(images):
         raise InputError(f"{source.source}: no images to measure on")
     how = [f"{share(of['fraction'])}, by hash"] if "fraction" in of else []
@@ -114,7 +114,7 @@ def choose(
 def _sampled(
     source: Stream, model: Model, training: _Training, wanted: float | Path | None
 ) -> Measured:
-    """Returns samples of shards: of held-out images, of all if none are. Raises InputError."""
+    """Returns samples of shards: of held-out images if any, else of all. Raises InputError."""
     known = source.sha256 == training.sha256
     if wanted is None and source.own is None:
         wanted = (training.fraction if known else None) or 0.0

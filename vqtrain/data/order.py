@@ -1,8 +1,8 @@
 """The order of images in an epoch if they do not fit in memory.
 
-Pieces of shards are shuffled, and then the images of as many pieces as a buffer holds. The order
-depends only on sizes and a seed. So a run can continue at any step, and any number of ranks takes
-the same joint batches.
+First the pieces of shards are shuffled, then the images of as many pieces as a buffer holds. The
+order depends only on sizes and a seed. So a run can continue at any step, and the batches are the
+same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from vqref.validation import Int64
 
 FIRST = 512
-"""Images of an epoch's first window. Each next window is twice as large, up to the buffer, so that
-an epoch begins before a whole buffer is decoded."""
+"""Images of an epoch's first window. Each later window is twice as large as the one before, up to
+the buffer. So an epoch begins before a whole buffer is decoded."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Window:
 def windows(sizes: Sequence[int], buffer: int, seed: int, first: int = 0) -> Iterator[Window]:
     """Yields the windows of one epoch, from the window with position ``first`` on.
 
-    sizes: images in each piece. buffer: a window takes shuffled pieces until it holds so many
-    images. seed: of the epoch.
+    sizes: images in each piece. buffer: a window takes shuffled pieces until it holds this many
+    images. seed: the epoch's.
     """
     order = np.random.default_rng(seed).permutation(len(sizes))
     counts = np.asarray(sizes, np.int64)[order]
@@ -55,7 +55,7 @@ def windows(sizes: Sequence[int], buffer: int, seed: int, first: int = 0) -> Ite
 
 
 def _ends(counts: Int64, buffer: int) -> Iterator[int]:
-    """After which pieces a window ends."""
+    """Yields after how many pieces each window ends."""
     held, wanted = 0, min(FIRST, buffer)
     for i, count in enumerate(counts, 1):
         held += int(count)

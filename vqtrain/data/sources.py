@@ -31,7 +31,7 @@ KMNIST_FILES = dict(
         strict=True,
     )
 )
-"""The official image files and their sha256, which decides, whoever serves the files."""
+"""The official image files and their sha256. The sha256 decides, whoever serves the files."""
 
 KMNIST_PLACES = (
     "http://codh.rois.ac.jp/kmnist/dataset/kmnist/",
@@ -46,7 +46,7 @@ CACHE_VARIABLE = "PORTABLE_VQVAE_CACHE"
 """The environment variable that names another folder for downloads and generated images."""
 
 PROBE_SECONDS = 5.0
-"""The longest time for finding that there is no network."""
+"""The longest wait for an answer from the network."""
 
 RETRIES = 2
 """How often an interrupted download starts again."""
@@ -73,18 +73,18 @@ def load_source(
     "auto" is KMNIST from the cache, else from the network, else the generated set; ``say`` then
     gets a line that says so.
 
-    reading: how pictures are read. Its options are errors for sources without pictures.
-    streaming: how shards are read. Its options are errors for sources that fit in memory.
+    reading: how pictures are read. Its options are refused for sources without pictures.
+    streaming: how shards are read. Its options are refused for sources that fit in memory.
 
-    Raises InputError for files without images, and MachineError if KMNIST is wanted and not
-    available.
+    Raises InputError for refused options and for files without images, and MachineError if KMNIST
+    is wanted and not available.
     """
     named = source in ("auto", "kmnist", "glyphs")
     if not named and is_stream(Path(source), reading.recursive):
         return open_stream(Path(source), reading, streaming)
     if option := streaming.asked():
         raise InputError(
-            f"{option} is for shards that memory need not hold, not for --data {source}"
+            f"{option} is for shards, which are read in pieces, not for --data {source}"
         )
     if named:
         if flag := asked_of_pictures(reading):
@@ -127,8 +127,8 @@ def cache_folder() -> Path:
 def load_kmnist(cache: Path, say: Say, places: Sequence[str] | None = None) -> ImageSet:
     """Returns KMNIST's training and held-out images.
 
-    Hashes cached files again, and fetches them anew if their digests do not fit. Raises
-    MachineError that says what each place answered.
+    Hashes cached files again, and downloads those whose digests are wrong. Raises MachineError that
+    says what each place answered.
     """
     folder = cache / "kmnist"
     missing = [name for name, digest in KMNIST_FILES.items() if not _holds(folder / name, digest)]
@@ -190,7 +190,7 @@ def _download(folder: Path, names: Sequence[str], places: Sequence[str], say: Sa
                     downloader=pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30),
                 )
             return
-        except OSError as error:  # as requests' errors are
+        except OSError as error:  # includes the errors of requests
             reasons.append(f"{_host(place)} {_first_line(error)}")
         except ValueError:  # a wrong digest
             reasons.append(f"{_host(place)} sent other bytes than the official file")
@@ -200,9 +200,9 @@ def _download(folder: Path, names: Sequence[str], places: Sequence[str], say: Sa
 
 
 def _probe(urls: Sequence[str]) -> list[str | None]:
-    """Returns None for each address that answers, else why it does not.
+    """Returns None for each address that answers, and for others why they do not.
 
-    Asks all at once, and waits for none longer than PROBE_SECONDS.
+    Asks all at once, and waits at most PROBE_SECONDS for each.
     """
     import requests
 

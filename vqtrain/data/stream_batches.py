@@ -23,7 +23,7 @@ Say = Callable[[str], None]
 class StreamBatches(Batches):
     """``Batches`` of a stream: a pass takes every image, all else uses the sample.
 
-    say: takes a line on each broken image found. An image of the sample replaces it.
+    say: takes a line on each broken image; an image of the sample replaces it.
     part, at_once: as in ``Batches``; images of other parts are not decoded.
     """
 
@@ -43,7 +43,7 @@ class StreamBatches(Batches):
         self.broken = Broken(images.streaming.max_broken or 0, images.broken)
 
     def shuffled(self, generator: torch.Generator, skip: int = 0) -> Iterator[Tensor]:
-        """Yields a pass like ``Batches``. Shuffles pieces, then images within a buffer of them.
+        """Yields a pass like ``Batches``. Shuffles pieces, then the images of a buffer of pieces.
 
         Raises InputError if too many images are broken, or a shard is damaged.
         """
@@ -61,14 +61,14 @@ class StreamBatches(Batches):
     def join(self, collected: Collected) -> None:
         """Counts and reports the broken images that other ranks found.
 
-        Raises InputError on every rank if together there are too many.
+        Raises InputError on every rank if there are too many in total.
         """
         for image in collected(sorted(self.broken.known)):
             if line := self.broken.add(image):
                 self.say(line)
 
     def _windows(self, seed: int, skip: int) -> Iterator[Array]:
-        """Yields this rank's images of the epoch in order, a shuffled window at a time."""
+        """Yields this rank's images of the epoch in order, one shuffled window at a time."""
         shares, again = tee(self._shares(seed, skip))
         mean = max(1, self.count // len(self.source.pieces))
         ahead = -(-self.source.buffer // mean)
@@ -103,7 +103,7 @@ class StreamBatches(Batches):
 
 
 class _Share(NamedTuple):
-    """Returns one rank's images of a window: positions (n,) in the epoch, and their pieces.
+    """One rank's images of a window: their positions (n,) in the epoch, and their pieces.
 
     Each piece comes with the places (m,) of its images among the n.
     """
@@ -120,7 +120,7 @@ def batches_of(
     part: tuple[int, int] | None = None,
     at_once: int | None = None,
 ) -> Batches:
-    """Returns the batches to train on, of a stream or of images in memory."""
+    """Returns the batches to train on, from a stream or from images in memory."""
     if isinstance(images, StreamSet):
         return StreamBatches(images, batch_size, device, say, part, at_once)
     return Batches(images.train, batch_size, device, part, at_once)

@@ -1,8 +1,8 @@
 """Images that do not fit in memory: shards, which worker processes decode piece by piece.
 
 Some work needs many images at once: the variance of the data, the mean pixel, the start of a
-codebook, the measures after an epoch. It uses a bounded sample, decoded once and kept.
-docs/streams.md says what that changes.
+codebook, the measures after an epoch. This work uses a sample of limited size, decoded once and
+kept. docs/streams.md says what that changes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from vqtrain.data.decoding import Decoder, Piece, decoded, records
 from vqtrain.torchrun import local_world
 
 PIECE = 128
-"""Images of a shard that are read, decoded and shuffled together, if it can be cut."""
+"""Images of a shard that are read, decoded and shuffled together, if the shard can be cut."""
 
 BUFFER, LARGEST_BUFFER = 8192, 2**27
 """Images that are shuffled together, and the most bytes that they may take."""
@@ -46,10 +46,10 @@ SAMPLED, SAMPLED_PIECES = 10_000, 64
 LARGEST_BUFFER bytes."""
 
 LOOKED_AT = 256
-"""Pictures that decide size and channels if no option does."""
+"""How many pictures decide size and channels, if no option does."""
 
 MAPPED = 2**30
-"""An ``.npy`` file of more bytes is a stream."""
+"""An ``.npy`` file with more bytes is read as a stream."""
 
 MOST_WORKERS = 8
 """The most processes that decode, unless an option says how many."""
@@ -67,7 +67,7 @@ class Streaming:
 
     workers: processes that decode. 0: this process decodes. None: one per core of this rank, less
     one, at most MOST_WORKERS. buffer: images that are shuffled together; None: BUFFER. max_broken:
-    broken images that are skipped before a run stops; None: 0.
+    how many broken images are skipped before a run stops; None: 0.
     """
 
     workers: int | None = None
@@ -80,7 +80,7 @@ class Streaming:
         return next((k.replace("_", "-") for k, value in given.items() if value is not None), None)
 
     def processes(self) -> int:
-        """Returns how many processes decode for this one; ranks share their machine."""
+        """Returns how many processes decode for this one; ranks share the machine's cores."""
         if self.workers is not None:
             return self.workers
         usable = getattr(os, "sched_getaffinity", None)
@@ -162,7 +162,7 @@ def open_stream(path: Path, reading: Reading, streaming: Streaming) -> Stream:
     installed.
     """
     if reading.skip_bad:
-        raise InputError("--skip-bad is for a folder of pictures; of shards, use --max-broken N")
+        raise InputError("--skip-bad is for a folder of pictures; for shards, use --max-broken N")
     if reading.crop and reading.size is None:
         raise UsageError("--crop needs the size to crop to: --resize HxW")
     listed = list_shards(path, recursive=reading.recursive, images=PIECE)
@@ -184,7 +184,7 @@ def _whole(shards: Sequence[Shard]) -> tuple[Piece, ...]:
 def _own_split(shards: list[Shard]) -> tuple[list[Shard], list[Shard], tuple[str, ...]]:
     """Returns the shards to train on, the held-out shards, and lines on what is left out.
 
-    Goes by the names that ``datasets`` gives shards ("train-00000-of-00002.parquet").
+    Decides by the names that ``datasets`` gives shards ("train-00000-of-00002.parquet").
     """
     parts: dict[str, list[Shard]] = {}
     for shard in shards:
@@ -199,7 +199,7 @@ def _own_split(shards: list[Shard]) -> tuple[list[Shard], list[Shard], tuple[str
 
 
 def _digest(shards: Sequence[Shard]) -> str:
-    """Returns a digest of the files' names, numbers of images, sizes and both ends."""
+    """Returns a digest of each file's name, number of images, size, first and last bytes."""
     digest = hashlib.sha256()
     for path, parts in groupby(shards, key=lambda shard: shard.path):
         some = list(parts)
@@ -269,7 +269,7 @@ def settle(
     said = [*stream.said, *said, *filter(None, map(counter.add, broken))]
     for what, number, sample in (("training", count, samples[0]), ("held-out", others, samples[1])):
         if len(sample) < number:
-            said.append(f"{len(sample)} of the {number} {what} images are kept as their sample")
+            said.append(f"{len(sample)} of the {number} {what} images are kept as a sample")
     wanted = stream.streaming.buffer or BUFFER
     return StreamSet(
         samples[0],
@@ -290,9 +290,9 @@ def settle(
 def _look(
     stream: Stream, pieces: Sequence[Piece]
 ) -> tuple[Decoder, Preprocessing | None, list[str]]:
-    """Decides from some images how to decode all.
+    """Looks at some images to decide how to decode all.
 
-    Takes the commonest size and dtype, and colour if any has colour. Raises InputError,
+    Takes the most common size and dtype, and colour if any image has colour. Raises InputError,
     MachineError.
     """
     reading, shapes, done, broken = stream.reading, Counter[Any](), list[Done](), list[str]()
@@ -319,7 +319,7 @@ def _look(
     how = Preprocessing(shape[0], reading.size, reading.crop, reading.background)
     said = [f"looked at: {line}" for line in in_words(done, how, (len(done), *shape))]
     if reading.channels is None and shape[0] == 1:
-        said.append("looked at: all are grey, and so all become; --channels 3 keeps colour")
+        said.append("looked at: all are grey, so all are read as grey; --channels 3 keeps colour")
     reading = dataclasses.replace(reading, channels=shape[0], expected=None)
     return Decoder(shape, dtype, reading), how, said
 
@@ -327,7 +327,7 @@ def _look(
 def _drawn(pieces: Sequence[Piece], most: int) -> Iterator[Piece]:
     """Yields at most ``most`` images of pieces, drawn at random with a fixed seed.
 
-    Takes about equally many from each of SAMPLED_PIECES.
+    Takes about the same number from each of SAMPLED_PIECES pieces.
     """
     total = sum(len(piece.rows) for piece in pieces)
     each = most if total <= most else -(-most // min(SAMPLED_PIECES, len(pieces)))
@@ -361,7 +361,7 @@ def _sample(
 class Broken:
     """Counts broken images.
 
-    most: how many are allowed. known: those that were counted before.
+    most: how many are allowed. known: those that are counted already.
     """
 
     def __init__(self, most: int, known: Iterable[str] = ()) -> None:

@@ -1,10 +1,9 @@
-"""The strokes of the ten classes that ``vqtrain.data.glyphs`` draws, three to five cursive
-allographs each.
+"""The strokes that ``vqtrain.data.glyphs`` draws: ten classes of three to five cursive allographs.
 
 A stroke is the text of its control points, "xxyy xxyy ...", in hundredths of a box, x to the right
-and y downwards: the brush passes through them on a smooth curve. Modern forms and forms descended
-from other Chinese characters stand side by side, as they do in early modern print, joins and loops
-included: a class without its loops has too few holes.
+and y downwards. The brush passes through them on a smooth curve. Modern forms and forms descended
+from other Chinese characters stand side by side, as they do in early modern print. They include
+joins and loops: a class without its loops has too few holes.
 """
 
 from __future__ import annotations

@@ -22,11 +22,11 @@ from vqtrain.optimizers import MAKERS, is_matrix
 from vqtrain.run.metrics import MEASURED, Fidelity, Metrics
 
 DEVICES_OWN = ("lr", "fused", "capturable", "foreach")
-"""Entries of an optimizer's group that depend on the device. They are not taken over."""
+"""Entries of an optimizer's group that depend on the device. They are not loaded."""
 
 
 def require_course(state: Mapping[str, Any]) -> None:
-    """Raises InputError unless a snapshot names its run, and says whether that is finished."""
+    """Raises InputError unless a snapshot has a course and says whether the run is finished."""
     require_like("course", state.get("course"), {}, known=False)
     require_plain("course", state["course"])
     require_like("finished", state.get("finished"), False)
@@ -51,7 +51,7 @@ def require_fitting(state: Mapping[str, Any], spec: ModelSpec, optimizer: str) -
 
 
 def _expected(spec: ModelSpec, optimizer: str) -> dict[str, Any]:
-    """Returns entries like those of a snapshot of ``spec``: tensors without values, zeros."""
+    """Returns what a snapshot of ``spec`` has: tensors, here without values, and zeros."""
     learned = [p.shape for p in spec.parameters if p.name.split(".")[0] in NETWORKS]
     moments = {
         i: {"exp_avg": _tensor(shape)}
@@ -90,7 +90,7 @@ def _tensor(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tenso
 def require_like(name: str, found: Any, expected: Any, *, known: bool = True) -> None:
     """Raises InputError unless ``found`` has the types, keys, lengths and shapes of ``expected``.
 
-    known: whether keys that ``expected`` lacks are refused.
+    known: whether to refuse keys that ``expected`` lacks.
     """
     if isinstance(expected, Tensor):
         _require_tensor(name, found, expected)
@@ -142,7 +142,9 @@ def _require_counts(state: Mapping[str, Any], spec: ModelSpec) -> None:
     if not (math.isfinite(state["seconds"]) and state["seconds"] >= 0):
         raise InputError(f"its entry seconds is {state['seconds']}, expected a time")
     if state["quantizer_steps"] < 0:
-        raise InputError(f"its entry quantizer_steps is {state['quantizer_steps']}")
+        raise InputError(
+            f"its entry quantizer_steps is {state['quantizer_steps']}, expected a count"
+        )
     if bool(steps) != bool(count) or (steps and count % steps):
         raise InputError(f"its entry meter.count is {count} after {steps} steps")
     if hits.min() < 0 or int(hits.sum()) != count * spec.latent_size:
@@ -177,7 +179,7 @@ def _require_numbers(name: str, found: Any, keys: list[str]) -> None:
         raise _misfit(name, type(found).__name__, "dict")
     for key in keys:
         if type(found.get(key)) not in (int, float):
-            raise InputError(f"its entry {name}.{key} is missing or no number")
+            raise InputError(f"its entry {name}.{key} is missing or not a number")
 
 
 def _misfit(name: str, found: str, expected: str) -> InputError:

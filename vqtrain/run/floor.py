@@ -1,9 +1,9 @@
-"""Clustering floors: what as many codes as the model's can do without a network.
+"""Clustering floors: what a codebook of the model's size can do without a network.
 
-For one latent, a decoder is a table of num_codes pictures. The best table is the best mixture of so
-many Bernoulli prototypes with hard assignments and a uniform prior. K-means under the Bernoulli
-log-likelihood comes close to it. For a grid of latents, k-means on patches uses as many tokens per
-image, each for the patch under it. What a network gains over that, it has learned.
+With one latent, a decoder is a table of num_codes pictures. The best table is the best mixture of
+num_codes Bernoulli prototypes with hard assignments and a uniform prior. K-means under the
+Bernoulli log-likelihood comes close to it. With a grid of latents, k-means on patches uses as many
+tokens per image as the model, one per patch. What a network gains over that, it has learned.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from vqref.validation import Array
 Float32 = npt.NDArray[np.float32]
 
 SMOOTHING = 0.5
-"""Pseudo-images of the mean picture in each cluster, so that no pixel of a prototype is certain."""
+"""Copies of the mean picture added to each cluster, so that no pixel of a prototype is certain."""
 
 RESTARTS = 4
-"""The clustering floor is the best of so many fits."""
+"""The clustering floor is the best of this many fits."""
 
 MOST_VECTORS, LEAST_VECTORS, PASS_WORK = 100_000, 20_000, 4 * 10**9
-"""If there are more vectors, a sample is clustered and measured. A pass over it takes so many
-multiplications, within these limits."""
+"""If there are more vectors, only a sample is clustered and measured. A pass over it takes about
+PASS_WORK multiplications, within the first two limits."""
 
 LEAST_PER_CODE = 2
 """The fewest vectors per code in a sample that is clustered."""
 
 MOST_PASSES, LEAST_PASSES, FIT_WORK = 60, 3, 3 * 10**11
-"""A fit has as many passes as take so many multiplications, within these limits."""
+"""The passes of a fit take about FIT_WORK multiplications, within the first two limits."""
 
 SETTLED = 1e-4
-"""Another pass follows only if a pass lowers the cost by this share."""
+"""A fit ends when a pass lowers the cost by less than this share."""
 
 BLOCK = 2**22
-"""Costs held at once, 16 MiB."""
+"""How many costs are held at once (16 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def patch_floor(
 def patch_grid(spec: ModelSpec) -> tuple[int, int] | None:
     """Returns the rows and columns of patches that have one token each.
 
-    Returns None if latents have no place, if a place has several latents, or if patches would not
-    be whole.
+    Returns None if latents have no place in the image, if a place has several latents, or if
+    patches would not be whole.
     """
     grid = (1, 1) if spec.latent_size == 1 else spec.latent_shape[:2]
     _, height, width = spec.image_shape
@@ -169,17 +169,17 @@ def _nearest(x: Float32, prototypes: Float32, cost: Cost) -> tuple[npt.NDArray[n
         gains -= offsets
         nearest[start : start + step] = gains.argmax(axis=1)
         served[start : start + step] -= gains.max(axis=1)
-    return nearest, served.clip(min=0)  # which rounding may have made less
+    return nearest, served.clip(min=0)  # rounding may have made it less than 0
 
 
 def _logits(prototypes: Float32) -> tuple[Float32, Float32]:
-    """Of -log Bernoulli(x; p) = -x * logit(p) - log(1 - p), summed over pixels."""
+    """Slopes and offsets of -log Bernoulli(x; p) = -x * logit(p) - log(1 - p), over all pixels."""
     p = np.clip(prototypes, 1e-6, 1 - 1e-6)
     return np.log(p) - np.log1p(-p), -np.log1p(-p).sum(axis=1)
 
 
 def _doubled(prototypes: Float32) -> tuple[Float32, Float32]:
-    """Of ||x - c||² = ||x||² - 2 x.c + ||c||²."""
+    """Slopes and offsets of ||x - c||² = ||x||² - 2 x.c + ||c||²."""
     return 2 * prototypes, np.square(prototypes).sum(axis=1)
 
 

@@ -124,7 +124,7 @@ class RunFolder:
 
 
 def read_options(path: Path) -> dict[str, Option]:
-    """Returns the options of a TOML file, without its tables: text, booleans and finite numbers.
+    """Returns the options in all tables of a TOML file: text, booleans and finite numbers.
 
     Raises InputError.
     """
@@ -138,13 +138,13 @@ def read_options(path: Path) -> dict[str, Option]:
         for name, value in tables.items():
             for key, option in value.items() if isinstance(value, dict) else [(name, value)]:
                 if key in found:
-                    raise InputError(f"{plain(key)} is there twice")
+                    raise InputError(f"{plain(key)} is given twice")
                 found[key] = _option(key, option)
     return found
 
 
 def _option(name: str, value: Any) -> Option:
-    """Returns the value. Raises InputError unless an option can have it."""
+    """Returns the value. Raises InputError if no option can have it."""
     if not isinstance(value, Option):
         raise InputError(f"{plain(name)} is a {type(value).__name__}, expected text or a number")
     if isinstance(value, float) and not math.isfinite(value):
@@ -212,7 +212,7 @@ def open_run(
         return folder, _go_on(folder, course, require, say, named=True)
     taken = _numbered(runs, default_name)
     if taken and resume == "auto":
-        with suppress(MachineError):  # held by another process: then this is another run
+        with suppress(MachineError):  # another process holds it, so this run gets a new folder
             folder = RunFolder(taken[-1])
             state = _go_on(folder, course, require, say, named=False)
             if state is not None:
@@ -223,7 +223,7 @@ def open_run(
 
 
 def _resume_from(path: Path, course: Course, require: Require, say: Say) -> tuple[RunFolder, State]:
-    """Loads the given snapshot, or the last one of the given run, or raises an error."""
+    """Opens the run of the given snapshot, or the given run at its last snapshot."""
     if path.is_dir():
         states = list_states(path / SNAPSHOTS)
         if not states:

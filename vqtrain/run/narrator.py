@@ -1,4 +1,4 @@
-"""Reports a run by lines, pictures and event files. Nothing here changes the run."""
+"""Reports a run in lines, pictures and event files. Nothing here changes the run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN_IMAGES, SHOWN_SAMPLES, SHOWN_CODES = 32, 64, 1024
 """The most images of each kind that a picture shows."""
 
 SHOWN_VALUES = 2**22
-"""The most values of images in a picture, so that it shows fewer images if they are large."""
+"""The most values of images in a picture. If images are large, it shows fewer of them."""
 
 COLUMNS = {"held_out": "held out", "training_sample": "sample"}
 """Names of the measured images in a report: separate images, or some training images."""
@@ -88,7 +88,7 @@ class Narrator:
         self.say(f"{COLUMNS[measured_as]}: a perfect reconstruction would score {perfect}")
 
     def proved(self, line: Line) -> None:
-        """Reports the share of an epoch's measured tokens proved in advance, if it is known."""
+        """Reports the share of measured tokens that is proved in advance, if it is known."""
         found = line[kind_of_set(line)]
         if "proved" in found:
             self.say(

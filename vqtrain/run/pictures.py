@@ -1,5 +1,4 @@
-"""Pictures of a run besides the sheets of ``vqref.host.sheets``: maps of tokens, and the use of
-codes."""
+"""Pictures of a run besides those of ``vqref.host.sheets``: maps of tokens, and use of codes."""
 
 from __future__ import annotations
 
@@ -26,8 +25,8 @@ def save_tokens(
 ) -> None:
     """Draws images (N, C, H, W), their reconstructions, and maps of their indices (N, S).
 
-    Each row is below the one before. A map has a cell per token in the colour of its code; a depth
-    of g has g maps.
+    Each row is below the one before. A map has one cell per token, in the colour of its code. If a
+    place has g tokens, there are g maps.
 
     path: of the PNG, written whole or not at all. spec: has a latent_shape of (h, w) or (h, w, g).
     colours: (K, 3), from ``vqref.host.colours``.

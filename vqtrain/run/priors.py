@@ -40,13 +40,13 @@ MOMENTS = 0.9, 0.95
 """The betas of AdamW, as usual for transformers."""
 
 WEIGHT_DECAY = 0.1
-"""For matrices; biases and norms have no decay."""
+"""The weight decay of matrices; biases and norms have none."""
 
 WARM_UP = 0.05
 """The share of all steps in which the learning rate rises from 0."""
 
 LARGEST_GRADIENT = 1.0
-"""The length to which a step's gradient is clipped."""
+"""The largest length of a step's gradient; a longer one is clipped to it."""
 
 TEMPERATURES, SHOWN = (1.0, 0.8), 64
 """Temperatures of the samples drawn after an epoch, and how many of each."""
@@ -61,9 +61,9 @@ CHECKED = 16
 class PriorOptions:
     """How to train a prior. Raises ValueError.
 
-    The fields are the most passes over the tokens, rows of tokens per step, the largest learning
-    rate, the share that dropout drops, epochs without improvement on held-out tokens before it
-    stops, the seed, and the precision of products.
+    epochs, batch_size: the most passes over the tokens, and rows of tokens per step.
+    learning_rate: the largest. dropout: the share of values that it drops. patience: epochs without
+    improvement on held-out tokens before training stops. precision: of products.
     """
 
     epochs: int = 60
@@ -89,7 +89,7 @@ class PriorOptions:
 
 
 def course_of_prior(spec: PriorSpec, options: PriorOptions, model: str, tokens: str) -> Course:
-    """Returns all that determines the steps; model and tokens by their digests."""
+    """Returns all that determines the steps. model, tokens: their digests."""
     rows = json.dumps(spec.to_dict(), sort_keys=True).encode()
     return {
         **dataclasses.asdict(options),
@@ -160,7 +160,7 @@ class PriorTrainer:
         uniform = self.spec.latent_size * math.log(self.spec.num_codes)
         self.work.say(
             f"{len(self.tokens)} images of {self.spec.latent_size} tokens train, "
-            f"{len(self.measured)} are held out; uniform they cost {uniform:.1f} nats"
+            f"{len(self.measured)} are held out; uniform prior: {uniform:.1f} nats"
         )
         try:
             with watched():
@@ -377,7 +377,7 @@ def require_prior_state(state: Mapping[str, Any], spec: PriorSpec) -> None:
     require_plain("history", history)
     for i, line in enumerate(history):
         if not isinstance(line, dict) or type(line.get("held_out")) is not float:
-            raise InputError(f"its entry history.{i}.held_out is missing or no number")
+            raise InputError(f"its entry history.{i}.held_out is missing or not a number")
 
 
 def _in_groups(parameters: Mapping[str, Tensor]) -> list[Tensor]:

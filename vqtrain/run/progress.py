@@ -34,13 +34,13 @@ class Due:
 
 
 class Pace:
-    """Measures how long each of several equal things takes, from when ``done`` are done."""
+    """Measures how long one of several equal things takes, starting when ``done`` are done."""
 
     def __init__(self, done: int) -> None:
         self.done, self.since = done, time.monotonic()
 
     def seconds(self, done: int) -> float:
-        """Returns seconds per thing after ``done`` are done, at least one more than at first."""
+        """Returns the seconds per thing once ``done``, more than at the start, are done."""
         return (time.monotonic() - self.since) / (done - self.done)
 
 
@@ -61,7 +61,7 @@ class Progress:
         self.restart()
 
     def restart(self) -> None:
-        """Measures the pace from here on, after work other than a step took long."""
+        """Measures the pace from now on, so that long work before does not count."""
         self.pace = Pace(self.state.step)
 
     def steps(self, batches: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -85,7 +85,7 @@ class Progress:
                 self._tell()
 
     def _tell(self) -> None:
-        """Reports the progress of the epoch, and how long the run takes at its pace."""
+        """Reports the progress of the epoch, and how long the rest of the run takes at its pace."""
         state, bound = self.state, self.state.meter.read().bound
         each = self.pace.seconds(state.step)
         epochs = self.options.epochs - state.epoch

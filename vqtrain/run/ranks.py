@@ -1,8 +1,9 @@
 """The ranks of a run: what they add up, what they agree on, and how they end together.
 
 Each rank is a process that torchrun started. All take the same steps in the same order. Gradients,
-hits and sums of the averages must be equal on all ranks, so they are added up. Rank 0 makes all
-choices and writes all files. Whatever ends one rank soon ends all, and one of them says why:
+and the hits and sums for the averages, are added up, so that they are equal on all ranks. Rank 0
+makes all choices and writes all files. Whatever ends one rank soon ends all, and one of them says
+why:
 
 - Signals: once per second, between two steps, all ranks agree whether one came. They then stop
   after the same step.
@@ -40,14 +41,14 @@ from vqtrain.data.batches import portion
 from vqtrain.device import choose_device
 
 PATIENCE = timedelta(hours=1)
-"""How long a rank waits for others that have a pulse: rank 0 may measure, draw and write."""
+"""How long a rank waits for others with a pulse: rank 0 may be measuring, drawing or writing."""
 
 STORE_SECONDS, START_SECONDS = 20.0, 300.0
-"""The longest time for torchrun's store to answer, and for ranks to begin."""
+"""The longest wait for torchrun's store to answer, and for all ranks to begin."""
 
 BEAT, SILENCE, GRACE = 2.0, 30.0, 10.0
-"""Seconds between two beats of a pulse; without a beat until a rank counts as lost; and from one
-rank's end until the others end wherever they are."""
+"""Seconds between two beats of a pulse; without a beat, until a rank counts as lost; and from one
+rank's end until the others are ended, whatever they do."""
 
 AGREED = 1.0
 """Seconds between two agreements on whether to continue. An agreement is fast, but with hundreds of
@@ -74,7 +75,7 @@ class Ranks:
         return portion(count, self.count, self.rank)
 
     def together(self) -> AbstractContextManager[None]:
-        """A context that all ranks enter, and that no rank leaves alone because of a signal.
+        """A context that all ranks enter. No signal makes a single rank leave it.
 
         All other joint work happens within it. Raises what ``go_on`` raises.
         """
@@ -84,13 +85,13 @@ class Ranks:
         """Raises Interrupted on every rank if a signal came to any, MachineError if one is lost."""
 
     def another_step(self) -> None:
-        """Calls ``go_on`` before a step, as often as AGREED says."""
+        """Calls ``go_on`` before a step, about once in AGREED seconds."""
 
     def stop(self, signum: int) -> None:
-        """Tells the others, unless they know, that this rank got a signal. All then stop."""
+        """Tells the others, unless they know it, that this rank got a signal. All then stop."""
 
     def add_up(self, tensors: Sequence[Tensor]) -> None:
-        """Replaces tensors of one type by their sums over all ranks, bit for bit equal on each."""
+        """Replaces tensors of one type by their sums over all ranks. All get the same bits."""
 
     def hand_out(self, tensors: Sequence[Tensor]) -> None:
         """Fills tensors with rank 0's values."""
@@ -224,14 +225,14 @@ class Joint(Ranks):
 
 
 def _require_all(collective: Callable[..., Any], *arguments: Any) -> None:
-    """A context for joint work of all ranks. Raises MachineError if one is lost."""
+    """Calls ``collective``, as all ranks do. Raises MachineError if one is lost."""
     try:
         collective(*arguments)
     except RuntimeError as error:
         deafen()  # torchrun now ends the others
         reason = (
             _first_line(error).split("] ", 1)[-1].split(". ")[0]
-        )  # its place in the source; advice
+        )  # without its place in PyTorch's source, and advice
         raise MachineError(f"another rank is lost ({reason}); {GOES_ON}") from None
 
 
@@ -239,7 +240,7 @@ def _require_all(collective: Callable[..., Any], *arguments: Any) -> None:
 def joined(device: str) -> Iterator[Ranks]:
     """A context with the ranks of this run: those that torchrun started, or a single one.
 
-    device: what ``--device`` says; each rank gets a card of its own on its machine.
+    device: the value of ``--device``; each rank gets its own card of its machine.
 
     If an error ends all ranks, one reports it; the others raise SystemExit with its exit code.
     Raises MachineError if there are fewer cards than ranks, or if ranks do not find each other.
@@ -254,7 +255,7 @@ def joined(device: str) -> Iterator[Ranks]:
         pulse.start()
         ranks = _connected(store, choose_device(device))
         yield ranks
-        ranks.go_on()  # none leaves while another is at work: its pulse would be missed
+        ranks.go_on()  # no rank leaves while another works, which would miss its pulse
     except BaseException as error:
         deafen()
         code = _code_of(error)
@@ -270,7 +271,7 @@ def joined(device: str) -> Iterator[Ranks]:
 
 
 def _end_within(seconds: float, code: int) -> None:
-    """Ends the process if it has not ended by itself; a card may hold it up."""
+    """Ends the process after this time if it is still there; a card may hold it up."""
     timer = threading.Timer(seconds, os._exit, [code])
     timer.daemon = True
     timer.start()
@@ -304,7 +305,7 @@ def _connected(store: Any, device: torch.device) -> Joint:
         cards = torch.cuda.device_count()
         if local >= cards:
             raise MachineError(
-                f"more ranks than the {cards} cards of this machine; use --device cpu, or fewer"
+                f"more ranks on this machine than its {cards} cards; use fewer, or --device cpu"
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if card else "gloo"
@@ -338,7 +339,7 @@ def _note(store: Any, code: int) -> int | None:
     """Notes that this rank ends with ``code`` and reports why.
 
     Returns the noted code if another rank was first, else None. Also returns None if the store does
-    not answer, since then no reliable note exists.
+    not answer, since there is then no reliable note.
     """
     with suppress(RuntimeError):
         if store.add(SAID, 1) > 1:
@@ -351,10 +352,10 @@ class _Pulse(threading.Thread):
     """Shows the next rank that this one is alive, and watches the one before.
 
     It ends the process if the rank before falls silent, or if the process does not end by itself
-    after another rank ended. The main thread may wait for a card, or for a connection that nothing
-    closes.
+    after another rank ended. The main thread may be waiting for a card, or for a connection that
+    nothing closes.
 
-    end: stops it. The interpreter must not end while this thread uses the store.
+    ``end`` stops it. The interpreter must not end while this thread uses the store.
     """
 
     def __init__(self, store: Any, rank: int, count: int) -> None:
@@ -381,7 +382,7 @@ class _Pulse(threading.Thread):
                 self._lost()
 
     def _listen(self) -> None:
-        """Notices the pulse of the rank before, and another rank's end."""
+        """Notes the pulse of the rank before, and whether another rank has ended."""
         place = f"pulse/{self.before}"
         if self.store.check([place]) and (found := self.store.get(place)) != self._heard:
             self._heard, self._since = found, time.monotonic()

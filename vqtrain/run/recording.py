@@ -27,7 +27,7 @@ def can_be_recorded(spec: ModelSpec, options: TrainingOptions) -> bool:
     """
     latents = torch.empty(options.batch_size * spec.latent_size, spec.code_size, device="meta")
     large = takes_products(latents, torch.empty(spec.num_codes, spec.code_size, device="meta"))
-    fits = fits_an_array(spec, options.batch_size)  # else its noise is made as it is needed
+    fits = fits_an_array(spec, options.batch_size)  # else its noise is made piece by piece
     return not large and fits and not torch.are_deterministic_algorithms_enabled()
 
 
@@ -53,7 +53,7 @@ def record_graph(body: Callable[[], Taken]) -> Callable[[], Taken]:
 
 @dataclass
 class _Kind:
-    """A kind of step: tensors for images and choices, steps taken, and the recording, if any."""
+    """A kind of step: its tensors, how many were taken, and its recording, if there is one."""
 
     images: Tensor
     choices: Choices
@@ -64,9 +64,9 @@ class _Kind:
 class RecordedSteps:
     """``training_step`` that records each kind of step after its first few.
 
-    record: ``record_graph``. say: takes a line if a kind could not be recorded, with the reason.
-    Steps of that kind then run one operation at a time, like the first ones. split: of a single
-    rank, into passes. The result of a call is valid until the next call.
+    record: how to record a step. say: takes a line with the reason if a step could not be recorded.
+    Steps without a recording run one operation at a time, like the first ones. split: into passes,
+    on a single rank. The result of a call is valid until the next call.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class RecordedSteps:
 
 
 def _aside(body: Callable[[], Taken], device: torch.device) -> Taken:
-    """Runs ``body``, on a card in a separate stream, as the first runs of a recording must."""
+    """Runs ``body``; on a card in a separate stream, which steps before a recording need."""
     if device.type != "cuda":
         return body()
     stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)

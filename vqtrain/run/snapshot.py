@@ -36,7 +36,7 @@ DATA, PICTURES = "data_sha256", ("resize", "crop", "background")
 """Entries of a course: which images it trains on, and how pictures are read."""
 
 Course = Mapping[str, Any]
-"""All that determines the steps of a run. Two runs of the same course end with the same model."""
+"""All that determines the steps of a run. Runs of the same course end with the same model."""
 
 
 def course_of(
@@ -50,7 +50,7 @@ def course_of(
 ) -> Course:
     """Returns the options, the network and the images of a run, as plain data.
 
-    sizes: the family's sizes, by which users know the network. A digest of its rows comes last.
+    sizes: the family's sizes, by which users know the network; a digest of its rows is added.
     held_out: the share of the images, or the digest of other images; None for the source's own.
     preprocessing: what was done to pictures, None for arrays. buffer: images of a stream that are
     shuffled together, None for images in memory.
@@ -85,7 +85,7 @@ def _read_as(preprocessing: Preprocessing | None) -> dict[str, Any]:
 
 
 def differences(course: Course, other: Course) -> list[str]:
-    """Returns a phrase for each difference of two courses, except those that follow from others."""
+    """Returns a phrase for each difference of two courses; leaves out those that others cause."""
     changed = {key: other.get(key) for key in course if course[key] != other.get(key)}
     if len(changed) > 1:
         changed.pop("rows", None)
@@ -143,7 +143,7 @@ class RunState:
         }
 
     def load(self, plain: Mapping[str, Any]) -> None:
-        """Takes over what ``to_plain`` returned, all of it or nothing.
+        """Loads what ``to_plain`` returned: all of it, or nothing.
 
         Raises InputError that names an entry that does not fit this run.
         """
@@ -158,9 +158,9 @@ class RunState:
             setattr(self, name, plain[name])
 
     def _load_optimizer(self, plain: Mapping[str, Any]) -> None:
-        """Takes over moments and counts of steps only.
+        """Loads only the moments and the counts of steps.
 
-        The options give the rest, and this device decides where the state is kept and moved.
+        The options give the rest; this run's device decides where tensors are kept.
         """
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": plain["state"], "param_groups": groups})

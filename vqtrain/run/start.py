@@ -14,7 +14,7 @@ from vqtrain.model import VQVAE
 from vqtrain.options import TrainingOptions
 
 WIDEST_OUTPUT = 32.0
-"""Mean pixels need no outputs beyond ± this: in float32, a logit of 32 is white."""
+"""Outputs for mean pixels need not be beyond ± this: in float32, a logit of 32 is white."""
 
 DARKEST = 1e-3
 """Mean pixels stay this far from black and white."""

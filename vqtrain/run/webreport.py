@@ -23,11 +23,11 @@ REPORT = "report.html"
 """The report's name in the folder of a run."""
 
 DRAWING = Path(__file__).with_suffix(".js")
-"""What draws the curves and turns the pages of the epochs."""
+"""The script that draws the curves and shows another epoch's pictures."""
 
 GOING_BYTES, PICTURE_BYTES = 2**20, 2**22
 """The most bytes of pictures in the report of an unfinished run, which is written often, and of an
-ended run. For long runs, the report shows pictures of only some epochs."""
+ended run. The report of a long run shows pictures of only some epochs."""
 
 
 class Measure(NamedTuple):
@@ -57,7 +57,7 @@ MEASURES = {
     "tokens_per_second": Measure("tokens per second", ",.0f"),
     CHECKED: Measure("worst error of a check, share of its bound", ".1%", "0%"),
 }
-"""What a report shows of the lines of ``metrics.jsonl``, those that a run has."""
+"""What a report shows of the lines of ``metrics.jsonl``, if a run has it."""
 
 KINDS = {
     "reconstructions": (
@@ -80,10 +80,11 @@ TABLES = {"run": "As the command was given", "training": "Training", "model": "N
 class Story:
     """The content of a report besides the pictures.
 
-    verdict: how the run stands, in a sentence, and whether that is good; None while it goes on.
-    history: the lines of ``metrics.jsonl``, and the measured images' figures under "measured".
-    measured_as: what those images are. oracle: the last check, of ``Report.to_dict``, and when it
-    was made. settings: tables by their captions. following: what to run next, and what for.
+    verdict: a sentence on how the run stands. good: whether that is good; None while the run goes
+    on. history: the lines of ``metrics.jsonl``, with the measured images' figures under "measured".
+    measured_as: what those images are. oracle, checked: the last check, from ``Report.to_dict``,
+    and when it was made. settings: tables by their captions. following: the next commands by what
+    they are for.
     """
 
     name: str
@@ -98,7 +99,7 @@ class Story:
 
 
 def line_of(command: str, *words: object) -> str:
-    """A command line whose last words are quoted where a shell needs it."""
+    """Returns a command line, with quotes around ``words`` if a shell needs them."""
     return " ".join([command, *(shlex.quote(str(word)) for word in words)])
 
 
@@ -153,7 +154,7 @@ def _lines(story: Story) -> dict[str, list[Mapping[str, Any]]]:
 
 
 def _panels(story: Story, lines: Mapping[str, list[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Returns the curves: for each measure, a line per set of images that has it."""
+    """Returns the curves: per measure, one line for each set of images that has it."""
     found = []
     for name, measure in MEASURES.items():
         curves = [
@@ -226,7 +227,7 @@ def _curves(panels: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _shown(folder: RunFolder, most: int) -> list[dict[str, Any]]:
-    """Returns the epochs with pictures in the report, with pictures by kind and the use of codes.
+    """Returns the epochs that the report shows, with their pictures by kind and the use of codes.
 
     Takes as many as fit into ``most`` bytes, evenly spread, including the last epoch.
     """
