@@ -1,17 +1,22 @@
-"""``python -m benchmarks.quality --data FOLDER``: measures the wall time to a held-out bound, for
-ours and for vector-quantize-pytorch.
+"""``python -m benchmarks.quality --data FOLDER``: measures how good the default run is, how much of
+its time is not training, and how long it takes to a held-out bound, beside others.
 
-Ours is ``python -m vqtrain --epochs N --precision auto`` as a user starts it, with its checks
-against the oracle, evaluation, pictures and snapshots. The peer is the same network in PyTorch's
-own modules, with the library's quantizer between them, k-means start and dead-code replacement. The
-loop of the library's README trains it in batches of 64; its evaluation is not counted. Both are
-timed from the start of their processes to the end of the first epoch whose held-out bound is low
-enough.
+First come whole runs of ``python -m vqtrain``, one per seed. The time outside of training steps is
+everything from the command to the file: imports, checks against the oracle, evaluation, pictures,
+reports and snapshots.
+
+Then come the times to the bound, from the start of each process to the end of the first epoch whose
+held-out bound is low enough. Ours is ``python -m vqtrain --epochs N``, which anneals faster.
+``--earlier TREE`` runs the same command of another checkout of this project. ``--library`` trains
+vector-quantize-pytorch: the same network in PyTorch's own modules, with the library's quantizer
+between them, k-means start and dead-code replacement, in batches of 64 by the loop of the library's
+README. Its evaluation is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import subprocess
@@ -20,9 +25,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from benchmarks.measure import ROOT, Record, parser
 from vqref.families import post
+from vqref.host.images import ImageSet
+from vqtrain.data.sources import load_source
+from vqtrain.modelfile import read_model
 
 BATCH = 64
 DEAD_BELOW = 0.05
@@ -35,9 +44,7 @@ def peer(data: Path, epochs: int) -> None:
     import torch
 
     from benchmarks.peers import Library
-    from vqref.host.images import ImageSet
     from vqtrain.data.batches import Batches
-    from vqtrain.data.sources import load_source
 
     torch.manual_seed(0)
     images = load_source(str(data), lambda line: None)
@@ -62,16 +69,16 @@ def peer(data: Path, epochs: int) -> None:
         print(f"{epoch} {bound} {beside}", flush=True)
 
 
-def progress(command: list[str], folder: Path) -> Iterator[tuple[float, list[str]]]:
+def progress(command: list[str], folder: Path, tree: Path) -> Iterator[tuple[float, list[str]]]:
     """Yields (seconds since the process began, words) of each line that it prints.
 
-    The process is stopped when nobody asks for more.
+    tree: the checkout whose packages it runs. The process is stopped when nobody asks for more.
     """
     start = time.perf_counter()
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(tree)},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -83,6 +90,62 @@ def progress(command: list[str], folder: Path) -> Iterator[tuple[float, list[str
     finally:
         process.terminate()
         process.communicate()
+
+
+def trained(data: Path, epochs: int, *more: str) -> list[str]:
+    """Returns the command of a run."""
+    words = ["--data", str(data), "--device", "cpu", "--epochs", str(epochs), *more]
+    return [sys.executable, "-m", "vqtrain", *words]
+
+
+def whole_run(data: Path, epochs: int, seed: int) -> dict[str, Any]:
+    """Makes a whole run, and returns its last epoch's measures, its seconds and their parts."""
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        command = trained(data, epochs, "--seed", str(seed), "--name", "run")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+        seconds = time.perf_counter() - start
+        lines = (Path(folder) / "runs" / "run" / "metrics.jsonl").read_text().splitlines()
+        model = read_model(Path(folder) / "model.pt")
+    history = [json.loads(line) for line in lines]
+    batch = model.training["batch_size"]
+    source = load_source(str(data), lambda line: None)
+    assert isinstance(source, ImageSet)
+    images = source.count // batch * batch
+    steps = sum(images / line["images_per_second"] for line in history)
+    last = history[-1]["held_out"]
+    return {
+        "seed": seed,
+        "bound": last["bound"],
+        "perplexity": last["perplexity"],
+        "codes_used": last["codes_used"],
+        "checks": sum("oracle" in line for line in history),
+        "seconds": seconds,
+        "outside": 1 - steps / seconds,
+    }
+
+
+def to_bound(
+    title: str, command: list[str], tree: Path, bound: float, record: Record
+) -> float | None:
+    """Runs a command until an epoch's held-out bound is low enough; returns the seconds."""
+    course, reached = [], None
+    with tempfile.TemporaryDirectory() as folder:
+        for seconds, words in progress(command, Path(folder), tree):
+            if len(words) < 3 or not words[0].isdigit() or words[1].startswith("images"):
+                continue
+            library = "--peer" in command
+            found, beside = map(float, words[1:3]) if library else (float(words[2]), 0.0)
+            course.append({"epoch": int(words[0]), "bound": found, "seconds": seconds - beside})
+            if found <= bound:
+                reached = seconds - beside
+                break
+    record.figures[title] = course
+    last = course[-1]
+    said = "never" if reached is None else f"{reached:.0f}"
+    record.say(f"{title:<32}{last['epoch']:>6}{last['bound']:>9.2f}{said:>9}")
+    return reached
 
 
 def main() -> None:
@@ -97,13 +160,25 @@ def main() -> None:
         "--bound", type=float, default=270.0, help="nats per image, held out (default: %(default)s)"
     )
     options.add_argument(
-        "--epochs", type=int, default=7, help="that ours is told to take (default: %(default)s)"
+        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="of whole runs (default: 0 1 2)"
+    )
+    options.add_argument(
+        "--epochs", type=int, default=4, help="of ours, to the bound (default: %(default)s)"
+    )
+    options.add_argument(
+        "--earlier", type=Path, metavar="TREE", help="another checkout of this project"
+    )
+    options.add_argument(
+        "--earlier-epochs", type=int, default=7, help="of that one (default: %(default)s)"
+    )
+    options.add_argument(
+        "--library", action="store_true", help="train vector-quantize-pytorch, too"
     )
     options.add_argument(
         "--peer-epochs",
         type=int,
         default=30,
-        help="that the peer is given at most (default: %(default)s)",
+        help="that the library is given at most (default: %(default)s)",
     )
     options.add_argument("--peer", action="store_true", help=argparse.SUPPRESS)
     arguments = options.parse_args()
@@ -111,54 +186,40 @@ def main() -> None:
     if arguments.peer:
         return peer(data, arguments.peer_epochs)
     record = Record(arguments)
-    common = ["--data", str(data), "--device", "cpu"]
-    ours = [
-        sys.executable,
-        "-m",
-        "vqtrain",
-        *common,
-        "--epochs",
-        str(arguments.epochs),
-        "--precision",
-        "auto",
-    ]
-    theirs = [
-        sys.executable,
-        "-m",
-        "benchmarks.quality",
-        "--peer",
-        "--data",
-        str(data),
-        "--peer-epochs",
-        str(arguments.peer_epochs),
-    ]
-    names = {f"ours, --epochs {arguments.epochs}": ours, "vector-quantize-pytorch": theirs}
+    if arguments.seeds:
+        record.say(
+            f"{'20 epochs, default':<20}{'seed':>5}{'nats':>9}{'perplexity':>12}{'codes':>7}"
+            f"{'checks':>8}{'seconds':>9}{'outside steps':>15}"
+        )
+    for seed in arguments.seeds:
+        run = whole_run(data, 20, seed)
+        record.figures.setdefault("whole", []).append(run)
+        record.say(
+            f"{'':<20}{seed:>5}{run['bound']:>9.2f}{run['perplexity']:>12.1f}"
+            f"{run['codes_used']:>7.0f}{run['checks']:>8}{run['seconds']:>9.0f}"
+            f"{run['outside']:>15.1%}"
+        )
+    commands = {
+        f"ours, --epochs {arguments.epochs}": (trained(data, arguments.epochs), ROOT),
+    }
+    if arguments.earlier is not None:
+        theirs = trained(data, arguments.earlier_epochs, "--precision", "auto")
+        title = f"the earlier, --epochs {arguments.earlier_epochs}"
+        commands[title] = theirs, arguments.earlier.resolve()
+    if arguments.library:
+        words = ["--peer", "--data", str(data), "--peer-epochs", str(arguments.peer_epochs)]
+        command = [sys.executable, "-m", "benchmarks.quality", *words]
+        commands["vector-quantize-pytorch"] = command, ROOT
     record.say(
         f"{f'held-out bound at most {arguments.bound}':<32}{'epoch':>6}{'nats':>9}{'seconds':>9}"
     )
-    reached: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, command in names.items():
-            course = []
-            for seconds, words in progress(command, Path(folder)):
-                if len(words) < 3 or not words[0].isdigit() or words[1].startswith("images"):
-                    continue
-                bound, beside = (
-                    (float(words[2]), 0.0)
-                    if command is ours
-                    else (float(words[1]), float(words[2]))
-                )
-                course.append({"epoch": int(words[0]), "bound": bound, "seconds": seconds - beside})
-                if bound <= arguments.bound:
-                    reached[name] = seconds - beside
-                    break
-            record.figures[name] = course
-            last = course[-1]
-            seconds_said = f"{last['seconds']:.0f}" if name in reached else "never"
-            record.say(f"{name:<32}{last['epoch']:>6}{last['bound']:>9.2f}{seconds_said:>9}")
-    if len(reached) == 2:
-        first, second = reached.values()
-        record.say(f"the library took {second / first:.1f} times as long")
+    found = {
+        title: to_bound(title, *how, arguments.bound, record) for title, how in commands.items()
+    }
+    own, *others = found.values()
+    for title, other in zip([*found][1:], others, strict=True):
+        if own is not None and other is not None:
+            record.say(f"ours took {own / other:.2f} of the time of {title}")
     record.write()
     return None
 
