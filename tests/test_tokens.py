@@ -104,7 +104,7 @@ def test_tokens_that_lie_the_other_way_are_refused():
         ({"latent_shape": np.array([4.0])}, r"its latent_shape is \(4.0,\)"),
         ({"num_codes": np.array(True)}, "its num_codes is True"),
         ({"num_codes": np.array([[300]])}, r"its num_codes is \(\[300\],\)"),
-        ({"names": np.array(["a"] * 4)}, "holds 4 names of 5 rows"),
+        ({"names": np.array(["a"] * 4)}, "holds 4 names for 5 rows"),
         ({"names": np.arange(5)}, r"its names are int64 \(5,\), expected \(N,\) of text"),
     ],
 )
