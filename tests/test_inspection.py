@@ -469,10 +469,10 @@ HOSTILE = {
         lambda p: setattr(p.graph.output[0], "name", "nothing"),
         "has no origin or no use",
     ),
-    "an unknown input": (rewired(1, "input", "nothing"), "takes nothing before it is there"),
+    "an unknown input": (rewired(1, "input", "nothing"), "takes nothing before it is computed"),
     "an absent input": (rewired(1, "input", ""), "a name is not printable, empty or too long"),
-    "a loop": (rewired(0, "input", "indices"), "takes indices before it is there"),
-    "another order": (reordered, "before it is there"),
+    "a loop": (rewired(0, "input", "indices"), "takes indices before it is computed"),
+    "another order": (reordered, "before it is computed"),
     "a sequence": (
         lambda p: p.graph.input[0].type.sequence_type.elem_type.CopyFrom(onnx.TypeProto()),
         "TypeProto",
@@ -507,12 +507,12 @@ def never(monkeypatch):
 def test_an_axis_has_one_size(content):
     axis = path("axis")
     both = within(content, lambda pieces, _: pieces.insert(0, encoded(1, 2)), axis)
-    refused(both, "an axis of latents has not one size")
+    refused(both, "an axis of latents must have one size")
     for size in (0, 2**31, 2**63, 2**64 - 1):
         sized = within(content, replacing(0, encoded(1, size)), axis)
         refused(sized, f"an axis of latents has the size {size}")
     neither = within(content, lambda pieces, _: pieces.clear(), axis)
-    refused(neither, "an axis of latents has not one size")
+    refused(neither, "an axis of latents must have one size")
 
 
 def test_a_graph_of_another_model_or_stage_is_refused_by_its_ports(model, monkeypatch):
