@@ -213,7 +213,7 @@ def test_one_flipped_bit_of_any_tensor_in_an_archive_is_refused(checkpoint):
         damaged = bytearray(content)
         damaged[content.index(data) + bit % len(data)] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"damaged: the checksum of \S+/data/\d+ is not that"):
+        with pytest.raises(InputError, match=r"damaged: the checksum of \S+/data/\d+ does not"):
             import_model(path, Choices())
 
 
@@ -586,7 +586,7 @@ MAPPED = {
     "-0.5, 0.5": ("-1e30, 0.5", "scale is 1e.30; it must be a number within"),
     "[-0.5, 0.5]": ("[0.5, -0.5]", "network.range is .*, expected two numbers, the lower first"),
     '= "encoder.to_latents"': ('= "encoder.to_latent"', "expected the name of a row or parameter"),
-    '= "decoder.up2"': ('= "decoder.up1"', "expected a name other than decoder.up1.weight, again"),
+    '= "decoder.up2"': ('= "decoder.up1"', "decoder.up1.weight, which is already mapped"),
     '"_pre_vq_conv" = "encoder.to_latents"': ("", "no tensor is given for encoder.to_latents.wei"),
     '"_decoder._conv_trans_1"': ('"_decoder._conv_trans_2x"', "lacks _decoder._conv_trans_2x.wei"),
     '"_decoder._conv_1"': ('"_encoder._conv_3"', "Cannot overwrite a value"),
@@ -749,7 +749,7 @@ def test_the_command_answers_in_one_line(refused, checkpoint, tmp_path):
     line = refused(3, *command, path, "--digest", "0" * 64)
     assert "sha256 is" in line
     line = refused(2, *command, path, "--output", path)
-    assert "is what is imported; name another file" in line
+    assert "is a file to import; name another file" in line
     pickle_changed(path, lambda tensors: tensors.pop("quant_conv.bias"))
     assert line.count("\n") == 1
     assert "lacks quant_conv.bias" in refused(3, *command, path)

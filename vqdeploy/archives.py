@@ -301,7 +301,7 @@ def read_archive(folder: Path) -> Tokens:
                 f"such as {folder / said[0][0]}"
             )
         if not all(_FILE.fullmatch(file) for file, _ in said):
-            raise InputError("names files that are no parts")
+            raise InputError("names files that are not parts")
     tokens = [_read_part(folder / file, sha256, found) for file, sha256 in said]
     names = [name for each in tokens for name in each.names or ()]
     indices = np.concatenate([each.indices for each in tokens])
@@ -311,10 +311,10 @@ def read_archive(folder: Path) -> Tokens:
 def _read_part(path: Path, sha256: str, said: dict[str, Any]) -> Tokens:
     """Returns the tokens of a part. Raises InputError if its file has another digest."""
     if hashlib.sha256(read_bytes(path)).hexdigest() != sha256:
-        raise InputError(f"{path}: damaged: its sha256 is not the one that {MANIFEST} says")
+        raise InputError(f"{path}: damaged: its sha256 is not the one in {MANIFEST}")
     tokens = read_tokens(path)
     if tokens.manifest_sha256 != said["manifest_sha256"]:
-        raise InputError(f"{path}: tokens of another bundle than {MANIFEST} says")
+        raise InputError(f"{path}: its tokens are not of the bundle that {MANIFEST} names")
     return tokens
 
 

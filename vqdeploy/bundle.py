@@ -417,7 +417,7 @@ class Oracle:
     def _require_prior(self, spec: PriorSpec | None) -> None:
         if spec is None:
             if self.prior or self.golden_prior:
-                raise ValueError("it holds a prior, which the manifest does not")
+                raise ValueError("it holds a prior, but the manifest describes none")
             return
         check_params(spec, self.prior)
         indices = self.golden_prior.get("indices", np.empty(0))
@@ -425,4 +425,4 @@ class Oracle:
         for name, dtype in GOLDEN_PRIOR.items():
             array = self.golden_prior.get(name)
             if array is None or array.dtype != dtype or array.shape != shape or not len(array):
-                raise ValueError(f"its golden tokens have no {name} of {shape}")
+                raise ValueError(f"its golden_prior/{name} is missing or not of shape {shape}")

@@ -99,7 +99,7 @@ def read_checkpoint(content: bytes) -> Any:
             return read_npz(content)
         damaged = archive.testzip()  # PyTorch ignores wrong checksums
         if damaged is not None:
-            raise InputError(f"damaged: the checksum of {plain(damaged)} is not that of its bytes")
+            raise InputError(f"damaged: the checksum of {plain(damaged)} does not match its bytes")
     return vqref.modelfile.unpickled(content, _load_pickle, "checkpoint")
 
 

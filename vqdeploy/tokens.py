@@ -177,7 +177,7 @@ class Tokens:
                 array.dtype.kind not in kinds or array.shape != self.indices.shape
             ):
                 found = f"{array.dtype} {array.shape}"
-                raise InputError(f"its {name} are {found} beside indices {self.indices.shape}")
+                raise InputError(f"its {name} are {found}, but its indices {self.indices.shape}")
 
     @classmethod
     def of(
@@ -207,7 +207,7 @@ class Tokens:
         for name in ("latent_shape", "num_codes"):
             said, expected = getattr(self, name), getattr(spec, name)
             if said not in (None, expected):
-                raise InputError(f"its {name} is {said}, this bundle's {expected}")
+                raise InputError(f"its {name} is {said}, this bundle has {expected}")
         shape, length = np.shape(self.indices), spec.latent_size
         if len(shape) == 2 and shape[0] == length != shape[1]:
             raise InputError(f"indices: shape is {shape}, (S, N), expected (N, {length})")
@@ -399,7 +399,7 @@ def _keys(file: Any) -> tuple[str, ...]:
         names += [texts[at] for at in chunk.indices.to_pylist()]
         longest = max([longest, *map(len, texts)])
     if 4 * longest * len(names) > LARGEST_ARRAY:
-        raise InputError(f"its longest of {len(names)} names has {longest} characters")
+        raise InputError(f"the longest of its {len(names)} names has {longest} characters")
     return tuple(names)
 
 

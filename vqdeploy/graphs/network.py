@@ -92,7 +92,7 @@ class GraphBuilder:
             if self.bytes > GRAPH_BYTES:
                 raise ValueError(
                     f"{name}: its graph would hold {self.bytes / 2**30:.2f} GiB of weights, more "
-                    f"than the 2 GiB that an ONNX file can"
+                    f"than the 2 GiB that an ONNX file can hold"
                 )
             content = values.reshape(-1).view(np.uint8).data
             self.tensors[name] = Tensor(values.dtype.name, values.shape, content)

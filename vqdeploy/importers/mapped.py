@@ -39,7 +39,9 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
     for theirs in mapping.table("tensors").values:
         for ours, source in _sources(mapping.table("tensors"), theirs, names).items():
             if ours in sources:
-                raise mapping.table("tensors").fail(theirs, f"a name other than {ours}, again")
+                raise mapping.table("tensors").fail(
+                    theirs, f"a name other than {ours}, which is already mapped"
+                )
             sources[ours] = source
     for pattern in mapping.texts("zeros", []):
         biases = (name for name in names - set(sources) if name.endswith(".bias"))
