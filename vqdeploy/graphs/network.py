@@ -455,7 +455,7 @@ def silu(builder: GraphBuilder, output: str, x: str) -> str:
 
 
 def gelu(builder: GraphBuilder, output: str, x: str) -> str:
-    """x * (1/2 + tanh(sqrt(2 / pi) x (1 + 0.044715 x^2)) / 2): opset 18 has no Gelu."""
+    """Adds x * (1/2 + tanh(sqrt(2 / pi) x (1 + 0.044715 x^2)) / 2): opset 18 has no Gelu."""
     half, one, cube, scale = (
         builder.constant(f"gelu.{name}", builder.rounded(name, value))
         for name, value in (

@@ -19,7 +19,7 @@ GOLDEN_ROWS, SAMPLED, MANY = 8, 4, 64
 it draws if the user asked for samples. Long rows have fewer."""
 
 MOST_SCORES = 2**22
-"""The most log-probabilities that any of these numbers may lead to."""
+"""The most log-probabilities that these rows, or these samples, may have together."""
 
 SEED = 0
 """The seed of the golden tokens and of the noise of the samples."""
