@@ -202,8 +202,8 @@ def test_a_tag_whose_upper_bits_protobuf_drops_hides_nothing(content, what, abov
 def test_a_tag_of_64_bits_is_no_way_around(content):
     tag = varint((1 << 63) | (7 << 3) | 2)
     refused(within(content, lambda pieces, kind: pieces.append(tag + b"\x00"), NODE), "the tag")
-    refused(b"\x80" * 10 + b"\x01" + content, "longer than it need be, or than 64 bits")
-    refused(b"\xff" * 9 + b"\x7f" + content, "longer than it need be, or than 64 bits")
+    refused(b"\x80" * 10 + b"\x01" + content, "more bytes than it needs, or more than 64 bits")
+    refused(b"\xff" * 9 + b"\x7f" + content, "more bytes than it needs, or more than 64 bits")
 
 
 def test_a_flatbuffer_of_onnxruntimes_is_refused(content, small):
@@ -278,7 +278,7 @@ def test_no_length_and_no_number_is_longer_than_it_need_be(content, kind, longer
         ((number, body, _),) = inspection.fields(pieces[-1])
         pieces[-1] = encoded(number, body, longer=longer)
 
-    refused(within(content, edit, path(kind)), "longer than it need be")
+    refused(within(content, edit, path(kind)), "more bytes than it needs")
 
 
 def test_a_field_of_another_wire_type_is_refused(content):
