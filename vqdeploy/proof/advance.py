@@ -49,7 +49,7 @@ def require_float32(bundle: Bundle) -> None:
 
 
 def provable(spec: ModelSpec, own: int, data: int) -> int:
-    """Returns of how many images ``verify`` proves the tokens.
+    """Returns for how many images ``verify`` proves the tokens.
 
     own: how many images the bundle has itself. data: how many were given besides. Returns 0 if the
     oracle is too slow or nothing can be proved.

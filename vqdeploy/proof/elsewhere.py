@@ -133,7 +133,7 @@ def _tokens(
 def _fitting(
     latents: Float64, codebook: Float64, moved: Float64
 ) -> Iterator[tuple[slice, Array, Array]]:
-    """Yields rows, the nearest code of each latent (M, D), and which codes (M, K) it may get."""
+    """Yields rows, the nearest code of each latent (M, D), and the codes (M, K) it may get."""
     for rows, distances in squared_distances(latents, codebook):
         best, excess = choices(
             distances, latents[rows], codebook, precision="float32", moved=moved[rows]

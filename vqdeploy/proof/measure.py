@@ -31,7 +31,7 @@ stores; a card multiplies in float16. A network that lost 3 of 10,368 tokens at 
 H200."""
 
 LEAST_ERROR = 1e-10
-"""The least mean squared error and variance, which is 100 dB. Exact copies would have no PSNR."""
+"""The least mean squared error and variance that count. An exact copy thus has a PSNR of 100 dB."""
 
 
 def measured_images(spec: ModelSpec) -> int:
