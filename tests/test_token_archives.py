@@ -232,7 +232,7 @@ def test_a_job_that_is_not_complete_is_not_decoded(residual_bundle, array, tmp_p
     with pytest.raises(InputError, match="the job is not complete"):
         read_archive(tmp_path / "tokens")
     path.write_bytes(sealed({**said, "format_version": 2}))
-    with pytest.raises(InputError, match="of version 2"):
+    with pytest.raises(InputError, match="its format version is 2"):
         read_archive(tmp_path / "tokens")
     first, *others = said["parts"]
     path.write_bytes(sealed({**said, "parts": [{**first, "file": "../a.parquet"}, *others]}))
