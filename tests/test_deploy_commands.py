@@ -370,7 +370,7 @@ def test_mistakes_are_one_line_each(refused, bundle, images, tmp_path):
         ({"indices": np.zeros((2, 2, 2), int)}, "shape is (2, 2, 2), expected (N, 4)"),
         ({"indices": np.zeros((2, 4))}, "dtype is float64, expected an integer dtype"),
         ({"indices": np.zeros((2, 4), int), "latent_shape": [2, 2]}, "latent_shape is (2, 2)"),
-        ({"indices": np.zeros((2, 4), int), "num_codes": 17}, "num_codes is 17, this bundle's 16"),
+        ({"indices": np.zeros((2, 4), int), "num_codes": 17}, "num_codes is 17, this bundle has"),
     ):
         np.savez(tmp_path / "w.npz", **wrong)
         refusal = line(3, "decode", bundle, "w.npz")
@@ -392,7 +392,7 @@ def test_mistakes_are_one_line_each(refused, bundle, images, tmp_path):
     )
     assert "export needs either" in line(2, "export")
     assert "must end in .npz or .safetensors" in line(2, "export", "--from-params", "p.pt")
-    assert "--number is 85599; of images (1, 28, 28) at most 85598 fit" in line(
+    assert "--number is 85599; for images (1, 28, 28) it must be at most 85598" in line(
         2, "sample", bundle, "--number", 85599
     )
     assert "--batch is 85599" in line(2, "bench", bundle, "--batch", 85599)
@@ -416,4 +416,4 @@ def test_how_data_are_read_is_refused_where_there_are_none(
     line = refused(
         2, "-m", "vqdeploy", command, bundle if command == "verify" else model_file, *words
     )
-    assert f"{words[0]} says how --data is read, and there is no --data" in line
+    assert f"{words[0]} says how to read --data, but there is no --data" in line

@@ -501,7 +501,7 @@ def test_an_existing_bundle_is_replaced_only_when_asked(copy, model_file):
 def test_a_folder_that_is_no_bundle_is_never_replaced(tmp_path, model_file):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter").write_text("years of work")
-    with pytest.raises(InputError, match=r"thesis: not replaced, for it is no bundle"):
+    with pytest.raises(InputError, match=r"thesis: not replaced: it is not a bundle"):
         export(model_file, tmp_path / "thesis", replace=True)
     assert (tmp_path / "thesis" / "chapter").read_text() == "years of work"
     (tmp_path / "link").symlink_to(tmp_path / "thesis")

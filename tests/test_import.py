@@ -212,7 +212,7 @@ def test_one_flipped_bit_of_any_tensor_in_an_archive_is_refused(checkpoint):
         damaged = bytearray(content)
         damaged[content.index(data) + bit % len(data)] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        with pytest.raises(InputError, match=r"damaged: the checksum of \S+/data/\d+ is not that"):
+        with pytest.raises(InputError, match=r"damaged: the checksum of \S+/data/\d+ does not"):
             import_model(path, Choices())
 
 
@@ -322,10 +322,10 @@ def test_a_file_is_known_by_its_content_and_not_by_its_name(checkpoint, tmp_path
     shutil.copy(FOLDER / "diffusers_small" / WEIGHTS, tmp_path / "taming.ckpt")
     config = Choices(config=FOLDER / "diffusers_small" / "config.json")
     assert import_model(tmp_path / "taming.ckpt", config).importer.name == "diffusers"
-    with pytest.raises(InputError, match="no configuration beside it; name it by --config FILE"):
+    with pytest.raises(InputError, match="no configuration beside it; name it with --config FILE"):
         import_model(tmp_path / "taming.ckpt", Choices())
     torch.save({"a.weight": torch.zeros(3)}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match=r"its tensors are a\.weight, …: neither .*--mapping FILE"):
+    with pytest.raises(InputError, match=r"its tensors are a\.weight, …: none of .*--mapping FILE"):
         import_model(tmp_path / "other.pt", Choices())
     write_model(tmp_path / "model.pt", small_model(families.post(base_depth=2)))
     with pytest.raises(InputError, match=r"is a model\.pt already; export takes it"):
@@ -333,7 +333,7 @@ def test_a_file_is_known_by_its_content_and_not_by_its_name(checkpoint, tmp_path
 
 
 def test_a_choice_that_a_checkpoint_has_no_use_for_is_refused():
-    with pytest.raises(UsageError, match="--range says nothing about VQModel of taming-transform"):
+    with pytest.raises(UsageError, match="--range does not apply to VQModel of taming-transform"):
         import_model(FOLDER / "taming_small.ckpt", Choices(value_range=(0.0, 1.0)))
 
 
@@ -373,7 +373,7 @@ def hostile(kind, path):
 
 
 HOSTILE = {
-    "a pickle that acts": r"refused: holds \w+\.system, no data; nothing was executed",
+    "a pickle that acts": r"refused: holds \w+\.system, which is not data; nothing was executed",
     "tensors of terabytes": r"decoder\.conv_in\.bias has shape \(1099511627776,\), exp",
     "an old pickle": r"neither safetensors, \.npz nor a file of torch\.save since PyTorch 1\.6",
     "a cut archive": "not a checkpoint: ",
@@ -518,7 +518,7 @@ LLAMAGEN: dict[str, Any] = {
     "a width that is no multiple": (
         lambda d: d["ema"].update({CONV2: torch.ones(33, 1, 1, 1)}),
         {},
-        "conv2.weight has 33 channels, no multiple of 32",
+        "conv2.weight has 33 channels, expected a multiple of 32",
     ),
     "a number in a tensor's place": (
         lambda d: d["ema"].update({"encoder.conv_in.weight": 3}),
@@ -585,8 +585,8 @@ MAPPED = {
     "-0.5, 0.5": ("-1e30, 0.5", "scale is 1e.30; it must be a number within"),
     "[-0.5, 0.5]": ("[0.5, -0.5]", "network.range is .*, expected two numbers, the lower first"),
     '= "encoder.to_latents"': ('= "encoder.to_latent"', "expected the name of a row or parameter"),
-    '= "decoder.up2"': ('= "decoder.up1"', "expected a name other than decoder.up1.weight, again"),
-    '"_pre_vq_conv" = "encoder.to_latents"': ("", "nothing is said to be encoder.to_latents.weigh"),
+    '= "decoder.up2"': ('= "decoder.up1"', "decoder.up1.weight, which is already mapped"),
+    '"_pre_vq_conv" = "encoder.to_latents"': ("", "no tensor is given for encoder.to_latents.wei"),
     '"_decoder._conv_trans_1"': ('"_decoder._conv_trans_2x"', "lacks _decoder._conv_trans_2x.wei"),
     '"_decoder._conv_1"': ('"_encoder._conv_3"', "Cannot overwrite a value"),
     'zeros = ["*.block*.conv?.bias"]': ('zeros = ["none"]', "none is like none"),
@@ -689,7 +689,7 @@ BOOKS = {
     ),
     "of an unclear beginning": (
         lambda b: b.update({"_codebook.initted": torch.tensor([True, False])}),
-        "_codebook.initted is no truth value",
+        "_codebook.initted is not true or false",
     ),
     "behind a projection": (
         lambda b: b.update({"project_in.weight": torch.zeros(8, 16)}),
@@ -697,7 +697,7 @@ BOOKS = {
     ),
     "of unit vectors": (
         lambda b: b["_codebook.embed"].div_(b["_codebook.embed"].norm(dim=-1, keepdim=True)),
-        "the codes of _codebook.embed are unit vectors, the latents of the network are not",
+        "the codes of _codebook.embed are unit vectors, but the latents of the network are not",
     ),
 }
 
@@ -726,7 +726,7 @@ def test_unit_vectors_are_for_normalised_latents_alone(tmp_path):
     codes = torch.from_numpy(CODES)[None]
     torch.save({"_codebook.embed": codes}, tmp_path / "codebook.pt")
     choices = Choices(model=tmp_path / "model.pt")
-    with pytest.raises(InputError, match="are no unit vectors, as the latents of the network are"):
+    with pytest.raises(InputError, match="are not unit vectors, but the latents of the network ar"):
         import_model(tmp_path / "codebook.pt", choices)
     unit = codes / codes.norm(dim=-1, keepdim=True)
     torch.save({"_codebook.embed": unit}, tmp_path / "codebook.pt")
@@ -736,7 +736,7 @@ def test_unit_vectors_are_for_normalised_latents_alone(tmp_path):
 
 def test_a_codebook_without_a_network_is_a_matter_of_usage(tmp_path):
     torch.save(book(), tmp_path / "codebook.pt")
-    with pytest.raises(UsageError, match="--model MODEL names the one that gets it"):
+    with pytest.raises(UsageError, match="name the model that gets it: --model MODEL"):
         import_model(tmp_path / "codebook.pt", Choices())
 
 
@@ -748,7 +748,7 @@ def test_the_command_answers_in_one_line(refused, checkpoint, tmp_path):
     line = refused(3, *command, path, "--digest", "0" * 64)
     assert "sha256 is" in line
     line = refused(2, *command, path, "--output", path)
-    assert "is what is imported; name another file" in line
+    assert "is a file to import; name another file" in line
     pickle_changed(path, lambda tensors: tensors.pop("quant_conv.bias"))
     assert line.count("\n") == 1
     assert "lacks quant_conv.bias" in refused(3, *command, path)

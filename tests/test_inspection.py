@@ -204,8 +204,8 @@ def test_a_tag_whose_upper_bits_protobuf_drops_hides_nothing(content, what, abov
 def test_a_tag_of_64_bits_is_no_way_around(content):
     tag = varint((1 << 63) | (7 << 3) | 2)
     refused(within(content, lambda pieces, kind: pieces.append(tag + b"\x00"), NODE), "the tag")
-    refused(b"\x80" * 10 + b"\x01" + content, "longer than it need be, or than 64 bits")
-    refused(b"\xff" * 9 + b"\x7f" + content, "longer than it need be, or than 64 bits")
+    refused(b"\x80" * 10 + b"\x01" + content, "more bytes than it needs, or more than 64 bits")
+    refused(b"\xff" * 9 + b"\x7f" + content, "more bytes than it needs, or more than 64 bits")
 
 
 def test_a_flatbuffer_of_onnxruntimes_is_refused(content, small):
@@ -280,7 +280,7 @@ def test_no_length_and_no_number_is_longer_than_it_need_be(content, kind, longer
         ((number, body, _),) = inspection.fields(pieces[-1])
         pieces[-1] = encoded(number, body, longer=longer)
 
-    refused(within(content, edit, path(kind)), "longer than it need be")
+    refused(within(content, edit, path(kind)), "more bytes than it needs")
 
 
 def test_a_field_of_another_wire_type_is_refused(content):
@@ -471,10 +471,10 @@ HOSTILE = {
         lambda p: setattr(p.graph.output[0], "name", "nothing"),
         "has no origin or no use",
     ),
-    "an unknown input": (rewired(1, "input", "nothing"), "takes nothing before it is there"),
+    "an unknown input": (rewired(1, "input", "nothing"), "takes nothing before it is computed"),
     "an absent input": (rewired(1, "input", ""), "a name is not printable, empty or too long"),
-    "a loop": (rewired(0, "input", "indices"), "takes indices before it is there"),
-    "another order": (reordered, "before it is there"),
+    "a loop": (rewired(0, "input", "indices"), "takes indices before it is computed"),
+    "another order": (reordered, "before it is computed"),
     "a sequence": (
         lambda p: p.graph.input[0].type.sequence_type.elem_type.CopyFrom(onnx.TypeProto()),
         "TypeProto",
@@ -509,12 +509,12 @@ def never(monkeypatch):
 def test_an_axis_has_one_size(content):
     axis = path("axis")
     both = within(content, lambda pieces, _: pieces.insert(0, encoded(1, 2)), axis)
-    refused(both, "an axis of latents has not one size")
+    refused(both, "an axis of latents must have one size")
     for size in (0, 2**31, 2**63, 2**64 - 1):
         sized = within(content, replacing(0, encoded(1, size)), axis)
         refused(sized, f"an axis of latents has the size {size}")
     neither = within(content, lambda pieces, _: pieces.clear(), axis)
-    refused(neither, "an axis of latents has not one size")
+    refused(neither, "an axis of latents must have one size")
 
 
 def test_a_graph_of_another_model_or_stage_is_refused_by_its_ports(model, monkeypatch):

@@ -457,7 +457,7 @@ def test_a_page_is_written_whole_and_replaced_only_where_one_is(run, refused, bu
     assert "exists already" in refused(3, *again, PYTHONPATH=str(ROOT))
     assert run(*again, "--replace", PYTHONPATH=str(ROOT)).returncode == 0
     (folder / "data/page.json").unlink()
-    assert "it is no page" in refused(3, *again, "--replace", PYTHONPATH=str(ROOT))
+    assert "it is not a page" in refused(3, *again, "--replace", PYTHONPATH=str(ROOT))
 
 
 def test_a_folder_without_the_runtime_is_bad_input(refused, bundle, tmp_path):

@@ -85,7 +85,7 @@ def test_the_picture_shows_both_codes_of_the_least_provable_tokens(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--per-token"], "--per-token goes with --json"),
+        (["--per-token"], "--per-token needs --json"),
         (["--arithmetic", "double"], "invalid choice"),
         (["--picture", "p.jpg"], ".png"),
         (["--limit", "0"], "at least 1"),

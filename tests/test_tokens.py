@@ -76,8 +76,8 @@ def test_a_file_that_does_not_say_what_made_it_is_remarked_on(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"latent_shape": (2, 2)}, r"its latent_shape is \(2, 2\), this bundle's \(4,\)"),
-        ({"num_codes": 512}, "its num_codes is 512, this bundle's 300"),
+        ({"latent_shape": (2, 2)}, r"its latent_shape is \(2, 2\), this bundle has \(4,\)"),
+        ({"num_codes": 512}, "its num_codes is 512, this bundle has 300"),
     ],
 )
 def test_tokens_of_another_grid_or_codebook_are_refused_even_if_forced(
@@ -106,7 +106,7 @@ def test_tokens_that_lie_the_other_way_are_refused():
         ({"latent_shape": np.array([4.0])}, r"its latent_shape is \(4.0,\)"),
         ({"num_codes": np.array(True)}, "its num_codes is True"),
         ({"num_codes": np.array([[300]])}, r"its num_codes is \(\[300\],\)"),
-        ({"names": np.array(["a"] * 4)}, "holds 4 names of 5 rows"),
+        ({"names": np.array(["a"] * 4)}, "holds 4 names for 5 rows"),
         ({"names": np.arange(5)}, r"its names are int64 \(5,\), expected \(N,\) of text"),
     ],
 )
@@ -160,7 +160,7 @@ def test_a_long_name_that_many_rows_share_takes_no_room_before_it_is_refused(tmp
     path = parquet(tmp_path / "t.parquet", ["x" * 1000] * 5)
     assert read_tokens(path).names == ("x" * 1000,) * 5
     monkeypatch.setattr("vqdeploy.tokens.LARGEST_ARRAY", 4 * 1000 * 5 - 1)
-    with pytest.raises(InputError, match="its longest of 5 names has 1000 characters"):
+    with pytest.raises(InputError, match="the longest of its 5 names has 1000 characters"):
         read_tokens(path)
     monkeypatch.setattr("vqdeploy.tokens.MOST_NAMES", 4)
     with pytest.raises(InputError, match="holds 5 names, more than 4"):

@@ -390,8 +390,8 @@ def test_parameters_that_are_no_model_are_named(small, tmp_path):
     )
     refused("unknown parameters: more", **small.params, more=np.ones(1))
     refused("the entry 'spec' is float64", **small.params, spec=np.ones(1))
-    refused("the entry 'spec' is no spec: ", **small.params, spec=np.array("{"))
-    refused("the entry 'spec' is no spec: the spec lacks", **small.params, spec=np.array("{}"))
+    refused("the entry 'spec' is not a spec: ", **small.params, spec=np.array("{"))
+    refused("the entry 'spec' is not a spec: the spec lacks", **small.params, spec=np.array("{}"))
     (tmp_path / "p.safetensors").write_bytes(b"not one")
     with pytest.raises(InputError, match="not a safetensors file"):
         read_parameters(tmp_path / "p.safetensors")

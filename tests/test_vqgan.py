@@ -157,5 +157,5 @@ def test_a_vqgan_is_trained_exported_and_verified(run, tmp_path, colour_images, 
     done = run("-m", "vqdeploy", "prove", "model-onnx", "colour.npy", "--limit", 2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == (
-        "nothing is proved: what rounding does has no known bound in group_norm"
+        "nothing is proved: the effect of rounding has no known bound in group_norm"
     )

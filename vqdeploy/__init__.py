@@ -1,4 +1,4 @@
-"""The deployment: bundles of ONNX graphs that prove themselves, and the Codec that runs them."""
+"""Deployment: bundles of ONNX graphs that can be verified, and the Codec that runs them."""
 
 from vqref.lazy import lazy
 

@@ -1,4 +1,4 @@
-"""The graphs of a bundle before the judge: ``vqref.agreement`` decides, this hands it sessions."""
+"""Compares the graphs of a bundle with the oracle: runs them, and ``vqref.agreement`` judges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vqref.spec import ModelSpec
 from vqref.validation import Array, Params
 
 Sessions = Mapping[str, Callable[[Array], list[Array]]]
-"""A function for each of STAGES, from its one input to its outputs."""
+"""A function for each of STAGES, which takes its one input and returns its outputs."""
 
 
 def check_graphs(
@@ -24,11 +24,11 @@ def check_graphs(
     folded: bool = False,
     known: Forward | None = None,
 ) -> Report:
-    """The five graphs, each fed the oracle's input, on images (N, C, H, W) in [0, 1].
+    """Checks the five graphs on images (N, C, H, W) in [0, 1]; each takes the oracle's input.
 
-    precision: the networks' own, a name of ``vqref.agreement.TOLERANCES``. folded: the detokenizer
-    is a table, which is float32 whatever they are. known: ``vqref.forward`` of the images, if the
-    caller has it.
+    precision: the networks' precision, a name of ``vqref.agreement.TOLERANCES``. folded: whether
+    the detokenizer is a table; a table is always float32. known: ``vqref.forward`` of the images,
+    if the caller has it.
     """
 
     def quantizer(latents: Array) -> tuple[Array, Array]:

@@ -41,7 +41,7 @@ FORMAT, FORMAT_VERSION = "vqdeploy-tokens", 1
 MANIFEST = "manifest.json"
 
 IMAGES_BYTES = 2**26
-"""About how many bytes the images that wait to be encoded may take, as float32."""
+"""Roughly how many bytes the images that wait to be encoded may take, as float32."""
 
 SECONDS_BETWEEN_LINES = 5
 """The least time between two lines on progress."""
@@ -275,7 +275,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if found.get("format_version") != FORMAT_VERSION:
             version = found.get("format_version")
             raise InputError(
-                f"of version {version!r:.80}, which this program does not read: it knows "
+                f"its format version is {version!r:.80}, but this program reads only version "
                 f"{FORMAT_VERSION}"
             )
         return found
@@ -292,7 +292,7 @@ def read_archive(folder: Path) -> Tokens:
     found = _read_manifest(path)
     with about(path), parsed("not the manifest of a folder of tokens"):
         if found["complete"] is not True:
-            raise InputError("the job is not complete; the same encode command goes on with it")
+            raise InputError("the job is not complete; the same encode command continues it")
         said = [(str(part["file"]), str(part["sha256"])) for part in found["parts"]]
         size = int(found["images"]) * math.prod(map(int, found["latent_shape"])) * 8
         if size > LARGEST_ARRAY:
@@ -301,7 +301,7 @@ def read_archive(folder: Path) -> Tokens:
                 f"such as {folder / said[0][0]}"
             )
         if not all(_FILE.fullmatch(file) for file, _ in said):
-            raise InputError("names files that are no parts")
+            raise InputError("names files that are not parts")
     tokens = [_read_part(folder / file, sha256, found) for file, sha256 in said]
     names = [name for each in tokens for name in each.names or ()]
     indices = np.concatenate([each.indices for each in tokens])
@@ -311,10 +311,10 @@ def read_archive(folder: Path) -> Tokens:
 def _read_part(path: Path, sha256: str, said: dict[str, Any]) -> Tokens:
     """Returns the tokens of a part. Raises InputError if its file has another digest."""
     if hashlib.sha256(read_bytes(path)).hexdigest() != sha256:
-        raise InputError(f"{path}: damaged: its sha256 is not the one that {MANIFEST} says")
+        raise InputError(f"{path}: damaged: its sha256 is not the one in {MANIFEST}")
     tokens = read_tokens(path)
     if tokens.manifest_sha256 != said["manifest_sha256"]:
-        raise InputError(f"{path}: tokens of another bundle than {MANIFEST} says")
+        raise InputError(f"{path}: its tokens are not of the bundle that {MANIFEST} names")
     return tokens
 
 

@@ -1,4 +1,4 @@
-"""The bundle: the folder that export writes, and everything that reads one. Needs only numpy."""
+"""Reads bundles, the folders that export writes. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Bundle:
         try:
             require_seal(content)
         except ValueError as error:
-            advice = "copy it anew, or export its model.pt again, with --replace"
+            advice = "copy it again, or export its model.pt again, with --replace"
             raise InputError(f"{where}: {error}; {advice}") from None
         try:
             del manifest[SEAL]
@@ -109,7 +109,7 @@ class Bundle:
 
     @property
     def sha256(self) -> str:
-        """The digest of the manifest. It identifies the bundle: the manifest has all digests."""
+        """The digest of the manifest. It identifies the bundle: the manifest holds all digests."""
         return hashlib.sha256(self.content).hexdigest()
 
     @property
@@ -119,7 +119,7 @@ class Bundle:
 
     @property
     def batch(self) -> int | None:
-        """The one batch size that every graph takes, or None if they take any."""
+        """The only batch size that the graphs take, or None if they take any."""
         batch: int | None = self.manifest["batch"]
         return batch
 
@@ -246,7 +246,7 @@ def _prior(manifest: Mapping[str, Any], spec: ModelSpec) -> PriorSpec | None:
     require_entries(manifest, PRIOR)
     found = PriorSpec.from_dict(manifest["prior"]["spec"])
     if (found.latent_size, found.num_codes) != (spec.latent_size, spec.num_codes):
-        raise ValueError("the prior is of other tokens than the model's")
+        raise ValueError("the prior's latent_size or num_codes is not the model's")
     return found
 
 
@@ -312,7 +312,7 @@ PRIOR: Mapping[str, type | tuple[type, ...]] = {
     "prior.training": dict,
     "prior.nats": (int, float),
 }
-"""The entries on a prior. nats: what the tokens of held-out images cost, as training found."""
+"""The entries on a prior. nats: what the tokens of a held-out image cost, measured in training."""
 
 PROVED: Mapping[str, type | tuple[type, ...]] = {
     "proved": dict,
@@ -330,7 +330,7 @@ def _require_facts(manifest: Mapping[str, Any]) -> None:
     require_entries(manifest, {**FACTS, **PROVED} if "proved" in manifest else FACTS)
     for check in manifest["agreement"]["checks"]:
         if not isinstance(check, dict) or type(check.get("violations")) is not int:
-            raise ValueError("agreement.checks holds what is no check")
+            raise ValueError("agreement.checks holds an entry that is not a check")
 
 
 def require_entries(
@@ -354,7 +354,7 @@ GROUPS = ("param", "golden", "prior", "golden_prior")
 
 @dataclass(frozen=True)
 class Oracle:
-    """What verifies a bundle: parameters, and a golden batch with the oracle's answers.
+    """The content of an oracle file: parameters, and a golden batch with the oracle's answers.
 
     golden: arrays with the names and dtypes of GOLDEN. prior, golden_prior: the same for a prior.
     They are empty without one.
@@ -417,7 +417,7 @@ class Oracle:
     def _require_prior(self, spec: PriorSpec | None) -> None:
         if spec is None:
             if self.prior or self.golden_prior:
-                raise ValueError("it holds a prior, which the manifest does not")
+                raise ValueError("it holds a prior, but the manifest describes none")
             return
         check_params(spec, self.prior)
         indices = self.golden_prior.get("indices", np.empty(0))
@@ -425,4 +425,4 @@ class Oracle:
         for name, dtype in GOLDEN_PRIOR.items():
             array = self.golden_prior.get(name)
             if array is None or array.dtype != dtype or array.shape != shape or not len(array):
-                raise ValueError(f"its golden tokens have no {name} of {shape}")
+                raise ValueError(f"its golden_prior/{name} is missing or not of shape {shape}")

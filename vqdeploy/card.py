@@ -1,7 +1,7 @@
-"""The model card: a bundle's README.md, for whoever is handed the folder.
+"""Writes the model card: a bundle's README.md, for a reader who has only the folder.
 
-It begins with the metadata block that model hubs read; nothing in it is guessed, a license least of
-all.
+It begins with the metadata block that model hubs read. The block holds nothing that is guessed, so
+it names no license.
 """
 
 from __future__ import annotations
@@ -29,17 +29,16 @@ MEASURES = {
     "perplexity": ("perplexity", ".1f"),
     "codes_used": ("codes used", "d"),
 }
-"""The measures that a card shows: how they are called and written."""
+"""The measures that a card shows: their labels and number formats."""
 
 IMAGE_SETS = {"held_out": "held-out images", "training_sample": "a sample of the training images"}
-"""What a model's metrics may have been measured on after training."""
+"""The images on which a model may have been measured after training."""
 
 
 def write_card(spec: ModelSpec, manifest: Mapping[str, Any], report: Report) -> str:
-    """Markdown: what the model is, how to run it, how it was trained and measured, and the proof.
+    """Returns Markdown: what the model is, how to run it, how it was trained, measured and checked.
 
-    manifest: everything that the bundle's manifest says, but for its files. report: the agreement
-    at export.
+    manifest: the bundle's manifest without the entry for files. report: the agreement at export.
     """
     channels, height, width = spec.image_shape
     provenance = manifest["provenance"]
@@ -55,19 +54,19 @@ tags:
 
 # A VQ-VAE tokenizer
 
-Images of {height}×{width} pixels and {channels} channel(s) to {_grid(spec)} tokens, and back.
-Each token is one of {spec.num_codes}. Family {spec.family}, {spec.likelihood} likelihood.
+Turns images of {height}×{width} pixels and {channels} channel(s) into {_grid(spec)} tokens, and
+back. Each token is one of {spec.num_codes}. Family {spec.family}, {spec.likelihood} likelihood.
 
     import vqdeploy
 
     codec = vqdeploy.Codec.load("this folder")
-    indices = codec.encode(images)           # uint8 or in [0, 1] to int64 (N, {spec.latent_size})
+    indices = codec.encode(images)           # uint8, or in [0, 1]; int64 (N, {spec.latent_size})
     reconstructions = codec.decode(indices)  # float32 (N, {channels}, {height}, {width})
 {_pictures(spec, manifest["preprocessing"])}
 
 Without our package, `tokenizer.onnx` and `detokenizer.onnx` run in any onnxruntime; `manifest.json`
-names their inputs and outputs. Check on your machine that what runs is what was trained:
-`python -m vqdeploy verify` and this folder's name.
+names their inputs and outputs. To check that your machine runs what was trained, run
+`python -m vqdeploy verify` with the name of this folder.
 
 | file | from | to |
 |---|---|---|
@@ -100,25 +99,25 @@ At export, on {manifest["agreement"]["images"]} images that the model draws, onn
 {report}
 ```
 
-A certified index is the only one that rounding allows; at a near tie, rounding may choose between
-codes that are equally near.
+Rounding cannot change a certified index. At a near tie, rounding may choose between codes that are
+equally near.
 """
 
 
 def _pictures(spec: ModelSpec, preprocessing: Mapping[str, Any]) -> str:
-    """How pictures are encoded, if the model takes any: the end of the code, and what is done."""
+    """Returns the lines on pictures: how to encode them, and how they are prepared."""
     told = tell_pictures(Preprocessing.from_dict(preprocessing, spec.image_shape), spec.image_shape)
     if spec.image_shape[0] not in CHANNELS:
         return f"\n{told}"
     return f"""    indices = codec.encode(["a.png", "b.jpg"])  # paths or PIL images
 
 {fill(told, 100)}
-`python -m vqdeploy encode` and the names of two folders, this and one of pictures, makes a file of
-their tokens."""
+`python -m vqdeploy encode`, with the names of this folder and a folder of pictures, writes a file
+of their tokens."""
 
 
 def tell_pictures(preprocessing: Preprocessing, image_shape: tuple[int, int, int]) -> str:
-    """What is done to pictures for images (C, H, W), in a sentence."""
+    """Returns a sentence on how pictures become images (C, H, W)."""
     channels, height, width = image_shape
     if channels not in CHANNELS:
         return f"It takes no pictures: they do not have {channels} channels."
@@ -134,7 +133,7 @@ def tell_pictures(preprocessing: Preprocessing, image_shape: tuple[int, int, int
 
 
 def _grid(spec: ModelSpec) -> str:
-    """How many tokens, and how they lie: 4; 8×8 = 64."""
+    """Returns the number and layout of the tokens, such as "4" or "8×8 = 64"."""
     sides = "×".join(map(str, spec.latent_shape))
     return sides if len(spec.latent_shape) == 1 else f"{sides} = {spec.latent_size}"
 
@@ -155,7 +154,7 @@ Recipe {provenance.get("recipe", "not recorded")}: {trained}.
 
 
 def tell_imported(provenance: Mapping[str, Any]) -> list[str]:
-    """Whose checkpoint a model was imported from, if it was: one phrase, or none."""
+    """Returns one phrase on the checkpoint that the model was imported from, or none."""
     found = provenance.get("imported")
     if not isinstance(found, dict):
         return []
@@ -163,7 +162,7 @@ def tell_imported(provenance: Mapping[str, Any]) -> list[str]:
 
 
 def _form(manifest: Mapping[str, Any]) -> str:
-    """How the graphs were written, in words."""
+    """Returns sentences on how the graphs were written."""
     precision, opset = manifest["precision"], manifest["opset"]
     words = [f"Networks in {precision}, distances in float32, opset {opset}."]
     if manifest["detokenizer"] == "table":
@@ -173,48 +172,48 @@ def _form(manifest: Mapping[str, Any]) -> str:
     if (dtype := manifest["graphs"]["tokenizer"]["outputs"][0]["dtype"]) != INDEX_TYPES[0]:
         words.append(f"`indices` are {dtype} in the graphs.")
     if manifest["target"] == "cpu":
-        words.append("They are written for onnxruntime's CPU provider; others run them, too.")
+        words.append("They are written for onnxruntime's CPU provider; others run them too.")
     return " ".join(words)
 
 
 def _measured(measured: Mapping[str, Any]) -> str:
-    """What the graphs lose beside the oracle, in a sentence."""
+    """Returns a sentence on what the graphs lose compared with the oracle."""
     lost = f"{measured['nats_lost']:+.4f} nats per image, {-measured['psnr_lost']:+.4f} dB of PSNR"
     return (
-        f"Beside the float64 oracle, on {measured['images']} images ({measured['of']}): "
+        f"Compared with the float64 oracle, on {measured['images']} images ({measured['of']}): "
         f"{measured['equal_tokens']:.4%} of the tokens equal, {lost}."
     )
 
 
 def _prior(manifest: Mapping[str, Any]) -> str:
-    """The files of a learned prior, and how to draw from it, if there is one."""
+    """Returns the lines on a learned prior: its files and how to use it. "" if there is none."""
     if "prior" not in manifest:
         return ""
     kind, nats = manifest["prior"]["spec"]["kind"], manifest["prior"]["nats"]
     return f"""| `prior.onnx` | indices | log-probabilities of each, given those before |
 | `prior_step.onnx` | one position | log-probabilities of the next |
 
-The {kind} prior is of these tokens: held-out ones cost {nats:.1f} nats an image. `codec.sample(16,
-seed=0)` draws images, the same on every machine where `certify=True` says so, and
-`codec.log_likelihood(indices)` is log p.
+The {kind} prior describes these tokens: held-out ones cost {nats:.1f} nats per image.
+`codec.sample(16, seed=0)` draws images. With `certify=True` it also says which of them are the same
+on every machine. `codec.log_likelihood(indices)` returns log p.
 """
 
 
 def _proved(manifest: Mapping[str, Any]) -> str:
-    """A section on the tokens that are proved in advance, if that was asked."""
+    """Returns the section on tokens that are proved in advance, "" if nothing was proved."""
     if "proved" not in manifest:
         return ""
     counts = manifest["proved"]
     told = fill(
         f"In advance, without running anything ({counts['of']}): {tell_proved(counts)}. What would "
-        f"refute it: {REFUTED_BY}. `python -m vqdeploy prove` says it of your images.",
+        f"refute it: {REFUTED_BY}. `python -m vqdeploy prove` does the same for your images.",
         100,
     )
-    return f"## What is proved of every machine\n\n{told}\n\n"
+    return f"## What is proved for every machine\n\n{told}\n\n"
 
 
 def _metrics(metrics: Mapping[str, Any]) -> str:
-    """A table of what was measured in training's last epoch and after it."""
+    """Returns a table of what was measured in the last epoch of training and after it."""
     columns = {"last epoch of training": metrics}
     columns |= {label: metrics[key] for key, label in IMAGE_SETS.items() if key in metrics}
     columns = {label: held for label, held in columns.items() if isinstance(held, dict)}
@@ -230,6 +229,6 @@ def _metrics(metrics: Mapping[str, Any]) -> str:
 
 
 def _cell(value: Any, form: str) -> str:
-    """A number as a table shows it; nothing for what is none."""
+    """Returns a number in a table's format, "" for a value that is not a number."""
     fits = isinstance(value, int if form == "d" else int | float) and not isinstance(value, bool)
     return format(value, form) if fits else ""

@@ -140,7 +140,7 @@ def on_ray(
     ``job.threads`` cores each (1 if that is None).
 
     Raises MachineError if Ray is not installed, the cluster cannot be reached, or a worker dies.
-    Raises what a PartEncoder raises, too.
+    Also raises what a PartEncoder raises.
     """
     import ray.data
 
@@ -196,7 +196,9 @@ def _pool(job: Job, resources: Mapping[str, float], workers: int | None) -> _Poo
     most = cores // threads
     size = workers or (max(1, min(most, WORKERS_PER_CARD * cards)) if cards else max(1, most))
     if size > most:
-        raise MachineError(f"{size} workers of {threads} cores each: the cluster has {cores} cores")
+        raise MachineError(
+            f"{size} workers of {threads} cores each need more than the {cores} cores there are"
+        )
     share = 1 / -(-size // cards) if cards else 0
     return _Pool(size, threads, share, "cuda" if cards else "cpu")
 

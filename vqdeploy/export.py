@@ -251,4 +251,4 @@ def require_replaceable(output: Path, *, replace: bool) -> None:
         try:
             read_manifest(output)
         except InputError as error:
-            raise InputError(f"{output}: not replaced, for it is no bundle ({error})") from None
+            raise InputError(f"{output}: not replaced: it is not a bundle ({error})") from None

@@ -1,4 +1,4 @@
-"""Reconstructions in files: an array, or a folder of PNGs."""
+"""Writes reconstructions as an array or as a folder of PNGs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from vqref.host.listing import ENDINGS
 from vqref.host.pillow import pillow
 
 LONGEST_STEM = 200
-"""Bytes of a file's name, before what makes it the only one: file systems take 255."""
+"""The most bytes of a file name before its number and ending: file systems take 255 in all."""
 
 _UNSAFE = frozenset('/\\:*?"<>|')
-"""Characters that some system lets no file's name have."""
+"""Characters that some system forbids in file names."""
 
 
 def write_reconstructions(
     path: Path, reconstructions: npt.NDArray[np.float32], names: tuple[str, ...] | None = None
 ) -> None:
-    """Writes (N, C, H, W) as ``reconstructions`` of an .npz, beside ``names`` if there are any, or
-    as an .npy."""
+    """Writes reconstructions (N, C, H, W) as an .npy or .npz.
+
+    An .npz holds them as ``reconstructions``, and also ``names`` if there are any.
+    """
     buffer = io.BytesIO()
     if path.suffix == ".npy":
         np.save(buffer, reconstructions, allow_pickle=False)
@@ -43,8 +45,9 @@ def write_pictures(
 ) -> None:
     """Writes images (N, C, H, W) as PNGs into a folder that appears whole or not at all.
 
-    names: of the pictures that they were made of; None numbers them. Raises InputError if there is
-    something already, or no PNG can hold them; MachineError if Pillow is not installed.
+    names: the names of the encoded pictures; None numbers the images. Raises InputError if the
+    folder exists and is not empty, and if no PNG can hold the images. Raises MachineError if Pillow
+    is not installed.
     """
     from vqref.host.sheets import as_png
 
@@ -55,13 +58,15 @@ def write_pictures(
     with about(folder):
         files = dict(zip(file_names(own), map(as_png, images), strict=True))
     if folder.is_dir():
-        folder.rmdir()  # which takes no folder that holds something
+        folder.rmdir()  # fails if the folder is not empty
     publish_folder(folder, files, replace=False)
 
 
 def require_free(folder: Path) -> None:
-    """Raises InputError unless nothing is there, or an empty folder; MachineError if a folder
-    cannot be made there, or Pillow is not installed."""
+    """Raises InputError unless ``folder`` does not exist or is an empty folder.
+
+    Raises MachineError if it cannot be made, and if Pillow is not installed.
+    """
     pillow()
     if not is_folder(folder):
         if os.path.lexists(folder):
@@ -72,8 +77,10 @@ def require_free(folder: Path) -> None:
 
 
 def file_names(names: Sequence[str]) -> list[str]:
-    """A PNG's name for each picture, no two the same, none outside the folder: ``sub/a.jpg``
-    becomes ``sub-a.png``, and ``sub-a-2.png`` where that is taken."""
+    """Returns a distinct PNG name for each picture, without folders.
+
+    ``sub/a.jpg`` becomes ``sub-a.png``, or ``sub-a-2.png`` if that name is taken.
+    """
     taken, following, found = set[str](), dict[str, int](), list[str]()
     for name in names:
         stem = _stem(name)
@@ -87,7 +94,7 @@ def file_names(names: Sequence[str]) -> list[str]:
 
 
 def _stem(name: str) -> str:
-    """What is left of a picture's path for the name of a file."""
+    """Turns a picture's path into a safe file name without ending."""
     suffix = PurePosixPath(name).suffix
     bare = name.removesuffix(suffix) if suffix.lower() in ENDINGS else name
     composed = unicodedata.normalize("NFC", bare)

@@ -1,5 +1,8 @@
-"""Samples of a learned prior, a pure function of their seed: the graph of one step, noise, and the
-choice of ``vqref.prior``."""
+"""Samples of a learned prior.
+
+They depend only on the seed. The graph gives the log-probabilities of each position, and
+``vqref.prior`` makes the noise and chooses the tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +18,19 @@ from vqref.prior import PriorSpec, certified, choose, gumbel
 from vqref.validation import Array, Float64, Int64
 
 AT_ONCE = 64
-"""Images that are drawn side by side: more were no faster."""
+"""Images that are drawn at a time; more at a time were no faster."""
 
 Step = Callable[..., list[Array]]
-"""``prior_step.onnx``: previous, position, keys, values to log_probabilities, keys, values."""
+"""Runs ``prior_step.onnx``: takes previous, position, keys and values; returns log_probabilities,
+keys and values."""
 
 
 class Drawn(NamedTuple):
-    """Indices (N, S) int64, and which tokens (N, S) no error within the tolerance of
-    log-probabilities changes, given the tokens before them."""
+    """Indices (N, S) int64, and which of these tokens are certified, (N, S).
+
+    A certified token stays the same under any error of the log-probabilities within the tolerance,
+    given the tokens before it.
+    """
 
     indices: Int64
     certified: npt.NDArray[np.bool_]
@@ -37,8 +44,10 @@ def draw(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> Drawn:
-    """Draws images 0 to ``count`` - 1 of a seed. Raises ValueError for a seed, a temperature or a
-    top_k that cannot be."""
+    """Draws images 0 to ``count`` - 1 of a seed.
+
+    Raises ValueError for an invalid seed, temperature or top_k.
+    """
     parts = []
     for first in range(0, count, AT_ONCE):
         noise = gumbel(seed, spec, min(AT_ONCE, count - first), first)
@@ -56,7 +65,7 @@ def draw_with(
     temperature: float = 1.0,
     top_k: int | None = None,
 ) -> Drawn:
-    """Draws an image of each noise (N, S, K)."""
+    """Draws N images, one from each row of noise (N, S, K)."""
     indices = np.zeros(noise.shape[:2], np.int64)
     sure = np.zeros(noise.shape[:2], np.bool_)
     walk = steps(step, spec, indices)
@@ -68,8 +77,11 @@ def draw_with(
 
 
 def steps(step: Step, spec: PriorSpec, indices: Int64) -> Iterator[Array]:
-    """log p (N, K) at each position in turn. Of ``indices`` (N, S) it reads those before the
-    position, which may be written in the meantime."""
+    """Yields log p (N, K) of each position in turn.
+
+    Before a position it reads only the earlier columns of ``indices`` (N, S), so the caller may
+    fill them in between.
+    """
     kept = prior_ports(spec)["prior_step"]["keys"].shape[1:]
     keys = values = np.zeros((len(indices), *map(int, kept)), np.float32)
     for s in range(spec.latent_size):

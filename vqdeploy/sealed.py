@@ -1,8 +1,8 @@
-"""JSON that carries the digest of its own bytes, so that no flipped bit passes. Standard library
-only.
+"""Reads and writes JSON that carries the digest of its own bytes, so that any damage shows.
 
-The last entry, ``sha256``, is the digest of the file with 64 zeros in its place. It shows damage;
-it does not say who wrote the file, for whoever changes the content can compute it again.
+The last entry, ``sha256``, is the digest of the file with 64 zeros in the entry's place. It shows
+damage but not who wrote the file: whoever changes the content can compute it again. This module
+needs only the standard library.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BEFORE, _BLANK, _AFTER = f'  "{SEAL}": "'.encode(), b"0" * 64, b'"\n}\n'
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
-    """The bytes of a file of ``content``, plain data, with its seal.
+    """Returns the bytes of a JSON file of ``content``, plain data, with its seal.
 
     Raises ValueError for what JSON cannot hold, such as a number that is not finite.
     """
@@ -29,7 +29,7 @@ def sealed(content: Mapping[str, Any]) -> bytes:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """The entries of a JSON object, sealed or not. Raises ValueError."""
+    """Returns the entries of a JSON object, sealed or not. Raises ValueError."""
     try:
         found = json.loads(content)
     except RecursionError:
@@ -42,7 +42,7 @@ def parsed(content: bytes) -> dict[str, Any]:
 
 
 def require_seal(content: bytes) -> None:
-    """Raises ValueError for content that has no seal, or another than its own."""
+    """Raises ValueError for content that has no seal or a wrong one."""
     seal = slice(len(content) - len(_BLANK + _AFTER), len(content) - len(_AFTER))
     if not (content[: seal.start].endswith(_BEFORE) and content.endswith(_AFTER)):
         raise ValueError(f"has no seal: its last entry is not {SEAL!r}")
@@ -51,9 +51,9 @@ def require_seal(content: bytes) -> None:
 
 
 def unsealed(content: bytes) -> dict[str, Any]:
-    """The entries of a file that ``sealed`` made, but for the seal.
+    """Returns the entries of a file that ``sealed`` made, without the seal.
 
-    Raises ValueError for content that has no seal, or another than its own.
+    Raises ValueError for content that has no seal or a wrong one.
     """
     require_seal(content)
     found = parsed(content)

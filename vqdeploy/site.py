@@ -1,4 +1,4 @@
-"""The page: a static site that runs a bundle in a browser, by onnxruntime-web."""
+"""Writes the page: a static site that runs a bundle in a browser, with onnxruntime-web."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SOURCE = Path(__file__).parent / "page"
 """The page's own files. ``package.json`` says which onnxruntime-web they were tested with."""
 
 SHOWN = (".html", ".css", ".js", ".svg")
-"""The endings of those that a browser loads."""
+"""The endings of the files in SOURCE that a browser loads."""
 
 LIBRARY = "onnxruntime-web"
 
@@ -40,19 +40,22 @@ RUNTIME = {"ort.js": "ort.wasm.bundle.min.mjs", "ort.wasm": "ort-wasm-simd-threa
 sends with the right type."""
 
 FACTS, FORMAT = "data/page.json", "vqdeploy-page"
-"""What the page knows beside the manifest, and by what a folder is known to be a page."""
+"""The file of facts that are not in the manifest, and its ``format``, which marks a folder as a
+page."""
 
 
 def write_page(bundle: Bundle, output: Path, runtime: Path | None, *, replace: bool) -> int:
-    """Writes the page of a bundle to the folder ``output``, and returns how many bytes it has.
+    """Writes the page of a bundle to the folder ``output``, and returns its size in bytes.
 
-    runtime: the folder of LIBRARY, or its ``dist``; None for that which npm fetches.
-    Raises InputError for a damaged bundle, another ``runtime``, and an ``output`` that exists
-    (unless ``replace``, and it is a page); MachineError if npm fails, and OSError.
+    runtime: the folder of LIBRARY, or its ``dist``; None to fetch LIBRARY with npm. replace:
+    whether to replace an ``output`` that is a page or an empty folder.
+
+    Raises InputError for a damaged bundle, a ``runtime`` that lacks the files, and an ``output``
+    that exists and may not be replaced. Raises MachineError if npm fails, and OSError.
     """
     require_new_folder(output, replace=replace)
     if output.exists() and any(output.iterdir()) and not is_page(output):
-        raise InputError(f"{output}: not replaced, for it is no page")
+        raise InputError(f"{output}: not replaced: it is not a page")
     files = {path.name: read_bytes(path) for path in SOURCE.iterdir() if path.suffix in SHOWN}
     files |= _model(bundle) | _data(bundle)
     files |= {f"runtime/{name}": content for name, content in _runtime(runtime).items()}
@@ -61,7 +64,7 @@ def write_page(bundle: Bundle, output: Path, runtime: Path | None, *, replace: b
 
 
 def is_page(folder: Path) -> bool:
-    """Whether a folder holds a page."""
+    """Returns whether a folder holds a page."""
     try:
         return bool(json.loads(read_bytes(folder / FACTS)).get("format") == FORMAT)
     except (InputError, ValueError, AttributeError):
@@ -69,15 +72,18 @@ def is_page(folder: Path) -> bool:
 
 
 def _model(bundle: Bundle) -> dict[str, bytes]:
-    """The manifest and the graphs that the page runs, as they are."""
+    """Returns the manifest and the graphs that the page runs, unchanged, by file name."""
     stages = (*STAGES, *(["prior_step"] if bundle.prior else []))
     graphs = {f"model/{stage}.onnx": bundle.graph(stage) for stage in stages}
     return {f"model/{MANIFEST}": bundle.content, **graphs}
 
 
 def _data(bundle: Bundle) -> dict[str, bytes]:
-    """Arrays, and facts: what is done to pictures in words, a colour for each code, and what the
-    graphs may answer to the golden batch."""
+    """Returns the page's arrays, facts and checks, by file name.
+
+    The facts say in words how pictures are prepared, and give each code a colour. The checks say
+    which answers to the golden batch are right.
+    """
     spec, oracle = bundle.spec, bundle.oracle()
     checks = golden_checks(spec, oracle, bundle.precision, folded=bundle.folded)
     arrays = _arrays(spec, oracle)
@@ -99,8 +105,10 @@ def _data(bundle: Bundle) -> dict[str, bytes]:
 
 
 def _arrays(spec: ModelSpec, oracle: Oracle) -> dict[str, Array]:
-    """The codebook, the golden batch, and an image to begin with, uint8 (C, H, W): one that the
-    learned prior draws, if there is one."""
+    """Returns the codebook, the golden batch, and ``start``, the image that the page shows first.
+
+    ``start`` is uint8 (C, H, W). The learned prior draws it if there is one.
+    """
     names = ("images", "latents", "indices", "outputs", "reconstructions")
     golden, codebook = {name: oracle.golden[name] for name in names}, oracle.params[CODEBOOK]
     start = golden["images"][0]
@@ -112,7 +120,7 @@ def _arrays(spec: ModelSpec, oracle: Oracle) -> dict[str, Array]:
 
 
 def _colours(params: Params) -> list[str]:
-    """The colour of each code, "#rrggbb"."""
+    """Returns the colour of each code, as "#rrggbb"."""
     hits = np.round(np.asarray(params[EMA_COUNT], np.float64), 2)
     colours = code_colours(np.asarray(params[CODEBOOK]), hits if hits.any() else hits + 1)
     levels = np.rint(255 * colours).astype(np.uint8)
@@ -130,7 +138,7 @@ def _npy(array: Array) -> bytes:
 
 
 def _runtime(folder: Path | None) -> dict[str, bytes]:
-    """The files of RUNTIME. Raises InputError, MachineError."""
+    """Returns the files of RUNTIME. Raises InputError, MachineError."""
     if folder is None:
         return _fetched()
     inner = folder / "dist"
@@ -139,8 +147,10 @@ def _runtime(folder: Path | None) -> dict[str, bytes]:
 
 
 def _fetched() -> dict[str, bytes]:
-    """The files of RUNTIME of the version that ``package.json`` names, by npm, which checks what it
-    downloads. Raises MachineError."""
+    """Fetches the files of RUNTIME with npm, in the version that ``package.json`` names.
+
+    npm checks what it downloads. Raises MachineError.
+    """
     wanted: Mapping[str, str] = json.loads((SOURCE / "package.json").read_bytes())["dependencies"]
     advice = f"or name a folder with it: --runtime node_modules/{LIBRARY}"
     with tempfile.TemporaryDirectory() as place:

@@ -99,7 +99,7 @@ def read_checkpoint(content: bytes) -> Any:
             return read_npz(content)
         damaged = archive.testzip()  # PyTorch ignores wrong checksums
         if damaged is not None:
-            raise InputError(f"damaged: the checksum of {plain(damaged)} is not that of its bytes")
+            raise InputError(f"damaged: the checksum of {plain(damaged)} does not match its bytes")
     return vqref.modelfile.unpickled(content, _load_pickle, "checkpoint")
 
 
@@ -130,8 +130,8 @@ def _load_pickle(file: BinaryIO) -> Any:
         if others := sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file)):
             names = plain(", ".join(others[:3]))
             raise InputError(
-                f"refused: holds {names}, no data; nothing was executed; where it was made, save "
-                "its state_dict alone"
+                f"refused: holds {names}, which is not data; nothing was executed; save only its "
+                "state_dict where it was made"
             )
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -174,7 +174,7 @@ def _spec(params: dict[str, Array], written: str | None) -> ModelSpec:
     try:
         return ModelSpec.from_dict(json.loads(written))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the entry {SPEC!r} is no spec: {error}") from None
+        raise ValueError(f"the entry {SPEC!r} is not a spec: {error}") from None
 
 
 def _read_npz(content: bytes) -> tuple[dict[str, Array], str | None]:

@@ -11,16 +11,17 @@ from vqref.prior import PriorSpec
 from vqref.spec import ModelSpec
 
 INDICES, INDEX_TYPES = "indices", ("int64", "int32")
-"""The one port that graphs may have in several types. JavaScript has no arrays of int64 that it
-counts with, and TensorRT computes in int32."""
+"""The only port whose dtype may be chosen. JavaScript cannot compute with arrays of int64 as with
+other numbers, and TensorRT computes in int32."""
 
 PREVIOUS, POSITION = "previous", "position"
-"""Ports of one step of a prior: indices, and the one that has no row per image."""
+"""Ports of one step of a prior: the indices of the previous position, one per image, and the
+position, which all images share."""
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: its name in the vocabulary, dtype, and shape with "N" for the batch."""
+    """An input or output: its name, dtype, and shape with "N" for the batch."""
 
     name: str
     dtype: str
@@ -29,7 +30,7 @@ class Port:
 
 @dataclass(frozen=True)
 class Stage:
-    """One graph: the names of the arrays that it takes and gives."""
+    """One graph: the names of its inputs and outputs."""
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
@@ -52,15 +53,15 @@ PRIOR_STAGES = {
         ("log_probabilities", "next_keys", "next_values"),
     ),
 }
-"""Of a bundle with a prior: all positions at once, and one position after another."""
+"""The graphs of a prior: one takes all positions at once, the other one position per call."""
 
 
 def ports(
     spec: ModelSpec, batch: int | None = None, index_type: str = INDEX_TYPES[0]
 ) -> dict[str, Port]:
-    """Every array that enters or leaves a graph, by name.
+    """Returns every array that enters or leaves a graph, by name.
 
-    batch: the size of the first axis if graphs take one size alone, None if they take any.
+    batch: the only size of the first axis that graphs take, or None if they take any size.
     index_type: one of ``INDEX_TYPES``.
     """
     n: int | str = "N" if batch is None else batch
@@ -79,8 +80,10 @@ def ports(
 def prior_ports(
     spec: PriorSpec, batch: int | None = None, index_type: str = INDEX_TYPES[0]
 ) -> dict[str, dict[str, Port]]:
-    """Every array that enters or leaves each of ``PRIOR_STAGES``, by name. batch, index_type: as of
-    ``ports``."""
+    """Returns the arrays that enter or leave each of ``PRIOR_STAGES``, by stage and name.
+
+    batch, index_type: as for ``ports``.
+    """
     n: int | str = "N" if batch is None else batch
     places, width = spec.attention[0].in_shape if spec.rows else (spec.latent_size, 1)
     kept = (n, max(1, len(spec.attention)), places, width)
@@ -101,14 +104,17 @@ def prior_ports(
 
 
 def stage_of(name: str) -> Stage:
-    """One of STAGES or PRIOR_STAGES."""
+    """Returns the stage of this name in STAGES or PRIOR_STAGES."""
     return {**STAGES, **PRIOR_STAGES}[name]
 
 
 def ports_of(
     stage: str, spec: ModelSpec | PriorSpec, batch: int | None, index_type: str
 ) -> dict[str, Port]:
-    """The arrays of a stage, by name; spec: of the prior for one of PRIOR_STAGES."""
+    """Returns the arrays of a stage, by name.
+
+    spec: the prior's for one of PRIOR_STAGES, the model's for the others.
+    """
     if isinstance(spec, PriorSpec):
         return prior_ports(spec, batch, index_type)[stage]
     return ports(spec, batch, index_type)

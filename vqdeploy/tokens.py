@@ -32,29 +32,29 @@ if TYPE_CHECKING:
 TOKEN_FORMATS = (".npz", ".npy", ".parquet")
 
 PARTS = ("train", "held-out", "all")
-"""Of a folder of the official files: which images."""
+"""Which images to read from a folder of the official files."""
 
 LONGEST_SAID = 1000
-"""The most bytes of what a file of tokens says of the bundle that made it, entry by entry."""
+"""The most bytes of each entry in which a file of tokens describes the bundle that made it."""
 
 MOST_NAMES = 2**24
-"""The most names that are read of a parquet file: each becomes an object."""
+"""The most names that are read from a parquet file: each becomes a Python object."""
 
 _SAID = ("manifest_sha256", "latent_shape", "num_codes", "arithmetic")
-"""What a file of tokens says of the bundle that made it, and of its proofs."""
+"""The entries that describe the bundle that made the tokens, and the arithmetic of the proofs."""
 
 PER_TOKEN = {"proved": "b", "rivals": "iu"}
-"""What is proved of each token: the kinds of dtype."""
+"""The arrays that hold proofs, one value per token, and the kinds of dtype that each may have."""
 
 _SHA256 = re.compile("[0-9a-f]{64}", re.ASCII)
 
 
 class Images(NamedTuple):
-    """Images of a file or a folder, as a model wants them.
+    """Images of a file or a folder, in the form that a model takes.
 
-    images: (N, C, H, W), float32 in [0, 1]. names: of pictures, as paths within their folder. said:
-    a line on each thing that was done to some of them, or left out. sha256: of the file; of the
-    pixels, if they came from several.
+    images: (N, C, H, W), float32 in [0, 1]. names: the paths of pictures within their folder, None
+    for arrays. said: lines to print, on what was read, changed or left out. sha256: the digest of
+    the file, or of the pixels if they come from several files.
     """
 
     images: npt.NDArray[np.float32]
@@ -73,13 +73,14 @@ def read_images(
     skip_bad: bool = False,
     limit: int | None = None,
 ) -> Images:
-    """The images of a file or a folder for a model of ``spec``.
+    """Returns the images of a file or a folder for a model of ``spec``.
 
-    preprocessing: what is done to pictures; None for a model that was trained on arrays. part: one
-    of PARTS. recursive, skip_bad: see ``vqref.host.pictures.Reading``. limit: at most so many, the
-    first ones.
+    preprocessing: how to prepare pictures; None for a model that was trained on arrays. part: one
+    of PARTS. recursive, skip_bad: see ``vqref.host.pictures.Reading``. limit: how many images to
+    return at most, the first ones; None for all.
 
-    Raises InputError for images that the model cannot take, MachineError if pictures need Pillow.
+    Raises InputError for images that the model cannot take. Raises MachineError if the pictures
+    need Pillow and it is not installed.
     """
     shape = spec.image_shape
     reading = Reading.of(preprocessing, shape, recursive=recursive, skip_bad=skip_bad)
@@ -94,7 +95,7 @@ def read_images(
 
 
 def _part(path: Path, found: ImageSet, part: str) -> tuple[list[Array], list[str]]:
-    """The arrays of a part of a source, and what is to be said of it. Raises InputError."""
+    """Returns the arrays of one part of a source, and lines to print. Raises InputError."""
     if found.held_out is None:
         if part == "held-out":
             raise InputError(
@@ -113,7 +114,7 @@ def _part(path: Path, found: ImageSet, part: str) -> tuple[list[Array], list[str
 
 
 def _pixels(arrays: Sequence[Array]) -> str:
-    """The digest of images as they are stored."""
+    """Returns the sha256 of images as they are stored."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array).data)
@@ -121,8 +122,10 @@ def _pixels(arrays: Sequence[Array]) -> str:
 
 
 def require_format(path: Path, formats: tuple[str, ...]) -> None:
-    """Raises UsageError unless the name ends as one of the formats does, MachineError if what
-    writes and reads that one is not installed."""
+    """Raises UsageError unless the name ends in one of ``formats``.
+
+    Raises MachineError if the library for that format is not installed.
+    """
     if path.suffix not in formats:
         raise UsageError(f"{path}: its name must end in {', '.join(formats[:-1])} or {formats[-1]}")
     if path.suffix == ".parquet":
@@ -133,13 +136,15 @@ def require_format(path: Path, formats: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a file of tokens holds.
+    """The content of a file of tokens.
 
-    indices: (N, S), of an integer dtype. names: of the pictures that they were made of. What the
-    file says of the bundle that made it, None where it says nothing: manifest_sha256, latent_shape,
-    num_codes. What is proved of them, if that was asked: proved (N, S), whether a token is the same
-    on every machine that computes in ``arithmetic``, and rivals (N, S), the code that comes nearest
-    to winning. Raises InputError for what none of these can be.
+    indices: (N, S), of an integer dtype. names: the names of the pictures that were encoded.
+    manifest_sha256, latent_shape, num_codes: describe the bundle that made the tokens; each is None
+    if the file lacks it. proved: (N, S), whether a token is the same on every machine that computes
+    in ``arithmetic``. rivals: (N, S), the code that comes nearest to winning. proved, rivals and
+    arithmetic are None if no proof was requested.
+
+    Raises InputError for a value that the field cannot have.
     """
 
     indices: Array
@@ -153,7 +158,7 @@ class Tokens:
 
     def __post_init__(self) -> None:
         if self.names is not None and len(self.names) != len(self.indices):
-            raise InputError(f"holds {len(self.names)} names of {len(self.indices)} rows")
+            raise InputError(f"holds {len(self.names)} names for {len(self.indices)} rows")
         sha256, shape, codes = self.manifest_sha256, self.latent_shape, self.num_codes
         fits = {
             "manifest_sha256": isinstance(sha256, str) and _SHA256.fullmatch(sha256),
@@ -172,21 +177,21 @@ class Tokens:
                 array.dtype.kind not in kinds or array.shape != self.indices.shape
             ):
                 found = f"{array.dtype} {array.shape}"
-                raise InputError(f"its {name} are {found} beside indices {self.indices.shape}")
+                raise InputError(f"its {name} are {found}, but its indices {self.indices.shape}")
 
     @classmethod
     def of(
         cls, codec: Codec, indices: npt.NDArray[np.int64], names: tuple[str, ...] | None
     ) -> Tokens:
-        """Indices that the bundle of ``codec`` made."""
+        """Returns the tokens for indices that the bundle of ``codec`` made."""
         spec = codec.spec
         return cls(indices, names, codec.manifest_sha256, spec.latent_shape, spec.num_codes)
 
     def require(self, codec: Codec, *, force: bool = False) -> str | None:
-        """What is to be said before ``codec`` decodes them, None if its bundle made them.
+        """Checks that ``codec`` may decode the tokens, and returns a remark to print.
 
-        force: take tokens of another bundle. Raises InputError for those unless ``force``, and for
-        those that do not fit this one.
+        The remark is None if the codec's bundle made the tokens. Raises InputError if another
+        bundle made them (unless ``force``), and if they do not fit this bundle.
         """
         remark, spec = None, codec.spec
         if self.manifest_sha256 is None:
@@ -195,14 +200,14 @@ class Tokens:
             found, expected = self.manifest_sha256[:12], codec.manifest_sha256[:12]
             if not force:
                 raise InputError(
-                    f"tokens of bundle {found}…, this one is {expected}…; --force decodes them all "
-                    "the same"
+                    f"tokens of bundle {found}…, this one is {expected}…; --force decodes them "
+                    "anyway"
                 )
-            remark = f"tokens of bundle {found}…, decoded by {expected}… all the same"
+            remark = f"tokens of bundle {found}…, decoded by {expected}… anyway"
         for name in ("latent_shape", "num_codes"):
             said, expected = getattr(self, name), getattr(spec, name)
             if said not in (None, expected):
-                raise InputError(f"its {name} is {said}, this bundle's {expected}")
+                raise InputError(f"its {name} is {said}, this bundle has {expected}")
         shape, length = np.shape(self.indices), spec.latent_size
         if len(shape) == 2 and shape[0] == length != shape[1]:
             raise InputError(f"indices: shape is {shape}, (S, N), expected (N, {length})")
@@ -214,11 +219,12 @@ def _counts(value: Any) -> bool:
 
 
 def write_tokens(path: Path, tokens: Tokens) -> None:
-    """Writes tokens, the indices in the smallest unsigned type that holds ``num_codes`` of them.
+    """Writes tokens to a file, in the format that the ending of ``path`` names.
 
-    .npz holds an array of each field's name, .npy the indices alone; .parquet columns ``indices``
-    and ``proved`` of lists of S, a column ``key`` of names if there are any, and the rest in its
-    metadata, but no rivals. Raises MachineError if pyarrow is not installed.
+    The indices get the smallest unsigned dtype that holds every number below ``num_codes``. An .npz
+    holds one array per field. An .npy holds only the indices. A .parquet has columns ``indices``
+    and ``proved`` of lists of S, a column ``key`` if there are names, and the other fields in its
+    metadata; it has no rivals. Raises MachineError if pyarrow is not installed.
     """
     small = _smallest(tokens)
     buffer = io.BytesIO()
@@ -235,14 +241,16 @@ def write_tokens(path: Path, tokens: Tokens) -> None:
 
 
 def _smallest(tokens: Tokens) -> Array:
-    """The indices in the smallest unsigned type that holds ``num_codes`` of them."""
+    """Returns the indices in the smallest unsigned dtype that holds all below ``num_codes``."""
     codes = tokens.num_codes or int(tokens.indices.max(initial=0)) + 1
     return tokens.indices.astype(np.min_scalar_type(codes - 1))
 
 
 def parquet_bytes(tokens: Tokens, more: Mapping[str, str]) -> bytes:
-    """What ``write_tokens`` writes to a ``.parquet``, with more entries of its metadata. Its pages
-    carry checksums. Raises MachineError if pyarrow is not installed."""
+    """Returns the bytes of a ``.parquet`` of tokens, with the entries ``more`` in its metadata.
+
+    Its pages carry checksums. Raises MachineError if pyarrow is not installed.
+    """
     pyarrow, module = parquet()
     columns, buffer = {}, io.BytesIO()
     if tokens.names is not None:
@@ -261,20 +269,20 @@ def parquet_bytes(tokens: Tokens, more: Mapping[str, str]) -> bytes:
 
 
 def _told(tokens: Tokens) -> dict[str, Any]:
-    """What a file says of the bundle that made it."""
+    """Returns the entries that describe the bundle, without those that are None."""
     found = {name: getattr(tokens, name) for name in _SAID}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def named(names: tuple[str, ...] | None) -> dict[str, Array]:
-    """The array ``names`` of an .npz, if there are any."""
+    """Returns the array ``names`` of an .npz, or nothing if there are no names."""
     return {} if names is None else {"names": np.array(names, dtype=np.str_)}
 
 
 def read_tokens(path: Path) -> Tokens:
-    """Tokens of a file that ``write_tokens`` wrote, or of any that holds ``indices``.
+    """Reads tokens from a file of ``write_tokens``, or from any file that holds ``indices``.
 
-    Raises InputError, and MachineError if pyarrow is not installed.
+    Raises InputError for another file, MachineError if pyarrow is needed and not installed.
     """
     require_format(path, TOKEN_FORMATS)
     content = read_bytes(path)
@@ -292,7 +300,7 @@ def read_tokens(path: Path) -> Tokens:
 
 
 def _texts(names: Array | None) -> tuple[str, ...] | None:
-    """The array ``names`` of an .npz. Raises InputError."""
+    """Returns the strings in the array ``names`` of an .npz. Raises InputError."""
     if names is None:
         return None
     if names.dtype.kind != "U" or names.ndim != 1:
@@ -301,7 +309,7 @@ def _texts(names: Array | None) -> tuple[str, ...] | None:
 
 
 def _little(name: str, array: Array) -> Any:
-    """A text, a number, or up to three of them. Raises InputError."""
+    """Returns a string, a number, or a tuple of them. Raises InputError if the array is large."""
     if array.nbytes > LONGEST_SAID:
         raise InputError(f"its {name} is {array.dtype} {array.shape}")
     found = array.tolist()
@@ -309,8 +317,11 @@ def _little(name: str, array: Array) -> Any:
 
 
 def _read_parquet(content: bytes) -> Tokens:
-    """The columns ``indices`` and ``proved``, (N, S), and ``key``, and the metadata of a parquet
-    file. Raises InputError, MachineError, and what pyarrow raises."""
+    """Returns the tokens of a parquet file.
+
+    Reads the columns ``indices`` and ``proved``, (N, S), and ``key``, and the metadata. Raises
+    InputError, MachineError, and what pyarrow raises.
+    """
     with _opened(content) as file:
         schema, count = file.schema_arrow, file.metadata.num_rows
         found = {}
@@ -327,23 +338,27 @@ def _read_parquet(content: bytes) -> Tokens:
 
 
 def parquet_metadata(content: bytes) -> dict[str, str]:
-    """The metadata of a parquet file. Raises InputError, MachineError."""
+    """Returns the metadata of a parquet file. Raises InputError, MachineError."""
     with parsed("holds no tokens"), _opened(content) as file:
         said = file.schema_arrow.metadata or {}
         return {name.decode(): value.decode() for name, value in said.items()}
 
 
 def _opened(content: bytes, **how: Any) -> Any:
-    """A parquet file, whose pages are held to their checksums if they have any. Raises what pyarrow
-    raises."""
+    """Opens a parquet file; checks the checksums of its pages, if they have any.
+
+    Raises what pyarrow raises.
+    """
     _, module = parquet()
     source = io.BytesIO(content)
     return module.ParquetFile(source, page_checksum_verification=True, **FOOTER, **how)
 
 
 def _lists(file: Any, name: str, count: int, expected: str) -> Array:
-    """A column of ``count`` lists of one size, "integers" or "booleans". Raises InputError, and
-    what pyarrow raises."""
+    """Returns a column of ``count`` lists of one size S as an array (N, S).
+
+    expected: "integers" or "booleans". Raises InputError, and what pyarrow raises.
+    """
     pyarrow, _ = parquet()
     kind = file.schema_arrow.field(name).type
     size, fits = (
@@ -365,8 +380,12 @@ def _lists(file: Any, name: str, count: int, expected: str) -> Array:
 
 
 def _keys(file: Any) -> tuple[str, ...]:
-    """The column ``key`` of a parquet file. A dictionary as it is read, so that few bytes cannot
-    say a long text many times before that is known. Raises InputError, and what pyarrow raises."""
+    """Returns the column ``key`` of a parquet file.
+
+    The file must be opened with this column as a dictionary. A few bytes can stand for many copies
+    of a long text; the dictionary shows that before the copies take memory. Raises InputError, and
+    what pyarrow raises.
+    """
     if file.metadata.num_rows > MOST_NAMES:
         raise InputError(f"holds {file.metadata.num_rows} names, more than {MOST_NAMES}")
     names, longest = [], 0
@@ -380,12 +399,12 @@ def _keys(file: Any) -> tuple[str, ...]:
         names += [texts[at] for at in chunk.indices.to_pylist()]
         longest = max([longest, *map(len, texts)])
     if 4 * longest * len(names) > LARGEST_ARRAY:
-        raise InputError(f"its longest of {len(names)} names has {longest} characters")
+        raise InputError(f"the longest of its {len(names)} names has {longest} characters")
     return tuple(names)
 
 
 def _said(name: str, text: bytes) -> Any:
-    """An entry of a parquet file's metadata. Raises InputError, and what parsers raise."""
+    """Parses an entry of a parquet file's metadata. Raises InputError, and what parsers raise."""
     if len(text) > LONGEST_SAID:
         raise InputError(f"its {name} has {len(text)} bytes")
     if name in ("manifest_sha256", "arithmetic"):

@@ -1,8 +1,8 @@
-"""A model repository of NVIDIA's Triton Inference Server: each graph of a bundle as a model.
+"""Writes a model repository for NVIDIA's Triton Inference Server, one model per graph of a bundle.
 
-The files are what ``model_repository.md`` and ``model_configuration.md`` of Triton's documentation
-ask for; ``config.pbtxt`` is the text form of its ``ModelConfig``. Clients find the digest of the
-bundle's manifest in the ``parameters`` of a model's configuration.
+The files follow ``model_repository.md`` and ``model_configuration.md`` of Triton's documentation;
+``config.pbtxt`` is the text form of its ``ModelConfig``. The ``parameters`` of each configuration
+hold the digest of the bundle's manifest, for clients.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from vqdeploy.stages import POSITION, PRIOR_STAGES, STAGES, Port, ports_of, stag
 from vqref.host.files import publish_folder
 
 TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}
-"""Triton's names of the dtypes of ports."""
+"""Triton's names for the dtypes of ports."""
 
 QUEUE_MICROSECONDS = 1000
-"""How long a request waits for others to share a batch with."""
+"""How long a request waits for others to join its batch."""
 
 CUDA_PARAMETERS = {"cudnn_conv_algo_search": "1"}
-"""Heuristic: batches of every size come, and an exhaustive search, Triton's default, would start
-again at each. It stands among the parameters of the model, whose default overrules what is said
-beside the other options of the provider."""
+"""1 is the heuristic search. Triton's default is the exhaustive search, which would start again at
+each batch size. The entry belongs in the model's parameters: set among the provider's options, it
+would lose to Triton's default."""
 
 VERSION = "1"
 
@@ -41,12 +41,14 @@ def write_repository(
     most: int | None = None,
     replace: bool = False,
 ) -> list[str]:
-    """Writes a model repository, which appears as a whole, and returns the names of its models.
+    """Writes a model repository in one piece, and returns the names of its models.
 
-    prefix: what they begin with, before the stage. instances: of each model, per GPU or on the CPU.
-    most: the largest batch; None: what fits the memory that a Codec takes.
+    prefix: precedes the stage in each model's name. instances: how many instances of each model
+    run, per GPU or on the CPU. most: the largest batch; None takes what fits the memory that a
+    Codec uses.
 
-    Raises InputError for a damaged bundle, or if ``path`` exists and may not be replaced; OSError.
+    Raises InputError for a damaged bundle, and if ``path`` exists and may not be replaced. Raises
+    OSError.
     """
     files: dict[str, bytes] = {}
     stages = [*STAGES, *(PRIOR_STAGES if bundle.prior is not None else ())]
@@ -62,7 +64,7 @@ def write_repository(
 def _config(
     bundle: Bundle, stage: str, content: bytes, name: str, instances: int, most: int | None
 ) -> str:
-    """The ``config.pbtxt`` of a model. Raises InputError for a graph that is not plain."""
+    """Returns the ``config.pbtxt`` of a model. Raises InputError if ``read_graph`` refuses it."""
     graph = read_graph(f"{stage}.onnx", content)
     spec = bundle.prior if stage in PRIOR_STAGES else bundle.spec
     assert spec is not None
@@ -96,11 +98,11 @@ def _config(
 
 
 class Name(str):
-    """A value of an enumeration, which stands without quotes."""
+    """A value of an enumeration, which is written without quotes."""
 
 
 def _port(port: Port, batched: bool) -> dict[str, Any]:
-    """An input or output. Triton adds the axis of the batch itself if there is one."""
+    """Returns the entry of an input or output, without the batch axis if Triton adds it."""
     return {
         "name": port.name,
         "data_type": Name(TYPES[port.dtype]),
@@ -109,16 +111,18 @@ def _port(port: Port, batched: bool) -> dict[str, Any]:
 
 
 def _optimization(options: Mapping[str, str]) -> dict[str, Any]:
-    """The options of onnxruntime's CUDA provider."""
+    """Returns the entry for the options of onnxruntime's CUDA provider."""
     parameters = [{"key": key, "value": value} for key, value in options.items()]
     cuda = {"name": "cuda", "parameters": parameters}
     return {"execution_accelerators": {"gpu_execution_accelerator": cuda}}
 
 
 def _warmup(inputs: list[Port], batch: int | None) -> dict[str, Any]:
-    """A request of zeros, before the first of a user's: on a card cuDNN looks for its algorithms
-    then. batch: None for a model that Triton does not batch, which has one request, as Triton
-    counts."""
+    """Returns a request of zeros that runs before the first user's.
+
+    On a card, cuDNN chooses its algorithms in that run. batch: the size of the batch, or None for a
+    model that Triton does not batch, where the request counts as one.
+    """
     batched = batch is not None
     return {
         "name": f"batch_{batch or 'own'}",
@@ -138,7 +142,10 @@ def _warmup(inputs: list[Port], batch: int | None) -> dict[str, Any]:
 
 
 def _text(fields: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """The lines of a message in protobuf's text form. A list repeats its field; None has none."""
+    """Yields the lines of a message in protobuf's text form.
+
+    A list repeats its field. None omits it.
+    """
     for key, value in fields.items():
         for each in value if isinstance(value, list) else [value]:
             if isinstance(each, Mapping):

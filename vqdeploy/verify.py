@@ -42,10 +42,9 @@ Placement = dict[str, dict[str, dict[str, int]]]
 class Verified(NamedTuple):
     """What a verification found, the device that ran it, and where each graph's nodes were placed.
 
-    proved: how many tokens of the given images, or else of the golden batch, are proved in
-    advance. It holds the entries of ``count_proved`` and ``of``, which names the images. None if
-    nothing was to be proved: for networks with fewer bits than float32, and for networks on which
-    the oracle is too slow.
+    proved: how many tokens of the given images are proved in advance, or of the golden batch if
+    there are none. It holds the entries of ``count_proved``, and ``of``, which names the images.
+    None for networks with fewer bits than float32, and if the oracle is too slow on the networks.
     """
 
     report: Report
@@ -75,14 +74,14 @@ def verify(
 ) -> Verified:
     """Checks a bundle and returns what it found.
 
-    It checks the digest of every file, the recorded answers, what the graphs are, and what the five
-    graphs answer on ``device``. Graphs whose nodes differ from what their rows say are not run.
+    It checks the digest of every file, the recorded answers, the nodes and weights of the graphs,
+    and their answers on ``device``. Graphs whose nodes differ from what the rows say are not run.
 
     bundle: its folder, or an open Bundle. device: "cpu", "cuda" or "auto".
-    images: more images (N, C, H, W), float32 in [0, 1], to compare on besides the golden batch and
+    images: more images (N, C, H, W), float32 in [0, 1], to compare besides the golden batch and
     the images that are aimed at every code.
-    samples: how many latents to feed the quantizer, see ``vqdeploy.proof.samples``. If there are
-    any, more samples of a prior are drawn, too.
+    samples: how many latents to feed the quantizer, see ``vqdeploy.proof.samples``. If it is not 0,
+    more samples of a prior are drawn too.
     threads: threads per operator. None leaves the choice to onnxruntime.
 
     Raises InputError for a damaged bundle, MachineError if the device cannot be used.
@@ -184,8 +183,8 @@ def _options(bundle: Bundle) -> GraphOptions:
     if said["graphs_version"] != GRAPHS_VERSION:
         exporter = said["provenance"].get("export")
         raise InputError(
-            f"{bundle.path}: its graphs are of version {said['graphs_version']}, those that are "
-            f"written here of {GRAPHS_VERSION}; verify it with what exported it, {exporter}, or "
+            f"{bundle.path}: its graphs are of version {said['graphs_version']}, but this program "
+            f"writes version {GRAPHS_VERSION}; verify it with what exported it, {exporter}, or "
             "export its model.pt again"
         )
     option = PRECISIONS[bundle.precision].option
@@ -209,7 +208,7 @@ def check_answers(
     """Checks the answers of a bundle's graphs, before it is published and when it is verified.
 
     asked: images and the oracle's answers. own: networks with fewer bits than float32 must keep
-    the tokens of the first ``own`` images. kept: how many tokens they kept at export, None during
+    most tokens of the first ``own`` images. kept: how many tokens they kept at export, None during
     the export.
     """
     graphs, sessions, options = written.graphs, written.sessions, written.options

@@ -155,7 +155,7 @@ def _to_file(options: EncodeOptions) -> int:
     require_format(output, TOKEN_FORMATS)
     if options.prove:
         if output.suffix == ".npy":
-            raise UsageError(f"{output}: an .npy has no room for what --prove finds")
+            raise UsageError(f"{output}: an .npy cannot hold what --prove finds")
         require_float32(Bundle.open(options.bundle))
     with opened(options, output) as codec:
         found = options.read(options.images, codec.spec, codec.preprocessing)

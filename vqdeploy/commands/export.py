@@ -103,7 +103,7 @@ def run(options: ExportOptions) -> int:
     bundle = Bundle.open(output)
     print(report)
     if bundle.manifest["provenance"]["model_digest"] == "none":
-        print(f"{source}: no digest: it was written elsewhere, so damage to it would not show")
+        print(f"{source}: no digest: it was written elsewhere, so damage would go unnoticed")
     print(f"manifest sha256 {bundle.sha256}")
     print(f"wrote {output}; next: python -m vqdeploy verify {output}")
     return ExitCode.DONE

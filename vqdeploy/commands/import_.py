@@ -82,7 +82,7 @@ def run(options: ImportOptions) -> int:
         raise UsageError(f"--digest is {options.digest!r:.80}, expected 64 hexadecimal digits")
     for path in (options.source, options.model):
         if path is not None and options.output.exists() and options.output.samefile(path):
-            raise UsageError(f"--output {options.output} is what is imported; name another file")
+            raise UsageError(f"--output {options.output} is a file to import; name another file")
     require_writable(options.output)
     choices = Choices(
         config=options.config,

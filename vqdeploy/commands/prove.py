@@ -95,7 +95,7 @@ def run(options: ProveOptions) -> int:
     from vqdeploy.tokens import require_format
 
     if options.per_token and not options.json:
-        raise UsageError("--per-token goes with --json")
+        raise UsageError("--per-token needs --json")
     if options.picture is not None:
         require_format(options.picture, (".png", ".PNG"))
         require_writable(options.picture)
@@ -190,7 +190,7 @@ def _lines(
         f"{asked.near_ties} near ties"
     )
     if kinds := unbounded(spec.encoder):
-        yield f"nothing is proved: what rounding does has no known bound in {', '.join(kinds)}"
+        yield f"nothing is proved: the effect of rounding has no known bound in {', '.join(kinds)}"
         return
     yield f"{'arithmetic':<12}{'proved':>9}{'moved, median':>16}{'largest':>10}{'s per image':>13}"
     for name, (proof, seconds) in found.items():

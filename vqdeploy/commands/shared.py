@@ -105,14 +105,16 @@ class PicturesOptions:
         for field in dataclasses.fields(PicturesOptions):
             if getattr(self, field.name) != field.default:
                 flag = "--" + field.name.replace("_", "-")
-                raise UsageError(f"{flag} says how --data is read, and there is no --data")
+                raise UsageError(f"{flag} says how to read --data, but there is no --data")
 
 
 def require_room(option: str, count: int, spec: ModelSpec) -> None:
     """Raises UsageError that names the option if ``count`` images exceed MOST_VALUES."""
     most = MOST_VALUES // math.prod(spec.image_shape)
     if count > most:
-        raise UsageError(f"{option} is {count}; of images {spec.image_shape} at most {most} fit")
+        raise UsageError(
+            f"{option} is {count}; for images {spec.image_shape} it must be at most {most}"
+        )
 
 
 @contextmanager

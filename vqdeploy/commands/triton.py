@@ -16,7 +16,9 @@ MOST_INSTANCES = 1024
 def _prefix(text: str) -> str:
     """Parses --prefix."""
     if not re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9_.-]{0,100})?", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of letters, digits, '_', '.' and '-'")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} must consist of letters, digits, '_', '.' and '-'"
+        )
     return text
 
 

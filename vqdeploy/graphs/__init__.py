@@ -1,1 +1,1 @@
-"""The ONNX graphs of a bundle: the third interpreter of the rows."""
+"""Builds the ONNX graphs of a bundle: the third interpreter of the rows."""

@@ -24,8 +24,8 @@ from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Params, check_params
 
 GRAPHS_VERSION = 1
-"""Goes up whenever the same model would get other graphs. A bundle is verified by the version that
-wrote it."""
+"""The version of the graphs. It rises whenever the same model would get other graphs. Only the
+version that wrote a bundle can verify it."""
 
 TARGETS = ("any", "cpu")
 """The providers that graphs are written for. "cpu" graphs are faster on onnxruntime's CPU
@@ -46,7 +46,7 @@ class GraphOptions:
     opset: one of ``OPSETS``.
     precision: the networks' precision, as the ``option`` of a row of ``vqref.precisions`` that can
         be exported. The quantizer is always float32.
-    batch: the one batch size that every graph takes, or None if they take any.
+    batch: the only batch size that the graphs take, or None if they take any.
     fold: whether the detokenizer is a table of all reconstructions. None makes it a table if the
         table is small.
     target: one of ``TARGETS``.

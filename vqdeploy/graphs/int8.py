@@ -1,8 +1,8 @@
-"""Networks in int8 by onnxruntime's own quantizer.
+"""Turns networks into int8 with onnxruntime's own quantizer.
 
 Weights are scaled per channel, activations by the ranges that they take on images. Encoder and
-decoder are quantized once; tokenizer and detokenizer are put together from them and the quantizer,
-node by node, as their float32 forms are.
+decoder are quantized once. Tokenizer and detokenizer are then put together from their nodes and
+those of the quantizer, in the same way as in float32.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ def quantize_graphs(
 
 
 def _composed(content: bytes, nodes: Sequence[NodeProto], tensors: Sequence[TensorProto]) -> bytes:
-    """The graph ``content`` with these nodes in place of its own, and of the tensors those that
-    they take, all in the same form."""
+    """Returns the graph ``content`` with other nodes and with those of ``tensors`` that they take.
+
+    All tensors are written in the same form.
+    """
     model = onnx.load_from_string(content)
     del model.graph.node[:], model.graph.initializer[:]
     model.graph.node.extend(nodes)
@@ -79,8 +81,10 @@ def _quantize(content: bytes, name: str, inputs: Mapping[str, Array]) -> GraphPr
     batch = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 1
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
-        """Gives one image at a time, as often as the graph takes images, for the calibration holds
-        every value of the graph."""
+        """Returns one image per call, repeated to fill the graph's batch.
+
+        One at a time, because the calibration keeps every value of the graph in memory.
+        """
 
         def __init__(self) -> None:
             self.images = iter(inputs[name])
@@ -89,7 +93,7 @@ def _quantize(content: bytes, name: str, inputs: Mapping[str, Array]) -> GraphPr
             image = next(self.images, None)
             return None if image is None else {name: np.stack([image] * batch)}
 
-    # It recommends a preparation for which graphs of these few operators have no use.
+    # The quantizer recommends a preparation that is useless for graphs of these few operators.
     logging.disable(logging.WARNING)
     try:
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

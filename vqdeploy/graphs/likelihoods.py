@@ -1,4 +1,4 @@
-"""What the decoder's outputs mean, as ONNX nodes: the twin of ``vqref.likelihoods``."""
+"""Turns the decoder's outputs into images, as ONNX nodes: the twin of ``vqref.likelihoods``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vqref.spec import ModelSpec
 
 
 def mean(builder: GraphBuilder, spec: ModelSpec, outputs: str, reconstructions: str) -> str:
-    """Adds what maps outputs (N, P, H, W) to reconstructions (N, C, H, W) in [0, 1], in float32."""
+    """Adds nodes from outputs (N, P, H, W) to reconstructions (N, C, H, W) in [0, 1], float32."""
     return MEANS[spec.likelihood](builder, spec, outputs, reconstructions)
 
 
@@ -20,7 +20,7 @@ def bernoulli(builder: GraphBuilder, spec: ModelSpec, outputs: str, reconstructi
 
 
 def gaussian(builder: GraphBuilder, spec: ModelSpec, outputs: str, reconstructions: str) -> str:
-    """The outputs, mapped back from the networks' range and clipped."""
+    """Maps the outputs back from the networks' range to [0, 1], and clips them."""
     low, high = spec.value_range
     scale, shift = np.array([1 / (high - low), -low / (high - low)], np.float32)
     grey = scaled(builder, f"{reconstructions}.unclipped", outputs, scale, shift)
@@ -32,7 +32,7 @@ def gaussian(builder: GraphBuilder, spec: ModelSpec, outputs: str, reconstructio
 
 
 def logistic(builder: GraphBuilder, spec: ModelSpec, outputs: str, reconstructions: str) -> str:
-    """The first C channels; the others are log-scales."""
+    """Takes the first C channels; the others are log-scales."""
     bounds = [
         builder.integers(f"{reconstructions}.{name}", [value])
         for name, value in (("starts", 0), ("ends", spec.image_shape[0]), ("axes", 1))

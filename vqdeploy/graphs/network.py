@@ -27,16 +27,15 @@ from vqref.spec import Layer, plan
 from vqref.validation import Array, Params
 
 GRAPH_BYTES = 2**31 - 2**20
-"""The most that weights may take: protobuf's 2 GiB, less what the nodes need."""
+"""The most bytes that weights may take: protobuf's 2 GiB, less what the nodes need."""
 
 
 class GraphBuilder:
-    """Nodes and tensors in the order in which they are added; values and nodes are named after
-    their rows.
+    """Collects nodes and tensors in order. Values and nodes get the names of their rows.
 
     half: compute rows in float16, between casts; everything else stays float32.
-    for_processor: choose the nodes that onnxruntime computes faster on a CPU than its usual ones.
-    index_type: of the graph's ``indices``.
+    for_processor: choose nodes that onnxruntime computes faster on a CPU than the usual ones.
+    index_type: the dtype of the graph's ``indices``.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class GraphBuilder:
         return self.constant(name, np.asarray(self.params[name], np.float32))
 
     def weights(self, layer: Layer) -> list[str]:
-        """Adds weight and bias of a row in the precision of rows and returns their names.
+        """Adds weight and bias of a row, in the precision of rows, and returns their names.
 
         Raises ValueError if float16 cannot hold a value.
         """
@@ -83,7 +82,7 @@ class GraphBuilder:
     def constant(self, name: str, array: npt.ArrayLike) -> str:
         """Adds a tensor, unless there is one of this name, and returns the name.
 
-        Raises ValueError if the graph would outgrow protobuf.
+        Raises ValueError if the graph would be too large for protobuf.
         """
         if name not in self.tensors:
             values = np.asarray(array, order="C")
@@ -93,7 +92,7 @@ class GraphBuilder:
             if self.bytes > GRAPH_BYTES:
                 raise ValueError(
                     f"{name}: its graph would hold {self.bytes / 2**30:.2f} GiB of weights, more "
-                    f"than the 2 GiB that an ONNX file can"
+                    f"than the 2 GiB that an ONNX file can hold"
                 )
             content = values.reshape(-1).view(np.uint8).data
             self.tensors[name] = Tensor(values.dtype.name, values.shape, content)
@@ -109,7 +108,7 @@ class GraphBuilder:
         return output
 
     def cast(self, x: str, output: str, dtype: str) -> str:
-        """Adds what casts value ``x`` and returns the output."""
+        """Adds a cast of value ``x`` and returns the output."""
         return self.node("Cast", [x], output, to=DTYPE_NUMBERS[dtype])
 
     def run(self, layers: Sequence[Layer], x: str, output: str) -> str:
@@ -136,15 +135,18 @@ def affine(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def scaled(builder: GraphBuilder, output: str, x: str, scale: Array, shift: Array) -> str:
-    """scale * x + shift, of constants in the precision of ``x``."""
+    """Adds scale * x + shift. The constants have the precision of ``x``."""
     x = builder.node("Mul", [x, builder.constant(f"{output}.scale", scale)], f"{output}.scaled")
     return builder.node("Add", [x, builder.constant(f"{output}.shift", shift)], output)
 
 
 def conv(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """A convolution whose pads are equal at both ends of an axis, since cuDNN may have no engine
-    for others. If the row's differ: the smallest equal pads whose windows include the row's, and a
-    Slice of these. The windows hold the same products in the same order: the bits are the same."""
+    """Adds a convolution with equal pads at both ends of an axis.
+
+    cuDNN may have no engine for unequal pads. If the row's pads are unequal, this takes the
+    smallest equal pads whose windows include the row's, and a Slice of the result. The windows hold
+    the same products in the same order, so the bits are the same.
+    """
     equal, starts = zip(*(_equal_pads(*pads, layer.stride) for pads in layer.pads), strict=True)
     spans = [n + 2 * p - k for n, p, k in zip(layer.in_shape[1:], equal, layer.kernel, strict=True)]
     exact = tuple(span // layer.stride + 1 for span in spans) == layer.out_shape[1:]
@@ -161,15 +163,20 @@ def conv(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def _equal_pads(begin: int, end: int, stride: int) -> tuple[int, int]:
-    """The smallest pad >= both that equals ``begin`` modulo the stride, and by how many windows it
-    starts before ``begin`` does."""
+    """Returns the smallest pad >= both that equals ``begin`` modulo the stride.
+
+    Also returns how many windows it adds before those of ``begin``.
+    """
     windows = max(0, -(-(end - begin) // stride))
     return begin + windows * stride, windows
 
 
 def conv_transpose(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """A transposed convolution that crops both ends of an axis by the smaller of the row's amounts,
-    and a Slice if they differ: onnxruntime's CUDA provider takes no others."""
+    """Adds a transposed convolution that crops both ends of an axis equally.
+
+    onnxruntime's CUDA provider takes no others. If the row's amounts differ, both ends are cropped
+    by the smaller one, and a Slice crops the rest.
+    """
     equal = [min(pads) for pads in layer.pads]
     starts = [begin - pad for (begin, _), pad in zip(layer.pads, equal, strict=True)]
     exact = all(begin == end for begin, end in layer.pads)
@@ -186,7 +193,7 @@ def conv_transpose(builder: GraphBuilder, layer: Layer, output: str, x: str) -> 
 
 
 def _window(builder: GraphBuilder, layer: Layer, output: str, x: str, starts: Sequence[int]) -> str:
-    """The height and width of the row, from ``starts`` on."""
+    """Adds a Slice of the row's height and width, from ``starts`` on."""
     ends = [start + size for start, size in zip(starts, layer.out_shape[1:], strict=True)]
     bounds = [
         builder.integers(f"{layer.name}.starts", starts),
@@ -197,7 +204,7 @@ def _window(builder: GraphBuilder, layer: Layer, output: str, x: str, starts: Se
 
 
 def dense(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """A Gemm; of several vectors a product with the transposed weight, which takes any axes."""
+    """Adds a Gemm, or for several vectors a MatMul, which takes any number of axes."""
     if len(layer.in_shape) == 1:
         return builder.node("Gemm", [x, *builder.weights(layer)], output, transB=1)
     (weight, _), (bias, _) = layer.parameters
@@ -213,7 +220,7 @@ def reshape(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def to_vectors(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """(N, g*D, h, w) as (N, g, D, h*w), transposed to (N, h*w, g, D), as (N, S, D)."""
+    """Reshapes (N, g*D, h, w) to (N, g, D, h*w), transposes to (N, h*w, g, D), then (N, S, D)."""
     code_size = layer.out_shape[1]
     groups = layer.in_shape[0] // code_size
     grid = (groups, code_size, layer.in_shape[1] * layer.in_shape[2])
@@ -223,7 +230,7 @@ def to_vectors(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def to_grid(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """(N, S, D) as (N, h*w, g, D), transposed to (N, g, D, h*w), as (N, g*D, h, w)."""
+    """Reshapes (N, S, D) to (N, h*w, g, D), transposes to (N, g, D, h*w), then (N, g*D, h, w)."""
     code_size = layer.in_shape[1]
     groups = layer.out_shape[0] // code_size
     places = (layer.out_shape[1] * layer.out_shape[2], groups, code_size)
@@ -233,7 +240,7 @@ def to_grid(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def _reshaped(builder: GraphBuilder, name: str, output: str, x: str, shape: Sequence[int]) -> str:
-    """0 keeps the batch axis, even an empty one, from which -1 could not be computed."""
+    """Adds a Reshape. 0 keeps the batch axis even if it is empty, where -1 would fail."""
     return builder.node("Reshape", [x, builder.integers(name, [0, *shape])], output)
 
 
@@ -242,12 +249,12 @@ def add(builder: GraphBuilder, layer: Layer, output: str, x: str, y: str) -> str
 
 
 def activation(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """Nothing but the activation that follows."""
+    """Adds nothing before the row's activation; an Identity if that is linear."""
     return x if layer.activation != "linear" else builder.node("Identity", [x], output)
 
 
 def embedding(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """The vectors of all indices but the last, one place further, a zero before them."""
+    """Adds the vectors of all indices but the last, moved by one place, with zeros in the first."""
     weight, bias = builder.weights(layer)
     bounds = [
         builder.integers(f"{layer.name}.{name}", [value])
@@ -266,11 +273,15 @@ def layer_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def group_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """In float32 whatever the rows are: each group less its mean, then over the root of the mean
-    square. Of a flat image that root is 1e-3, and what the mean is off by counts a thousandfold: so
-    the mean of what is left is taken off, too, and means are of rows first, whose sums are short.
-    Neither InstanceNormalization, whose sums on CUDA are cuDNN's own, nor GroupNormalization, which
-    has a weight per group before opset 21, says how it adds."""
+    """Adds a group norm that always computes in float32.
+
+    Subtracts each group's mean, then divides by the root of the mean square. On a flat image that
+    root is 1e-3, so an error of the mean counts a thousandfold. The mean of what is left is
+    therefore subtracted too, and means are taken over rows first, whose sums are short.
+
+    InstanceNormalization and GroupNormalization do not say how they add. Besides, the sums of the
+    former on CUDA are cuDNN's own, and the latter has a weight per group before opset 21.
+    """
     channels = (layer.groups, layer.in_shape[0] // layer.groups)
     x = builder.cast(x, f"{output}.full", "float32") if builder.half else x
     grid = (*channels, *layer.in_shape[1:])
@@ -295,7 +306,7 @@ def group_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def _group_mean(builder: GraphBuilder, x: str) -> str:
-    """Of (N, groups, C / groups, H, W), (N, groups, 1, 1, 1)."""
+    """Adds the means (N, groups, 1, 1, 1) of (N, groups, C / groups, H, W)."""
     rows = [x, builder.integers("row_axes", [4])]
     x = builder.node("ReduceMean", rows, f"{x}.of_rows", keepdims=1)
     groups = [x, builder.integers("group_axes", [2, 3])]
@@ -303,7 +314,7 @@ def _group_mean(builder: GraphBuilder, x: str) -> str:
 
 
 def unit_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """In float32, too: float16 holds no square of LEAST_LENGTH."""
+    """Adds a division by the length, in float32: float16 cannot hold LEAST_LENGTH squared."""
     x = builder.cast(x, f"{output}.full", "float32") if builder.half else x
     axes = builder.integers("vector_axes", [2])
     length = builder.node("ReduceL2", [x, axes], f"{output}.length", keepdims=1)
@@ -314,7 +325,7 @@ def unit_norm(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def bounded(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """In float32 whatever the rows are."""
+    """Adds a tanh into the range of the row's levels, always in float32."""
     x = builder.cast(x, f"{output}.full", "float32") if builder.half else x
     shift, scale, middle = (
         builder.constant(f"{layer.name}.{name}", value.astype(np.float32))
@@ -328,7 +339,7 @@ def bounded(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
 
 
 def upsample(builder: GraphBuilder, layer: Layer, output: str, x: str) -> str:
-    """Each column, then each row, taken f times."""
+    """Repeats each column, then each row, f times."""
     factor, (_, height, width) = upsample_factor(layer), layer.in_shape
     for axis, name, side in ((3, f"{output}.wide", width), (2, output, height)):
         taken = builder.integers(f"each{side}x{factor}", np.repeat(range(side), factor).tolist())
@@ -345,7 +356,7 @@ def attention(builder: GraphBuilder, layer: Layer, output: str, q: str, k: str, 
 
 
 def numbers_of_places(builder: GraphBuilder, count: int) -> tuple[str, str]:
-    """The numbers of places as a row (S,) and as a column (S, 1)."""
+    """Adds the numbers of places as a row (S,) and as a column (S, 1)."""
     row = builder.integers(f"places{count}", range(count))
     return row, builder.constant(f"{row}.column", np.arange(count, dtype=np.int64)[:, None])
 
@@ -358,9 +369,11 @@ def attended(
     queries: int,
     later: str | None,
 ) -> str:
-    """Attention of so many queries (N, Q, F) to keys and values (N, S, F). later: which of S places
-    a query does not see, (Q, S) or (S,): their scores are so far below all others that their
-    weight is exactly 0."""
+    """Adds the attention of queries (N, Q, F) to keys and values (N, S, F).
+
+    later: the places that a query must not see, (Q, S) or (S,). Their scores are so far below all
+    others that their weight is exactly 0.
+    """
     places, size = layer.in_shape
     q, k, v = (
         _in_heads(builder, layer, f"{output}.{name}", each, count, perm)
@@ -374,7 +387,7 @@ def attended(
     )
     part = size // layer.heads
     scale = builder.constant(f"{layer.name}.scale", builder.rounded(layer.name, part**-0.5))
-    if builder.half:  # a product of many terms may be beyond float16
+    if builder.half:  # scaling first, because a product of many terms may overflow float16
         q = builder.node("Mul", [q, scale], f"{output}.scaled")
         x = builder.node("MatMul", [q, k], f"{output}.scores")
     else:
@@ -392,7 +405,7 @@ def attended(
 def _in_heads(
     builder: GraphBuilder, layer: Layer, output: str, x: str, places: int, perm: Sequence[int]
 ) -> str:
-    """(N, places, F) as (N, places, heads, F / heads), its axes in the order ``perm``."""
+    """Reshapes (N, places, F) to (N, places, heads, F / heads), and transposes by ``perm``."""
     shape = (places, layer.heads, layer.in_shape[1] // layer.heads)
     x = _reshaped(builder, f"{layer.name}.{places}_in_heads", f"{output}.split", x, shape)
     return builder.node("Transpose", [x], output, perm=list(perm))
@@ -419,8 +432,10 @@ KINDS: dict[str, Callable[..., str]] = {
 
 
 def elu(builder: GraphBuilder, output: str, x: str) -> str:
-    """One node; or, for a CPU, r + (exp(x - r) - 1) with r = max(x, 0). This rounds as Elu does in
-    onnxruntime, whose exponential takes three times as long as these five nodes."""
+    """Adds an Elu; for a CPU, r + (exp(x - r) - 1) with r = max(x, 0).
+
+    These five nodes round as onnxruntime's Elu does, which takes three times as long.
+    """
     if not builder.for_processor:
         return builder.node("Elu", [x], output)
     one = builder.constant("one", builder.rounded("one", 1.0))
@@ -440,7 +455,7 @@ def silu(builder: GraphBuilder, output: str, x: str) -> str:
 
 
 def gelu(builder: GraphBuilder, output: str, x: str) -> str:
-    """x * (1/2 + tanh(sqrt(2 / pi) x (1 + 0.044715 x^2)) / 2): opset 18 has no Gelu."""
+    """Adds x * (1/2 + tanh(sqrt(2 / pi) x (1 + 0.044715 x^2)) / 2): opset 18 has no Gelu."""
     half, one, cube, scale = (
         builder.constant(f"gelu.{name}", builder.rounded(name, value))
         for name, value in (

@@ -1,6 +1,6 @@
-"""The two graphs of a prior: all positions at once, and one position after another.
+"""Builds the two graphs of a prior: all positions at once, and one position per call.
 
-Both are float32, whatever the precision of the model's networks.
+Both are always float32.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from vqref.validation import Params, check_params
 
 
 def build_prior_graph(stage: str, spec: PriorSpec, params: Params, options: GraphOptions) -> Graph:
-    """The graph of one of ``PRIOR_STAGES``. Of the options count opset, batch and index_type.
-    Raises ValueError for parameters that do not fit, and for graphs that an ONNX file cannot
-    hold."""
+    """Returns the graph of one of ``PRIOR_STAGES``.
+
+    Uses only opset, batch and index_type of the options. Raises ValueError for parameters that do
+    not fit, and for graphs that an ONNX file cannot hold.
+    """
     check_params(spec, params)
     builder = GraphBuilder(params, index_type=options.index_type)
     if stage == "prior":
@@ -36,7 +38,7 @@ def build_prior_graph(stage: str, spec: PriorSpec, params: Params, options: Grap
 
 
 def _whole(builder: GraphBuilder, spec: PriorSpec) -> None:
-    """indices (N, S) to log_probabilities (N, S, K)."""
+    """Adds nodes from indices (N, S) to log_probabilities (N, S, K)."""
     if spec.rows:
         logits = builder.run(spec.rows, "indices", "logits")
     else:
@@ -45,7 +47,10 @@ def _whole(builder: GraphBuilder, spec: PriorSpec) -> None:
 
 
 def _table(builder: GraphBuilder, indices: str, table: str) -> str:
-    """A table for each image; how many there are the indices alone know: 0 times each is added."""
+    """Adds the same table for each image.
+
+    Only the indices know the number of images, so the table is added to 0 times each index.
+    """
     nothing = builder.constant("nothing", np.float32(0))
     x = builder.cast(indices, "indices.numbers", "float32")
     x = builder.node("Mul", [x, nothing], "indices.nothing")
@@ -54,8 +59,11 @@ def _table(builder: GraphBuilder, indices: str, table: str) -> str:
 
 
 def _step(builder: GraphBuilder, spec: PriorSpec) -> None:
-    """previous (N,), position (1,), keys and values (N, L, S, F) of the L rows of attention to
-    log_probabilities (N, K), and keys and values with that position in them."""
+    """Adds nodes for one position.
+
+    Takes previous (N,), position (1,), and keys and values (N, L, S, F) of the L rows of attention.
+    Gives log_probabilities (N, K), and keys and values that include this position.
+    """
     if not spec.rows:
         row = builder.node("Gather", [builder.parameter(LOGITS), "position"], "row", axis=0)
         logits = _table(builder, "previous", row)
@@ -89,7 +97,7 @@ def _step(builder: GraphBuilder, spec: PriorSpec) -> None:
 
 
 def _embedding(builder: GraphBuilder, layer: Layer, output: str, previous: str) -> str:
-    """The place's bias, and after the first place the vector of the index before it, (N, 1, F)."""
+    """Adds the place's bias (N, 1, F), and after the first place the previous index's vector."""
     weight, bias = builder.weights(layer)
     none = builder.integers("none", [0])
     started = builder.node("Greater", ["position", none], f"{output}.started")
@@ -104,7 +112,7 @@ def _embedding(builder: GraphBuilder, layer: Layer, output: str, previous: str) 
 def _remembered(
     builder: GraphBuilder, layer: Layer, number: int, key: str, value: str
 ) -> tuple[str, str]:
-    """Keys and values (N, S, F) of a row, this place's among them."""
+    """Adds the keys and values (N, S, F) of a row, including those of this place."""
     _, places = network.numbers_of_places(builder, layer.in_shape[0])
     here = builder.node("Equal", [places, "position"], f"{layer.name}.here")
     which = builder.constant(f"{layer.name}.number", np.int64(number))
@@ -116,6 +124,6 @@ def _remembered(
 
 
 def _layered(builder: GraphBuilder, kept: str) -> str:
-    """(N, S, F) as (N, 1, S, F)."""
+    """Reshapes (N, S, F) to (N, 1, S, F)."""
     axis = builder.integers("place_axis", [1])
     return builder.node("Unsqueeze", [kept, axis], f"{kept}.layer")

@@ -1,9 +1,9 @@
-"""The quantizer as ONNX nodes: the twin of ``vqref.quantizer``.
+"""Builds the quantizer from ONNX nodes: the twin of ``vqref.quantizer``.
 
-Small codebooks take the direct form (x - c)^2, in which there is no matrix product that TF32 could
-round and no cancellation; see ``vqref.agreement.bounds`` for what its rounding can do to an index.
-Large ones take a product to find the few groups of codes that may hold the nearest, and the direct
-form among those.
+Small codebooks use the direct form (x - c)^2. It has no matrix product that TF32 could round, and
+no cancellation; see ``vqref.agreement.bounds`` for what its rounding can do to an index. Large
+codebooks first use a product, to find the few groups of codes that may hold the nearest code, and
+then the direct form on those groups.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array
 
 PRODUCT_ELEMENTS = 2**13
-"""Elements of a codebook, K*D, from which products are faster in onnxruntime: measured by
+"""From this many elements K*D of a codebook on, products are faster in onnxruntime. Measured by
 ``python -m benchmarks.codec``."""
 
 DIRECT_ELEMENTS = 2**24
-"""Elements, S*K*D, up to which the direct form's arrays, 64 MiB per image, are still small."""
+"""Up to this many elements S*K*D, the direct form's arrays are small: 64 MiB per image."""
 
 MOST_IN_PARTS, SPLIT = 16, 2.0**13 + 1
-"""Elements of a code up to which a product takes every number as two, so that TF32 tells nearly as
-many codes apart as float32: in few dimensions many codes are near. And the factor by which float32
-is parted."""
+"""Codes of up to MOST_IN_PARTS elements have their numbers split in two for the product, so that
+TF32 tells nearly as many codes apart as float32. In few dimensions, many codes are near. SPLIT is
+the factor that splits a float32."""
 
 WIDE = "int64"
-"""The type in which ArgMin gives places and GatherND takes them; Gather takes int32, too."""
+"""The dtype of indices from ArgMin and for GatherND. Gather takes int32 too."""
 
 
 def takes_products(spec: ModelSpec) -> bool:
-    """Returns whether the codebook of a model of ``spec`` is a large one."""
+    """Returns whether the codebook of a model of ``spec`` counts as large."""
     elements = spec.num_codes * spec.code_size
     large = elements >= PRODUCT_ELEMENTS or spec.latent_size * elements > DIRECT_ELEMENTS
     return large and spec.num_codes >= 2 * SMALLEST_GROUP
@@ -63,8 +63,10 @@ class Nodes:
 
 
 def nearest(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str) -> str:
-    """Adds what maps latents (N, S, D) to indices (N, S), the argmin over K of the sum over D of
-    (latents - codebook)^2, the first on a tie."""
+    """Adds nodes from latents (N, S, D) to indices (N, S).
+
+    An index is the argmin over K of the sum over D of (latents - codebook)^2, the first on a tie.
+    """
     search = by_products if takes_products(spec) else directly
     if builder.index_type == WIDE:
         return search(builder, spec, latents, indices)
@@ -74,7 +76,7 @@ def nearest(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str) 
 
 
 def directly(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str) -> str:
-    """Adds the same, in int64, by the direct form."""
+    """Adds the same with int64 indices, by the direct form."""
     node = Nodes(builder)
     column = node("Unsqueeze", [latents, node.axis(2)], "column")
     difference = node("Sub", [column, builder.parameter(CODEBOOK)], "difference")  # (N, S, K, D)
@@ -84,19 +86,20 @@ def directly(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str)
 
 
 def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: str) -> str:
-    """Adds the same, in int64, in three steps. M = N*S latents, B groups of
-    ``group_size`` consecutive codes.
+    """Adds the same with int64 indices, in three steps.
 
-    1. The least score ||c||^2 / 2 - x.c of each group, (M, B): a product with a tile of the codes
-       at a time, of the latents with a one beside them and -c above ||c||^2 / 2.
-    2. The P pairs of a latent and a group whose score is within a margin of the latent's least.
-    3. The direct form on those pairs, and the first of the nearest.
+    There are M = N*S latents and B groups of ``group_size`` consecutive codes.
 
-    The margin allows for factors of the product that are rounded to TF32, so that a program that
-    leaves TF32 on gets the same tokens. Latents whose scores are not a number or whose margin
-    overflows have every group as a pair: the direct form decides alone.
+    1. Find the least score ||c||^2 / 2 - x.c of each group, (M, B). The scores are products of the
+       latents, extended by a one, and a tile of codes, which holds -c above ||c||^2 / 2.
+    2. Find the P pairs of a latent and a group with a score within a margin of the latent's least.
+    3. Use the direct form on those pairs, and take the first of the nearest codes.
 
-    The graph holds, at a time, the scores of a tile, a few arrays (M, B), and two of a group's
+    The margin allows for factors that the product rounds to TF32, so that a program that leaves
+    TF32 on gets the same tokens. If a latent's score is not a number or its margin overflows, it is
+    paired with every group, and the direct form alone decides.
+
+    The graph holds at a time the scores of a tile, a few arrays (M, B), and two arrays of a group's
     codes per pair.
     """
     node, group = Nodes(builder), group_size(spec)
@@ -115,18 +118,20 @@ def by_products(builder: GraphBuilder, spec: ModelSpec, latents: str, indices: s
     place = node("ArgMin", [_distances(node, rows, groups, winner, "own_")], "place", axis=1)
     start = node("Mul", [winner, node.constant("group_size", np.int64(group))], "winner_start")
     index = node("Add", [node.reshaped(start, "start", -1, 1), place], "index")
-    if len(copies):  # sums are rounded by their place: a copy may come out below its row
+    if len(copies):  # rounding depends on the place, so a copy may come out nearer than its row
         index = node("Min", [index, node.constant("last", np.int64(len(codebook) - 1))], "bounded")
     shape = builder.integers("quantizer.indices_shape", [-1, spec.latent_size])
     return builder.node("Reshape", [index, shape], indices)
 
 
 def _near(node: Nodes, spec: ModelSpec, rows: str, codebook: Array, group: int) -> tuple[str, str]:
-    """The least score of each group, and whether it may hold the nearest code of a latent, (M, B).
-    The groups of a tile lie side by side, the codes of a group behind each other, so that the least
-    of several groups is taken at a time."""
+    """Adds the least score of each group, and whether it may hold the nearest code, both (M, B).
+
+    In a tile, the columns of the i-th codes of all groups lie side by side. So one ReduceMin takes
+    the least of all its groups.
+    """
     half_norms = np.square(codebook.astype(np.float64)).sum(axis=1, keepdims=True) / 2
-    with np.errstate(over="ignore"):  # then the margin is infinite, too
+    with np.errstate(over="ignore"):  # then the margin is infinite too
         wide = np.concatenate([-codebook, half_norms], axis=1).astype(np.float32)
     factors, ones, parts = rows, 1, spec.code_size <= MOST_IN_PARTS
     if parts:
@@ -150,19 +155,21 @@ def _near(node: Nodes, spec: ModelSpec, rows: str, codebook: Array, group: int) 
     least = node("ReduceMin", [best, node.axis(1)], "least", keepdims=1)  # (M, 1)
     margin = _margin(node, spec, rows, float(np.sqrt(2 * half_norms.max())), parts)
     far = node("Greater", [best, node("Add", [least, margin], "limit")], "far")
-    return best, node("Not", [far], "near")  # so is what is not a number
+    return best, node("Not", [far], "near")  # a score that is not a number counts as near
 
 
 def _first_part(numbers: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The first 11 bits of each number, by ``_in_parts``' rule (Veltkamp 1968)."""
+    """Returns the first 11 bits of each number, by the rule of ``_in_parts`` (Veltkamp 1968)."""
     with np.errstate(over="ignore", invalid="ignore"):
         moved = np.float32(SPLIT) * numbers
         return moved - (moved - numbers)
 
 
 def _in_parts(node: Nodes, rows: str) -> str:
-    """The first parts of numbers (M, D), these again, and the rest, (M, 3*D): beside the first, the
-    second and the first parts of codes."""
+    """Adds the parts of numbers (M, D) for the product: first, first and second, (M, 3*D).
+
+    They are multiplied by the first, the second and again the first parts of the codes.
+    """
     moved = node("Mul", [rows, node.constant("split", np.float32(SPLIT))], "moved")
     first = node("Sub", [moved, node("Sub", [moved, rows], "moved_less")], "first_part")
     second = node("Sub", [rows, first], "second_part")
@@ -170,8 +177,10 @@ def _in_parts(node: Nodes, rows: str) -> str:
 
 
 def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float, parts: bool) -> str:
-    """The score margin, (M, 1), by ``vqref.agreement.bounds.score_slack`` in TF32. The rounding of
-    the margin itself, at most 8 units, is less than a thousandth of it."""
+    """Adds the score margin (M, 1), by ``vqref.agreement.bounds.score_slack`` in TF32.
+
+    The rounding of the margin itself, at most 8 units, is less than a thousandth of it.
+    """
     slack = score_slack(spec.code_size, "tf32", parts=parts)
     longest *= 1.001
     numbers = {
@@ -193,9 +202,12 @@ def _margin(node: Nodes, spec: ModelSpec, rows: str, longest: float, parts: bool
 
 
 def _least(node: Nodes, rows: str, groups: str, best: str, near: str, count: int) -> str:
-    """The least distance of each latent in each group that is near, (M, B), and the largest number
-    elsewhere: if a distance is infinite, so is the margin, and all are near. Pairs are (latent,
-    group). Scores, cut off below, have that shape; a Shape node would run on the CPU."""
+    """Adds the least distance of each latent in each near group, (M, B).
+
+    Other groups get the largest number. That is safe: if a distance is infinite, so is the margin,
+    and all groups are near. Pairs are (latent, group). The array to fill is made from the scores,
+    which have its shape; a Shape node would run on the CPU.
+    """
     pairs = node("NonZero", [near], "pairs")  # (2, P)
     row, group = (
         node("Gather", [pairs, node.constant(f"row_{i}", np.int64(i))], f"pair_{name}", axis=0)
@@ -213,8 +225,10 @@ def _least(node: Nodes, rows: str, groups: str, best: str, near: str, count: int
 
 
 def _distances(node: Nodes, rows: str, groups: str, chosen: str, name: str) -> str:
-    """The squared distances of rows (P, D) to the codes of their groups, chosen (P,), as (P,
-    group)."""
+    """Adds the squared distances (P, group) of rows (P, D) to the codes of their groups.
+
+    chosen: (P,), the number of each row's group.
+    """
     x = node("Unsqueeze", [rows, node.axis(1)], f"{name}latents")  # (P, 1, D)
     codes = node("Gather", [groups, chosen], f"{name}codes", axis=0)  # (P, group, D)
     difference = node("Sub", [x, codes], f"{name}difference")
@@ -223,13 +237,15 @@ def _distances(node: Nodes, rows: str, groups: str, chosen: str, name: str) -> s
 
 
 def lookup(builder: GraphBuilder, indices: str, quantized: str) -> str:
-    """Adds what maps indices (N, S) to quantized (N, S, D): rows of the codebook."""
+    """Adds nodes from indices (N, S) to quantized (N, S, D), rows of the codebook."""
     return builder.node("Gather", [builder.parameter(CODEBOOK), indices], quantized, axis=0)
 
 
 def table(builder: GraphBuilder, entries: npt.NDArray[np.float32]) -> str:
-    """Adds what maps indices (N, S) to reconstructions (N, C, H, W), which are the entries
-    (K, ..., K, C, H, W) of a table."""
+    """Adds nodes from indices (N, S) to reconstructions (N, C, H, W).
+
+    entries: the table of reconstructions, (K, ..., K, C, H, W).
+    """
     indices = "indices"
     if builder.index_type != WIDE:
         indices = builder.cast(indices, "indices.wide", WIDE)

@@ -1,7 +1,7 @@
 """Imports checkpoints of other libraries. Each file is one importer; the table is here.
 
 A checkpoint is treated as data: nothing in it is executed. Every tensor is used once or left out by
-name. Whatever our networks do not have is refused, with its name.
+name. Anything that our networks do not have is refused by name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ IMPORTERS = (
 
 
 OPTIONS = {"value_range": "range"}
-"""Choices whose option has another name."""
+"""The names of options that differ from the names of their choices."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _recognised(checkpoint: Checkpoint, choices: Choices) -> Importer:
     names = ", ".join([*next(iter(tables.values()))][:4])
     known = ", ".join(importer.what for importer in IMPORTERS[:-1])
     raise InputError(
-        f"its tensors are {names}, …: neither {known}; --mapping FILE describes others"
+        f"its tensors are {names}, …: none of {known}; describe it with --mapping FILE"
     )
 
 
@@ -96,7 +96,7 @@ def _require_taken(importer: Importer, choices: Choices) -> None:
     for field in dataclasses.fields(choices):
         if getattr(choices, field.name) is not None and field.name not in importer.takes:
             option = OPTIONS.get(field.name, field.name.replace("_", "-"))
-            raise UsageError(f"--{option} says nothing about {importer.what}")
+            raise UsageError(f"--{option} does not apply to {importer.what}")
 
 
 def _tensors(
@@ -105,7 +105,7 @@ def _tensors(
     """Returns the dictionary of tensors to import, and its entry. Raises InputError."""
     tables = {n: table for n, table in checkpoint.tables.items() if importer.knows(table)}
     if weights is not None and weights not in tables:
-        known = ", ".join(filter(None, tables)) or "one network alone"
+        known = ", ".join(filter(None, tables)) or "only one network"
         raise InputError(f"has no network {weights}; it has {known}")
     order = [*importer.entries, *tables] if weights is None else [weights]
     entry = next(entry for entry in order if entry in tables)

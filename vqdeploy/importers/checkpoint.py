@@ -1,4 +1,4 @@
-"""A file of tensors from elsewhere, as plain data: what it is, and which tensors it holds."""
+"""Reads files of tensors from other libraries as plain data."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from vqref.modelfile import FORMAT
 from vqref.validation import Array
 
 ENDINGS = (".safetensors", ".bin", ".pt", ".ckpt")
-"""Of files of weights in a folder; the first that is there counts."""
+"""The endings of files of weights in a folder, in order of preference."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A file of tensors.
 
-    path, sha256, size: the file, the digest of its bytes, and how many there are.
-    entries: what it holds; the tensors are PyTorch's or NumPy's, as the file has them.
+    path, sha256, size: the file, the digest of its bytes, and their number.
+    entries: the content. Tensors are PyTorch's or NumPy's, depending on the file.
     """
 
     path: Path
@@ -37,7 +37,7 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path) -> Checkpoint:
-        """The file, or the one file of weights in a folder. Raises InputError."""
+        """Reads a file, or the only file of weights in a folder. Raises InputError."""
         path = _weights(path) if is_folder(path) else path
         content = read_bytes(path)
         with about(path):
@@ -50,7 +50,7 @@ class Checkpoint:
 
     @property
     def tables(self) -> dict[str, dict[str, Any]]:
-        """The dictionaries of tensors in the file, by their entries; that of "" is the file."""
+        """The dictionaries of tensors in the file, by their entries; "" is the file itself."""
         tables = {"": self.entries, **self.entries}
         return {
             str(name): {str(key): value for key, value in table.items()}
@@ -59,16 +59,17 @@ class Checkpoint:
         }
 
     def options(self) -> dict[str, Any]:
-        """What a trainer keeps of its command line, if the file holds that."""
+        """Returns the options that a trainer kept of its command line, {} if there are none."""
         args = self.entries.get("args")
         return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of floating numbers. dtype: the file's name of it, of which NumPy lacks some.
+    """A tensor of floating numbers.
 
-    values: finite; float32 if NumPy lacks the dtype, else as the file has them.
+    dtype: the name of its dtype in the file; NumPy may lack it. values: finite; float32 if NumPy
+    lacks the dtype, else unchanged.
     """
 
     dtype: str
@@ -76,17 +77,17 @@ class Tensor:
 
 
 def is_tensor(value: Any) -> bool:
-    """Whether it has a dtype and a shape, as PyTorch's tensors and NumPy's arrays have."""
+    """Returns whether a value has a dtype and a shape, as tensors and arrays have."""
     return hasattr(value, "dtype") and hasattr(value, "shape")
 
 
 def claimed(value: Any) -> int:
-    """How many bytes a tensor says that it has."""
+    """Returns how many bytes a tensor claims to have, 0 for another value."""
     return math.prod(value.shape) * int(value.dtype.itemsize) if is_tensor(value) else 0
 
 
 def floats(name: str, value: Any) -> Tensor:
-    """The tensor of this name. Raises InputError that names it."""
+    """Returns a tensor of floating numbers. Raises InputError that names it if it is not one."""
     if not is_tensor(value):
         raise InputError(f"{name} is {type(value).__name__}, expected a tensor")
     dtype = str(value.dtype).removeprefix("torch.")
@@ -95,7 +96,7 @@ def floats(name: str, value: Any) -> Tensor:
     try:
         values = _as_array(value)
     except (TypeError, RuntimeError, NotImplementedError):  # sparse, quantized, on no device
-        raise InputError(f"the tensor {name} is no dense array of {dtype}") from None
+        raise InputError(f"the tensor {name} is not a dense array of {dtype}") from None
     if not np.isfinite(values).all():
         at = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
         raise InputError(f"the tensor {name} holds {values[at]} at {at}, expected finite numbers")
@@ -103,7 +104,10 @@ def floats(name: str, value: Any) -> Tensor:
 
 
 def _as_array(value: Any) -> Array:
-    """NumPy's dtype if it has it, else float32, which holds every bfloat16 and float8."""
+    """Returns an array in the tensor's dtype, or in float32 if NumPy lacks that dtype.
+
+    float32 holds every bfloat16 and float8.
+    """
     if isinstance(value, np.ndarray):
         return value
     value = value.detach()
@@ -112,7 +116,7 @@ def _as_array(value: Any) -> Array:
 
 
 def _weights(folder: Path) -> Path:
-    """Raises InputError unless the folder holds one file of weights."""
+    """Returns the only file of weights in a folder. Raises InputError for none or several."""
     for ending in ENDINGS:
         found = sorted(path for path in folder.iterdir() if path.suffix == ending)
         if len(found) == 1:

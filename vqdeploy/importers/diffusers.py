@@ -1,4 +1,4 @@
-"""VQModel of Hugging Face's diffusers: a folder with ``config.json`` and a file of weights."""
+"""Imports VQModel of Hugging Face's diffusers: a folder of ``config.json`` and weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WORDS = {
     "out": "to_out.0",
 }
 _OLD_WORDS = {"query": "query", "key": "key", "value": "value", "out": "proj_attn"}
-"""What the words of attention were called before."""
+"""The names that older files use in attention."""
 
 NAMES = Names(
     rows={
@@ -52,7 +52,7 @@ _UP = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 """Whether a level of this type has attention."""
 
 _NO_PART = ("force_upcast", "lookup_from_codebook", "scaling_factor")
-"""Fields that say nothing about encoding and decoding."""
+"""Fields that do not affect encoding and decoding."""
 
 
 def _knows(tensors: Mapping[str, Any]) -> bool:
@@ -65,7 +65,7 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
     low, high = choices.value_range or spec.value_range
     said = f"images in [{low:g}, {high:g}]"
     if choices.value_range is None:
-        said += ": the configuration does not say; if the model was trained on others, --range 0,1"
+        said += ": the configuration does not say; if the model was trained on [0, 1], --range 0,1"
     old = any(name.endswith(".proj_attn.weight") for name in tensors)
     names = dataclasses.replace(NAMES, words={**_WORDS, **_OLD_WORDS}) if old else NAMES
     return Plan(
@@ -78,7 +78,7 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
 
 
 def _spec(config: Fields, image_size: int | None) -> tuple[ModelSpec, int]:
-    """The network that the configuration says, and how many levels it has. Raises InputError."""
+    """Returns the network of the configuration, and its number of levels. Raises InputError."""
     config.only("_class_name", "VQModel")
     config.only("norm_type", "group", default="group")
     config.only("act_fn", "silu", "swish", default="silu")
@@ -117,7 +117,7 @@ _FIELDS = (
 
 
 def _attending(config: Fields, levels: int) -> list[bool]:
-    """Whether each level has attention, from the finest on. Raises InputError."""
+    """Returns whether each level has attention, the finest first. Raises InputError."""
     down = config.texts("down_block_types", ["DownEncoderBlock2D"])
     up = config.texts("up_block_types", ["UpDecoderBlock2D"])
     for name, types, known in (("down_block_types", down, _DOWN), ("up_block_types", up, _UP)):

@@ -1,5 +1,7 @@
-"""VQModel of LlamaGen: the file says all sizes but the image's, and not whether codes are unit
-vectors."""
+"""Imports VQModel of LlamaGen.
+
+The file gives all sizes except that of the images, and does not say whether codes are unit vectors.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
 from vqref.validation import Array
 
 GROUPS = 32
-"""Of every norm."""
+"""The number of groups of every norm."""
 
 NAMES = Names(
     rows={
@@ -47,7 +49,7 @@ _BLOCK = re.compile(r"encoder\.conv_blocks\.(\d{1,2})\.res\.(\d{1,2})\.conv2\.we
 
 _UNIT = "codebook_l2_norm"
 _NO_PART = ("codebook_show_usage", "commit_loss_beta", "dropout_p", "entropy_loss_ratio")
-"""Fields of ``ModelArgs`` that say nothing about encoding and decoding."""
+"""Fields of ``ModelArgs`` that do not affect encoding and decoding."""
 
 
 def _knows(tensors: Mapping[str, Any]) -> bool:
@@ -59,15 +61,15 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
     options = checkpoint.options()
     side = choices.image_size or options.get("image_size")
     if type(side) is not int:
-        raise InputError("does not say the size of its images: --image-size N")
+        raise InputError("does not say the size of its images; give it with --image-size N")
     sizes = _sizes(tensors)
     if config is not None:
         _require(config, sizes)
     fields = config or Fields(checkpoint.path, options, checkpoint.sha256)
     if _UNIT not in fields.values:
         raise InputError(
-            f"does not say {_UNIT}; write it to a JSON file, for --config "
-            f'FILE: {{"{_UNIT}": true}} for the published ones'
+            f"does not say {_UNIT}; write it to a JSON file, and name that with --config "
+            f'FILE: {{"{_UNIT}": true}} for the published models'
         )
     normalized = fields.truth(_UNIT)
     levels = len(sizes["multipliers"])
@@ -91,7 +93,7 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
 
 
 def _sizes(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What the shapes say, under the names of the family. Raises InputError."""
+    """Returns the sizes that follow from shapes, by the family's names. Raises InputError."""
     channels = _shape(tensors, "encoder.conv_in.weight", 4)[0]
     places = [tuple(map(int, found.groups())) for found in map(_BLOCK.fullmatch, tensors) if found]
     levels, blocks = (1 + max((place[axis] for place in places), default=-1) for axis in (0, 1))
@@ -100,7 +102,9 @@ def _sizes(tensors: Mapping[str, Any]) -> dict[str, Any]:
         name = f"encoder.conv_blocks.{i}.res.0.conv2.weight"
         width = _shape(tensors, name, 4)[0]
         if not channels or width % channels:
-            raise InputError(f"the tensor {name} has {width} channels, no multiple of {channels}")
+            raise InputError(
+                f"the tensor {name} has {width} channels, expected a multiple of {channels}"
+            )
         multipliers.append(width // channels)
     num_codes, code_size = _shape(tensors, "quantize.embedding.weight", 2)
     return {
@@ -114,7 +118,7 @@ def _sizes(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shape(tensors: Mapping[str, Any], name: str, axes: int) -> tuple[int, ...]:
-    """Of a tensor that must be there. Raises InputError."""
+    """Returns the shape of a tensor that must exist. Raises InputError."""
     if name not in tensors:
         raise InputError(f"lacks {name}")
     shape = tuple(getattr(tensors[name], "shape", ()))
@@ -124,7 +128,7 @@ def _shape(tensors: Mapping[str, Any], name: str, axes: int) -> tuple[int, ...]:
 
 
 def _require(config: Fields, sizes: Mapping[str, Any]) -> None:
-    """Raises InputError for a field that says otherwise than the weights."""
+    """Raises InputError for a field that contradicts the weights."""
     names = {
         "codebook_size": "num_codes",
         "codebook_embed_dim": "code_size",
@@ -140,7 +144,7 @@ def _require(config: Fields, sizes: Mapping[str, Any]) -> None:
 
 
 def _unit_codes(params: dict[str, Array]) -> dict[str, Array]:
-    """With codes of unit norm, as they are used."""
+    """Returns the parameters with codes of unit norm, as the model uses them."""
     codes = params[CODEBOOK].astype(np.float64)
     norms = np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
     others = {name: a for name, a in params.items() if name not in (EMA_COUNT, EMA_MEANS)}

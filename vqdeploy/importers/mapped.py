@@ -1,4 +1,4 @@
-"""Any state dict of a network of ours, whose names a TOML file describes."""
+"""Imports any state dict of one of our networks; a TOML file describes its names."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vqref.errors import UsageError
 from vqref.spec import Layer, ModelSpec
 
 _COUNTER = re.compile(r"\{i(\+1)?\}")
-"""In names on both sides: a number, or the one after it, that counts from 0."""
+"""A counter in names on both sides: {i} counts from 0, {i+1} from 1."""
 
 
 def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) -> Plan:
@@ -39,7 +39,9 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
     for theirs in mapping.table("tensors").values:
         for ours, source in _sources(mapping.table("tensors"), theirs, names).items():
             if ours in sources:
-                raise mapping.table("tensors").fail(theirs, f"a name other than {ours}, again")
+                raise mapping.table("tensors").fail(
+                    theirs, f"a name other than {ours}, which is already mapped"
+                )
             sources[ours] = source
     for pattern in mapping.texts("zeros", []):
         biases = (name for name in names - set(sources) if name.endswith(".bias"))
@@ -52,8 +54,10 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
 
 
 def _network(fields: Fields) -> ModelSpec:
-    """The network of the table: a family and its sizes, ``range``, ``relu_in_place``. Raises
-    InputError."""
+    """Returns the network of a table: a family and its sizes, ``range``, ``relu_in_place``.
+
+    Raises InputError.
+    """
     fields.only("family", *families.FAMILIES)
     make = families.FAMILIES[fields.text("family")]
     known = inspect.signature(make).parameters
@@ -70,7 +74,7 @@ def _network(fields: Fields) -> ModelSpec:
 
 
 def _size(fields: Fields, name: str, default: Any) -> Any:
-    """A size, of the type that it has by default. Raises InputError."""
+    """Returns a size, which must have the type of its default. Raises InputError."""
     if isinstance(default, bool):
         return fields.truth(name)
     if isinstance(default, tuple):
@@ -81,8 +85,10 @@ def _size(fields: Fields, name: str, default: Any) -> Any:
 
 
 def _in_place(rows: tuple[Layer, ...]) -> tuple[Layer, ...]:
-    """PyTorch's ``ReLU(inplace=True)`` at the head of a residual block changes what the block's sum
-    adds, too."""
+    """Returns rows in which residual blocks add the output of their first ReLU, not its input.
+
+    PyTorch's ``ReLU(inplace=True)`` at the head of a block has that effect.
+    """
     relus = {
         before.name: row.name
         for before, row in itertools.pairwise(rows)
@@ -97,7 +103,7 @@ def _in_place(rows: tuple[Layer, ...]) -> tuple[Layer, ...]:
 
 
 def _sources(table: Fields, theirs: str, names: set[str]) -> dict[str, Source]:
-    """What one line of the mapping says: of each of ours, theirs. Raises InputError."""
+    """Returns the source of each of our parameters that one line maps. Raises InputError."""
     value = table.values[theirs]
     axes: tuple[int, ...] = ()
     if isinstance(value, str):

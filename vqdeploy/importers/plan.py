@@ -1,4 +1,4 @@
-"""What an importer takes and returns: it takes a file's content and returns a plan for a model."""
+"""The interface of importers: each takes a file's content and returns a plan for a model."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Choices:
 class Plan:
     """How a checkpoint becomes a model.
 
-    spec: the network. tensors: the checkpoint's tensors. sources, left_out: as ``tables.take``
-    takes them. said: what the user should know about choices that were made. finish: turns the
-    parameters that the tensors give into the final ones. files: other files that were used, with
-    their sha256. base: a model whose other parameters stay.
+    spec: the network. tensors: the checkpoint's tensors. sources, left_out: as for ``tables.take``.
+    said: lines for the user on the choices made. finish: turns the parameters from the tensors
+    into the final ones. files: other files that were used, with their sha256. base: a model whose
+    other parameters stay.
     """
 
     spec: ModelSpec
@@ -74,10 +74,13 @@ class Importer:
 
 
 def configuration(checkpoint: Checkpoint, choices: Choices) -> Fields:
-    """Returns the configuration that was named or is beside the file. Raises InputError."""
+    """Returns the configuration that the user named or that is beside the file.
+
+    Raises InputError.
+    """
     found = optional_configuration(checkpoint, choices)
     if found is None:
-        raise InputError("no configuration beside it; name it by --config FILE")
+        raise InputError("no configuration beside it; name it with --config FILE")
     return found
 
 

@@ -1,5 +1,7 @@
-"""Their tensors as our parameters: every tensor is used once, has its shape, or is left out by
-name."""
+"""Turns a checkpoint's tensors ("theirs") into our parameters ("ours").
+
+Every tensor is used once and has the expected shape, or is left out by name.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,10 @@ from vqref.validation import Array
 
 @dataclass(frozen=True)
 class Source:
-    """Which tensor of theirs is one of ours, once it is turned.
+    """The tensor that becomes one of our parameters, and how its axes change.
 
-    name: theirs. squeezed: its axes of length 1 that ours lacks. axes: which of the others become
-    the first, second, … of ours; () leaves them as they are.
+    name: the tensor's name. squeezed: its axes of length 1 that ours lacks. axes: which of the
+    others become the first, second, … axis of ours; () keeps their order.
     """
 
     name: str
@@ -31,7 +33,7 @@ class Source:
     axes: tuple[int, ...] = ()
 
     def shape(self, ours: Shape) -> Shape:
-        """What theirs must be. Raises InputError for axes that ours does not have."""
+        """Returns the shape that theirs must have. Raises InputError for axes that ours lacks."""
         if self.axes and sorted(self.axes) != list(range(len(ours))):
             raise InputError(f"the tensor {self.name}: axes {self.axes} are not those of {ours}")
         theirs = [ours[self.axes.index(i)] for i in range(len(ours))] if self.axes else [*ours]
@@ -40,15 +42,18 @@ class Source:
         return tuple(theirs)
 
     def turned(self, values: Array) -> Array:
-        """The values as ours."""
+        """Returns the values with the axes of ours."""
         values = np.squeeze(values, self.squeezed)
         return values.transpose(self.axes) if self.axes else values
 
 
 @dataclass(frozen=True)
 class Taken:
-    """params: ours, float32. converted: how many tensors had which other dtype. left_out: how many
-    tensors of theirs were left out, by the pattern that they fit."""
+    """The result of ``take``.
+
+    params: ours, float32. converted: how many tensors had another dtype, by dtype. left_out: how
+    many tensors were left out, by the pattern that they match.
+    """
 
     params: dict[str, Array]
     converted: Mapping[str, int]
@@ -63,13 +68,13 @@ def take(
     size: int,
     kept: Mapping[str, Array],
 ) -> Taken:
-    """Every parameter of the spec from their tensors.
+    """Takes every parameter of the spec from a checkpoint's tensors.
 
-    sources: by the name of the parameter; None for one that is all zeros. The averages of the
-    quantizer may be absent: each code then counts once. left_out: patterns of their names. size:
-    bytes of the file, more than which its tensors cannot have. kept: parameters that are there.
+    sources: by the parameter's name; None for a parameter of zeros. The averages of the quantizer
+    may be absent; then each code counts once. left_out: patterns for names of tensors to ignore.
+    size: the file's size in bytes; its tensors cannot be larger. kept: parameters that stay.
 
-    Raises InputError that names a tensor which is missing, left over, used twice, or other than
+    Raises InputError that names a tensor that is missing, left over, used twice, or not as
     expected.
     """
     wanted = {p.name: p.shape for p in spec.parameters if p.name not in kept}
@@ -96,7 +101,7 @@ def _require_all(wanted: Mapping[str, Shape], sources: Mapping[str, Source | Non
         raise InputError(f"the network has no {unknown[0]}; {_some('it has', [*wanted])}")
     free = () if EMA_COUNT in sources else (EMA_COUNT, EMA_MEANS)
     if unsaid := [name for name in wanted if name not in sources and name not in free]:
-        raise InputError(_some("nothing is said to be", unsaid))
+        raise InputError(_some("no tensor is given for", unsaid))
 
 
 def _require_there(
@@ -117,24 +122,23 @@ def _require_there(
 def _left_out(
     tensors: Mapping[str, Any], used: Mapping[str, Source], patterns: Sequence[str]
 ) -> Counter[str]:
-    """How many tensors that are not used fit each pattern. Raises InputError for one that fits
-    none."""
+    """Returns how many unused tensors match each pattern. Raises InputError if one matches none."""
     names = {source.name for source in used.values()}
     return Counter(_pattern(name, patterns) for name in tensors if name not in names)
 
 
 def _taken(source: Source, tensor: Any) -> tuple[Array, str]:
-    """One of ours, and the dtype of theirs. Raises InputError."""
+    """Returns a parameter, and the dtype of its tensor. Raises InputError."""
     theirs = floats(source.name, tensor)
     with np.errstate(over="ignore"):
         values = np.ascontiguousarray(source.turned(theirs.values), np.float32)
     if not np.isfinite(values).all():
-        raise InputError(f"the tensor {source.name} holds numbers that float32 does not")
+        raise InputError(f"the tensor {source.name} holds numbers that float32 cannot hold")
     return values, theirs.dtype
 
 
 def _pattern(name: str, patterns: Sequence[str]) -> str:
-    """The pattern that the name fits. Raises InputError if none does."""
+    """Returns the pattern that the name matches. Raises InputError if none does."""
     found = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
     if found is None:
         raise InputError(f"holds a tensor that the network does not have: {name}")

@@ -1,4 +1,4 @@
-"""VQModel of taming-transformers: a ``.ckpt`` and its ``.yaml``."""
+"""Imports VQModel of taming-transformers: a ``.ckpt`` and its ``.yaml``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vqdeploy.importers.vqgan import TAMING_ROWS, TAMING_WORDS, Names, described
 from vqref.spec import ModelSpec
 
 GROUPS = 32
-"""Of every norm."""
+"""The number of groups of every norm."""
 
 NAMES = Names(
     rows={
@@ -49,7 +49,7 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
 
 
 def _spec(config: Fields, image_size: int | None) -> tuple[ModelSpec, int]:
-    """The network that the configuration says, and how many levels it has. Raises InputError."""
+    """Returns the network of the configuration, and its number of levels. Raises InputError."""
     model = config.table("model") if "model" in config.values else config
     model.only("target", "taming.models.vqgan.VQModel")
     params = model.table("params")

@@ -1,4 +1,4 @@
-"""What the importers of VQGANs share: the names of rows, in blocks and levels, as theirs."""
+"""What the importers of VQGANs share: how rows in blocks and levels are named."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ROWS = {
     "decoder.conv_in": "decoder.conv_in",
     "decoder.conv_out": "decoder.conv_out",
 }
-"""The rows that all three call the same."""
+"""The rows that have the same names in all three libraries."""
 
 TAMING_ROWS = {
     **ROWS,
@@ -39,17 +39,18 @@ TAMING_WORDS = {
     "value": "v",
     "out": "proj_out",
 }
-"""What LlamaGen has of taming-transformers, from which its code comes."""
+"""The names that LlamaGen shares with taming-transformers, from which its code comes."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """How a library calls the rows of a VQGAN.
+    """How a library names the rows of a VQGAN.
 
-    rows: of one of ours, theirs. groups: of a block or an attention. words: of a row within those,
-    where it is another. Our names are written without numbers of levels; in theirs ``{fine}``
-    counts levels from the finest, ``{coarse}`` from the coarsest, ``{j}`` within a level, from 0.
-    convolutions: whether their attention's matrices are 1×1 convolutions.
+    rows: the library's name for each of our rows. groups: the same for blocks and attentions.
+    words: the same for rows within groups, if the name differs. Our names are written without
+    numbers of levels. In the library's names ``{fine}`` counts levels from the finest, ``{coarse}``
+    from the coarsest, and ``{j}`` counts within a level, all from 0. convolutions: whether the
+    matrices of attention are 1×1 convolutions.
     """
 
     rows: Mapping[str, str]
@@ -58,7 +59,7 @@ class Names:
     convolutions: bool
 
     def sources(self, spec: ModelSpec, levels: int) -> dict[str, Source | None]:
-        """Theirs of every row with parameters, and of the codebook."""
+        """Returns the source of every row's parameters, and of the codebook."""
         found: dict[str, Source | None] = {CODEBOOK: Source("quantize.embedding.weight")}
         for layer in spec.layers:
             for name, shape in layer.parameters:
@@ -80,10 +81,10 @@ class Names:
 
 
 def described(where: str, **sizes: Any) -> ModelSpec:
-    """The network of these sizes. where: what says them. Raises InputError if none has them."""
+    """Returns the network of these sizes. Raises InputError, with ``where``, for invalid ones."""
     return fitting(where, partial(families.vqgan, **sizes))
 
 
 def grid_sides(side: int, levels: int) -> tuple[int, ...]:
-    """Of the feature maps of an image of this side, from the finest level on."""
+    """Returns the sides of the feature maps of an image of this side, the finest level first."""
     return tuple(side // 2**i for i in range(levels))

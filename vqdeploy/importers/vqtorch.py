@@ -1,4 +1,4 @@
-"""The codebook of vector-quantize-pytorch, in the place of that of a model of ours."""
+"""Imports a codebook of vector-quantize-pytorch into one of our models."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from vqref.spec import CODEBOOK, EMA_COUNT, EMA_MEANS
 from vqref.validation import Array
 
 _EMBED = "_codebook.embed"
-"""What the name of a codebook ends with; what is before it is the quantizer's own name."""
+"""The end of a codebook's name. The quantizer's own name is before it."""
 
 UNIT = 1e-4
-"""How far the norm of a code may be from 1, for float16 and less, and count as 1."""
+"""The largest difference from 1 at which a code's norm counts as 1. It allows for float16."""
 
 
 def _knows(tensors: Mapping[str, Any]) -> bool:
@@ -32,7 +32,7 @@ def _knows(tensors: Mapping[str, Any]) -> bool:
 
 def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) -> Plan:
     if choices.model is None:
-        raise UsageError("a codebook alone is no model: --model MODEL names the one that gets it")
+        raise UsageError("a codebook is not a model; name the model that gets it: --model MODEL")
     model, sha256 = read_source(choices.model)
     quantizer = _quantizer(tensors)
     own = {name: value for name, value in tensors.items() if name.startswith(quantizer)}
@@ -41,7 +41,7 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
     size = model.spec.code_size
     if len(found) != 3 or found[0] != 1 or found[2] != size or not found[1]:
         raise InputError(f"the tensor {book}embed has shape {found}, expected (1, K, {size})")
-    with parsed(f"{book}initted is no truth value"):
+    with parsed(f"{book}initted is not true or false"):
         begun = bool(own.get(f"{book}initted", True))
     if not begun:
         raise InputError(f"{book}initted is false: the codebook was never initialised")
@@ -53,7 +53,7 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
     if others := len(tensors) - len(own):
         said.append(f"left out {others} tensors that are not of {quantizer or 'the quantizer'}")
     if model.prior is not None:
-        said.append("left out the prior, which is of the former tokens")
+        said.append("left out the prior, which describes the former tokens")
     changed = partial(dataclasses.replace, model.spec, num_codes=found[1])
     return Plan(
         fitting("it", changed),
@@ -68,7 +68,7 @@ def _plan(checkpoint: Checkpoint, tensors: Mapping[str, Any], choices: Choices) 
 
 
 def _quantizer(tensors: Mapping[str, Any]) -> str:
-    """What the names of its tensors begin with. Raises InputError for several codebooks."""
+    """Returns the quantizer's name. Raises InputError unless there is exactly one codebook."""
     found = [name for name in tensors if name.endswith(_EMBED)]
     if len(found) != 1:
         raise InputError(f"holds {len(found)} codebooks: {', '.join(found[:3])}; expected one")
@@ -76,12 +76,14 @@ def _quantizer(tensors: Mapping[str, Any]) -> str:
 
 
 def _fitting_norms(model: Model, name: str, params: dict[str, Array]) -> dict[str, Array]:
-    """Raises InputError for codes of unit norm beside other latents, and the other way round."""
+    """Raises InputError if only one of codes and latents has unit norm."""
     norms = np.linalg.norm(params[CODEBOOK].astype(np.float64), axis=1)
     unit = bool(np.all(np.abs(norms - 1) < UNIT))
     if unit != model.spec.normalized and (unit or model.spec.normalized) and len(norms) > 1:
-        kind = "are unit vectors, the latents" if unit else "are no unit vectors, as the latents"
-        raise InputError(f"the codes of {name} {kind} of the network are{' not' * unit}")
+        kind = "are unit vectors" if unit else "are not unit vectors"
+        raise InputError(
+            f"the codes of {name} {kind}, but the latents of the network are{' not' * unit}"
+        )
     return params
 
 

@@ -1,12 +1,12 @@
-// Holds what the graphs answer in this browser to the oracle's answers to the golden batch. What an
-// answer may be was decided by the package, when it wrote the page: an error for each image, and for
-// each token at a near tie the codes that rounding may choose.
+// Compares the graphs' answers in this browser with the oracle's, on the golden batch. The package
+// decided which answers are right when it wrote the page: how far the values of each image may be
+// off, and which codes rounding may choose for each token at a near tie.
 
 import { each } from "./graphs.js";
 
-// Yields a row of the report per check. run: (stage) to a function that runs the graph. arrays:
-// (name) to { shape, data } of one of the page's arrays. walked: (tokens, golden log p) to what
-// the steps of the prior give for them.
+// Yields a row of the report per check. run: takes a stage and returns a function that runs its
+// graph. arrays: takes a name and returns { shape, data } of that array of the page. walked: takes
+// tokens and golden log p, and returns the log p that the prior's steps give.
 export async function* verify(manifest, checks, run, arrays, walked) {
   const codebook = await arrays("codebook");
   const golden = {};
@@ -32,14 +32,14 @@ export async function* verify(manifest, checks, run, arrays, walked) {
 
 const JUDGES = { values: judgeValues, tokens: judgeTokens, copies: judgeCopies };
 
-// Each value beside its image's scale.
+// Compares each error with the scale of its image.
 function judgeValues({ output, scale, tolerance }, answers, golden) {
   const [found, expected] = [answers[output], golden[output].data];
   const size = expected.length / scale.length;
   let [largest, squares, wrong] = [0, 0, 0];
   for (let i = 0; i < expected.length; i++) {
     const error = Math.abs(found[i] - expected[i]) / scale[Math.floor(i / size)];
-    if (!(error <= tolerance)) wrong++; // as NaN is
+    if (!(error <= tolerance)) wrong++; // NaN is wrong too
     largest = error > largest || Number.isNaN(error) ? error : largest;
     squares += error * error;
   }
@@ -47,7 +47,7 @@ function judgeValues({ output, scale, tolerance }, answers, golden) {
   return { compared, largest, rms: Math.sqrt(squares / compared), tolerance, wrong };
 }
 
-// Each token is the oracle's, or one of the codes that rounding may choose in its place.
+// A token must be the oracle's, or one of the codes that rounding may choose instead.
 function judgeTokens({ expected, ties }, answers) {
   const found = answers.indices;
   let [flips, wrong] = [0, 0];
@@ -60,7 +60,7 @@ function judgeTokens({ expected, ties }, answers) {
   return { compared: expected.length, certified: expected.length - near, ties: near, flips, wrong };
 }
 
-// The rows of the codebook that the same answer's tokens name, to the last bit.
+// The copies must be the rows of the codebook that the answer's own tokens name, bit for bit.
 function judgeCopies(_, { indices, quantized }, { codebook }) {
   const copied = rowsOf(codebook, indices, [1, indices.length]).data;
   const wrong = copied.reduce((count, value, i) => count + (value !== quantized[i]), 0);

@@ -1,13 +1,13 @@
-// The graphs of a bundle in onnxruntime-web, in a browser or in node. Whatever a graph takes and
-// gives is said by the bundle's manifest. An array is flat, one image's values after another's.
+// Runs the graphs of a bundle in onnxruntime-web, in a browser or in node. The bundle's manifest
+// lists their inputs and outputs. Arrays are flat: one image's values after another's.
 
-const BATCH = 64; // images per call, unless the graphs take one number alone
+const BATCH = 64; // images per call, unless the graphs take only one batch size
 const TYPES = { float32: [Float32Array, Number], int32: [Int32Array, Number], int64: [BigInt64Array, BigInt] };
 
 export const product = (sizes) => sizes.reduce((a, b) => a * b, 1);
 
-// A function that runs a graph: (arrays by the names of its inputs, the number of images) to arrays
-// by the names of its outputs. `content`: the bytes of its file, held to the manifest's sha256
+// Returns a function that runs a graph. It takes arrays by input name and the number of images, and
+// returns arrays by output name. `content`: the bytes of the graph's file, whose sha256 is checked
 // before onnxruntime sees them. Browsers compute no sha256 for a page that came by plain http.
 export async function opened(ort, manifest, stage, content) {
   const { file, inputs, outputs } = manifest.graphs[stage];
@@ -16,7 +16,7 @@ export async function opened(ort, manifest, stage, content) {
   const session = await ort.InferenceSession.create(new Uint8Array(content), { executionProviders: ["wasm"] });
 
   return async (arrays, count) => {
-    const batch = manifest.batch ?? count; // of which those after `count` stay 0
+    const batch = manifest.batch ?? count; // images after `count` stay 0
     const feeds = {};
     for (const { name, dtype, shape } of inputs) {
       const [type, as] = TYPES[dtype];
@@ -36,8 +36,8 @@ export async function opened(ort, manifest, stage, content) {
   };
 }
 
-// Runs a graph of one input on any number of images. rows: an array for each. Returns, by the names
-// of its outputs, an array for each.
+// Runs a graph with one input on any number of images. rows: an array per image. Returns an array
+// per image, by output name.
 export async function each(run, manifest, stage, rows) {
   const { inputs, outputs } = manifest.graphs[stage];
   const size = product(inputs[0].shape.slice(1)); // the first axis is the batch
@@ -53,7 +53,7 @@ export async function each(run, manifest, stage, rows) {
   return results;
 }
 
-// A flat array as `count` equal parts.
+// Splits a flat array into `count` equal parts.
 export function split(data, count) {
   const size = data.length / count;
   return Array.from({ length: count }, (_, i) => data.slice(i * size, (i + 1) * size));

@@ -1,11 +1,11 @@
-// The map of tokens: a button for each, in the colour of its code, as they lie in the picture. One of
-// them is in the tab order; arrow keys go from one to the next.
+// The map of tokens: a button per token, in the colour of its code and at its place in the picture.
+// Only one of them is in the tab order; arrow keys move between them.
 
-const NUMBERED = 8; // tokens across, up to which each shows its code
-const ACROSS = 16; // tokens in a row of those that do not lie in a grid
+const NUMBERED = 8; // each token shows its code if a row has at most so many
+const ACROSS = 16; // tokens in a row if they have no grid
 
 export class TokenMap {
-  // shape: of the latents, (S,), (h, w) or (h, w, g). chosen: called with the place of a token.
+  // shape: the latents' shape, (S,), (h, w) or (h, w, g). chosen: called with the place of a token.
   constructor(element, shape, colours, chosen) {
     const [count, across, depth] = shape;
     this.colours = colours;
@@ -25,7 +25,7 @@ export class TokenMap {
     this.choose(null);
   }
 
-  // Where a token lies, in words.
+  // Says in words where a token lies.
   where(place) {
     const [cell, level] = [Math.floor(place / this.depth), place % this.depth];
     const [row, column] = [Math.floor(cell / this.columns) + 1, (cell % this.columns) + 1];
@@ -75,7 +75,7 @@ export class TokenMap {
   }
 }
 
-// Whether black is read better on a colour "#rrggbb" than white.
+// Returns whether black is easier to read on a colour "#rrggbb" than white.
 function isLight(colour) {
   const linear = [1, 3, 5].map((at) => (parseInt(colour.slice(at, at + 2), 16) / 255) ** 2.2);
   return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] > 0.18;

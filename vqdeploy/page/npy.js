@@ -2,7 +2,7 @@
 
 const TYPES = { "|u1": Uint8Array, "<f4": Float32Array, "<f8": Float64Array, "<i8": BigInt64Array };
 
-// Returns { shape, data }, int64 as numbers.
+// Returns { shape, data }, with int64 turned into numbers.
 export function readNpy(buffer) {
   const view = new DataView(buffer);
   const start = view.getUint8(6) === 1 ? 10 : 12;

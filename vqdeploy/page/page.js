@@ -1,4 +1,4 @@
-// The page: what is shown, and what people do. The worker computes.
+// The page: shows results and handles input. The worker computes.
 
 import { TokenMap } from "./map.js";
 import { drawable, paint } from "./paint.js";
@@ -30,7 +30,7 @@ function fail(error) {
   at("error").hidden = false;
 }
 
-// Runs what may fail for a reason that people should read.
+// Runs work that may fail, and shows the reason.
 async function attempt(work) {
   at("error").hidden = true;
   try {
@@ -56,7 +56,7 @@ function begin() {
     "and the tokens become a picture again.";
   at("preprocessing").textContent = facts.pictures;
 
-  // One task after another; of those that wait, the last alone counts.
+  // Returns a function that runs a task. Calls during a run lead to one more run, after it.
   function latest(task) {
     let [busy, again] = [false, false];
     return async () => {
@@ -129,7 +129,7 @@ function begin() {
     paint(picture, state.image, shape, 255);
     await encoded();
     const size = `${found.height}×${found.width}`;
-    const exactly = found.exact ? "read exactly as the package does" : "this browser may read it a level otherwise than the package";
+    const exactly = found.exact ? "read exactly as the package does" : "this browser may read it a level differently from the package";
     say(`${file.name}, ${size} pixels: ${exactly}.`);
   }
 
@@ -272,7 +272,7 @@ function begin() {
         });
         const digests = done.digests
           ? "Every graph has the digest of the manifest."
-          : "Digests were not checked: browsers compute none for pages that come without https.";
+          : "Digests were not checked: browsers compute none for pages without https.";
         const verdict = wrong ? `Wrong: ${wrong} answers are not the oracle’s.` : "Verified: what runs here is what was trained.";
         at("verdict").textContent = `${verdict} ${digests}`;
       } catch (error) {
@@ -300,7 +300,7 @@ function reported({ name, compared, largest, rms, tolerance, certified, ties, fl
   return row;
 }
 
-// The numbers of a vector as bars from a line at 0.
+// Draws the numbers of a vector as bars from a line at 0.
 function bars(canvas, vector) {
   const box = canvas.getBoundingClientRect();
   const [width, height] = [canvas.width, canvas.height] = [Math.round(2 * box.width), Math.round(2 * box.height)];

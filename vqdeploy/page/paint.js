@@ -1,6 +1,6 @@
-// Images on canvases, and drawing on one. An image is [C, H, W], channel after channel.
+// Shows images on canvases, and lets people draw on one. An image is [C, H, W], channel by channel.
 
-// Shows an image whose levels are in [0, 1], or in [0, 255]. Of two channels, or more than four, the
+// Shows an image whose levels are in [0, white]. With two channels, or more than four, only the
 // first is shown.
 export function paint(canvas, image, [channels, height, width], white = 1) {
   canvas.width = width;
@@ -19,11 +19,11 @@ export function paint(canvas, image, [channels, height, width], white = 1) {
 
 // Lets people draw on a canvas, with a pointer, or with arrow keys and space.
 //
-// pen: the element that shows where the keyboard's pen is. style: () to { colour, width }. changed:
-// called after each stroke of the pen.
+// pen: the element that shows where the keyboard's pen is. style: returns { colour, width }.
+// changed: called after each stroke of the pen.
 export function drawable(canvas, pen, style, changed) {
   let last = null; // where the pointer was, while it is down
-  let [place, down] = [null, false]; // of the keyboard's pen
+  let [place, down] = [null, false]; // the keyboard's pen
   const context = () => canvas.getContext("2d", { willReadFrequently: true });
 
   function line(from, to) {

@@ -1,10 +1,12 @@
-// Pictures as the images of a model: what the entry `preprocessing` of a bundle's manifest says, as
-// Pillow does it, to the last bit. Needs nothing, so that it runs in a browser, too.
+// Turns pictures into the images of a model, as the entry `preprocessing` of a bundle's manifest
+// says. The result is Pillow's, to the last bit. Imports nothing, so it runs in a browser too.
 //
-// A picture is { width, height, channels, data }, 8 bits, row by row, channel beside channel.
+// A picture is { width, height, channels, data }: 8 bits, row by row, the channels of a pixel
+// together.
 
-// Returns an image [C, H, W], channel after channel, of a picture with 4 channels: red, green, blue
-// and alpha, not premultiplied. orientation: of its EXIF data, 1 to 8.
+// Returns an image [C, H, W], channel by channel. picture: has 4 channels, red, green, blue and
+// alpha, not premultiplied. orientation: the EXIF orientation, 1 to 8. done: the entry
+// `preprocessing`.
 export function prepare(picture, orientation, done, [channels, height, width]) {
   if (![1, 3, 4].includes(channels))
     throw new Error(`pictures do not have the model's ${channels} channels`);
@@ -18,18 +20,18 @@ export function prepare(picture, orientation, done, [channels, height, width]) {
   return planar(found);
 }
 
-// Channel beside channel to channel after channel.
+// Reorders pixels: from pixel by pixel to channel by channel.
 export function planar({ width, height, channels, data }) {
   const size = width * height;
   return Uint8Array.from(data, (_, i) => data[(i % size) * channels + Math.floor(i / size)]);
 }
 
-// And back.
+// Reorders them back.
 export function interleaved({ width, height, channels, data }) {
   return planar({ width: channels, height: 1, channels: width * height, data });
 }
 
-// Turned as the EXIF data say. Where a pixel comes from: x and y change places from 5 on.
+// Turns a picture as its EXIF data say. From orientation 5 on, x and y change places.
 function upright({ width, height, channels, data }, orientation) {
   const aside = orientation > 4;
   const [w, h] = aside ? [height, width] : [width, height];
@@ -45,7 +47,7 @@ function upright({ width, height, channels, data }, orientation) {
   return { width: w, height: h, channels, data: turned };
 }
 
-// Each pixel changed by a function from an array of channels to an array of `channels`.
+// Changes each pixel by a function that takes its channels and returns `channels` new ones.
 function mapped(picture, channels, change) {
   const data = new Uint8Array(picture.width * picture.height * channels);
   for (let from = 0, to = 0; to < data.length; from += picture.channels, to += channels)
@@ -63,8 +65,8 @@ function grey(picture) {
   return mapped(picture, 1, ([r, g, b]) => [(19595 * r + 38470 * g + 7471 * b + 0x8000) >> 16]);
 }
 
-// The largest box [left, top, right, bottom] in the middle of a picture that is as wide for its
-// height as the image.
+// Returns the largest box [left, top, right, bottom] in the middle of a picture that has the
+// proportions of the image.
 function middle({ width: w, height: h }, height, width) {
   if (w * height <= h * width) {
     const part = (w * height) / width;
@@ -74,7 +76,7 @@ function middle({ width: w, height: h }, height, width) {
   return [(w - part) / 2, 0, (w + part) / 2, h];
 }
 
-// A box of a picture by Lanczos' filter, across, then down, with 8 bits between the two.
+// Resizes a box of a picture by Lanczos' filter: across, then down, with 8 bits in between.
 function resized(picture, height, width, box) {
   const [left, top, right, bottom] = box.map(Math.fround);
   const { width: w, height: h, channels } = picture;
@@ -87,7 +89,7 @@ function resized(picture, height, width, box) {
   return channels === 4 && !same ? plain(both(premultiplied(picture))) : both(picture);
 }
 
-// Colours count by their alpha.
+// Multiplies colours by their alpha.
 const premultiplied = (picture) =>
   mapped(picture, 4, (pixel) => pixel.map((level, i) => (i < 3 ? Math.round((level * pixel[3]) / 255) : level)));
 
@@ -98,14 +100,14 @@ function plain(picture) {
 
 function filtered({ width, height, channels, data }, across, start, end, size) {
   const [w, h] = across ? [size, height] : [width, size];
-  // Between the levels of a line and between lines, in the picture and in the new one.
+  // Distances between the levels of a line and between lines, in the picture and in the new one.
   const [step, line] = across ? [channels, width * channels] : [width * channels, channels];
   const [stepOut, lineOut] = across ? [channels, w * channels] : [w * channels, channels];
   const out = new Uint8ClampedArray(w * h * channels);
   weights(across ? width : height, start, end, size).forEach(([first, factors], place) => {
     for (let i = 0; i < (across ? height : width); i++) {
       for (let channel = 0; channel < channels; channel++) {
-        let sum = 1 << 21; // a half, in the 22 bits behind the point
+        let sum = 1 << 21; // a half, with 22 bits after the point
         for (let k = 0; k < factors.length; k++)
           sum += factors[k] * data[i * line + (first + k) * step + channel];
         out[i * lineOut + place * stepOut + channel] = sum >> 22;
@@ -115,8 +117,8 @@ function filtered({ width, height, channels, data }, across, start, end, size) {
   return { width: w, height: h, channels, data: out };
 }
 
-// For each of `size` places between start and end the first level that counts there, and the
-// factors of this and the next, in units of 2^-22.
+// Returns [first, factors] for each of `size` places between start and end: the first level that
+// counts there, and the factors of it and the next ones, in units of 2^-22.
 function weights(length, start, end, size) {
   const scale = Math.fround(end - start) / size;
   const stretch = Math.max(scale, 1);

@@ -1,22 +1,22 @@
-// Samples of a learned prior: the tokens of a seed, the same on every machine where they are
-// certified. Needs nothing, so that it runs in node and in a browser.
+// Draws samples from a learned prior. Certified tokens of a seed are the same on every machine.
+// Imports nothing, so it runs in node and in a browser.
 //
-// Token s is the code of the largest log p / temperature + noise, given the tokens before it. The
-// noise of sample i is a function of the seed and i alone: of each word of Philox 4x64-10 (Salmon et
-// al. 2011), whose key is the seed and whose counter begins at i * 2^192, the upper 52 bits are
-// u = (bits + 1/2) / 2^52, and the noise is -log(-log(u)).
+// Token s is the code with the largest log p / temperature + noise, given the tokens before it. The
+// noise of sample i depends only on the seed and i. It comes from Philox 4x64-10 (Salmon et al.
+// 2011), whose key is the seed and whose counter starts at i * 2^192. The upper 52 bits of a word
+// give u = (bits + 1/2) / 2^52, and the noise is -log(-log(u)).
 
 const WORD = (1n << 64n) - 1n;
 const FACTORS = [0xd2e7470ee14c6c93n, 0xca5a826395121157n];
 const STEPS = [0x9e3779b97f4a7c15n, 0xbb67ae8584caa73bn];
-const ROUNDING = 2 ** -48; // more than the arithmetic of a score gets wrong, of the largest
+const ROUNDING = 2 ** -48; // bounds the error of computing a score, relative to the largest
 
-// The tokens of the samples of some numbers, [tokens, whether all are certified] each.
+// Draws the samples with the given numbers. Returns [tokens, whether all are certified] of each.
 //
 // step: runs the graph prior_step; null if there is no learned prior, and all codes are equally
-// likely. positions, codes: how many tokens a sample has, and how many codes there are. kept: the
-// numbers that keys, or values, have per sample. seed: a BigInt from 0 to 2^128 - 1. tolerance: the
-// error { relative, floor } that log p is allowed; without it nothing is certified.
+// likely. positions: tokens per sample. codes: the number of codes. kept: how many numbers keys, or
+// values, have per sample. seed: a BigInt from 0 to 2^128 - 1. tolerance: the error
+// { relative, floor } that log p may have; without it nothing is certified.
 export async function draw(step, { positions, codes, kept }, seed, numbers, temperature, tolerance) {
   const noises = numbers.map((number) => gumbel(seed, number, positions * codes));
   const drawn = numbers.map(() => [[], tolerance !== undefined]);
@@ -40,7 +40,8 @@ export async function draw(step, { positions, codes, kept }, seed, numbers, temp
   return drawn;
 }
 
-// The code of the best score, the first of several, and whether no error in log p changes it.
+// Returns the code with the best score (the first on a tie), and whether it is certified: no error
+// that log p may have changes it.
 function choose(logP, noise, temperature, tolerance) {
   let [best, most, next, size, largest] = [0, -Infinity, -Infinity, 0, 0];
   for (let k = 0; k < logP.length; k++) {
@@ -67,7 +68,7 @@ function gumbel(seed, number, count) {
   return noise;
 }
 
-// Four words of 64 bits of a counter of four and a key of two. NumPy counts from 1.
+// Returns four words of 64 bits from a counter of four and a key of two. NumPy counts from 1.
 function philox([a, b, c, d], [first, second]) {
   for (let round = 0; round < 10; round++) {
     const [left, right] = [FACTORS[0] * a, FACTORS[1] * c];

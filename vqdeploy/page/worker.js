@@ -1,4 +1,5 @@
-// All that computes, beside the page: one request after another, each answered by its number.
+// Computes everything, outside the page's thread. Requests run one by one; each answer has the
+// number of its request.
 
 import { opened, product, each } from "./graphs.js";
 import { verify } from "./golden.js";
@@ -9,7 +10,7 @@ import * as ort from "./runtime/ort.js";
 
 const SHOWN_NEAR = 8;
 
-ort.env.wasm.numThreads = 1; // more need headers that not every web server sends
+ort.env.wasm.numThreads = 1; // more threads need headers that not every web server sends
 ort.env.wasm.wasmPaths = { wasm: new URL("./runtime/ort.wasm", import.meta.url).href };
 
 const fetched = async (path) => {
@@ -19,7 +20,7 @@ const fetched = async (path) => {
 };
 const fetchedJson = async (path) => JSON.parse(new TextDecoder().decode(await fetched(path)));
 
-// The value of a function per argument, made once.
+// Returns a function that computes the value of each argument only once.
 function once(make) {
   const made = new Map();
   return (name) => {
@@ -36,7 +37,7 @@ const graph = once(async (stage) => {
   return opened(ort, said, stage, await fetched(`model/${said.graphs[stage].file}`));
 });
 
-// The rows that a graph gives for rows.
+// Runs a graph on rows, and returns the rows of its first output.
 async function run(stage, rows) {
   const said = await manifest();
   const found = await each(await graph(stage), said, stage, rows);
@@ -49,7 +50,7 @@ const requests = {
     return { manifest: await manifest(), facts: await facts(), start: (await array("start")).data };
   },
 
-  // An image [C, H, W] of 8 bits, of a file; and whether this browser read it as Pillow does.
+  // Returns a file's image [C, H, W], 8 bits, and whether this browser read it as Pillow does.
   async prepare(file) {
     const bitmap = await createImageBitmap(file, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
     const { width, height } = bitmap;
@@ -61,14 +62,14 @@ const requests = {
     return { image, width, height, exact: await isExact(file, data) };
   },
 
-  // The tokens of an image of 8 bits.
+  // Returns the tokens of an image of 8 bits.
   async encode(image) {
     return Array.from((await run("tokenizer", [Float64Array.from(image, (level) => level / 255)]))[0]);
   },
 
   decode: (rows) => run("detokenizer", rows),
 
-  // The vector of a code, and the codes next to it.
+  // Returns the vector of a code, and the codes nearest to it.
   async code(code) {
     const { shape: [count, size], data } = await array("codebook");
     const row = (k) => data.subarray(k * size, (k + 1) * size);
@@ -105,7 +106,7 @@ const requests = {
   },
 };
 
-// What draw() needs to know of a prior.
+// Returns the sizes that draw() needs.
 function sizes({ spec, prior, graphs }) {
   const keys = graphs.prior_step?.inputs.find(({ name }) => name === "keys");
   return {
@@ -115,8 +116,8 @@ function sizes({ spec, prior, graphs }) {
   };
 }
 
-// log p (n, P, K) of the first P positions of rows of tokens (n, S), flat. `batch`: the one number of
-// rows that the graph takes, if it takes one alone.
+// Returns log p (n, P, K), flat, of the first P positions of rows of tokens (n, S). `batch`: the
+// only number of rows that the graph takes, if it does not take any.
 async function walk(step, { positions, codes, kept }, batch, indices, { shape: [count, walked] }) {
   const found = new Float32Array(count * walked * codes);
   for (let first = 0; first < count; first += batch ?? count) {
@@ -134,7 +135,7 @@ async function walk(step, { positions, codes, kept }, batch, indices, { shape: [
   return found;
 }
 
-// Opaque pictures of lossless formats of at most 8 bits are read alike by all.
+// Every browser reads opaque pictures of lossless formats with at most 8 bits alike.
 async function isExact(file, data) {
   const head = new Uint8Array(await file.slice(0, 26).arrayBuffer());
   const begins = (text) => String.fromCharCode(...head.subarray(0, text.length)) === text;

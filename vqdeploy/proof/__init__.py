@@ -1,1 +1,1 @@
-"""What a bundle proves itself with, and what was proved."""
+"""The checks that verify a bundle, and the certificates on what they found."""

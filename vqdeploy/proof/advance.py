@@ -1,5 +1,7 @@
-"""Tokens proved in advance, and what a machine shows that gives others: it computes in another
-arithmetic than it says. The proofs are ``vqref.agreement.advance``'s."""
+"""Compares a machine's tokens with those that ``vqref.agreement.advance`` proves in advance.
+
+If a proved token differs, the machine does not compute in the arithmetic that it claims.
+"""
 
 from __future__ import annotations
 
@@ -27,28 +29,31 @@ if TYPE_CHECKING:
 REFUTED_BY = "a machine that computes float32 in any order and gives another token for one of them"
 
 OWN_SECONDS, DATA_SECONDS, DATA_SHARE = 1.2, 5.0, 4
-"""What proofs of a ``verify`` take at worst: as many as go into the first, and a fourth of the
-further images more, within the second."""
+"""The time that ``verify`` may spend on proofs: OWN_SECONDS, and for given images the time to prove
+one in DATA_SHARE of them, at most DATA_SECONDS."""
 
 EXPORT_SECONDS = 2.5
-"""The same of an ``export``."""
+"""The time for proofs in ``export``."""
 
 EXPLAINED = 4
-"""Images with tokens that differ, for which another arithmetic is sought."""
+"""The most images on which to look for the arithmetic that explains wrong tokens."""
 
 
 def require_float32(bundle: Bundle) -> None:
-    """Raises InputError for a bundle of whose networks nothing is proved."""
+    """Raises InputError if nothing can be proved about the bundle's networks."""
     if bundle.precision != CLAIM:
         raise InputError(
-            f"{bundle.path}: its networks are {bundle.precision}, which rounds activations, too; "
-            "proofs are of float32: export it with --precision fp32"
+            f"{bundle.path}: its networks are {bundle.precision}, which also rounds activations; "
+            "proofs need float32: export it with --precision fp32"
         )
 
 
 def provable(spec: ModelSpec, own: int, data: int) -> int:
-    """Of how many of ``own`` images and ``data`` further ones a ``verify`` proves the tokens; none
-    if the oracle is too slow, or nothing can be proved."""
+    """Returns for how many images ``verify`` proves the tokens.
+
+    own: how many images the bundle has itself. data: how many were given besides. Returns 0 if the
+    oracle is too slow or nothing can be proved.
+    """
     one = seconds_per_proof(spec)
     seconds = OWN_SECONDS + min(DATA_SECONDS, data * one / DATA_SHARE)
     return min(own + data, int(seconds / one))
@@ -57,11 +62,12 @@ def provable(spec: ModelSpec, own: int, data: int) -> int:
 def told_at_export(
     spec: ModelSpec, params: Params, images: Array, facts: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The manifest's entry ``proved``: ``count_proved`` of as many of the measured images as an
-    export proves, and ``of`` what these are. No entry if the oracle is too slow, or the networks
-    are not float32, or nothing can be proved.
+    """Returns the manifest's entry ``proved``, on as many of the images as an export has time for.
 
-    facts: the manifest's others.
+    It holds what ``count_proved`` finds, and ``of``, which names the images. There is no entry if
+    the oracle is too slow, if the networks are not float32, or if nothing can be proved.
+
+    images: the measured images. facts: the manifest's other entries.
     """
     few = int(EXPORT_SECONDS / seconds_per_proof(spec))
     if facts["precision"] != CLAIM or not few:
@@ -79,18 +85,17 @@ def check_proved(
     arithmetic: str = CLAIM,
     places: npt.NDArray[np.int64] | None = None,
 ) -> Check:
-    """Holds the tokens (N, S) that a machine gives for images to those that are proved for the
-    arithmetic that it claims; no other may differ.
+    """Checks that a machine gives the proved tokens (N, S). Tokens without a proof may differ.
 
-    The stage ``tokenizer`` lets an encoder be off by a tolerance: what was measured of right ones,
-    and some more. A machine beyond it may still be right, only adding in an order that nobody
-    measured. Here nothing is measured: whatever the order, a proved token does not move, and one
-    that differs shows another arithmetic. The bound is wider than the tolerance, so fewer tokens
-    are held.
+    The stage ``tokenizer`` allows the encoder a tolerance, which was measured on correct encoders
+    and then widened. A machine beyond that tolerance may still be correct if it adds in an order
+    that nobody measured. This check uses no measurement. A proved token is the same in every order,
+    so a proved token that differs shows another arithmetic. The bound is wider than the tolerance,
+    so this check covers fewer tokens.
 
-    proof: of these images for ``arithmetic``. places: the images' numbers among those that were
-    compared. The check counts proved tokens as certified, and the others as those that rounding may
-    decide.
+    proof: the proof of these images for ``arithmetic``, which the machine claims. places: the
+    numbers of these images among the compared ones. The check counts proved tokens as certified,
+    and the others as near ties.
     """
     differ = indices != proof.indices
     wrong = differ & proof.proved
@@ -103,9 +108,9 @@ def check_proved(
         worst = {"position": [number, token], "found": found, "expected": right}
         problem = (
             f"{wrong.sum()} tokens that are proved for {_told(arithmetic)} differ: this machine "
-            "computes in another arithmetic (TF32 left on, reduced precision), "
+            "computes in another arithmetic (TF32 left on, reduced precision); "
             f"{_explanation(spec, params, images, indices, wrong)}; the first is token {token} of "
-            f"image {number}: {found}, not {right}"
+            f"image {number}: {found}, expected {right}"
         )
     return Check(
         "proved",
@@ -133,9 +138,7 @@ def _explanation(
 ) -> str:
     few = np.flatnonzero(wrong.any(axis=1))[:EXPLAINED]
     names = explained(spec, params, images[few], indices[few], wrong[few])
-    return (
-        f"as {' or '.join(names)} would explain" if names else "which none that is known explains"
-    )
+    return f"{' or '.join(names)} would explain it" if names else "no known arithmetic explains it"
 
 
 def explained(
@@ -145,11 +148,14 @@ def explained(
     indices: Int64,
     wrong: npt.NDArray[np.bool_],
 ) -> list[str]:
-    """Names of the arithmetics that may have given the tokens ``indices`` (N, S) where they are
-    wrong: nothing is proved there for them.
+    """Returns the names of the arithmetics that may have given the wrong tokens.
 
-    Little may be proved for an arithmetic at all, so of those that round factors it takes more: the
-    exact network with such factors gives most of these tokens. Others count if there is none.
+    indices: the machine's tokens (N, S). wrong: where they are wrong, (N, S).
+
+    An arithmetic is possible if nothing is proved for it at the wrong tokens. That alone says
+    little if few of its tokens are proved. So an arithmetic that rounds factors must also give most
+    of the wrong tokens when the exact network is run with its factors. The arithmetics that do not
+    round factors are returned only if no other explains the tokens.
     """
     given, rest = [], []
     for name, row in ARITHMETICS.items():
@@ -170,8 +176,10 @@ def _share_given(
     wrong: npt.NDArray[np.bool_],
     bits: int,
 ) -> float:
-    """The share of the wrong tokens that factors of some bits after the point give, cut off or
-    rounded: tensor cores do either."""
+    """Returns the share of the wrong tokens that factors with so many bits after the point give.
+
+    Tries factors that are cut off and factors that are rounded: tensor cores do either.
+    """
     tokens = (tokens_of(spec, params, images, bits, cut=cut) for cut in (True, False))
     return max(float((each == indices)[wrong].mean()) for each in tokens)
 
@@ -179,8 +187,11 @@ def _share_given(
 def explained_encoder(
     check: Check, spec: ModelSpec, params: Params, images: Array, encoder: Session
 ) -> Check:
-    """A check, and if it is of the encoder and failed, the arithmetics whose factors put latents as
-    far off as it does on some images: a third to three times as far."""
+    """Adds an explanation to the encoder's check if it failed; returns other checks unchanged.
+
+    The explanation names the arithmetics whose rounding of factors makes errors of the size found
+    on ``images``: a third to three times as large.
+    """
     if check.stage != "encoder" or check.passed:
         return check
     exact = encode(spec, params, images)
@@ -196,17 +207,17 @@ def explained_encoder(
             names.append(name)
     if not names:
         return check
-    like = f"as far as factors rounded to {' or '.join(names)} put it"
+    like = f"as far off as factors rounded to {' or '.join(names)} would be"
     return dataclasses.replace(check, problem=f"{check.problem}, {like}")
 
 
 def tokens_of(spec: ModelSpec, params: Params, images: Array, bits: int, *, cut: bool) -> Int64:
-    """Tokens (N, S) of a network that is exact but for the factors of its products."""
+    """Returns the tokens (N, S) of a network that is exact except for the factors of products."""
     return quantize(latents_of(spec, params, images, bits, cut=cut), params[CODEBOOK]).indices
 
 
 def latents_of(spec: ModelSpec, params: Params, images: Array, bits: int, *, cut: bool) -> Float64:
-    """The same network's latents (N, S, D)."""
+    """Returns the latents (N, S, D) of the same network."""
     weights, values = weights_of(spec.encoder, params), {0: np.asarray(images, np.float64)}
     for number, step in enumerate(plan(spec.encoder), 1):
         taken, own = values, weights[step.layer.name]
@@ -219,7 +230,10 @@ def latents_of(spec: ModelSpec, params: Params, images: Array, bits: int, *, cut
 
 
 def few_bits(array: Array, bits: int, *, cut: bool) -> Array:
-    """Values with so many bits after the point: cut off, or the nearest."""
+    """Returns values with so many bits after the point.
+
+    cut: whether to cut off the other bits or to round to the nearest.
+    """
     raw, spare = np.ascontiguousarray(array, np.float32).view(np.uint32), 23 - bits
     if not cut:
         raw = raw + np.uint32(2 ** (spare - 1) - 1) + ((raw >> spare) & 1)

@@ -1,5 +1,8 @@
-"""A certificate: what was compared, on what machine and with what settings, what was found, and
-what would refute it."""
+"""Writes and reads certificates.
+
+A certificate says what was compared, on which machine and with which settings, what was found, and
+what would refute it.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +21,25 @@ from vqref.host.files import read_bytes, write_file
 from vqref.host.machine import describe_machine
 
 CERTIFICATE = "certificate.json"
-"""Its name in a bundle; the manifest does not list it, for it speaks of the manifest."""
+"""The certificate's name in a bundle. It holds the manifest's digest, so the manifest cannot list
+it."""
 
 CERTIFICATE_BYTES = 2**24
-"""The largest that is read."""
+"""The largest certificate that is read, in bytes."""
 
 FORMAT, FORMAT_VERSION = "vqdeploy-certificate", 2
 
 REFUTED_BY = (
-    "one latent whose certified index (docs/agreement.md) this provider answers otherwise, or one "
-    "value beyond its tolerance, on files of these digests, with this machine and these versions; "
-    "other machines are not spoken of"
+    "one latent for which this provider does not give the certified index (docs/agreement.md), or "
+    "one value beyond its tolerance, on files of these digests, with this machine and these "
+    "versions; the certificate says nothing about other machines"
 )
 
 
 def certify(bundle: Bundle, found: Verified, compared: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of the certificate of a ``verify`` of ``bundle``, plain data.
+    """Returns the content of a certificate as plain data.
 
-    compared: what it was verified on, plain data.
+    found: the result of ``verify`` on ``bundle``. compared: what it was verified on, plain data.
     """
     return {
         "format": FORMAT,
@@ -62,12 +66,12 @@ def certify(bundle: Bundle, found: Verified, compared: Mapping[str, Any]) -> dic
 def write_certificate(
     path: Path, bundle: Bundle, found: Verified, compared: Mapping[str, Any]
 ) -> None:
-    """Writes what ``certify`` gives, sealed. Raises OSError."""
+    """Writes what ``certify`` returns, sealed. Raises OSError."""
     write_file(path, sealed(certify(bundle, found, compared)))
 
 
 def read_certificate(path: Path) -> dict[str, Any]:
-    """The content of a certificate. Raises InputError for a damaged one, or another file."""
+    """Returns the content of a certificate. Raises InputError if it is damaged or another file."""
     try:
         content = unsealed(read_bytes(path, CERTIFICATE_BYTES))
         if (content.get("format"), content.get("format_version")) != (FORMAT, FORMAT_VERSION):

@@ -1,7 +1,7 @@
-"""What a runtime without this package may answer to the golden batch, as plain data: the judge's
-tolerances and slack as an error for each image and the codes allowed for each token.
+"""Turns the judge's rules into plain data, for checks by a runtime without this package.
 
-So a page in a browser needs to know neither, and decides nothing.
+The data say, for the golden batch, by how much the values of each image may be off and which codes
+each token may have. So a page in a browser only compares, and knows nothing of tolerances.
 """
 
 from __future__ import annotations
@@ -23,21 +23,23 @@ from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Float64
 
 WALKED = 2**17
-"""About how many log-probabilities a step of a prior is held to: positions in order, of a few rows
-of tokens."""
+"""About how many log-probabilities of a prior are checked: those of the first positions, for a few
+rows of tokens."""
 
 
 def golden_checks(
     spec: ModelSpec, oracle: Oracle, precision: str, *, folded: bool
 ) -> list[dict[str, Any]]:
-    """The checks of the five graphs, each fed the oracle's input, in the order of the report.
+    """Returns the checks of the five graphs, in the order of the report.
 
-    precision: of the networks. folded: the detokenizer is a table. A check names its graph, the
-    golden array that is fed, and its rule:
+    precision: the networks' precision. folded: whether the detokenizer is a table. Each graph takes
+    the oracle's input. A check names its graph, the golden array to feed, and its rule:
 
-    values: ``output`` is the golden array of that name, each value within ``tolerance`` times the
-        ``scale`` of its image. tokens: ``expected``, flat, or one of ``ties`` {place: codes}.
-    copies: ``quantized`` holds the rows of the codebook that ``indices`` name.
+    values: ``output`` must equal the golden array of that name. Each value may be off by at most
+        ``tolerance`` times the ``scale`` of its image.
+    tokens: the tokens, flat, must equal ``expected``. Where ``ties`` {place: codes} has an entry,
+        any of its codes is right.
+    copies: ``quantized`` must hold the rows of the codebook that ``indices`` name.
     """
     golden, latents = oracle.golden, oracle.golden["latents"]
     unscaled = (
@@ -57,7 +59,7 @@ def golden_checks(
         )
 
     scale = relative("encoder", latents)
-    if spec.normalized:  # of an image's latents, the one that may be off the most
+    if spec.normalized:  # per image, the scale of the latent that may be off the most
         scale = unit_scale(unscaled, latents).max(axis=(1, 2), keepdims=True)
     means = reconstruction_scale(spec, golden["outputs"])
     table = "float32" if folded else precision
@@ -83,8 +85,11 @@ def golden_checks(
 
 
 def prior_check(spec: PriorSpec, oracle: Oracle) -> tuple[dict[str, Any], Mapping[str, Array]]:
-    """The check of one step of a prior after another, and its arrays: ``prior_indices`` (n, S), and
-    ``log_probabilities`` (n, P, K) of the first P positions."""
+    """Returns the check of a prior's graph for one step, and the arrays of the check.
+
+    The arrays: ``prior_indices`` (n, S), and ``log_probabilities`` (n, P, K) of the first P
+    positions. The check runs one position after another.
+    """
     rows = oracle.golden_prior["indices"]
     rows = rows[: max(1, WALKED // (spec.latent_size * spec.num_codes))]
     expected = prior.log_probabilities(spec, oracle.prior, rows)
@@ -102,7 +107,7 @@ def _check(name: str, graph: str, fed: str, rule: str) -> dict[str, Any]:
 
 
 def _per_image(scale: Array) -> list[float]:
-    """What is the same for all values of an image, as (N,)."""
+    """Returns a scale that all values of an image share as a list of N numbers."""
     found: list[float] = scale.reshape(len(scale), -1)[:, 0].tolist()
     return found
 
@@ -110,7 +115,10 @@ def _per_image(scale: Array) -> list[float]:
 def _tokens(
     graph: str, fed: str, latents: Array, codebook: Float64, moved: Float64 | float = 0.0
 ) -> dict[str, Any]:
-    """Tokens of latents (N, S, D) that may be off by ``moved``, a number or (N, S)."""
+    """Returns the check of tokens whose latents (N, S, D) may be off by ``moved``.
+
+    moved: a number, or (N, S).
+    """
     flat = latents.reshape(-1, latents.shape[2])
     off = np.broadcast_to(moved, latents.shape[:2]).reshape(-1, 1)
     expected = list[int]()
@@ -125,7 +133,7 @@ def _tokens(
 def _fitting(
     latents: Float64, codebook: Float64, moved: Float64
 ) -> Iterator[tuple[slice, Array, Array]]:
-    """The nearest code of each latent (M, D), and which codes (M, K) rounding may choose."""
+    """Yields rows, the nearest code of each latent (M, D), and the codes (M, K) it may get."""
     for rows, distances in squared_distances(latents, codebook):
         best, excess = choices(
             distances, latents[rows], codebook, precision="float32", moved=moved[rows]

@@ -1,4 +1,4 @@
-"""The golden batch: images that need no data set, with the float64 oracle's answers."""
+"""Makes and checks the golden batch: images that need no data set, with the oracle's answers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Params
 
 GOLDEN_IMAGES, FEWEST_GOLDEN = 32, 2
-"""Images of a golden batch; fewer if the oracle is slow on them, but these at the least: one that
-the model draws, and noise."""
+"""The number of images in a golden batch. It is smaller if the oracle is slow, but at least
+FEWEST_GOLDEN: one image that the model draws, and one of noise."""
 
 NOISE_SHARE, EXTREME_SHARE = 5 / 32, 3 / 32
-"""What part of a golden batch is noise, and what part extremes; the model draws the rest."""
+"""The shares of a golden batch that are noise and extremes. The model draws the rest."""
 
 ANSWERS = tuple(name for name in GOLDEN if name != "images")
 
@@ -36,27 +36,27 @@ class Answered(NamedTuple):
 
     @classmethod
     def of(cls, spec: ModelSpec, params: Params, images: Array) -> Answered:
-        """Asks the oracle. Raises ValueError if images do not fit or a stage overflows."""
+        """Runs the oracle. Raises ValueError if images do not fit or a stage overflows."""
         return cls(images, vqref.forward(spec, params, images))
 
 
 def golden_count(spec: ModelSpec) -> int:
-    """How many images a golden batch has."""
+    """Returns how many images a golden batch has."""
     return max(FEWEST_GOLDEN, images_within(spec, most=GOLDEN_IMAGES))
 
 
 def require_golden(spec: ModelSpec, images: Array) -> None:
-    """Raises ValueError for a golden batch that was cut."""
+    """Raises ValueError if a golden batch has too few images."""
     if len(images) < golden_count(spec):
         raise ValueError(f"the golden batch has {len(images)} images, not {golden_count(spec)}")
 
 
 def golden_images(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
-    """Images (N, C, H, W) in [0, 1]: the same for the same model.
+    """Returns images (N, C, H, W) in [0, 1] that depend only on the model.
 
-    Most images are of the model's own distribution (indices drawn as often as training hit them,
-    decoded), every second one under noise; then come noise and extremes: one bright pixel, white,
-    black. N is 32, or as many as one check of the oracle may take; of two, there are no extremes.
+    The model draws most of them, as ``draw_images`` does. Then come images of noise, and extremes:
+    one bright pixel, white, black. N is 32, or fewer if one check by the oracle would take too
+    long. A batch of two has no extremes.
     """
     count = golden_count(spec)
     noisy, extreme = (max(1, round(share * count)) for share in (NOISE_SHARE, EXTREME_SHARE))
@@ -67,17 +67,17 @@ def golden_images(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
 
 
 def golden_batch(asked: Answered, count: int) -> dict[str, Array]:
-    """What a bundle records: the first ``count`` images, and the oracle's answers by name."""
+    """Returns the first ``count`` images and the oracle's answers, by name, for the oracle file."""
     arrays = {"images": asked.images, **{name: getattr(asked.known, name) for name in ANSWERS}}
     return {name: array[:count] for name, array in arrays.items()}
 
 
 def check_recorded(spec: ModelSpec, oracle: Oracle, known: Forward) -> Report:
-    """Holds the recorded answers to those that the oracle gives here and now, in float64.
+    """Compares the recorded answers with those that the oracle gives now, in float64.
 
-    known: ``vqref.forward`` of the golden images, and of others after them.
+    known: ``vqref.forward`` of the golden images; other images may follow.
 
-    Raises KeyError or ValueError for records that are not those of a golden batch of ``spec``.
+    Raises KeyError or ValueError if the records are not of a golden batch of ``spec``.
     """
     golden, codebook = oracle.golden, np.asarray(oracle.params[CODEBOOK], np.float64)
     now = {name: getattr(known, name)[: len(golden["images"])] for name in ANSWERS}
@@ -95,7 +95,7 @@ def check_recorded(spec: ModelSpec, oracle: Oracle, known: Forward) -> Report:
         (
             held("encoder", "latents", now["latents"]),
             check_indices(indices, latents, codebook, precision="float64", name="golden indices"),
-            held("gap", "gap", now["gap"], 2 * best + gap),  # of the two distances it lies between
+            held("gap", "gap", now["gap"], 2 * best + gap),  # the sum of the two distances
             held("copy", "quantized", rows),
             held("decoder", "outputs", now["outputs"]),
             check_reconstructions(
@@ -106,7 +106,7 @@ def check_recorded(spec: ModelSpec, oracle: Oracle, known: Forward) -> Report:
 
 
 def _extremes(spec: ModelSpec) -> Array:
-    """One bright pixel, white and black, (3, C, H, W)."""
+    """Returns three images (3, C, H, W): one bright pixel, white, black."""
     images = np.zeros((3, *spec.image_shape))
     images[0, :, spec.image_shape[1] // 2, spec.image_shape[2] // 2] = 1.0
     images[1] = 1.0

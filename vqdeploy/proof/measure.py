@@ -1,4 +1,4 @@
-"""What a bundle's graphs lose beside the float64 oracle: tokens, nats, and fidelity."""
+"""Measures what a bundle's graphs lose against the float64 oracle: tokens, nats, and fidelity."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Params
 
 MEASURED_IMAGES, MEASURED_SECONDS = 256, 60.0
-"""Images that are measured, and that int8 takes its ranges from; fewer if the oracle would take
-longer."""
+"""The most images to measure on, which also set the ranges of int8, and the seconds that the oracle
+may take for them."""
 
 LEAST_KEPT = 0.1
-"""Of the tokens that a constant answer in each position would miss, the share that a network must
-keep whatever was recorded."""
+"""The least share that a network must keep of the tokens that a constant answer in each position
+misses."""
 
 OTHER_MACHINES = 5
-"""How many times as many tokens of a float16 network another machine may lose. An export runs it on
-a processor, where onnxruntime multiplies in float32 and rounds what it stores; a card multiplies in
-float16. On an H200 a network lost 10 of 10,368 tokens that had lost 3."""
+"""The factor by which the expected loss of tokens grows for a float16 network on another machine.
+An export runs the network on a CPU, where onnxruntime multiplies in float32 and rounds what it
+stores; a card multiplies in float16. A network that lost 3 of 10,368 tokens at export lost 10 on an
+H200."""
 
 LEAST_ERROR = 1e-10
-"""Mean squared errors and variances below this count as this, 100 dB: exact copies have no PSNR."""
+"""The least mean squared error and variance that count. An exact copy thus has a PSNR of 100 dB."""
 
 
 def measured_images(spec: ModelSpec) -> int:
-    """How many images of a model of ``spec`` an export measures, unless it is told how many."""
+    """Returns how many images an export measures by default for a model of ``spec``."""
     return images_within(spec, MEASURED_IMAGES, MEASURED_SECONDS)
 
 
@@ -46,14 +47,14 @@ def measure(
     *,
     folded: bool = False,
 ) -> dict[str, float | int]:
-    """Compares what the graphs make of images with the oracle's answers.
+    """Compares the graphs' answers on images with the oracle's.
 
-    folded: the detokenizer is a table, whose entries are the oracle's.
+    folded: whether the detokenizer is a table, whose entries are the oracle's.
 
-    Returns images, equal_tokens (the share of indices that are the oracle's), and for the graphs'
-    own tokens and reconstructions nats per image, nmse (the mean squared error over the images'
-    variance) and psnr (dB, of the mean squared error); with ``_lost``, how much worse each is than
-    the oracle's.
+    Returns images (their number) and equal_tokens, the share of indices that are the oracle's. It
+    also returns nats (per image), nmse (the mean squared error over the variance of the images) and
+    psnr (dB, of the mean squared error) of the graphs' tokens and reconstructions. The same names
+    with ``_lost`` say how much worse each is than the oracle's.
     """
     images, known = seen
     indices = sessions["tokenizer"](images)[0]
@@ -75,20 +76,22 @@ def measure(
 
 
 def kept_tokens(indices: Array, exact: Array) -> dict[str, int]:
-    """How many of the oracle's tokens (N, S) the graphs' own are: tokens in all, and equal ones."""
+    """Returns the number of tokens (N, S), and how many of the graphs' equal the oracle's."""
     return {"tokens": exact.size, "equal": int((indices == exact).sum())}
 
 
 def check_kept(
     precision: str, indices: Array, exact: Array, recorded: Mapping[str, int] | None = None
 ) -> Check:
-    """Holds the share of tokens that networks of few bits keep to what was recorded at export, and
-    to what they must keep at the least: half of them, or more than a constant answer does.
+    """Checks that networks of few bits keep enough of the oracle's tokens.
 
-    indices: (N, S), the graphs'. exact: the oracle's. recorded: what ``kept_tokens`` found of
-    the same images at export; None if this is the export. Other machines round otherwise, so a few
-    more may differ: three deviations of the count, as of one that chance decides. Of float16 the
-    expected count is OTHER_MACHINES times as many.
+    They may lose at most half of the tokens, or the share 1 - LEAST_KEPT of those that a constant
+    answer in each position loses, whichever is more. After the export they must also lose not many
+    more than at export. Other machines round differently, so three standard deviations of a random
+    count are added to the count at export. For float16 it is first multiplied by OTHER_MACHINES.
+
+    indices: (N, S), the graphs'. exact: (N, S), the oracle's. recorded: what ``kept_tokens`` found
+    on the same images at export; None during the export.
     """
     tokens = exact.size
     differ = tokens - kept_tokens(indices, exact)["equal"]
@@ -113,7 +116,7 @@ def _outputs(
     sessions: Sessions,
     folded: bool,
 ) -> Array:
-    """The decoder's outputs for the graphs' tokens: a table holds the oracle's own."""
+    """Returns the decoder's outputs for the graphs' tokens; the oracle's if there is a table."""
     codebook = params[CODEBOOK]
     if not folded:
         return sessions["decoder"](codebook[indices])[0]
@@ -124,5 +127,5 @@ def _outputs(
 
 
 def _error(images: Array, reconstructions: Array) -> float:
-    """The mean squared error of values in [0, 1]."""
+    """Returns the mean squared error of values in [0, 1], at least LEAST_ERROR."""
     return max(float(np.square(images - reconstructions, dtype=np.float64).mean()), LEAST_ERROR)

@@ -1,5 +1,4 @@
-"""A prior's graphs held to the oracle, and to each other: all positions at once, one after another,
-and the samples that they draw."""
+"""Compares a prior's graphs with the oracle: all positions at once, step by step, and samples."""
 
 from __future__ import annotations
 
@@ -16,14 +15,14 @@ from vqref.prior import PriorSpec
 from vqref.validation import Array, Int64, Params
 
 GOLDEN_ROWS, SAMPLED, MANY = 8, 4, 64
-"""Rows of tokens of a golden batch, images that a check draws, and that one draws that was asked
-for samples; fewer of long rows."""
+"""The most rows of tokens in a golden batch, the most samples that a check draws, and the most that
+it draws if the user asked for samples. Long rows have fewer."""
 
 MOST_SCORES = 2**22
-"""The most log-probabilities that one of these takes."""
+"""The most log-probabilities that these rows, or these samples, may have together."""
 
 SEED = 0
-"""Of the golden tokens and of the noise of the samples."""
+"""The seed of the golden tokens and of the noise of the samples."""
 
 
 def _count(spec: PriorSpec, most: int) -> int:
@@ -31,8 +30,10 @@ def _count(spec: PriorSpec, most: int) -> int:
 
 
 def golden_tokens(spec: PriorSpec, params: Params) -> dict[str, Array]:
-    """What a bundle records of a prior: rows of tokens, some of its own and some random, and the
-    oracle's log p (N, S) of each token."""
+    """Returns a prior's golden batch: rows of tokens, and the oracle's log p (N, S) of each token.
+
+    The prior draws half of the rows; the others are random.
+    """
     count = _count(spec, GOLDEN_ROWS)
     rows = np.random.default_rng(SEED).integers(0, spec.num_codes, (count, spec.latent_size))
     own = prior.sample(spec, params, prior.gumbel(SEED, spec, (count + 1) // 2))
@@ -52,7 +53,7 @@ def check_prior(
     sessions: Mapping[str, Session],
     sampled: int = SAMPLED,
 ) -> Iterator[Check]:
-    """The recorded answers, both graphs on the golden tokens, and ``sampled`` samples."""
+    """Checks the recorded answers, both graphs on the golden tokens, and ``sampled`` samples."""
     rows = golden["indices"]
     expected = prior.log_probabilities(spec, params, rows)
     yield check(
@@ -70,8 +71,10 @@ def check_prior(
 
 
 def check_samples(spec: PriorSpec, params: Params, step: Session, count: int) -> Check:
-    """Images that the graph draws beside those that the oracle draws of the same noise. Up to the
-    first token that is not certified they must be equal; after it each goes its own way."""
+    """Compares images that the graph and the oracle draw from the same noise.
+
+    They must be equal up to the first token that is not certified. After it they may differ.
+    """
     noise = prior.gumbel(SEED, spec, count)
     exact, (found, sure) = prior.sample(spec, params, noise), draw_with(step, spec, noise)
     held = np.logical_and.accumulate(sure, axis=1)
@@ -80,8 +83,8 @@ def check_samples(spec: PriorSpec, params: Params, step: Session, count: int) ->
     if wrong.any():
         image, position = (int(i) for i in np.argwhere(wrong)[0])
         problem = (
-            f"token {position} of sample {image} is {found[image, position]}, the oracle's "
-            f"{exact[image, position]}, and no rounding explains it"
+            f"token {position} of sample {image} is {found[image, position]}, the oracle's is "
+            f"{exact[image, position]}, and rounding does not explain the difference"
         )
     return Check(
         "samples",

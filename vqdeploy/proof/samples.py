@@ -1,5 +1,8 @@
-"""What a model itself gives to be asked about: images of its tokens, and latents by the million,
-where its own lie and where its codes are equally near."""
+"""Makes images and latents from a model, and checks its graphs on them.
+
+The images are decoded from tokens. The latents lie where the model's own lie, and where two codes
+are equally near.
+"""
 
 from __future__ import annotations
 
@@ -21,29 +24,29 @@ from vqref.spec import CODEBOOK, EMA_COUNT, ModelSpec
 from vqref.validation import Array, Params
 
 OWN_LATENTS = 512
-"""The model's own latents come from as many images as one check may take, and are at least so
-many; further ones lie on lines between them."""
+"""The least number of the model's own latents. They come from as many images as one check may take;
+further latents lie on lines between them."""
 
 LATENTS_AT_ONCE = 65_536
 
 COMPOSED_IMAGES = 2048
-"""Images on which the tokenizer is held to the encoder; fewer if their latents take the judge
-longer than SECONDS, or their pass onnxruntime."""
+"""The most images on which the tokenizer is compared with the encoder. There are fewer if the judge
+or onnxruntime would take longer than SECONDS."""
 
 TIMES_FASTER = 10
-"""onnxruntime is at least so many times as fast as the oracle."""
+"""How many times as fast as the oracle onnxruntime is, at least."""
 
 CODES_AT_MOST = 2**16
-"""Rows of a codebook that are fed to the quantizer, evenly spread."""
+"""The most rows of a codebook that are fed to the quantizer, evenly spread."""
 
 
 def check_samples(
     spec: ModelSpec, params: Params, sessions: Sessions, samples: int, seed: int = 0
 ) -> tuple[Check, Check]:
-    """The quantizer graph on ``samples`` latents, half of them drawn from the model's own
-    distribution, half around the bisectors of its codes.
+    """Checks the quantizer graph on ``samples`` latents.
 
-    Each index is judged as ``vqref.agreement.check_indices`` does.
+    Half of them come from the model's own distribution, half lie around the bisectors of its codes.
+    ``vqref.agreement.check_indices`` says how each index is judged.
     """
     rng = np.random.default_rng(seed)
     codebook, quantizer = params[CODEBOOK], sessions["quantizer"]
@@ -68,11 +71,11 @@ def check_samples(
 def check_composed(
     spec: ModelSpec, params: Params, sessions: Sessions, precision: str
 ) -> tuple[Check, Array]:
-    """The tokenizer on images by the thousand, beside what the encoder says of them, and the tokens
-    (N, S): the oracle, which is slower, judges the encoder on fewer.
+    """Compares the tokenizer with the encoder on thousands of images.
 
-    The two may differ by the encoder's tolerance, as ``vqref.agreement.stages`` has it. precision:
-    of the networks.
+    The oracle is slower, so it judges the encoder on fewer images. Tokenizer and encoder may differ
+    by the encoder's tolerance, see ``vqref.agreement.stages``. precision: the networks' precision.
+    Also returns the tokens (N, S).
     """
     per_image = 3 * spec.latent_size * spec.num_codes * spec.code_size
     judged = max(FEWEST, int(SECONDS * DIFFERENCES_PER_SECOND / per_image))
@@ -94,9 +97,12 @@ def check_composed(
 def varied_images(
     spec: ModelSpec, sessions: Sessions, count: int, seed: int = 0
 ) -> npt.NDArray[np.float32]:
-    """Images (count, C, H, W) of many kinds, made of those that tokens decode to, each code at
-    least once if there are enough: pixels drawn as black or white, two images beyond each other,
-    mosaics of two, and moved ones. They have more codes than decoded images alone."""
+    """Returns images (count, C, H, W) of four kinds, made from decoded tokens.
+
+    The kinds are: pixels drawn as black or white, two images extrapolated, mosaics of two images,
+    and shifted images. They have more codes than decoded images alone. The decoded tokens include
+    each code at least once if there are enough of them.
+    """
     rng = np.random.default_rng(seed)
     rows = np.arange(count * spec.latent_size).reshape(count, -1) % spec.num_codes
     indices = rows if spec.latent_size == 1 else rng.permuted(rows, axis=0)
@@ -115,13 +121,16 @@ def varied_images(
 
 
 def _fourths(spec: ModelSpec) -> tuple[int, int]:
-    """A fourth of an image's height and width, rounded up."""
+    """Returns a quarter of an image's height and width, rounded up."""
     return -(-spec.image_shape[1] // 4), -(-spec.image_shape[2] // 4)
 
 
 def check_codes(spec: ModelSpec, params: Params, sessions: Sessions) -> Check:
-    """The quantizer graph on every row of the codebook: at distance 0 each is its own nearest code
-    in any arithmetic, unless another is so near that the judge has to decide."""
+    """Checks the quantizer graph on every row of the codebook.
+
+    A row has distance 0 to itself, so it is its own nearest code in any arithmetic. Only if another
+    code is very near must the judge decide.
+    """
     codebook = np.asarray(params[CODEBOOK], np.float32)
     chosen = np.arange(0, len(codebook), -(-len(codebook) // CODES_AT_MOST))
     images = -(-len(chosen) // spec.latent_size)
@@ -140,7 +149,7 @@ def check_codes(spec: ModelSpec, params: Params, sessions: Sessions) -> Check:
 def draw_indices(
     spec: ModelSpec, params: Params, rng: np.random.Generator, count: int
 ) -> npt.NDArray[np.int64]:
-    """Indices (count, S), each code drawn as often as training hit it; uniform if it never did."""
+    """Draws indices (count, S), each code as often as training hit it; uniform without hits."""
     hits = np.asarray(params[EMA_COUNT], np.float64)
     share = hits / hits.sum() if hits.sum() > 0 else None
     return rng.choice(spec.num_codes, (count, spec.latent_size), p=share)
@@ -149,8 +158,10 @@ def draw_indices(
 def draw_images(
     spec: ModelSpec, params: Params, count: int, seed: int = 0
 ) -> npt.NDArray[np.float32]:
-    """Images (count, C, H, W) that the model draws: the oracle's reconstructions of drawn indices,
-    every second one under noise."""
+    """Returns images (count, C, H, W) that the model draws.
+
+    They are the oracle's reconstructions of drawn indices. Every second one is mixed with noise.
+    """
     rng = np.random.default_rng(seed)
     indices = draw_indices(spec, params, rng, count)
     distinct, back = np.unique(indices, axis=0, return_inverse=True)
@@ -161,12 +172,13 @@ def draw_images(
 
 
 def aimed_images(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
-    """Images (N, C, H, W) aimed at every code: the oracle's reconstructions of indices in which
-    each code stands once among others, then of one code in every position, as many as a check may
-    take.
+    """Returns images (N, C, H, W) that aim at every code.
 
-    Which code an image has is the encoder's to say: it need not be the code that it was decoded
-    from. Nothing is drawn, so they are the same for the same model on every machine and version.
+    They are the oracle's reconstructions of two kinds of indices: first each code once, among
+    others; then each code in all positions. There are as many as one check may take.
+
+    The encoder may give an image other codes than those that it was decoded from. Nothing is drawn,
+    so the images are the same for a model on every machine and in every version.
     """
     k, s = spec.num_codes, spec.latent_size
     mixed = np.resize(np.arange(k) * _stride(k) % k, (-(-k // s), s))
@@ -179,7 +191,7 @@ def aimed_images(spec: ModelSpec, params: Params) -> npt.NDArray[np.float32]:
 
 
 def _stride(count: int) -> int:
-    """A step that visits 0 to count - 1 in a scattered order."""
+    """Returns a step that visits 0 to count - 1 in a scattered order."""
     return next(
         step
         for step in range(round(0.618 * count) or 1, 2 * count + 1)
@@ -188,7 +200,7 @@ def _stride(count: int) -> int:
 
 
 def own_latents(spec: ModelSpec, params: Params, sessions: Sessions) -> Array:
-    """Latents (M, D) of images that the model draws."""
+    """Returns the latents (M, D) of images that the model draws."""
     needed = -(-OWN_LATENTS // spec.latent_size)
     images = draw_images(spec, params, max(needed, images_within(spec, most=OWN_LATENTS)))
     return np.asarray(sessions["encoder"](images)[0]).reshape(-1, spec.code_size)
@@ -201,7 +213,7 @@ def _judge(
     draw: Callable[[int], Array],
     count: int,
 ) -> Iterator[Check]:
-    """Judges ``count`` latents a part at a time; the last image is filled up with latents again."""
+    """Judges ``count`` latents, a part at a time. Latents are repeated to fill the last image."""
     for start in range(0, count, LATENTS_AT_ONCE):
         latents = draw(min(LATENTS_AT_ONCE, count - start))
         images = -(-len(latents) // spec.latent_size)

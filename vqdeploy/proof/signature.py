@@ -1,11 +1,13 @@
-"""Who made a bundle: a detached signature of its manifest in the format of minisign
-(https://jedisct1.github.io/minisign/), made by that tool or another of its format.
+"""Checks who made a bundle, by a detached signature of its manifest.
+
+The signature has the format of minisign (https://jedisct1.github.io/minisign/). That tool makes
+it, or another tool that writes the format.
 
     minisign -G                               # once: a key pair
     minisign -Sm model-onnx/manifest.json     # writes manifest.json.minisig beside it
     python -m vqdeploy verify model-onnx --public-key minisign.pub
 
-The manifest holds the digests of all other files, so that its signature covers them.
+The manifest holds the digests of all other files, so its signature covers them too.
 """
 
 from __future__ import annotations
@@ -21,20 +23,24 @@ from vqref.host.extras import missing
 from vqref.host.files import read_bytes
 
 SIGNATURE = f"{MANIFEST}.minisig"
-"""Its name in a bundle; the manifest does not list it, for it speaks of the manifest."""
+"""The signature's name in a bundle. It signs the manifest, so the manifest cannot list it."""
 
 BYTES = 2**16
-"""The largest file of a key or a signature that is read."""
+"""The largest file of a key or a signature that is read, in bytes."""
 
 KEY, PREHASHED, KEY_NUMBER = b"Ed", b"ED", 8
-"""How a public key and a signature begin, and the bytes of the key's number that follow."""
+"""The first bytes of a public key and of a signature, and the size of the key's number that follows
+them."""
 
 COMMENT, TRUSTED = "untrusted comment:", "trusted comment: "
 
 
 class Signature(NamedTuple):
-    """What a signature file says: the number of its key, the signature of the file's BLAKE2b, a
-    comment, and the signature of both."""
+    """The content of a signature file.
+
+    number: the key's number. signature: of the BLAKE2b digest of the signed file.
+    signature_of_all: of the signature and the comment.
+    """
 
     number: bytes
     signature: bytes
@@ -43,12 +49,12 @@ class Signature(NamedTuple):
 
 
 def require_signature(bundle: Bundle, public_key: str) -> str:
-    """Holds the manifest that was read to SIGNATURE in the bundle. Returns the comment that was
-    signed with it.
+    """Checks the manifest against SIGNATURE in the bundle, and returns the signed comment.
 
-    public_key: of minisign: the text of a key or the name of its file.
-    Raises UsageError for what is no key, InputError for a signature that is missing, damaged, or of
-    another key or manifest, MachineError if ``cryptography`` is not installed.
+    public_key: minisign's public key, as text or as the name of its file.
+
+    Raises UsageError if that is not a key. Raises InputError if the signature is missing, damaged,
+    or of another key or manifest. Raises MachineError if ``cryptography`` is not installed.
     """
     path = bundle.path / SIGNATURE
     number, key = _public_key(public_key)
@@ -77,7 +83,7 @@ def _require(path: Path, key: bytes, signature: bytes, message: bytes) -> None:
 
 
 def _public_key(given: str) -> tuple[bytes, bytes]:
-    """The number and the key in a text or a file. Raises UsageError, InputError."""
+    """Returns the number and the key in a text or a file. Raises UsageError, InputError."""
     text = given
     if len(given) < 1000 and Path(given).is_file():
         text = read_bytes(Path(given), BYTES).decode(errors="replace")
@@ -94,7 +100,7 @@ def _public_key(given: str) -> tuple[bytes, bytes]:
 
 
 def _parse(text: str) -> Signature:
-    """Raises ValueError or IndexError for what is no signature."""
+    """Parses a signature file. Raises ValueError or IndexError if it is not one."""
     lines = text.splitlines()
     if len(lines) != 4 or not lines[0].startswith(COMMENT) or not lines[2].startswith(TRUSTED):
         raise ValueError("expected four lines")
@@ -106,8 +112,8 @@ def _parse(text: str) -> Signature:
 
 
 def _fields(line: str, size: int) -> tuple[bytes, bytes, bytes]:
-    """The start, the key's number and ``size`` further bytes of a line. Raises ValueError."""
+    """Returns the start, the key's number and the ``size`` bytes after it. Raises ValueError."""
     content = base64.b64decode(line, validate=True)
     if len(content) != len(KEY) + KEY_NUMBER + size:
-        raise ValueError("a line of another length")
+        raise ValueError("a line has the wrong length")
     return content[:2], content[2:10], content[10:]

@@ -1,8 +1,8 @@
-"""What the graphs of a bundle are, before any of them runs: those that the exporter writes for the
-manifest's rows and the oracle's parameters, node for node and bit for bit.
+"""Checks what the graphs of a bundle are, before any of them runs.
 
-Answers alone cannot show this: a code that no compared image has may be any code, and a branch that
-no compared image takes may do anything.
+They must be the graphs that the exporter writes for the manifest's rows and the oracle's
+parameters, node for node and bit for bit. Answers alone cannot show this: a code that no compared
+image has could be anything, and a branch that no compared image takes could do anything.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from vqref.spec import ModelSpec
 from vqref.validation import Array, Params
 
 CONSTANT_ERROR = 1e-6
-"""By which numbers that follow from parameters may differ, over their size: squares are summed in
-an order that is the library's."""
+"""The largest relative error of numbers that are computed from parameters. Their squares are summed
+in an order that the library chooses."""
 
 CODES, QUANTIZE, DEQUANTIZE, MOVED = (
     "_quantized",
@@ -31,14 +31,14 @@ CODES, QUANTIZE, DEQUANTIZE, MOVED = (
     "DequantizeLinear",
     "_QuantizeLinear_Input",
 )
-"""onnxruntime's names in a graph of int8: of a parameter's codes, of its operators, and of a value
-whose own name its rounded copy has."""
+"""onnxruntime's names in an int8 graph: the suffix of a parameter's codes, the two operators, and
+the suffix of a value whose rounded copy has taken its name."""
 
 HALF_STEP = 0.501
-"""By how many steps of int8 a parameter may be off: it was rounded, its step too."""
+"""By how many int8 steps a parameter may be off. Both the parameter and the step were rounded."""
 
 Found = Iterator[str | None]
-"""For each thing that was compared, what is wrong with it, if anything."""
+"""Yields one entry per comparison: what is wrong, or None."""
 
 
 def check_structure(
@@ -48,13 +48,14 @@ def check_structure(
     options: GraphOptions,
     prior: tuple[PriorSpec, Params] | None = None,
 ) -> tuple[Check, Check]:
-    """Holds the graphs of a bundle, of each of ``STAGES`` and those of its prior, to those that are
-    written anew.
+    """Compares the graphs of a bundle with graphs that are built again.
 
-    The first check is of nodes, and of the shapes of what they take: graphs that fail it are not to
-    be run, for a node that does not fit its input can end the process. The second is of numbers.
-    Of int8, networks are compared without their steps of rounding, parameters to half a step, and
-    what has one name in several graphs must be the same in all.
+    graphs: by stage, all of ``STAGES``, and those of the prior if there is one.
+
+    The first check compares nodes and the shapes of their inputs. Do not run graphs that fail it: a
+    node that does not fit its input can end the process. The second check compares numbers. Int8
+    networks are compared without their rounding nodes, and their parameters to half a step. A node
+    or tensor that has the same name in several int8 graphs must be the same in all.
     """
     small, networks = options.precision == "int8", dict(graphs)
     learned = {stage: networks.pop(stage) for stage in PRIOR_STAGES if stage in networks}
@@ -85,7 +86,7 @@ def _check(name: str, options: GraphOptions, found: list[Found]) -> Check:
 
 
 def _table(found: Graph, spec: ModelSpec, params: Params, options: GraphOptions) -> Found:
-    """A detokenizer that is a table; its entries are compared elsewhere."""
+    """Compares a detokenizer that is a table, but not its entries: ``check_table`` does that."""
     table = found.tensors.get("table")
     shape = (*[spec.num_codes] * spec.latent_size, *spec.image_shape)
     if table is None or (table.dtype, table.shape) != ("float32", shape):
@@ -98,31 +99,33 @@ def _table(found: Graph, spec: ModelSpec, params: Params, options: GraphOptions)
 def _head(found: Graph, expected: Graph) -> Found:
     for what in ("name", "opset", "inputs", "outputs"):
         same = getattr(found, what) == getattr(expected, what)
-        yield None if same else f"{expected.name}: its {what} are not as its rows have them"
+        yield None if same else f"{expected.name}: its {what} is not what its rows say"
 
 
 def _nodes(found: Graph, expected: Graph, small: bool) -> Found:
-    """Each node by its name; every one is named after its value. Their order is free where values
-    flow otherwise in no order."""
+    """Compares nodes by name; a node has the name of its value.
+
+    Their order may differ, as long as each value is computed before its use.
+    """
     stage, nodes = expected.name, _unrounded(found) if small else found.nodes
     own, written = ({node.name: node for node in each} for each in (nodes, expected.nodes))
-    yield None if len(own) == len(nodes) else f"{stage}: two of its nodes have one name"
+    yield None if len(own) == len(nodes) else f"{stage}: two of its nodes have the same name"
     for name in [*written, *(name for name in own if name not in written)]:
         if own.get(name) == written.get(name):
             yield None
         elif name not in written:
-            yield f"{stage}: it has a node {name} that its rows do not"
+            yield f"{stage}: it has a node {name}, which its rows do not have"
         else:
-            yield f"{stage}: its node {name} is not as its rows have it"
+            yield f"{stage}: its node {name} is not what its rows say"
 
 
 def _shapes(found: Graph, expected: Graph) -> Found:
-    """Names, dtypes and shapes of what nodes take, and integers: axes, bounds and shapes."""
+    """Compares names, dtypes and shapes of tensors, and the values of integers."""
     stage = expected.name
     steps = {name for node in found.nodes if _rounds(node) for name in node.inputs}
     for name in found.tensors:
         foreign = name not in expected.tensors and name not in steps
-        yield f"{stage}: it has numbers {name} that its rows do not" if foreign else None
+        yield f"{stage}: it has a tensor {name}, which its rows do not have" if foreign else None
     for name, tensor in expected.tensors.items():
         own, codes = found.tensors.get(name), found.tensors.get(name + CODES)
         if own is None:
@@ -130,7 +133,7 @@ def _shapes(found: Graph, expected: Graph) -> Found:
         else:
             fits = (own.dtype, own.shape) == (tensor.dtype, tensor.shape)
             fits = fits and (tensor.dtype.startswith("float") or own == tensor)
-        yield None if fits else f"{stage}: its {name} is not as its rows have it"
+        yield None if fits else f"{stage}: its tensor {name} is not what its rows say"
 
 
 def _numbers(found: Graph, expected: Graph, params: Params) -> Found:
@@ -140,11 +143,11 @@ def _numbers(found: Graph, expected: Graph, params: Params) -> Found:
             same = _is_rounded(found, name, tensor.array())
         else:
             same = own == tensor or (name not in params and _near(own, tensor))
-        yield None if same else f"{expected.name}: its numbers {name} are not the model's"
+        yield None if same else f"{expected.name}: the values of its {name} are not the model's"
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:
-    """Whether numbers that follow from parameters are equal but for rounding."""
+    """Returns whether numbers that are computed from parameters are equal except for rounding."""
     alike = (found.dtype, found.shape) == (expected.dtype, expected.shape)
     if not (alike and found.dtype.startswith("float")):
         return False
@@ -156,7 +159,7 @@ def _rounds(node: Node) -> bool:
 
 
 def _unrounded(graph: Graph) -> tuple[Node, ...]:
-    """The nodes of a graph of int8 but for those that round, each with the values that it had."""
+    """Returns the nodes of an int8 graph as they were before rounding nodes were added."""
     source = {node.outputs[0]: node.inputs[0] for node in graph.nodes if _rounds(node)}
 
     def of(value: str) -> str:
@@ -178,7 +181,7 @@ def _unrounded(graph: Graph) -> tuple[Node, ...]:
 
 
 def _is_rounded(graph: Graph, name: str, expected: Array) -> bool:
-    """Whether the graph holds a parameter in int8, each channel by a step of its own."""
+    """Returns whether the graph holds a parameter in int8, with one step or one per channel."""
     node = next((n for n in graph.nodes if _rounds(n) and n.inputs[0] == name + CODES), None)
     if node is None or not graph.tensors.keys() >= set(node.inputs):
         return False
@@ -194,7 +197,7 @@ def _is_rounded(graph: Graph, name: str, expected: Array) -> bool:
 
 
 def _paired(graph: Graph) -> Found:
-    """Networks of int8 round, and a value is taken back by the step by which it was rounded."""
+    """Checks that int8 networks round, and that each value is restored by the step of rounding."""
     stage, rounds = graph.name, QUANTIZE in graph.operators
     yield None if rounds == (stage != "quantizer") else f"{stage}: its networks are not int8"
     by = {node.outputs[0]: node for node in graph.nodes if node.operator == QUANTIZE}
@@ -202,15 +205,17 @@ def _paired(graph: Graph) -> Found:
         if node.operator == DEQUANTIZE and node.inputs[0] not in graph.tensors:
             rounding = by.get(node.inputs[0])
             same = rounding is not None and rounding.inputs[1:] == node.inputs[1:]
-            yield None if same else f"{stage}: {node.name} takes back by another step"
+            yield None if same else f"{stage}: {node.name} restores a value by another step"
 
 
 def _one_meaning(graphs: Mapping[str, Graph]) -> Found:
-    """What has one name in several graphs is the same in all, so that tokenizer and detokenizer
-    round as the encoder and the decoder do."""
+    """Checks that nodes and tensors with the same name are the same in all graphs.
+
+    Then tokenizer and detokenizer round as the encoder and the decoder do.
+    """
     meanings: dict[str, Node | Tensor] = {}
     for stage, graph in graphs.items():
         named: dict[str, Node | Tensor] = {node.name: node for node in graph.nodes}
         for name, found in (*graph.tensors.items(), *named.items()):
             same = meanings.setdefault(name, found) == found
-            yield None if same else f"{stage}: its {name} is not that of the graph it is part of"
+            yield None if same else f"{stage}: its {name} is another one than in earlier graphs"

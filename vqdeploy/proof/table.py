@@ -1,4 +1,4 @@
-"""A detokenizer that is a table: every one of its entries."""
+"""Checks every entry of a detokenizer that is a table."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array, Params
 
 SECONDS = 20.0
-"""What the oracle may take for entries; the decoder's graph, itself held to the oracle, answers for
-the others."""
+"""The time that the oracle may take. The other entries are compared with the decoder's graph, which
+was compared with the oracle."""
 
 ENTRIES_AT_ONCE = 1024
 
@@ -22,10 +22,10 @@ ENTRIES_AT_ONCE = 1024
 def check_table(
     spec: ModelSpec, params: Params, table: Array, sessions: Sessions, precision: str
 ) -> Check:
-    """Holds the entries of a table (K, ..., K, C, H, W), float32, to the oracle's reconstructions,
-    and those beyond what the oracle does in SECONDS, evenly spread among them, to the decoder's.
+    """Checks the entries of a table (K, ..., K, C, H, W), float32.
 
-    precision: of the decoder. Raises ValueError if a stage of the oracle overflows.
+    The oracle checks as many, evenly spread, as it can in SECONDS. The decoder's graph checks the
+    others. precision: the decoder's. Raises ValueError if a stage of the oracle overflows.
     """
     entries = table.reshape(-1, *spec.image_shape)
     axes = np.unravel_index(np.arange(len(entries)), table.shape[: spec.latent_size])

@@ -1,4 +1,4 @@
-"""A certificate as a page to look at: one file that loads nothing."""
+"""Writes a certificate as a web page: one file that loads nothing."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from vqref.host.files import write_file
 
 FIGURES = (
     "Each stage runs on inputs that the float64 oracle made, and each figure stands beside its "
-    "bound. A certified index is the only one that rounding allows, and has to be equal; at a near "
-    "tie rounding may choose, and a flip is such a choice. One value beyond its bound, or one "
-    "certified index that differs, is wrong."
+    "bound. Rounding cannot change a certified index, so it must be equal. At a near tie, rounding "
+    "may choose another code; such a flip is allowed. A value beyond its bound, or a certified "
+    "index that differs, is wrong."
 )
 
 
 def write_page(path: Path, bundle: Bundle, content: Mapping[str, Any]) -> None:
     """Writes the page of a certificate. Raises OSError.
 
-    content: what ``vqdeploy.proof.certificate.certify`` gave of ``bundle``.
+    content: what ``vqdeploy.proof.certificate.certify`` returned for ``bundle``.
     """
     write_file(path, page_of(bundle, content))
 
 
 def page_of(bundle: Bundle, content: Mapping[str, Any]) -> bytes:
-    """The page: the verdict first, then what it rests on."""
+    """Returns the page: the verdict first, then what it is based on."""
     name, report = bundle.path.resolve().name, content["report"]
     head = f"<h1>{webpage.text(f'Certificate of {name}')}</h1>\n" + _verdict(content)
     parts = [
@@ -50,7 +50,7 @@ def page_of(bundle: Bundle, content: Mapping[str, Any]) -> bytes:
     ]
     foot = webpage.paragraph("Written by vqdeploy verify. The page loads nothing.")
     foot += webpage.paragraph(
-        "It is a copy to read. Whoever doubts it runs the command again: python -m vqdeploy verify."
+        "It is a copy to read. To check it, run the command again: python -m vqdeploy verify."
     )
     return webpage.page(f"Certificate of {name}", head, "".join(parts), foot)
 
@@ -74,10 +74,10 @@ def _verdict(content: Mapping[str, Any]) -> str:
 
 
 def _compared(bundle: Bundle, content: Mapping[str, Any]) -> dict[str, object]:
-    """What the bundle was held to."""
+    """Returns the facts on what was compared."""
     compared, report = content["compared"], content["report"]
     given, latents = compared.get("images"), compared.get("latents")
-    also = f", and {given:,} given ones" if given else ""
+    also = f", and {given:,} given images" if given else ""
     return {
         "images": f"{report['images']:,}: the golden batch, images aimed at every code{also}",
         **({"latents": f"{latents:,} more, fed to the quantizer"} if latents else {}),
@@ -88,13 +88,13 @@ def _compared(bundle: Bundle, content: Mapping[str, Any]) -> dict[str, object]:
 
 
 def _in_advance(proved: Mapping[str, Any]) -> str:
-    told = webpage.paragraph(f"Of {proved['of']}: {tell_proved(proved)}.")
+    told = webpage.paragraph(f"On {proved['of']}: {tell_proved(proved)}.")
     refuted = webpage.paragraph(f"What would refute it: {proved['refuted_by']}.")
-    return webpage.section("Proved in advance, of every machine", told, refuted)
+    return webpage.section("Proved in advance, for every machine", told, refuted)
 
 
 def _machine(content: Mapping[str, Any]) -> str:
-    """The machine, and which provider took how many nodes of each graph."""
+    """Returns the machine, and how many nodes of each graph each provider ran."""
     known = {
         **content["machine"],
         "device": content["device"],

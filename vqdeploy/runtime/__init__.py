@@ -1,1 +1,1 @@
-"""onnxruntime: sessions on the device that was asked for, and the inspection before it."""
+"""Inspects graphs, and runs them in onnxruntime on the chosen device."""

@@ -11,9 +11,9 @@ from typing import Any
 def onnxruntime() -> Any:
     """Returns the module, with its telemetry off.
 
-    From 1.29 on it tells its maker about the models that it opens. It begins as it is imported,
-    with an identifier in the user's cache folder, which the environment variable alone prevents;
-    the call stops it in a program that has imported onnxruntime before.
+    From 1.29 on, onnxruntime reports to its maker the models that it opens. On import it puts an
+    identifier into the user's cache folder; only the environment variable prevents that. The call
+    stops the reports of an onnxruntime that was imported before.
     """
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime as ort

@@ -1,10 +1,10 @@
 """Reads ONNX bytes before onnxruntime does, without onnx, and writes them again.
 
-The tables below hold every field that the exporter writes, and nothing else is read: see
-``vqdeploy.runtime.wire``. What onnxruntime gets is written from what was read here, not the bytes
-that came. That matters, for onnxruntime follows external data to any file that the process can
-read, runs operators of other domains, and takes other formats by their first bytes. Field numbers
-are those of onnx.proto.
+The tables below hold every field that the exporter writes. Any other field is refused: see
+``vqdeploy.runtime.wire``. onnxruntime gets only bytes that can be written from what was read here.
+That matters because onnxruntime reads external data from any file that the process can read, runs
+operators of other domains, and recognises other formats by their first bytes. Field numbers are
+those of onnx.proto.
 """
 
 from __future__ import annotations
@@ -90,21 +90,21 @@ ATTRIBUTES = {
 """The field that holds each attribute."""
 
 ATTRIBUTE_TYPES = {"f": 1, "i": 2, "ints": 7}
-"""AttributeProto.AttributeType by that field."""
+"""The AttributeProto.AttributeType for each of these fields."""
 
 DTYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
-"""NumPy's names of the members of TensorProto.DataType that the exporter writes."""
+"""NumPy's names for the members of TensorProto.DataType that the exporter writes."""
 
 DTYPE_NUMBERS = {dtype: number for number, dtype in DTYPES.items()}
 DTYPE_BYTES = {dtype: np.dtype(dtype).itemsize for dtype in DTYPE_NUMBERS}
 
 
 MOST_NODES, MOST_PORTS, MOST_INPUTS, MOST_AXES = 2**17, 4, 256, 32
-"""The most nodes or tensors of a graph, inputs or outputs of it, inputs or outputs of a node, axes
-of a tensor or numbers of an attribute: more than any network of a spec has."""
+"""The most nodes or tensors of a graph; inputs or outputs of a graph; inputs, outputs or attributes
+of a node; axes of a tensor or numbers of an attribute. No network of a spec has so many."""
 
 LARGE_BYTES = 2**14
-"""From about here on a copy takes longer than to ask where bytes lie."""
+"""From about this size on, copying bytes takes longer than finding their address."""
 
 ATTRIBUTE = Message(
     "AttributeProto",
@@ -188,8 +188,11 @@ MODEL = Message(
 
 @dataclass(frozen=True)
 class Node:
-    """One node. attributes: its attributes as they are written, which is one way only: nodes that
-    compute the same of the same values are ``==``."""
+    """One node.
+
+    attributes: the bytes of its attributes. They have only one form, so nodes that compute the same
+    from the same values are ``==``.
+    """
 
     name: str
     operator: str
@@ -209,15 +212,18 @@ class Node:
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """One initializer. dtype: a name of ``DTYPES``. content: its values in C order, little-endian:
-    a view of the file. Tensors are ``==`` if dtypes, shapes and bits are equal."""
+    """One initializer. Tensors are ``==`` if their dtypes, shapes and bits are equal.
+
+    dtype: a name of ``DTYPES``. content: the values in C order, little-endian, as a view of the
+    file.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     content: memoryview
 
     def array(self) -> Array:
-        """The values, as a read-only view."""
+        """Returns the values as a read-only view."""
         dtype = np.dtype(self.dtype).newbyteorder("<")
         return np.frombuffer(self.content, dtype).reshape(self.shape)
 
@@ -242,10 +248,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Graph:
-    """All that an ONNX file of a bundle holds.
+    """Everything that an ONNX file of a bundle holds.
 
-    name: the stage's. tensors: the initializers by name. Nodes come in an order in which they can
-    run, every value has one origin, and a use if it is no output.
+    name: the stage's name. nodes: in an order in which they can run. tensors: the initializers by
+    name. Every value has one origin, and is used or is an output.
     """
 
     name: str
@@ -260,7 +266,7 @@ class Graph:
         return frozenset(node.operator for node in self.nodes)
 
     def to_bytes(self) -> bytes:
-        """The ONNX file, written from these fields alone, once."""
+        """Returns the ONNX file, which is written once, from these fields only."""
         return self._written
 
     @cached_property
@@ -268,7 +274,7 @@ class Graph:
         return b"".join(self.pieces())
 
     def pieces(self) -> list[bytes | memoryview]:
-        """The pieces of the ONNX file: weights as they are held, not copied."""
+        """Returns the pieces of the ONNX file, without copying weights."""
         graph = {
             "node": [node.pieces() for node in self.nodes],
             "name": self.name,
@@ -286,10 +292,10 @@ class Graph:
 
 
 def read_graph(name: str, content: bytes) -> Graph:
-    """Returns what ``content`` holds, its tensors as views of it.
+    """Returns the graph that ``content`` holds. Its tensors are views of ``content``.
 
-    Raises InputError, which begins with ``name`` and says what it found, unless this is one graph
-    of ``OPERATORS`` with its weights inside, whose ``to_bytes`` gives ``content`` again.
+    Raises InputError, which begins with ``name`` and says what is wrong, unless ``content`` is a
+    graph of ``OPERATORS`` that holds its weights and whose ``to_bytes`` gives ``content`` again.
     """
     try:
         graph = _graph(read(MODEL, content))
@@ -303,8 +309,10 @@ def read_graph(name: str, content: bytes) -> Graph:
 
 
 def _spell(pieces: Sequence[bytes | memoryview], content: bytes) -> bool:
-    """Whether the pieces are ``content``, one after the other. A large view of it in its own place
-    is equal without being copied and compared."""
+    """Returns whether the pieces, joined, are ``content``.
+
+    A large piece that is a view of ``content`` at the right place is neither copied nor compared.
+    """
     start, begun, at, between = _address(content), 0, 0, list[bytes | memoryview]()
     for piece in pieces:
         if len(piece) > LARGE_BYTES and _address(piece) == start + at:
@@ -318,13 +326,13 @@ def _spell(pieces: Sequence[bytes | memoryview], content: bytes) -> bool:
 
 
 def _address(buffer: bytes | memoryview) -> int:
-    """Where in memory it begins."""
+    """Returns the buffer's address in memory."""
     place: int = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
     return place
 
 
 def _graph(model: Mapping[str, Any]) -> Graph:
-    """Raises InputError for values that no bundle has."""
+    """Returns the graph of a model. Raises InputError for values that no bundle has."""
     graph, opset = model["graph"], model["opset_import"]
     if (model["ir_version"], model["producer_name"]) != (IR_VERSION, PRODUCER):
         found = f"{model['producer_name'][:80]}, ir_version {model['ir_version']}"
@@ -359,9 +367,10 @@ def _node(values: Mapping[str, Any]) -> Node:
 
 @lru_cache(2**10)
 def _attribute(content: bytes) -> tuple[str, bytes]:
-    """An attribute's name, and the attribute as it is written. Most are the same in many nodes.
+    """Returns an attribute's name and bytes. Cached, since most appear in many nodes.
 
-    Raises InputError if it is unknown or not of its type."""
+    Raises InputError if the attribute is unknown or has the wrong type.
+    """
     values = read(ATTRIBUTE, content)
     name = values["name"]
     field = ATTRIBUTES.get(name)
@@ -372,8 +381,7 @@ def _attribute(content: bytes) -> tuple[str, bytes]:
 
 
 def attributes_of(values: Mapping[str, Any]) -> bytes:
-    """The attributes of a node with these values, ints, floats or sequences of ints, as they are
-    written."""
+    """Returns the bytes of a node's attributes: ints, floats or sequences of ints."""
     written = []
     for name, value in sorted(values.items()):
         field = ATTRIBUTES[name]
@@ -384,7 +392,7 @@ def attributes_of(values: Mapping[str, Any]) -> bytes:
 
 
 def _tensor(values: Mapping[str, Any]) -> tuple[str, Tensor]:
-    """The tensor with its name."""
+    """Returns the tensor's name and the tensor."""
     name, content, shape = values["name"], values["raw_data"], tuple(values["dims"])
     dtype = _dtype(name, values["data_type"])
     if 0 in shape or math.prod(shape) * DTYPE_BYTES[dtype] != len(content):
@@ -397,7 +405,7 @@ def _port(values: Mapping[str, Any]) -> Port:
     sizes: list[int | str] = []
     for axis in array["shape"]["dim"]:
         if len(axis) != 1:
-            raise malformed(f"an axis of {name[:80]} has not one size")
+            raise malformed(f"an axis of {name[:80]} must have one size")
         sizes += axis.values()
     if wrong := [size for size in sizes if isinstance(size, int) and not 0 < size < 2**31]:
         raise malformed(f"an axis of {name[:80]} has the size {wrong[0]}")
@@ -418,7 +426,7 @@ def _dtype(name: str, number: int) -> str:
 
 
 def _require_flow(graph: Graph) -> None:
-    """Raises InputError unless every value has one origin, before its first use, and a use."""
+    """Raises InputError unless every value has one origin and a use after it."""
     defined = {port.name for port in graph.inputs}
     used = {port.name for port in graph.outputs}
     distinct = (len(defined), len(used)) == (len(graph.inputs), len(graph.outputs))
@@ -429,7 +437,7 @@ def _require_flow(graph: Graph) -> None:
         raise malformed(f"no node gives its output {min(given)[:80]}")
     for node in graph.nodes:
         if early := set(node.inputs) - defined:
-            raise malformed(f"{node.name[:80]} takes {min(early)[:80]} before it is there")
+            raise malformed(f"{node.name[:80]} takes {min(early)[:80]} before it is computed")
         used.update(node.inputs)
         for name in node.outputs:
             if name in defined:

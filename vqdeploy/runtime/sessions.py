@@ -1,4 +1,4 @@
-"""onnxruntime sessions on the device that was asked for, and no other."""
+"""Opens onnxruntime sessions on the chosen device, and on no other."""
 
 from __future__ import annotations
 
@@ -33,46 +33,46 @@ from vqref.spec import Layer, ModelSpec, plan
 from vqref.validation import Array
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-"""onnxruntime's names of the providers."""
+"""onnxruntime's names for the providers."""
 
 PROVIDERS: dict[str, dict[str, dict[str, str]]] = {
     "cpu": {CPU: {}},
     "cuda": {CUDA: {"use_tf32": "0"}},
 }
-"""Devices, and onnxruntime's providers with their options on each; see ``Session`` for TF32."""
+"""onnxruntime's providers and their options, per device. ``Session`` explains TF32."""
 
 DEVICES = ("auto", *PROVIDERS)
 
 WORK_BYTES = 256 * 2**20
-"""Roughly what one call may take for intermediate arrays; larger inputs are cut, so that memory
-stays flat."""
+"""Roughly how many bytes the intermediate arrays of one call may take. Larger inputs are cut, so
+that memory stays flat."""
 
 LARGEST_BATCH = 256
-"""More images at once were no faster."""
+"""The most images in one call. More were no faster."""
 
 CACHE_BYTES = 2 * 2**20
-"""What the widest row of a network may take per core of a CPU. More does not fit the caches: a
-batch of 256 in one piece took up to a quarter longer, depending on what else the machine did."""
+"""The bytes that the widest row of a network may take per CPU core. More does not fit the caches: a
+batch of 256 in one piece took up to a quarter longer, depending on the machine's other load."""
 
 NETWORK_OPERATORS = frozenset({"Conv", "ConvTranspose"})
-"""Operators that only graphs with a network hold."""
+"""Operators that occur only in graphs with a network."""
 
 INT8_OPERATOR = "QuantizeLinear"
-"""An operator that only graphs with an int8 network hold."""
+"""An operator that occurs only in graphs with an int8 network."""
 
 DIRECT_OPERATOR, PRODUCT_OPERATOR = "ArgMin", "NonZero"
-"""Operators of every search for the nearest code, and of searches by products alone."""
+"""An operator of every search for the nearest code, and one of searches by products only."""
 
 OUT_OF_MEMORY = ("bad_alloc", "bad allocation", "Failed to allocate memory")
-"""Words of onnxruntime's errors if memory does not suffice."""
+"""Words in onnxruntime's errors that mean too little memory."""
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How onnxruntime is to run, beyond the device.
+    """Settings for onnxruntime besides the device.
 
-    providers: onnxruntime's own list, of names or (name, options), in place of the device's.
-    session_options: an onnxruntime.SessionOptions to begin with.
+    providers: a list of names or (name, options) for onnxruntime, used instead of the device's.
+    session_options: an onnxruntime.SessionOptions to start from.
     intra_op_num_threads: threads within an operator, or None for onnxruntime's choice.
     """
 
@@ -82,26 +82,26 @@ class Runtime:
 
 
 class Session:
-    """One graph of a bundle in onnxruntime. Calls are thread-safe, as onnxruntime's are.
+    """One graph of a bundle in onnxruntime. Several threads may call it at once.
 
     stage: one of ``STAGES`` or ``PRIOR_STAGES``.
     content: the bytes of its ONNX file, or what ``read_graph`` returned for them.
-    spec: of the model, or of the prior for its stages.
+    spec: the model's, or the prior's for its stages.
     device: "cpu" or "cuda".
-    batch: the one size that the graph takes, to which smaller inputs are padded, or None if it
-        takes any.
+    batch: the only batch size that the graph takes, or None if it takes any. Smaller inputs are
+        padded to it.
 
-    On CUDA a node that would run on the CPU is an error, and the session runs once when it opens,
-    since cuDNN says only then whether it has an engine for each layer.
+    On CUDA, a node that would run on the CPU is an error. The session also runs once when it opens,
+    because only then cuDNN says whether it has an engine for each layer.
 
-    TF32 is off for float32 graphs. That is strict for matrix products but only a preference for
-    convolutions: if cuDNN has no other plan, it takes tensor cores all the same, silently. The
-    environment variable NVIDIA_TF32_OVERRIDE=0 is the harder switch. Graphs with float16 networks
-    leave TF32 on, without which float16 loses its tensor cores, too. Their float32 part is the
-    quantizer: its direct form holds no product, and its margin by products allows for TF32.
+    TF32 is off for float32 graphs. For matrix products that is strict. For convolutions it is only
+    a preference: if cuDNN has no other plan, it silently uses tensor cores. The environment
+    variable NVIDIA_TF32_OVERRIDE=0 is stricter. Graphs with float16 networks leave TF32 on; without
+    it float16 would lose its tensor cores too. The float32 part of these graphs is the quantizer:
+    its direct form has no matrix product, and its search by products has a margin for TF32.
 
-    Raises InputError for bytes that are not that stage of a model of ``spec``, MachineError if the
-    device, or the first of the providers, cannot be used.
+    Raises InputError for bytes that are not that stage of a model of ``spec``. Raises MachineError
+    if the device, or the first of the providers, cannot be used.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class Session:
         ort, operators = onnxruntime(), graph.operators
         options = runtime.session_options or ort.SessionOptions()
         if runtime.session_options is None:
-            options.log_severity_level = 4  # errors reach us as exceptions, the caller as one line
+            options.log_severity_level = 4  # errors come as exceptions and are printed as one line
         if runtime.intra_op_num_threads is not None:
             options.intra_op_num_threads = runtime.intra_op_num_threads
         if runtime.providers is None:
@@ -164,8 +164,7 @@ class Session:
             raise _failure(found, error, MachineError) from None
 
     def placement(self) -> dict[str, dict[str, int]]:
-        """Returns {provider: {operator: how many of its nodes run there}}, after onnxruntime's own
-        changes of the graph."""
+        """Returns {provider: {operator: count of nodes}} after onnxruntime's optimisation."""
         found: dict[str, dict[str, int]] = {}
         for part in self._session.get_provider_graph_assignment_info():
             counts = Counter(found.get(part.ep_name, {}))
@@ -174,11 +173,11 @@ class Session:
         return found
 
     def __call__(self, *arrays: Array) -> list[Array]:
-        """Returns the graph's outputs for its inputs, in their order. Indices are int64 here,
-        whatever they are in the graph.
+        """Returns the graph's outputs for its inputs, both in the graph's order.
 
-        Large inputs are run a few images at a time. Raises InputError if the graph cannot be run on
-        the CPU, MachineError if on another provider, or if memory does not suffice.
+        Indices in the outputs are always int64. Large inputs are run a few images at a time. Raises
+        InputError if the graph fails on the CPU. Raises MachineError if it fails on another
+        provider or there is too little memory.
         """
         try:
             count = len(arrays[0])
@@ -195,7 +194,7 @@ class Session:
             raise _failure(found, error, kind) from None
 
     def _part(self, arrays: Sequence[Array], rows: slice) -> list[Array]:
-        """Some images of those inputs that have one row per image."""
+        """Cuts the inputs that have one row per image; returns the others whole."""
         return [
             array[rows] if self._per_image(port) else array
             for port, array in zip(self._inputs, arrays, strict=True)
@@ -207,8 +206,8 @@ class Session:
     def _call(self, *arrays: Array) -> list[Array]:
         """Pads the batch with zeros, runs the graph, and crops the outputs.
 
-        A fixed graph takes one size; on a card sizes are powers of two, since cuDNN looks for its
-        algorithms again at each new one.
+        A fixed graph takes one size. On a card, sizes are powers of two, because cuDNN chooses its
+        algorithms again at each new size.
         """
         count = len(arrays[0])
         size = self._fixed or count
@@ -225,7 +224,7 @@ class Session:
         ]
 
     def _fitted(self, port: Port, array: Array, more: int) -> Array:
-        """An input in the graph's own type of indices, and with so many rows of zeros more."""
+        """Casts indices to the graph's dtype, and adds ``more`` rows of zeros."""
         if port.name in (INDICES, PREVIOUS):
             array = array.astype(port.dtype, copy=False)
         if not more or not self._per_image(port):
@@ -233,7 +232,7 @@ class Session:
         return np.concatenate([array, np.zeros((more, *array.shape[1:]), array.dtype)])
 
     def _bound(self, given: Mapping[str, Array]) -> list[Array]:
-        """Runs with bound outputs: onnxruntime copies each once, after the last node."""
+        """Runs with bound outputs: onnxruntime then copies each output once, at the end."""
         binding = self._session.io_binding()
         for name, array in given.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
@@ -246,8 +245,11 @@ class Session:
 def inspected(
     stage: str, content: bytes | Graph, spec: ModelSpec | PriorSpec, batch: int | None
 ) -> Graph:
-    """Returns the graph of ``stage``. Raises InputError unless it is plain, see ``read_graph``, and
-    its inputs and outputs are those of the stage of a model of ``spec``."""
+    """Returns the graph of ``stage``.
+
+    Raises InputError if ``read_graph`` refuses it, or if its inputs and outputs are not those of
+    this stage of a model of ``spec``.
+    """
     name = f"{stage}.onnx"
     graph = content if isinstance(content, Graph) else read_graph(name, content)
     known = ports_of(stage, spec, batch, _index_type(graph))
@@ -262,13 +264,13 @@ def inspected(
                 for each in (found, wanted)
             )
             raise InputError(
-                f"{name}: its {way} are {given}, those of the manifest's model {expected}"
+                f"{name}: its {way} are {given}, expected {expected} for the manifest's model"
             )
     return graph
 
 
 def _index_type(graph: Graph) -> str:
-    """Returns the one of ``INDEX_TYPES`` that the indices of a graph have; if none, the first."""
+    """Returns the dtype of a graph's indices; the first of ``INDEX_TYPES`` if it has none."""
     found = {
         port.dtype for port in (*graph.inputs, *graph.outputs) if port.name in (INDICES, PREVIOUS)
     }
@@ -283,7 +285,7 @@ def _providers(device: str, graph: Graph) -> list[Any]:
 
 
 def cuda_options(graph: Graph) -> dict[str, str]:
-    """Returns the CUDA provider's options for a graph; see ``Session`` for TF32."""
+    """Returns the CUDA provider's options for a graph. ``Session`` explains TF32."""
     half = any(tensor.dtype == "float16" for tensor in graph.tensors.values())
     return {**PROVIDERS["cuda"][CUDA], **({"use_tf32": "1"} if half else {})}
 
@@ -293,20 +295,20 @@ def _config(
 ) -> dict[str, str]:
     """Returns onnxruntime's session configuration."""
     entries = {
-        "session.load_model_format": "ONNX",  # whatever else its first bytes may look like
+        "session.load_model_format": "ONNX",  # even if its first bytes look like another format
         "session.record_ep_graph_assignment_info": "1",  # for placement()
     }
     if device == "cuda" and runtime.providers is None:
         entries["session.disable_cpu_ep_fallback"] = "1"
     if on_card and INT8_OPERATOR in operators:
-        # Biases are int32, for which the CUDA provider has no DequantizeLinear. onnxruntime folds
-        # these nodes into float32 biases unless it looks for int8 kernels, which there are not.
+        # The CUDA provider has no DequantizeLinear for int32 biases. onnxruntime folds these nodes
+        # into float32 biases unless it looks for int8 kernels, which CUDA lacks.
         entries["session.disable_quant_qdq"] = "1"
     return entries
 
 
 def _failure(found: str, error: Exception, kind: type[CommandError]) -> CommandError:
-    """What onnxruntime raised as one line, of ``kind`` unless memory did not suffice."""
+    """Returns onnxruntime's error as one line. It is of ``kind``, or MachineError for memory."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, MemoryError) or any(words in line for words in OUT_OF_MEMORY):
         return MachineError(f"{found}: there is too little memory: {line}")
@@ -317,8 +319,8 @@ def batch_size(spec: ModelSpec | PriorSpec, operators: frozenset[str], cores: in
     """Returns how many images go through a graph of ``operators`` at once.
 
     What the graph holds at a time stays within WORK_BYTES: the values of its network that are still
-    needed, or the arrays of its search. On a CPU of so many cores, the widest row of a network
-    stays within CACHE_BYTES per core. cores: 0 if that does not matter.
+    needed, or the arrays of its search. On a CPU, the widest row of a network also stays within
+    CACHE_BYTES per core. cores: the number of cores, or 0 for no such limit.
     """
     if isinstance(spec, PriorSpec):
         widest = max(
@@ -342,7 +344,10 @@ def batch_size(spec: ModelSpec | PriorSpec, operators: frozenset[str], cores: in
 
 @lru_cache(16)
 def _most_values(layers: tuple[Layer, ...]) -> int:
-    """The most numbers per image that are needed at once. Every session of a model asks for it."""
+    """Returns the most numbers per image that are needed at once.
+
+    Cached, because every session of a model asks for it.
+    """
     sizes = [math.prod(shape) for shape in (layers[0].in_shape, *(row.out_shape for row in layers))]
     needed, most = {0}, 0
     for number, step in enumerate(plan(layers), 1):
@@ -360,13 +365,14 @@ def open_sessions(
     batch: int | None = None,
     runtime: Runtime | None = None,
 ) -> tuple[dict[str, Session], str]:
-    """Returns a session for each {stage: content} and the device that they run on, "custom" if the
-    caller gives providers.
+    """Returns a session for each {stage: content}, and the device that they run on.
 
-    All graphs are inspected before onnxruntime sees the first. "auto" takes CUDA if there is a
-    card. If the card cannot be used after all, it warns (Remark) and takes the CPU.
+    The device is "custom" if the caller gives providers. All graphs are inspected before
+    onnxruntime sees the first. "auto" takes CUDA if there is a card. If the card then cannot be
+    used, this warns (Remark) and takes the CPU.
 
-    Raises ValueError for another device, or for one beside providers, and what Session raises.
+    Raises ValueError for an unknown device, and for a device together with providers. Raises what
+    Session raises.
     """
 
     plain = {stage: inspected(stage, graph, spec, batch) for stage, graph in graphs.items()}

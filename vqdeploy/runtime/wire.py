@@ -1,7 +1,7 @@
-"""Protobuf's wire format, read strictly and written again, by tables of messages.
+"""Reads and writes protobuf's wire format strictly, by tables of messages.
 
-A message has one form here: its fields in the order of their numbers, each tag and each number in
-as few bytes as it needs. Everything else that protobuf's own readers allow is refused.
+A message has only one form here: fields are in the order of their numbers, and each tag and number
+takes as few bytes as possible. Other forms, which protobuf's own readers allow, are refused.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any, NamedTuple
 from vqref.errors import InputError
 
 INTEGER, FLOAT, NAME, RAW = "integer", "float", "name", "raw"
-"""What a field holds, if no message: a varint, four bytes, a printable name, any bytes."""
+"""The kinds of fields that hold no message: a varint, four bytes, a printable name, any bytes."""
 
 PRINTABLE = re.compile(rb"[!-~]{1,2000}")
-"""Error messages hold names."""
+"""What a name must match, since error messages print names."""
 
 WIRE_TYPES = {INTEGER: 0, FLOAT: 5}
-"""Other fields are of type 2: a length, and as many bytes."""
+"""The wire types of some kinds. All other fields are of type 2: a length, and so many bytes."""
 
 
 class Field(NamedTuple):
     """A row of a table.
 
-    kind: one of the above, or a Message. most: how often it may appear; if more than once, it is
-    read as a list. needed: whether it must appear.
+    kind: one of the above, or a Message. most: how often the field may appear; if more than once,
+    it is read as a list. needed: whether it must appear.
     """
 
     name: str
@@ -39,10 +39,12 @@ class Field(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """A table. fields: by number. refused: what the fields of these numbers mean, for the error.
+    """A table of a message's fields.
 
-    What follows from them: rows, the fields by tag; heads, the fields with the bytes of their tags,
-    in order; lists and needed, names of fields.
+    fields: the fields by number. refused: what refused fields mean, by number, for error messages.
+
+    These follow from ``fields``: rows, the fields by tag; heads, the fields with the bytes of their
+    tags, in order; lists and needed, names of fields.
     """
 
     name: str
@@ -63,10 +65,11 @@ class Message:
 
 
 def read(message: Message, content: bytes) -> dict[str, Any]:
-    """Returns {field: value}: an int, a str, four bytes of a FLOAT, a view of RAW bytes, the same
-    of another message; or a list of such.
+    """Returns {field: value} of a message.
 
-    Raises InputError unless ``content`` is that message in its one form.
+    A value is an int, a str, the four bytes of a FLOAT, a view of RAW bytes, such a dictionary for
+    an inner message, or a list of these. Raises InputError unless ``content`` is that message in
+    its one form.
     """
     try:
         return _read(message, content, 0, len(content))
@@ -75,9 +78,9 @@ def read(message: Message, content: bytes) -> dict[str, Any]:
 
 
 def _read(message: Message, content: bytes, at: int, end: int) -> dict[str, Any]:
-    """The message from ``at`` to ``end``. Raises IndexError if ``content`` ends within a number.
+    """Reads the message from ``at`` to ``end``. Raises IndexError if it ends within a number.
 
-    Numbers of one byte, as most are, are read here: that opens a bundle noticeably faster.
+    Most numbers have one byte. They are read here, which opens a bundle noticeably faster.
     """
     found: dict[str, Any] = {name: [] for name in message.lists}
     rows, last = message.rows, 0
@@ -121,15 +124,17 @@ def _value(kind: Any, content: bytes, start: int, end: int) -> Any:
 
 @lru_cache(2**12)
 def _name(content: bytes) -> str:
-    """Most names appear several times."""
+    """Returns a name. Cached, because most names appear several times."""
     if PRINTABLE.fullmatch(content) is None:
         raise malformed("a name is not printable, empty or too long")
     return str(content, "ascii")
 
 
 def write(message: Message, values: Mapping[str, Any]) -> list[bytes | memoryview]:
-    """Returns the pieces of ``message`` with these values: the inverse of ``read``, but that the
-    value of a message is the list of its pieces."""
+    """Returns the pieces of ``message`` with these values.
+
+    This inverts ``read``, except that the value of an inner message is the list of its pieces.
+    """
     pieces: list[bytes | memoryview] = []
     for head, (name, kind, most, _) in message.heads:
         given = values.get(name)
@@ -159,7 +164,7 @@ def malformed(reason: str) -> InputError:
 
 
 def _foreign(message: Message, tag: int) -> InputError:
-    """The error for a tag that is not in the table."""
+    """Returns the error for a tag that is not in the table."""
     number, wire = tag >> 3, tag & 7
     if not 0 < number < 2**29 or wire not in (0, 1, 2, 5):
         return malformed(f"{message.name} holds the tag {tag}")
@@ -173,7 +178,7 @@ def _foreign(message: Message, tag: int) -> InputError:
 def _varint(content: bytes, at: int) -> tuple[int, int]:
     """Returns a number of seven bits per byte, the lowest first, and the position after it.
 
-    Raises InputError unless it fits 64 bits and takes as few bytes as it can.
+    Raises InputError unless it fits 64 bits and takes as few bytes as possible.
     """
     value = shift = 0
     while shift < 70:
@@ -183,7 +188,7 @@ def _varint(content: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             break
     if value >> 64 or not 0 < byte < 0x80:
-        raise malformed("a number is longer than it need be, or than 64 bits")
+        raise malformed("a number takes more bytes than it needs, or more than 64 bits")
     return value, at
 
 
@@ -191,7 +196,7 @@ _BYTES = tuple(bytes((value,)) for value in range(0x100))
 
 
 def _number(value: int) -> bytes:
-    """The inverse of ``_varint``; a negative number is its two's complement of 64 bits."""
+    """Inverts ``_varint``. A negative number becomes its two's complement of 64 bits."""
     if value < 0:
         value += 2**64
     if value < 0x80:
