@@ -272,6 +272,13 @@ def test_pictures_come_as_often_as_they_are_told_to_and_at_the_end(tmp_path, man
     assert [path.name[:9] for path in drawn] == ["epoch-002", "epoch-003"]
 
 
+def test_a_long_run_has_pictures_of_some_epochs_only(tmp_path, many_images, monkeypatch):
+    monkeypatch.setattr("vqtrain.run.trainer.PICTURES_PER_RUN", 2)
+    trainer(tmp_path, many_images, work={"pictures": True}, epochs=5).run()
+    drawn = sorted((tmp_path / "run" / "pictures").glob("*-codebook.png"))
+    assert [path.name[:9] for path in drawn] == ["epoch-002", "epoch-004", "epoch-005"]
+
+
 def test_without_held_out_images_a_sample_of_the_training_images_is_measured(
     tmp_path, many_images, monkeypatch
 ):

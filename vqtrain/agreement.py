@@ -29,7 +29,7 @@ PROOF_SECONDS, FEWEST_PROVED, MOST_PROVED, TRAINED_PER_PROOF = 1.0, 8, 64, 150
 images; images trained on per image proved. A proof takes about three training steps' time per
 image."""
 
-TRAINED_PER_CHECK = 800
+TRAINED_PER_CHECK = 1600
 """Images trained on per image checked after an epoch. A check takes about sixteen training steps'
 time per image."""
 
@@ -62,7 +62,7 @@ def check_against_oracle(
 def images_to_check(spec: ModelSpec, trained: int) -> int:
     """Returns how many images to check after an epoch on ``trained`` images.
 
-    The check takes about a fiftieth of the epoch's time on a processor. There are at least FEWEST
+    The check takes about a hundredth of the epoch's time on a processor. There are at least FEWEST
     images, if so many fit one check.
     """
     return min(images_within(spec), max(FEWEST, trained // TRAINED_PER_CHECK))

@@ -113,7 +113,7 @@ class Plan:
     snapshot_steps: int = 500
     check_images: int | None = None
     check_every: int = 1
-    pictures_every: int = 1
+    pictures_every: int | None = None
     tensorboard: bool = False
     pictures: bool = True
     bar: bool = False

@@ -207,7 +207,7 @@ class CheckOptions:
         type=positive,
         metavar="N",
         help="images per check (default: before the first step and at the end, 4 to 64, about two "
-        "seconds' work; after an epoch, one per 800 images trained on, at least 4)",
+        "seconds' work; after an epoch, one per 1600 images trained on, at least 4)",
     )
     check_every: int = option(
         "--check-every",
@@ -216,12 +216,13 @@ class CheckOptions:
         metavar="N",
         help="epochs between checks; there is always one before the first step and one at the end",
     )
-    pictures_every: int = option(
+    pictures_every: int | None = option(
         "--pictures-every",
-        default=1,
+        default=None,
         type=positive,
         metavar="N",
-        help="epochs between pictures in the run's folder; the last epoch always has some",
+        help="epochs between pictures in the run's folder; the last epoch always has some "
+        "(default: a tenth of all epochs)",
     )
 
 

@@ -45,7 +45,7 @@ class RunFolder:
     options.toml   the resolved options, which ``--config`` reads back
     metrics.jsonl  a line per epoch
     use.jsonl      a line per epoch: how often codes were chosen
-    pictures/      PNGs of every epoch, or of every few
+    pictures/      PNGs of every epoch, or every few
     report.html    a page that shows all of this, see ``vqtrain.run.webreport``
     snapshots/     the last two states
     model.pt       the model after the last full epoch

@@ -42,6 +42,9 @@ from vqtrain.run.snapshot import Course, RunState, save_state
 from vqtrain.run.start import prepare, start_model
 from vqtrain.run.step import WHOLE, Split, Taken, make_optimizer, training_step
 
+PICTURES_PER_RUN = 10
+"""How often in a run pictures are drawn, unless the run is told otherwise."""
+
 SAMPLED_IMAGES = 1000
 """If no images are held out, at most so many training images are measured after an epoch."""
 
@@ -69,9 +72,9 @@ class Work:
     folder: the run's folder. output: where to write a copy of the model, or None.
     snapshot_steps: steps between snapshots within an epoch.
     check_images: images per check against the oracle. None takes as many as a check does in about
-    two seconds; after an epoch, as many as in a fiftieth of the epoch's time on a processor.
-    check_every, pictures_every: epochs between checks, and between pictures. The last epoch of a
-    run always has pictures.
+    two seconds; after an epoch, as many as in a hundredth of the epoch's time on a processor.
+    check_every, pictures_every: epochs between checks, and between pictures. None draws pictures
+    about ten times in a run. The last epoch of a run always has pictures.
     say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
     record: whether to record steps on a card as CUDA graphs, if possible.
     pictures: whether to draw pictures and to write the report. bar: whether to show the progress of
@@ -86,7 +89,7 @@ class Work:
     snapshot_steps: int = 500
     check_images: int | None = None
     check_every: int = 1
-    pictures_every: int = 1
+    pictures_every: int | None = None
     say: Callable[[str], None] = say
     writer: Any = None
     record: bool = True
@@ -265,7 +268,8 @@ class Trainer:
             )
             self._publish()
         self.narrator.epoch(line)
-        drawn = last or epoch % self.work.pictures_every == 0
+        every = self.work.pictures_every or max(1, self.options.epochs // PICTURES_PER_RUN)
+        drawn = last or epoch % every == 0
         if drawn and self.work.pictures and self.ranks.first:
             self.narrator.draw(self.model, self.shown, metrics.hits, epoch)
         self._report(f"{epoch} of {self.options.epochs} epochs are done.")
