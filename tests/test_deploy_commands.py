@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 
@@ -300,21 +301,27 @@ def test_verify_on_cuda_prints_a_line_of_placement_for_each_graph(run, residual_
     assert list(certificate["placement"]["decoder"]) == ["CUDAExecutionProvider"]
 
 
-def test_bench_measures_the_codec_and_torch_in_turns(deploy, bundle):
+def test_bench_measures_the_codec_on_all_and_fewer_threads_and_torch_in_turns(deploy, bundle):
+    cores = os.cpu_count()
+    fewer = [f"{n} thread{'s' * (n > 1)}" for n in (1, 2, 4, 8, 16, 32, 64, 128) if n < cores]
+    names = ("codec", *fewer, "torch")
     found = json.loads(
         deploy("bench", bundle, "--batch", 1, "--batch", 3, "--seconds", 0.05, "--json")
     )
     assert (found["device"], found["providers"]) == ("cpu", ["CPUExecutionProvider"])
     rows = {(row["direction"], row["batch"], row["implementation"]): row for row in found["rows"]}
-    assert set(rows) == {
-        (d, b, i) for d in ("encode", "decode") for b in (1, 3) for i in ("codec", "torch")
-    }
+    assert set(rows) == {(d, b, i) for d in ("encode", "decode") for b in (1, 3) for i in names}
     for row in rows.values():
         assert row["calls"] >= 1
         assert 0 < row["p50_ms"] <= row["p99_ms"]
         assert row["tokens_per_second"] == pytest.approx(4 * row["images_per_second"])
     shortest = deploy("bench", bundle, "--batch", 1, "--seconds", "1e-300")  # one call per row
-    assert [line.split()[-1] for line in shortest.splitlines()[2:]] == ["1"] * 4
+    assert [line.split()[-1] for line in shortest.splitlines()[2:]] == ["1"] * 2 * len(names)
+    assert all(len(line) <= 80 for line in shortest.splitlines()[1:])
+    alone = json.loads(
+        deploy("bench", bundle, "--batch", 1, "--seconds", 0, "--threads", 1, "--json")
+    )
+    assert [row["implementation"] for row in alone["rows"]] == ["codec", "torch"] * 2
 
 
 def test_doctor_says_what_there_is(deploy):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,31 +59,49 @@ def run(options: BenchOptions) -> int:
     for batch in options.batch or BATCHES:
         require_room("--batch", batch, bundle.spec)
     quiet()
-    codec = Codec.load(options.bundle, options.device, intra_op_num_threads=options.threads)
-    with codec:
-        rows = list(_measure(bundle, codec, options))
+    with ExitStack() as stack:
+        codec = stack.enter_context(_opened(options, options.threads))
+        codecs = {"codec": codec}
+        if codec.device == "cpu" and options.threads is None:
+            for count in _fewer_threads():
+                name = f"{count} thread{'s' if count > 1 else ''}"
+                codecs[name] = stack.enter_context(_opened(options, count))
+        rows = list(_measure(bundle, codecs, options))
     if options.json:
         providers = list(codec.providers)
         print(json.dumps({"device": codec.device, "providers": providers, "rows": rows}, indent=2))
         return ExitCode.DONE
     print(f"{options.bundle} on {codec.device}: {', '.join(codec.providers)}")
-    print("            batch          p50 ms    p99 ms    images/s    tokens/s   calls")
+    print("            batch             p50 ms    p99 ms  images/s    tokens/s   calls")
     for row in rows:
         print(
-            f"{row['direction']:<12}{row['batch']:>5}  {row['implementation']:<6}"
-            f"{row['p50_ms']:>8.3f}{row['p99_ms']:>10.3f}{row['images_per_second']:>12.0f}"
+            f"{row['direction']:<12}{row['batch']:>5}  {row['implementation']:<10}"
+            f"{row['p50_ms']:>7.3f}{row['p99_ms']:>10.3f}{row['images_per_second']:>10.0f}"
             f"{row['tokens_per_second']:>12.0f}{row['calls']:>8}"
         )
     return ExitCode.DONE
 
 
-def _measure(bundle: Bundle, codec: Codec, options: BenchOptions) -> Iterator[dict[str, Any]]:
+def _opened(options: BenchOptions, threads: int | None) -> Codec:
+    return Codec.load(options.bundle, options.device, intra_op_num_threads=threads)
+
+
+def _fewer_threads() -> list[int]:
+    """Returns powers of two below the number of cores. The Codec's own choice is all cores."""
+    cores = os.cpu_count() or 1
+    return [2**i for i in range(cores.bit_length()) if 2**i < cores]
+
+
+def _measure(
+    bundle: Bundle, codecs: Mapping[str, Codec], options: BenchOptions
+) -> Iterator[dict[str, Any]]:
     """Yields a row per direction, batch and implementation: median and 99th percentile in
     milliseconds per call, and images and tokens per second at the median."""
     from vqdeploy.proof.samples import draw_images
 
     params = bundle.oracle().params
-    runners = _runners(bundle, params, codec, options.threads)
+    codec = codecs["codec"]
+    runners = _runners(bundle, params, codecs, options.threads)
     for batch in options.batch or BATCHES:
         drawn = draw_images(bundle.spec, params, min(batch, DIFFERENT_IMAGES))
         images = np.resize(drawn, (batch, *bundle.spec.image_shape))
@@ -120,13 +140,13 @@ def _alternate(
 
 
 def _runners(
-    bundle: Bundle, params: Params, codec: Codec, threads: int | None
+    bundle: Bundle, params: Params, codecs: Mapping[str, Codec], threads: int | None
 ) -> dict[str, dict[str, Runner]]:
     """Returns {direction: {implementation: function}}. If PyTorch is installed, "torch" is the
     trainer's module with the bundle's parameters, in eager mode."""
     runners: dict[str, dict[str, Runner]] = {
-        "encode": {"codec": codec.encode},
-        "decode": {"codec": codec.decode},
+        "encode": {name: each.encode for name, each in codecs.items()},
+        "decode": {name: each.decode for name, each in codecs.items()},
     }
     try:
         import torch
@@ -137,7 +157,9 @@ def _runners(
         return runners
     if threads is not None:
         torch.set_num_threads(threads)
-    model = VQVAE(bundle.spec, params).to("cuda" if codec.device == "cuda" else "cpu").eval()
+    model = (
+        VQVAE(bundle.spec, params).to("cuda" if codecs["codec"].device == "cuda" else "cpu").eval()
+    )
     codebook = model.quantizer.codebook
 
     @torch.no_grad()
@@ -157,7 +179,7 @@ def _runners(
 
 COMMAND = Command(
     "bench",
-    "measure images and tokens per second, and PyTorch's if it is installed",
+    "measure images and tokens per second, also on fewer threads, and PyTorch's if installed",
     BenchOptions,
     run,
 )
