@@ -1,5 +1,6 @@
-"""``python -m benchmarks.inference MODEL``: encodes 256 images by ours, by onnxruntime alone and by
-PyTorch, and compares the search of a large codebook in the graph with the direct form.
+"""``python -m benchmarks.inference MODEL``: encodes 256 images and one by ours, onnxruntime alone
+and PyTorch, decodes as many unless the decoder is a table, and compares the search of a large
+codebook in the graph with the direct form.
 
 Each implementation works in a process of its own, with its own choice of threads, in turns. Ours is
 the Codec on a bundle made for the CPU (``export --target cpu``) and on the default bundle. The
@@ -29,6 +30,7 @@ from benchmarks.measure import (
     summary,
     timed,
 )
+from vqdeploy.bundle import Bundle
 from vqref.families import post
 from vqref.spec import CODEBOOK
 
@@ -37,65 +39,129 @@ LARGE = ((1024, 16), (4096, 16), (16_384, 64))
 """Codebooks (K, D) of the search."""
 
 
-def images(bundle: Path) -> Any:
-    from vqdeploy.bundle import Bundle
+def images(bundle: Path, count: int) -> Any:
     from vqdeploy.proof.samples import draw_images
 
     found = Bundle.open(bundle)
-    return draw_images(found.spec, found.oracle().params, BATCH)
+    return draw_images(found.spec, found.oracle().params, count)
 
 
-def codec(bundle: Path) -> Callable[[], Any]:
+def tokens(bundle: Path, count: int) -> Any:
+    spec = Bundle.open(bundle).spec
+    rng = np.random.default_rng(0)
+    return rng.integers(spec.num_codes, size=(count, *spec.latent_shape))
+
+
+def codec(bundle: Path, direction: str, count: int) -> Callable[[], Any]:
     from vqdeploy import Codec
 
-    return partial(Codec.load(bundle, "cpu").encode, images(bundle))
+    opened = Codec.load(bundle, "cpu")
+    if direction == "encode":
+        return partial(opened.encode, images(bundle, count))
+    return partial(opened.decode, tokens(bundle, count))
 
 
-def bare(bundle: Path) -> Callable[[], Any]:
+def bare(bundle: Path, direction: str, count: int) -> Callable[[], Any]:
     import onnxruntime as ort
 
+    stage = "tokenizer" if direction == "encode" else "detokenizer"
     session = ort.InferenceSession(
-        (bundle / "tokenizer.onnx").read_bytes(), providers=["CPUExecutionProvider"]
+        (bundle / f"{stage}.onnx").read_bytes(), providers=["CPUExecutionProvider"]
     )
-    return partial(session.run, None, {"images": images(bundle)})
+    if direction == "encode":
+        return partial(session.run, None, {"images": images(bundle, count)})
+    flat = tokens(bundle, count).reshape(count, -1)
+    return partial(session.run, None, {"indices": flat})
 
 
-def torch_encoder(bundle: Path, *, compiled: bool) -> Callable[[], Any]:
-    """Returns the bundle's parameters in PyTorch's own modules, followed by codebook and cdist."""
+def torch_modules(bundle: Path, direction: str, count: int, *, compiled: bool) -> Callable[[], Any]:
+    """The bundle's parameters in PyTorch's own modules, with the codebook and cdist."""
     import torch
 
     from benchmarks.peers import Rows
-    from vqdeploy.bundle import Bundle
+    from vqtrain.likelihoods import mean
 
     found = Bundle.open(bundle)
-    params = found.oracle().params
-    encoder = Rows(found.spec.encoder).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    values = [
-        torch.from_numpy(array) for name, array in params.items() if name.startswith("encoder.")
-    ]
-    for parameter, value in zip(encoder.parameters(), values, strict=True):
+    params, spec = found.oracle().params, found.spec
+    name = "encoder" if direction == "encode" else "decoder"
+    rows = spec.encoder if direction == "encode" else spec.decoder
+    network = Rows(rows).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    values = [torch.from_numpy(params[each]) for each in params if each.startswith(f"{name}.")]
+    for parameter, value in zip(network.parameters(), values, strict=True):
         parameter.data.copy_(value)
-    codebook, batch = torch.from_numpy(params[CODEBOOK]), torch.from_numpy(images(bundle))
+    codebook = torch.from_numpy(params[CODEBOOK])
 
     def encode(x: torch.Tensor) -> torch.Tensor:
-        return torch.cdist(encoder(x).reshape(-1, found.spec.code_size), codebook).argmin(-1)
+        return torch.cdist(network(x).reshape(-1, spec.code_size), codebook).argmin(-1)
 
-    chosen = torch.compile(encode) if compiled else encode
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        return mean(spec, network(codebook[x]))
+
+    if direction == "encode":
+        body, given = encode, torch.from_numpy(images(bundle, count))
+    else:
+        body, given = decode, torch.from_numpy(tokens(bundle, count).reshape(count, -1))
+    chosen = torch.compile(body) if compiled else body
 
     def run() -> Any:
         with torch.no_grad():
-            return chosen(batch)
+            return chosen(given)
 
     run()
     return run
 
 
-KINDS: dict[str, Callable[[Path], Callable[[], Any]]] = {
+KINDS: dict[str, Callable[[Path, str, int], Callable[[], Any]]] = {
     "codec": codec,
     "bare": bare,
-    "eager": partial(torch_encoder, compiled=False),
-    "compiled": partial(torch_encoder, compiled=True),
+    "eager": partial(torch_modules, compiled=False),
+    "compiled": partial(torch_modules, compiled=True),
 }
+
+IMPLEMENTATIONS = {
+    "ours, --target cpu": ("codec", "cpu"),
+    "ours": ("codec", "any"),
+    "onnxruntime by itself": ("bare", "any"),
+    "PyTorch, eager": ("eager", "any"),
+    "PyTorch, torch.compile": ("compiled", "any"),
+}
+"""What the table calls them, their kind, and the target of their bundle."""
+
+
+def compare(
+    record: Record, paths: dict[str, Path], direction: str, count: int, rounds: int, rate: float
+) -> None:
+    """Measures all implementations in one direction at one batch size.
+
+    rate: operations per second of the best product.
+    """
+    workers: dict[str, Worker] = {}
+    for name, (kind, target) in IMPLEMENTATIONS.items():
+        words = "serve", kind, str(paths[target]), direction, str(count)
+        try:
+            workers[name] = Worker("benchmarks.inference", *words)
+        except RuntimeError as error:
+            record.say(f"{name}: skipped: {error}")
+    times = in_turns(workers, rounds=rounds, warm_up=2, pause=0.1)
+    for worker in workers.values():
+        worker.close()
+    spec = Bundle.open(paths["any"]).spec
+    rows = spec.encoder if direction == "encode" else spec.decoder
+    limit = count * sum(2 * layer.products for layer in rows) / rate
+    plural = "s" if count > 1 else ""
+    record.say(
+        f"{f'{direction}, {count} image{plural}':<28}{'median ms':>10}{'10-90 %':>14}"
+        f"{'images/s':>10}{'over ours':>11}{'of limit':>10}"
+    )
+    found = {name: summary(taken) for name, taken in times.items()}
+    ours = found["ours, --target cpu"]["median"]
+    for name, row in found.items():
+        record.say(
+            f"{name:<28}{1e3 * row['median']:>10.2f}"
+            f"{1e3 * row['low']:>8.2f}-{1e3 * row['high']:<6.2f}{count / row['median']:>9.0f}"
+            f"{row['median'] / ours:>10.2f}x{limit / row['median']:>10.0%}"
+        )
+    record.figures[f"{direction}, {count}"] = {"times": found, "limit": limit}
 
 
 def search(record: Record) -> None:
@@ -135,59 +201,34 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("model", type=Path, help="a model.pt")
     options.add_argument("--rounds", type=int, default=25, help="of each (default: %(default)s)")
+    options.add_argument(
+        "--no-search", dest="search", action="store_false", help="leave the search out"
+    )
     arguments = options.parse_args()
     record = Record(arguments)
 
-    from vqdeploy.bundle import Bundle
     from vqdeploy.export import export
     from vqdeploy.graphs.build import GraphOptions
 
+    rate = product_rates()["float32"]
     with tempfile.TemporaryDirectory() as folder:
         paths = {target: Path(folder) / target for target in ("any", "cpu")}
         for target, path in paths.items():
             export(arguments.model, path, options=GraphOptions(target=target))
-        wanted = {
-            "ours, --target cpu": ("codec", "cpu"),
-            "ours": ("codec", "any"),
-            "onnxruntime by itself": ("bare", "any"),
-            "PyTorch, eager": ("eager", "any"),
-            "PyTorch, torch.compile": ("compiled", "any"),
-        }
-        workers: dict[str, Worker] = {}
-        for name, (kind, target) in wanted.items():
-            try:
-                workers[name] = Worker("benchmarks.inference", "serve", kind, str(paths[target]))
-            except RuntimeError as error:
-                record.say(f"{name}: skipped: {error}")
         spec = Bundle.open(paths["any"]).spec
-        times = in_turns(workers, rounds=arguments.rounds, warm_up=2, pause=0.1)
-        for worker in workers.values():
-            worker.close()
-    needed = BATCH * sum(2 * layer.products for layer in spec.encoder)
-    limit = needed / product_rates()["float32"]
-    record.say(
-        f"{f'encode, {BATCH} images':<28}{'median ms':>10}{'10-90 %':>14}{'images/s':>10}"
-        f"{'over ours':>11}{'of limit':>10}"
-    )
-    found = {name: summary(taken) for name, taken in times.items()}
-    ours = found["ours, --target cpu"]["median"]
-    for name, row in found.items():
-        record.say(
-            f"{name:<28}{1e3 * row['median']:>10.1f}"
-            f"{1e3 * row['low']:>8.1f}-{1e3 * row['high']:<5.1f}{BATCH / row['median']:>10.0f}"
-            f"{row['median'] / ours:>10.2f}x{limit / row['median']:>10.0%}"
-        )
-    record.say(
-        f"limit: {needed / 1e9:.1f} Gflop at the best product's "
-        f"{needed / limit / 1e9:.0f} Gflop/s (float32)"
-    )
-    record.figures = {"encode": found, "limit": limit, "operations": needed}
-    search(record)
+        for count in (BATCH, 1):
+            compare(record, paths, "encode", count, arguments.rounds, rate)
+        if not GraphOptions().folds(spec):
+            for count in (BATCH, 1):
+                compare(record, paths, "decode", count, arguments.rounds, rate)
+    record.say(f"limit: the best product's {rate / 1e9:.0f} Gflop/s (float32)")
+    if arguments.search:
+        search(record)
     record.write()
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["serve"]:
-        serve(KINDS[sys.argv[2]](Path(sys.argv[3])))
+        serve(KINDS[sys.argv[2]](Path(sys.argv[3]), sys.argv[4], int(sys.argv[5])))
     else:
         main()
