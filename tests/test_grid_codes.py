@@ -117,7 +117,8 @@ def images():
 def trained(images) -> Model:
     """The model of a run that is checked against the oracle, gradients too."""
     sizes = {name: value for name, value in GRID.items() if name not in ("num_codes", "code_size")}
-    return train(images, network="residual", epochs=4, batch_size=4, device="cpu", **sizes)
+    how: dict[str, Any] = {"epochs": 4, "batch_size": 4, "optimizer": "adam", "device": "cpu"}
+    return train(images, network="residual", **how, **sizes)
 
 
 def test_training_moves_the_encoder_and_leaves_the_grid(trained):
