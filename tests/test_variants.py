@@ -85,14 +85,6 @@ def test_a_table_gives_what_the_network_gives(small):
     assert table["detokenizer"](indices[:0])[0].shape == (0, 1, 28, 28)
 
 
-def test_a_table_works_on_one_thread_and_networks_on_onnxruntimes_choice(small):
-    for fold, threads in ((None, {"detokenizer": 1, "tokenizer": 0}), (False, {"detokenizer": 0})):
-        sessions = opened(small, fold=fold)
-        for stage, count in threads.items():
-            options = sessions[stage]._session.get_session_options()
-            assert options.intra_op_num_threads == count
-
-
 def test_a_table_is_one_node_and_is_made_only_if_it_is_small(small, model, residual_model):
     graph = onnx.load_from_string(build_graphs(small.spec, small.params)["detokenizer"]).graph
     assert [node.op_type for node in graph.node] == ["GatherND"]

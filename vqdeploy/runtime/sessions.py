@@ -60,9 +60,6 @@ NETWORK_OPERATORS = frozenset({"Conv", "ConvTranspose"})
 INT8_OPERATOR = "QuantizeLinear"
 """An operator that occurs only in graphs with an int8 network."""
 
-LOOK_UP_OPERATORS = frozenset({"GatherND", "Gather", "Reshape"})
-"""The operators of a decoder that is a table. One thread runs them faster than several."""
-
 DIRECT_OPERATOR, PRODUCT_OPERATOR = "ArgMin", "NonZero"
 """An operator of every search for the nearest code, and one of searches by products only."""
 
@@ -134,8 +131,6 @@ class Session:
             options.log_severity_level = 4  # errors come as exceptions and are printed as one line
         if runtime.intra_op_num_threads is not None:
             options.intra_op_num_threads = runtime.intra_op_num_threads
-        elif runtime.session_options is None and operators <= LOOK_UP_OPERATORS:
-            options.intra_op_num_threads = 1  # a look-up takes less time than waking a thread
         if runtime.providers is None:
             providers = _providers(device, graph)
         else:
