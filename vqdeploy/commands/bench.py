@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from vqdeploy.commands.shared import BundleOptions, require_room
 from vqdeploy.runtime.sessions import quiet
 from vqref.errors import ExitCode
 from vqref.host.commandline import Command, option, positive, real
-from vqref.validation import Array, Params
+from vqref.validation import Array
 
 BATCHES = (1, 16, 256)
 WARM_UP = 3
@@ -59,14 +58,17 @@ def run(options: BenchOptions) -> int:
     for batch in options.batch or BATCHES:
         require_room("--batch", batch, bundle.spec)
     quiet()
-    with ExitStack() as stack:
-        codec = stack.enter_context(_opened(options, options.threads))
-        codecs = {"codec": codec}
-        if codec.device == "cpu" and options.threads is None:
-            for count in _fewer_threads():
+    inputs = dict(_inputs(bundle, options))
+    with _opened(options, options.threads) as codec:
+        runners = _runners(bundle, codec, options.threads)
+        rows = list(_measure(bundle, runners, inputs, options.seconds))
+    if codec.device == "cpu" and options.threads is None:
+        for count in _thread_counts():  # each alone: pools of threads disturb each other
+            with _opened(options, count) as other:
                 name = f"{count} thread{'s' if count > 1 else ''}"
-                codecs[name] = stack.enter_context(_opened(options, count))
-        rows = list(_measure(bundle, codecs, options))
+                runners = {"encode": {name: other.encode}, "decode": {name: other.decode}}
+                rows += _measure(bundle, runners, inputs, options.seconds)
+        rows.sort(key=lambda row: (list(inputs).index(row["batch"]), row["direction"] == "decode"))
     if options.json:
         providers = list(codec.providers)
         print(json.dumps({"device": codec.device, "providers": providers, "rows": rows}, indent=2))
@@ -86,28 +88,36 @@ def _opened(options: BenchOptions, threads: int | None) -> Codec:
     return Codec.load(options.bundle, options.device, intra_op_num_threads=threads)
 
 
-def _fewer_threads() -> list[int]:
-    """Returns powers of two below the number of cores. The Codec's own choice is all cores."""
+def _thread_counts() -> list[int]:
+    """Returns the powers of two below the number of cores, and that number."""
     cores = os.cpu_count() or 1
-    return [2**i for i in range(cores.bit_length()) if 2**i < cores]
+    return [*(2**i for i in range(cores.bit_length()) if 2**i < cores), cores]
 
 
-def _measure(
-    bundle: Bundle, codecs: Mapping[str, Codec], options: BenchOptions
-) -> Iterator[dict[str, Any]]:
-    """Yields a row per direction, batch and implementation: median and 99th percentile in
-    milliseconds per call, and images and tokens per second at the median."""
+def _inputs(bundle: Bundle, options: BenchOptions) -> Iterator[tuple[int, dict[str, Array]]]:
+    """Yields each batch size with what each direction takes: drawn images, and random tokens."""
     from vqdeploy.proof.samples import draw_images
 
     params = bundle.oracle().params
-    codec = codecs["codec"]
-    runners = _runners(bundle, params, codecs, options.threads)
     for batch in options.batch or BATCHES:
         drawn = draw_images(bundle.spec, params, min(batch, DIFFERENT_IMAGES))
         images = np.resize(drawn, (batch, *bundle.spec.image_shape))
-        inputs: dict[str, Array] = {"encode": images, "decode": codec.encode(images)}
+        rng = np.random.default_rng(0)
+        indices = rng.integers(bundle.spec.num_codes, size=(batch, *bundle.spec.latent_shape))
+        yield batch, {"encode": images, "decode": indices}
+
+
+def _measure(
+    bundle: Bundle,
+    runners: Mapping[str, Mapping[str, Runner]],
+    inputs: Mapping[int, Mapping[str, Array]],
+    seconds: float,
+) -> Iterator[dict[str, Any]]:
+    """Yields a row per batch, direction and implementation: median and 99th percentile in
+    milliseconds per call, and images and tokens per second at the median."""
+    for batch, by_direction in inputs.items():
         for direction, by_name in runners.items():
-            for name, taken in _alternate(by_name, inputs[direction], options.seconds).items():
+            for name, taken in _alternate(by_name, by_direction[direction], seconds).items():
                 median = float(np.median(taken))
                 yield {
                     "direction": direction,
@@ -139,14 +149,12 @@ def _alternate(
             return times
 
 
-def _runners(
-    bundle: Bundle, params: Params, codecs: Mapping[str, Codec], threads: int | None
-) -> dict[str, dict[str, Runner]]:
+def _runners(bundle: Bundle, codec: Codec, threads: int | None) -> dict[str, dict[str, Runner]]:
     """Returns {direction: {implementation: function}}. If PyTorch is installed, "torch" is the
     trainer's module with the bundle's parameters, in eager mode."""
     runners: dict[str, dict[str, Runner]] = {
-        "encode": {name: each.encode for name, each in codecs.items()},
-        "decode": {name: each.decode for name, each in codecs.items()},
+        "encode": {"codec": codec.encode},
+        "decode": {"codec": codec.decode},
     }
     try:
         import torch
@@ -157,9 +165,8 @@ def _runners(
         return runners
     if threads is not None:
         torch.set_num_threads(threads)
-    model = (
-        VQVAE(bundle.spec, params).to("cuda" if codecs["codec"].device == "cuda" else "cpu").eval()
-    )
+    model = VQVAE(bundle.spec, bundle.oracle().params)
+    model = model.to("cuda" if codec.device == "cuda" else "cpu").eval()
     codebook = model.quantizer.codebook
 
     @torch.no_grad()
@@ -179,7 +186,7 @@ def _runners(
 
 COMMAND = Command(
     "bench",
-    "measure images and tokens per second, also on fewer threads, and PyTorch's if installed",
+    "measure images and tokens per second, by numbers of threads, and PyTorch's if installed",
     BenchOptions,
     run,
 )
