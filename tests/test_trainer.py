@@ -272,9 +272,11 @@ def test_pictures_come_as_often_as_they_are_told_to_and_at_the_end(tmp_path, man
     assert [path.name[:9] for path in drawn] == ["epoch-002", "epoch-003"]
 
 
-def test_a_long_run_has_pictures_of_some_epochs_only(tmp_path, many_images, monkeypatch):
-    monkeypatch.setattr("vqtrain.run.trainer.PICTURES_PER_RUN", 2)
-    trainer(tmp_path, many_images, work={"pictures": True}, epochs=5).run()
+def test_a_long_run_is_checked_and_drawn_after_some_epochs_only(tmp_path, many_images, monkeypatch):
+    monkeypatch.setattr("vqtrain.run.trainer.TIMES_PER_RUN", 2)
+    found = trainer(tmp_path, many_images, work={"pictures": True}, epochs=5).run()
+    checked = [line["epoch"] for line in found.metrics["history"] if "oracle" in line]
+    assert checked == [2, 4]
     drawn = sorted((tmp_path / "run" / "pictures").glob("*-codebook.png"))
     assert [path.name[:9] for path in drawn] == ["epoch-002", "epoch-004", "epoch-005"]
 

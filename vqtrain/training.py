@@ -112,7 +112,7 @@ class Plan:
     output: Path | None = None
     snapshot_steps: int = 500
     check_images: int | None = None
-    check_every: int = 1
+    check_every: int | None = None
     pictures_every: int | None = None
     tensorboard: bool = False
     pictures: bool = True

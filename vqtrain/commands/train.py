@@ -209,12 +209,13 @@ class CheckOptions:
         help="images per check (default: before the first step and at the end, 4 to 64, about two "
         "seconds' work; after an epoch, one per 1600 images trained on, at least 4)",
     )
-    check_every: int = option(
+    check_every: int | None = option(
         "--check-every",
-        default=1,
+        default=None,
         type=positive,
         metavar="N",
-        help="epochs between checks; there is always one before the first step and one at the end",
+        help="epochs between checks; there is always one before the first step and one at the end "
+        "(default: a tenth of all epochs)",
     )
     pictures_every: int | None = option(
         "--pictures-every",

@@ -42,8 +42,9 @@ from vqtrain.run.snapshot import Course, RunState, save_state
 from vqtrain.run.start import prepare, start_model
 from vqtrain.run.step import WHOLE, Split, Taken, make_optimizer, training_step
 
-PICTURES_PER_RUN = 10
-"""How often in a run pictures are drawn, unless the run is told otherwise."""
+TIMES_PER_RUN = 10
+"""After how many epochs of a run the model is checked, and pictures are drawn, unless the run is
+told otherwise."""
 
 SAMPLED_IMAGES = 1000
 """If no images are held out, at most so many training images are measured after an epoch."""
@@ -73,8 +74,8 @@ class Work:
     snapshot_steps: steps between snapshots within an epoch.
     check_images: images per check against the oracle. None takes as many as a check does in about
     two seconds; after an epoch, as many as in a hundredth of the epoch's time on a processor.
-    check_every, pictures_every: epochs between checks, and between pictures. None draws pictures
-    about ten times in a run. The last epoch of a run always has pictures.
+    check_every, pictures_every: epochs between checks, and between pictures. None is a tenth of all
+    epochs. The last epoch of a run always has pictures.
     say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
     record: whether to record steps on a card as CUDA graphs, if possible.
     pictures: whether to draw pictures and to write the report. bar: whether to show the progress of
@@ -88,7 +89,7 @@ class Work:
     output: Path | None
     snapshot_steps: int = 500
     check_images: int | None = None
-    check_every: int = 1
+    check_every: int | None = None
     pictures_every: int | None = None
     say: Callable[[str], None] = say
     writer: Any = None
@@ -239,7 +240,8 @@ class Trainer:
             "images_per_second": state.step * self.options.batch_size / state.seconds,
             "data": self.provenance.get("data", {}).get("source"),
         }
-        if epoch % self.work.check_every == 0 and self.ranks.first:
+        usual = max(1, self.options.epochs // TIMES_PER_RUN)
+        if epoch % (self.work.check_every or usual) == 0 and self.ranks.first:
             few, when = self.epoch_sample, f"after epoch {epoch}"
             report = self._require_agreement(self.model, few, when, probed=len(few))
             line["oracle"] = report.to_dict()
@@ -268,8 +270,7 @@ class Trainer:
             )
             self._publish()
         self.narrator.epoch(line)
-        every = self.work.pictures_every or max(1, self.options.epochs // PICTURES_PER_RUN)
-        drawn = last or epoch % every == 0
+        drawn = last or epoch % (self.work.pictures_every or usual) == 0
         if drawn and self.work.pictures and self.ranks.first:
             self.narrator.draw(self.model, self.shown, metrics.hits, epoch)
         self._report(f"{epoch} of {self.options.epochs} epochs are done.")
