@@ -163,7 +163,7 @@ def main() -> None:
         "--seeds", type=int, nargs="*", default=[0, 1, 2], help="of whole runs (default: 0 1 2)"
     )
     options.add_argument(
-        "--epochs", type=int, default=4, help="of ours, to the bound (default: %(default)s)"
+        "--epochs", type=int, default=6, help="of ours, to the bound (default: %(default)s)"
     )
     options.add_argument(
         "--earlier", type=Path, metavar="TREE", help="another checkout of this project"
