@@ -112,12 +112,15 @@ def orthogonal(matrix: Tensor) -> Tensor:
     wide = matrix if len(matrix) <= matrix.shape[1] else matrix.T
     square, one = wide @ wide.T, torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
     norm = square.trace().clamp(min=torch.finfo(wide.dtype).tiny)
-    square, turn = square / norm, one / norm.sqrt()
+    square, turn = square / norm, one
     a, b, c = QUINTIC
-    for _ in range(ROUNDS):
+    for i in range(ROUNDS):
         factor = torch.addmm(a * one + b * square, square, square, alpha=c)
-        square, turn = factor @ square @ factor, factor @ turn
-    return turn @ wide if wide is matrix else (turn @ wide).T
+        turn = factor if i == 0 else factor @ turn
+        if i < ROUNDS - 1:
+            square = factor @ square @ factor
+    turned = (turn @ wide) / norm.sqrt()
+    return turned if wide is matrix else turned.T
 
 
 def adam(
