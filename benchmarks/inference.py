@@ -49,7 +49,7 @@ def images(bundle: Path, count: int) -> Any:
 def tokens(bundle: Path, count: int) -> Any:
     spec = Bundle.open(bundle).spec
     rng = np.random.default_rng(0)
-    return rng.integers(spec.num_codes, size=(count, *spec.latent_shape))
+    return rng.integers(spec.num_codes, size=(count, spec.latent_size))
 
 
 def codec(bundle: Path, direction: str, count: int) -> Callable[[], Any]:
@@ -70,8 +70,7 @@ def bare(bundle: Path, direction: str, count: int) -> Callable[[], Any]:
     )
     if direction == "encode":
         return partial(session.run, None, {"images": images(bundle, count)})
-    flat = tokens(bundle, count).reshape(count, -1)
-    return partial(session.run, None, {"indices": flat})
+    return partial(session.run, None, {"indices": tokens(bundle, count)})
 
 
 def torch_modules(bundle: Path, direction: str, count: int, *, compiled: bool) -> Callable[[], Any]:
@@ -100,7 +99,7 @@ def torch_modules(bundle: Path, direction: str, count: int, *, compiled: bool) -
     if direction == "encode":
         body, given = encode, torch.from_numpy(images(bundle, count))
     else:
-        body, given = decode, torch.from_numpy(tokens(bundle, count).reshape(count, -1))
+        body, given = decode, torch.from_numpy(tokens(bundle, count))
     chosen = torch.compile(body) if compiled else body
 
     def run() -> Any:
