@@ -324,6 +324,12 @@ def test_bench_measures_codec_and_torch_in_turns_and_numbers_of_threads_alone(de
     assert [row["implementation"] for row in alone["rows"]] == ["codec", "torch"] * 2
 
 
+def test_bench_measures_a_grid(deploy, residual_bundle):
+    told = deploy("bench", residual_bundle, "--batch", 2, "--seconds", 0, "--threads", 1, "--json")
+    rows = json.loads(told)["rows"]
+    assert [row["direction"] for row in rows] == ["encode"] * 2 + ["decode"] * 2
+
+
 def test_doctor_says_what_there_is(deploy):
     said = deploy("doctor")
     assert "CPUExecutionProvider" in said

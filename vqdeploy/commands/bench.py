@@ -103,7 +103,7 @@ def _inputs(bundle: Bundle, options: BenchOptions) -> Iterator[tuple[int, dict[s
         drawn = draw_images(bundle.spec, params, min(batch, DIFFERENT_IMAGES))
         images = np.resize(drawn, (batch, *bundle.spec.image_shape))
         rng = np.random.default_rng(0)
-        indices = rng.integers(bundle.spec.num_codes, size=(batch, *bundle.spec.latent_shape))
+        indices = rng.integers(bundle.spec.num_codes, size=(batch, bundle.spec.latent_size))
         yield batch, {"encode": images, "decode": indices}
 
 
