@@ -134,15 +134,15 @@ def inverse_roots(squares: Tensor) -> Tensor:
     Its product with A is about U V^T where A is U S V^T. The norm that starts the rounds is of the
     8th powers of A's singular values: never below the largest of them, and nearer than their own.
     """
-    one = torch.eye(squares.shape[1], dtype=squares.dtype, device=squares.device)
-    tiny = torch.finfo(squares.dtype).tiny
-    trace = squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None].clamp(min=tiny)
+    trace = squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
+    trace = trace.clamp(min=torch.finfo(squares.dtype).tiny)
     squares = squares / trace
     bound: Tensor = torch.linalg.matrix_norm(squares @ squares, keepdim=True).sqrt()
     bound = bound.clamp(min=1 / squares.shape[1])
     squares, roots = squares / bound, trace.rsqrt() * bound.rsqrt()
     for i, (a, b, c) in enumerate(ROUNDS):
-        factors = torch.baddbmm(a * one + b * squares, squares, squares, alpha=c)
+        factors = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
+        factors.diagonal(dim1=1, dim2=2).add_(a)
         roots = factors @ roots if i else factors * roots
         if i < len(ROUNDS) - 1:
             squares = factors @ squares @ factors
