@@ -6,7 +6,7 @@ everything from the command to the file: imports, checks against the oracle, eva
 reports and snapshots.
 
 Then come the times to the bound, from the start of each process to the end of the first epoch whose
-held-out bound is low enough. Ours is ``python -m vqtrain --epochs N``, which anneals faster.
+held-out bound is low enough. Ours is ``python -m vqtrain`` with each of the options ``SHORT``.
 ``--earlier TREE`` runs the same command of another checkout of this project. ``--library`` trains
 vector-quantize-pytorch: the same network in PyTorch's own modules, with the library's quantizer
 between them, k-means start and dead-code replacement, in batches of 64 by the loop of the library's
@@ -32,6 +32,12 @@ from vqref.families import post
 from vqref.host.images import ImageSet
 from vqtrain.data.sources import load_source
 from vqtrain.modelfile import read_model
+
+SHORT = (
+    ("--epochs", "5"),
+    ("--epochs", "4", "--learning-rate", "0.003", "--decay", "0.97"),
+)
+"""Options of ours for a short run. The second ones are docs/recipes.md's for few epochs."""
 
 BATCH = 64
 DEAD_BELOW = 0.05
@@ -92,17 +98,16 @@ def progress(command: list[str], folder: Path, tree: Path) -> Iterator[tuple[flo
         process.communicate()
 
 
-def trained(data: Path, epochs: int, *more: str) -> list[str]:
+def trained(data: Path, *options: str) -> list[str]:
     """Returns the command of a run."""
-    words = ["--data", str(data), "--device", "cpu", "--epochs", str(epochs), *more]
-    return [sys.executable, "-m", "vqtrain", *words]
+    return [sys.executable, "-m", "vqtrain", "--data", str(data), "--device", "cpu", *options]
 
 
-def whole_run(data: Path, epochs: int, seed: int) -> dict[str, Any]:
-    """Makes a whole run, and returns its last epoch's measures, its seconds and their parts."""
+def whole_run(data: Path, seed: int) -> dict[str, Any]:
+    """Makes a run of 20 epochs; returns its last epoch's measures, its seconds and their parts."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        command = trained(data, epochs, "--seed", str(seed), "--name", "run")
+        command = trained(data, "--epochs", "20", "--seed", str(seed), "--name", "run")
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
         seconds = time.perf_counter() - start
@@ -144,8 +149,50 @@ def to_bound(
     record.figures[title] = course
     last = course[-1]
     said = "never" if reached is None else f"{reached:.0f}"
-    record.say(f"{title:<32}{last['epoch']:>6}{last['bound']:>9.2f}{said:>9}")
+    record.say(f"{title:<56}{last['epoch']:>6}{last['bound']:>9.2f}{said:>9}")
     return reached
+
+
+def say_whole(data: Path, seeds: list[int], record: Record) -> None:
+    """Makes whole runs and prints how good each is, and where its time went."""
+    record.say(
+        f"{'20 epochs, default':<20}{'seed':>5}{'nats':>9}{'perplexity':>12}{'codes':>7}"
+        f"{'checks':>8}{'seconds':>9}{'outside steps':>15}"
+    )
+    for seed in seeds:
+        run = whole_run(data, seed)
+        record.figures.setdefault("whole", []).append(run)
+        record.say(
+            f"{'':<20}{seed:>5}{run['bound']:>9.2f}{run['perplexity']:>12.1f}"
+            f"{run['codes_used']:>7.0f}{run['checks']:>8}{run['seconds']:>9.0f}"
+            f"{run['outside']:>15.1%}"
+        )
+
+
+def say_times(arguments: argparse.Namespace, data: Path, record: Record) -> None:
+    """Runs ours and the others to the bound, and prints their times and ratios."""
+    ours = {f"ours, {' '.join(options)}": (trained(data, *options), ROOT) for options in SHORT}
+    others: dict[str, tuple[list[str], Path]] = {}
+    if arguments.earlier is not None:
+        options = ("--epochs", "7", "--precision", "auto")
+        tree = arguments.earlier.resolve()
+        others[f"the earlier, {' '.join(options)}"] = trained(data, *options), tree
+    if arguments.library:
+        words = ["--peer", "--data", str(data), "--peer-epochs", str(arguments.peer_epochs)]
+        command = [sys.executable, "-m", "benchmarks.quality", *words]
+        others["vector-quantize-pytorch"] = command, ROOT
+    record.say(
+        f"{f'held-out bound at most {arguments.bound}':<56}{'epoch':>6}{'nats':>9}{'seconds':>9}"
+    )
+    found = {
+        title: to_bound(title, *how, arguments.bound, record)
+        for title, how in {**ours, **others}.items()
+    }
+    for title in others:
+        for own in ours:
+            taken, other = found[own], found[title]
+            if taken is not None and other is not None:
+                record.say(f"{own}: {taken / other:.2f} of the time of {title}")
 
 
 def main() -> None:
@@ -163,13 +210,7 @@ def main() -> None:
         "--seeds", type=int, nargs="*", default=[0, 1, 2], help="of whole runs (default: 0 1 2)"
     )
     options.add_argument(
-        "--epochs", type=int, default=6, help="of ours, to the bound (default: %(default)s)"
-    )
-    options.add_argument(
         "--earlier", type=Path, metavar="TREE", help="another checkout of this project"
-    )
-    options.add_argument(
-        "--earlier-epochs", type=int, default=7, help="of that one (default: %(default)s)"
     )
     options.add_argument(
         "--library", action="store_true", help="train vector-quantize-pytorch, too"
@@ -184,44 +225,13 @@ def main() -> None:
     arguments = options.parse_args()
     data = arguments.data.resolve()
     if arguments.peer:
-        return peer(data, arguments.peer_epochs)
+        peer(data, arguments.peer_epochs)
+        return
     record = Record(arguments)
     if arguments.seeds:
-        record.say(
-            f"{'20 epochs, default':<20}{'seed':>5}{'nats':>9}{'perplexity':>12}{'codes':>7}"
-            f"{'checks':>8}{'seconds':>9}{'outside steps':>15}"
-        )
-    for seed in arguments.seeds:
-        run = whole_run(data, 20, seed)
-        record.figures.setdefault("whole", []).append(run)
-        record.say(
-            f"{'':<20}{seed:>5}{run['bound']:>9.2f}{run['perplexity']:>12.1f}"
-            f"{run['codes_used']:>7.0f}{run['checks']:>8}{run['seconds']:>9.0f}"
-            f"{run['outside']:>15.1%}"
-        )
-    commands = {
-        f"ours, --epochs {arguments.epochs}": (trained(data, arguments.epochs), ROOT),
-    }
-    if arguments.earlier is not None:
-        theirs = trained(data, arguments.earlier_epochs, "--precision", "auto")
-        title = f"the earlier, --epochs {arguments.earlier_epochs}"
-        commands[title] = theirs, arguments.earlier.resolve()
-    if arguments.library:
-        words = ["--peer", "--data", str(data), "--peer-epochs", str(arguments.peer_epochs)]
-        command = [sys.executable, "-m", "benchmarks.quality", *words]
-        commands["vector-quantize-pytorch"] = command, ROOT
-    record.say(
-        f"{f'held-out bound at most {arguments.bound}':<32}{'epoch':>6}{'nats':>9}{'seconds':>9}"
-    )
-    found = {
-        title: to_bound(title, *how, arguments.bound, record) for title, how in commands.items()
-    }
-    own, *others = found.values()
-    for title, other in zip([*found][1:], others, strict=True):
-        if own is not None and other is not None:
-            record.say(f"ours took {own / other:.2f} of the time of {title}")
+        say_whole(data, arguments.seeds, record)
+    say_times(arguments, data, record)
     record.write()
-    return None
 
 
 if __name__ == "__main__":

@@ -60,9 +60,9 @@ def check_against_oracle(
 
 
 def images_to_check(spec: ModelSpec, trained: int) -> int:
-    """Returns how many images to check after an epoch on ``trained`` images.
+    """Returns how many images to check in a run on ``trained`` images, before it and in it.
 
-    The check takes about a hundredth of the epoch's time on a processor. There are at least FEWEST
+    A check takes about a hundredth of an epoch's time on a processor. There are at least FEWEST
     images, if so many fit one check.
     """
     return min(images_within(spec), max(FEWEST, trained // TRAINED_PER_CHECK))

@@ -206,8 +206,8 @@ class CheckOptions:
         default=None,
         type=positive,
         metavar="N",
-        help="images per check (default: before the first step and at the end, 4 to 64, about two "
-        "seconds' work; after an epoch, one per 1600 images trained on, at least 4)",
+        help="images per check (default: one per 1600 images trained on, at least 4; at the end, "
+        "4 to 64, about two seconds' work)",
     )
     check_every: int | None = option(
         "--check-every",

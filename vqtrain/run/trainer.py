@@ -72,8 +72,8 @@ class Work:
 
     folder: the run's folder. output: where to write a copy of the model, or None.
     snapshot_steps: steps between snapshots within an epoch.
-    check_images: images per check against the oracle. None takes as many as a check does in about
-    two seconds; after an epoch, as many as in a hundredth of the epoch's time on a processor.
+    check_images: images per check against the oracle. None takes as many as a check does in a
+    hundredth of an epoch's time on a processor; at the end, as many as in about two seconds.
     check_every, pictures_every: epochs between checks, and between pictures. None is a tenth of all
     epochs. The last epoch of a run always has pictures.
     say: takes each line of the report. writer: a TensorBoard SummaryWriter, or None.
@@ -168,9 +168,8 @@ class Trainer:
         at_once = -(-batch_size // (self.ranks.count * self.work.split.passes))
         self.batches = batches_of(images, batch_size, device, self.work.say, part, at_once)
         self.measured = Batches(measured[first:last], batch_size, device, at_once=at_once)
-        self.sample = to_unit_interval(images.train[:count])
         checked = self.work.check_images or images_to_check(self.spec, len(images.train))
-        self.epoch_sample = self.sample[:checked]
+        self.sample = to_unit_interval(images.train[:checked])
         proved = images_to_prove(self.spec, len(images.train))
         self.proved_sample = to_unit_interval(measured[:proved])
         self.measured_sample = to_unit_interval(measured[:count])
@@ -242,8 +241,8 @@ class Trainer:
         }
         usual = max(1, self.options.epochs // TIMES_PER_RUN)
         if epoch % (self.work.check_every or usual) == 0 and self.ranks.first:
-            few, when = self.epoch_sample, f"after epoch {epoch}"
-            report = self._require_agreement(self.model, few, when, probed=len(few))
+            when, probed = f"after epoch {epoch}", len(self.sample)
+            report = self._require_agreement(self.model, self.sample, when, probed=probed)
             line["oracle"] = report.to_dict()
             line["oracle_error_over_allowed"] = report.worst_error_over_allowed
         measured = evaluate(
