@@ -34,7 +34,7 @@ from vqtrain.data.sources import load_source
 from vqtrain.modelfile import read_model
 
 SHORT = (
-    ("--epochs", "5"),
+    ("--epochs", "6"),
     ("--epochs", "4", "--learning-rate", "0.003", "--decay", "0.97"),
 )
 """Options of ours for a short run. The second ones are docs/recipes.md's for few epochs."""

@@ -116,7 +116,7 @@ def test_a_product_in_tf32_changes_no_certified_index_because_of_the_margin(marg
 
     In a product in parts, this would not matter.
     """
-    monkeypatch.setattr(vqdeploy.graphs.quantizer, "MOST_IN_PARTS", 0)
+    monkeypatch.setattr(vqdeploy.graphs.quantizer, "takes_parts", lambda spec: False)
     latents, codebook = CASES["bisector"](np.random.default_rng(3), 2000, K, D, "float32")
     model = onnx.load_from_string(graph(codebook))
     (product,) = (node for node in model.graph.node if node.op_type == "MatMul")
@@ -145,7 +145,7 @@ def test_what_is_not_a_number_or_overflows_is_an_index_all_the_same():
 @pytest.mark.usefixtures("products")
 def test_the_margin_is_no_less_than_what_rounding_can_do(monkeypatch):
     """Adds up the errors of scores and direct distances, for latents of any length."""
-    monkeypatch.setattr(vqdeploy.graphs.quantizer, "MOST_IN_PARTS", 0)
+    monkeypatch.setattr(vqdeploy.graphs.quantizer, "takes_parts", lambda spec: False)
     codebook = np.random.default_rng(5).normal(size=(K, D))
     constants = by_name(graph(codebook))
     squares, products, floor, longest = (

@@ -6,7 +6,7 @@ import math
 
 from vqref.spec import ModelSpec
 
-SMALLEST_GROUP = 16
+SMALLEST_GROUP = 4
 """The fewest codes in a group. Of each group only the best score is kept."""
 
 TILE_SCORES, MOST_TILES = 2**20, 256

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vqdeploy.graphs.network import GraphBuilder
-from vqdeploy.search import SMALLEST_GROUP, group_size, tile_size
+from vqdeploy.search import group_size, tile_size
 from vqref.agreement.bounds import score_slack
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Array
@@ -27,10 +27,14 @@ PRODUCT_ELEMENTS = 2**13
 DIRECT_ELEMENTS = 2**24
 """Up to this many elements S*K*D, the direct form's arrays are small: 64 MiB per image."""
 
-MOST_IN_PARTS, SPLIT = 16, 2.0**13 + 1
-"""Codes of up to MOST_IN_PARTS elements have their numbers split in two for the product, so that
-TF32 tells nearly as many codes apart as float32. In few dimensions, many codes are near. SPLIT is
-the factor that splits a float32."""
+FEWEST_CODES = 32
+"""Fewer codes take the direct form."""
+
+SHORT_CODE, CHEAP_ELEMENTS, SPLIT = 16, 2**16, 2.0**13 + 1
+"""Codes of up to SHORT_CODE elements, and codebooks of up to CHEAP_ELEMENTS elements, have their
+numbers split in two for the product, so that TF32 tells nearly as many codes apart as float32. In
+few dimensions, many codes are near; for few codes, three products cost less than the groups that
+TF32 leaves. SPLIT is the factor that splits a float32."""
 
 WIDE = "int64"
 """The dtype of indices from ArgMin and for GatherND. Gather takes int32 too."""
@@ -40,7 +44,12 @@ def takes_products(spec: ModelSpec) -> bool:
     """Returns whether the codebook of a model of ``spec`` counts as large."""
     elements = spec.num_codes * spec.code_size
     large = elements >= PRODUCT_ELEMENTS or spec.latent_size * elements > DIRECT_ELEMENTS
-    return large and spec.num_codes >= 2 * SMALLEST_GROUP
+    return large and spec.num_codes >= FEWEST_CODES
+
+
+def takes_parts(spec: ModelSpec) -> bool:
+    """Returns whether the numbers of a large codebook are split in two for the product."""
+    return spec.code_size <= SHORT_CODE or spec.num_codes * spec.code_size <= CHEAP_ELEMENTS
 
 
 class Nodes:
@@ -133,7 +142,7 @@ def _near(node: Nodes, spec: ModelSpec, rows: str, codebook: Array, group: int) 
     half_norms = np.square(codebook.astype(np.float64)).sum(axis=1, keepdims=True) / 2
     with np.errstate(over="ignore"):  # then the margin is infinite too
         wide = np.concatenate([-codebook, half_norms], axis=1).astype(np.float32)
-    factors, ones, parts = rows, 1, spec.code_size <= MOST_IN_PARTS
+    factors, ones, parts = rows, 1, takes_parts(spec)
     if parts:
         factors, ones, first = _in_parts(node, rows), 2, _first_part(wide)
         codes, half = np.split(first, [-1], axis=1)
