@@ -19,7 +19,7 @@ from vqdeploy import Codec
 from vqdeploy.bundle import Bundle
 from vqdeploy.export import export
 from vqdeploy.graphs.build import GraphOptions, build_graph
-from vqdeploy.graphs.quantizer import takes_products
+from vqdeploy.graphs.quantizer import takes_parts, takes_products
 from vqdeploy.runtime.sessions import open_sessions
 from vqdeploy.verify import verify
 from vqref.agreement.bounds import distance_error, roundings, score_slack
@@ -31,7 +31,6 @@ from vqref.spec import CODEBOOK
 from vqtrain.modelfile import write_model
 
 K, D = 83, 7
-SPEC = post((1, 4, 4), base_depth=1, num_codes=K, code_size=D)
 LARGE = post((1, 28, 28), base_depth=2, latent_size=2, num_codes=1000, code_size=16)
 GRID = residual((3, 16, 16), hidden=16, blocks=1, block_hidden=8, num_codes=1000, code_size=16)
 
@@ -42,13 +41,19 @@ def products(monkeypatch):
     monkeypatch.setattr(vqdeploy.graphs.quantizer, "PRODUCT_ELEMENTS", 1)
 
 
-def graph(codebook, spec=SPEC):
+def small(num_codes, code_size):
+    return post((1, 4, 4), base_depth=1, num_codes=num_codes, code_size=code_size)
+
+
+def graph(codebook, spec=None):
+    spec = spec or small(*codebook.shape)
     params = {CODEBOOK: codebook.astype(np.float32)}
     return build_graph("quantizer", spec, params, GraphOptions()).to_bytes()
 
 
 def session(codebook):
-    return open_sessions({"quantizer": graph(codebook)}, SPEC, "cpu")[0]["quantizer"]
+    content, spec = graph(codebook), small(*codebook.shape)
+    return open_sessions({"quantizer": content}, spec, "cpu")[0]["quantizer"]
 
 
 def operators(content):
@@ -62,10 +67,17 @@ def test_small_codebooks_take_the_direct_form_and_large_ones_a_product():
     assert "MatMul" in operators(graph(np.ones((1000, 16)), LARGE))
 
 
+def test_short_codes_and_small_codebooks_are_multiplied_in_parts():
+    assert takes_parts(small(16_384, 8))
+    assert takes_parts(small(512, 64))
+    assert not takes_parts(small(16_384, 64))
+
+
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", CASES)
-def test_no_certified_index_differs_on_an_adversary(name):
-    latents, codebook = CASES[name](np.random.default_rng(1), 800, K, D, "float32")
+@pytest.mark.parametrize(("k", "d"), [(K, D), (90, 64)])
+def test_no_certified_index_differs_on_an_adversary(name, k, d):
+    latents, codebook = CASES[name](np.random.default_rng(1), 800, k, d, "float32")
     indices, quantized = session(codebook)(latents)
     assert (indices.shape, indices.dtype) == ((800, 1), np.int64)
     check_indices(indices, latents, codebook, precision="float32").require()

@@ -23,7 +23,7 @@ from vqref.precisions import PRECISIONS
 from vqref.spec import CODEBOOK, ModelSpec
 from vqref.validation import Params, check_params
 
-GRAPHS_VERSION = 1
+GRAPHS_VERSION = 2
 """The version of the graphs. It rises whenever the same model would get other graphs. Only the
 version that wrote a bundle can verify it."""
 
