@@ -32,45 +32,45 @@ from benchmarks.measure import (
 )
 from vqdeploy.bundle import Bundle
 from vqref.families import post
-from vqref.spec import CODEBOOK
+from vqref.spec import CODEBOOK, Layer, ModelSpec
 
 BATCH = 256
 LARGE = ((1024, 16), (4096, 16), (16_384, 64))
 """Codebooks (K, D) of the search."""
 
 
-def images(bundle: Path, count: int) -> Any:
+def given(bundle: Path, direction: str, count: int) -> Any:
+    """Returns what a direction takes: drawn images, or random tokens."""
     from vqdeploy.proof.samples import draw_images
 
     found = Bundle.open(bundle)
-    return draw_images(found.spec, found.oracle().params, count)
-
-
-def tokens(bundle: Path, count: int) -> Any:
-    spec = Bundle.open(bundle).spec
+    if direction == "encode":
+        return draw_images(found.spec, found.oracle().params, count)
     rng = np.random.default_rng(0)
-    return rng.integers(spec.num_codes, size=(count, spec.latent_size))
+    return rng.integers(found.spec.num_codes, size=(count, found.spec.latent_size))
 
 
 def codec(bundle: Path, direction: str, count: int) -> Callable[[], Any]:
     from vqdeploy import Codec
 
-    opened = Codec.load(bundle, "cpu")
-    if direction == "encode":
-        return partial(opened.encode, images(bundle, count))
-    return partial(opened.decode, tokens(bundle, count))
+    run = getattr(Codec.load(bundle, "cpu"), direction)
+    return partial(run, given(bundle, direction, count))
 
 
 def bare(bundle: Path, direction: str, count: int) -> Callable[[], Any]:
     import onnxruntime as ort
 
-    stage = "tokenizer" if direction == "encode" else "detokenizer"
+    stage = {"encode": "tokenizer", "decode": "detokenizer"}[direction]
     session = ort.InferenceSession(
         (bundle / f"{stage}.onnx").read_bytes(), providers=["CPUExecutionProvider"]
     )
-    if direction == "encode":
-        return partial(session.run, None, {"images": images(bundle, count)})
-    return partial(session.run, None, {"indices": tokens(bundle, count)})
+    name = session.get_inputs()[0].name
+    return partial(session.run, None, {name: given(bundle, direction, count)})
+
+
+def network_of(spec: ModelSpec, direction: str) -> tuple[str, tuple[Layer, ...]]:
+    """Returns the name and the rows of the network that works in a direction."""
+    return ("encoder", spec.encoder) if direction == "encode" else ("decoder", spec.decoder)
 
 
 def torch_modules(bundle: Path, direction: str, count: int, *, compiled: bool) -> Callable[[], Any]:
@@ -82,8 +82,7 @@ def torch_modules(bundle: Path, direction: str, count: int, *, compiled: bool) -
 
     found = Bundle.open(bundle)
     params, spec = found.oracle().params, found.spec
-    name = "encoder" if direction == "encode" else "decoder"
-    rows = spec.encoder if direction == "encode" else spec.decoder
+    name, rows = network_of(spec, direction)
     network = Rows(rows).eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     values = [torch.from_numpy(params[each]) for each in params if each.startswith(f"{name}.")]
     for parameter, value in zip(network.parameters(), values, strict=True):
@@ -96,15 +95,13 @@ def torch_modules(bundle: Path, direction: str, count: int, *, compiled: bool) -
     def decode(x: torch.Tensor) -> torch.Tensor:
         return mean(spec, network(codebook[x]))
 
-    if direction == "encode":
-        body, given = encode, torch.from_numpy(images(bundle, count))
-    else:
-        body, given = decode, torch.from_numpy(tokens(bundle, count))
+    body = {"encode": encode, "decode": decode}[direction]
     chosen = torch.compile(body) if compiled else body
+    batch = torch.from_numpy(given(bundle, direction, count))
 
     def run() -> Any:
         with torch.no_grad():
-            return chosen(given)
+            return chosen(batch)
 
     run()
     return run
@@ -144,8 +141,7 @@ def compare(
     times = in_turns(workers, rounds=rounds, warm_up=2, pause=0.1)
     for worker in workers.values():
         worker.close()
-    spec = Bundle.open(paths["any"]).spec
-    rows = spec.encoder if direction == "encode" else spec.decoder
+    _, rows = network_of(Bundle.open(paths["any"]).spec, direction)
     limit = count * sum(2 * layer.products for layer in rows) / rate
     plural = "s" if count > 1 else ""
     record.say(

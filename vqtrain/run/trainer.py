@@ -43,8 +43,8 @@ from vqtrain.run.start import prepare, start_model
 from vqtrain.run.step import WHOLE, Split, Taken, make_optimizer, training_step
 
 TIMES_PER_RUN = 10
-"""After how many epochs of a run the model is checked, and pictures are drawn, unless the run is
-told otherwise."""
+"""How often in a long run the model is checked, and pictures are drawn, unless the run is told
+otherwise."""
 
 SAMPLED_IMAGES = 1000
 """If no images are held out, at most so many training images are measured after an epoch."""
